@@ -1,0 +1,326 @@
+"""Packed variable-length batches: which rows of one long buffer belong to which segment and group.
+
+Many images, frames and clips lie in one buffer `[tokens, ...]`. `cu_seqlens` cuts it into *segments* (one
+image, clip or document; tokens never attend across segments) and `cu_groups` cuts each segment into
+contiguous *groups* (a frame, a band of rows or a fixed block), the unit that attention windows count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MAX_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Where every segment and group of a packed buffer begins, and where its tokens lie in space and time.
+
+    Build it with `from_lengths`, `from_cu_seqlens` or `from_grid_thw`, once per batch. Every field is a
+    tensor, so a layout passes through `torch.compile` without guarding on the lengths of one batch; the
+    `host_*` copies live on the CPU, so nothing on the hot path asks the device for a number.
+
+    Attributes:
+        cu_seqlens: int32 `[segments + 1]`, first row of each segment, then the number of packed tokens.
+        cu_groups: int32 `[groups + 1]`, first row of each group, likewise.
+        segment_groups: int32 `[segments + 1]`, index of the first group of each segment.
+        positions: int32 `[tokens, 3]`, (t, y, x) of each token, restarting at 0 in every segment.
+        sizes: int32 `[segments, 3]`, (frames, height, width) of each segment in tokens.
+        host_cu_seqlens, host_cu_groups, host_segment_groups: the same numbers on the CPU.
+    """
+
+    cu_seqlens: Tensor
+    cu_groups: Tensor
+    segment_groups: Tensor
+    positions: Tensor
+    sizes: Tensor
+    host_cu_seqlens: Tensor
+    host_cu_groups: Tensor
+    host_segment_groups: Tensor
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | Tensor,
+        group_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "PackedLayout":
+        """One-dimensional segments of `lengths` tokens, cut into groups of `group_size` (None: one group).
+
+        Token i of a segment gets the position (i, 0, 0). Lengths may be 0.
+
+        Raises:
+            ValueError: a length is negative, `group_size` is not positive, or the tokens exceed 2**31 - 1.
+        """
+        counts = _host_ints(lengths, "lengths")
+        if counts.ndim != 1:
+            raise ValueError(f"lengths must be one-dimensional, got shape {tuple(counts.shape)}.")
+        grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
+        return cls._build(grid, _block_groups(counts, group_size), device)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens: Tensor | Sequence[int],
+        cu_groups: Tensor | Sequence[int] | None = None,
+        *,
+        group_size: int | None = None,
+        num_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "PackedLayout":
+        """From cumulative lengths as FlashAttention and Qwen-VL use them: `[0, n_0, n_0 + n_1, ...]`.
+
+        A device tensor is copied to the host once, here. The groups come from `cu_groups` (which must
+        contain every segment boundary; equal neighbours make an empty group) or from `group_size`.
+        The layout lies on `device`, by default that of `cu_seqlens`.
+
+        Raises:
+            TypeError: not int32 or int64.
+            ValueError: not one-dimensional, not starting at 0, decreasing, or ending beyond `num_tokens`.
+        """
+        if device is None and isinstance(cu_seqlens, Tensor):
+            device = cu_seqlens.device
+        bounds = _cumulative(cu_seqlens, "cu_seqlens")
+        if num_tokens is not None and bounds[-1] > num_tokens:
+            raise ValueError(f"cu_seqlens ends at {bounds[-1]}, beyond the {num_tokens} tokens of the buffer.")
+        if cu_groups is not None and group_size is not None:
+            raise ValueError("Give either cu_groups or group_size, not both.")
+        counts = np.diff(bounds)
+        if cu_groups is None:
+            group_bounds = _block_groups(counts, group_size)
+        else:
+            group_bounds = _cumulative(cu_groups, "cu_groups")
+            missing = np.setdiff1d(bounds, group_bounds)
+            if missing.size or group_bounds[-1] != bounds[-1]:
+                raise ValueError(
+                    "cu_groups must contain every boundary of cu_seqlens and end where it ends; "
+                    f"missing {missing.tolist()[:4]}, ends at {group_bounds[-1]} instead of {bounds[-1]}."
+                )
+        grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
+        return cls._build(grid, group_bounds, device)
+
+    @classmethod
+    def from_grid_thw(
+        cls,
+        grid_thw: Tensor | Sequence[Sequence[int]],
+        group: str | int = "frame",
+        device: torch.device | str | None = None,
+    ) -> "PackedLayout":
+        """From the Qwen-VL convention: `[segments, 3]` of (frames, height, width) counted in tokens.
+
+        Tokens of a segment lie in the order (t, y, x), x fastest.
+
+        Args:
+            grid_thw: integer tensor or nested sequence `[segments, 3]`.
+            group: "frame", "rows:N" (bands of N rows within a frame) or an int (blocks of that many tokens).
+            device: where the layout lies; by default that of `grid_thw`.
+
+        Raises:
+            ValueError: a malformed grid or group.
+        """
+        if device is None and isinstance(grid_thw, Tensor):
+            device = grid_thw.device
+        grid = _host_ints(grid_thw, "grid_thw").reshape(-1, 3) if len(grid_thw) == 0 else _host_ints(grid_thw, "grid_thw")
+        if grid.ndim != 2 or grid.shape[1] != 3:
+            raise ValueError(f"grid_thw must have the shape [segments, 3], got {tuple(grid.shape)}.")
+        return cls._build(grid, _grid_groups(grid, group), device)
+
+    @classmethod
+    def _build(
+        cls, grid: np.ndarray, group_bounds: np.ndarray, device: torch.device | str | None
+    ) -> "PackedLayout":
+        counts = grid.prod(axis=1)
+        bounds = _cumsum(counts)
+        index = _ragged_arange(counts)
+        height, width = (np.repeat(grid[:, axis], counts) for axis in (1, 2))
+        positions = np.stack([index // np.maximum(height * width, 1), index // width % height, index % width], 1)
+        # An empty group on a boundary belongs to the later segment; being empty, it makes no difference.
+        segment_groups = np.searchsorted(group_bounds[:-1], bounds, side="left")
+        segment_groups[-1] = len(group_bounds) - 1
+        host = [_to_tensor(array) for array in (bounds, group_bounds, segment_groups, positions, grid)]
+        on_device = [tensor if device is None else tensor.to(device) for tensor in host]
+        return cls(*on_device, *host[:3])
+
+    def to(self, device: torch.device | str) -> "PackedLayout":
+        """The same layout on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PackedLayout(
+            **{name: v if name.startswith("host_") else v.to(device) for name, v in values.items()}
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where `cu_seqlens` and its companions lie."""
+        return self.cu_seqlens.device
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each segment."""
+        return tuple(self.host_cu_seqlens.diff().tolist())
+
+    @cached_property
+    def group_lengths(self) -> tuple[int, ...]:
+        """Tokens of each group."""
+        return tuple(self.host_cu_groups.diff().tolist())
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Packed tokens; a buffer may have more rows (slack), which every op leaves zero."""
+        return int(self.host_cu_seqlens[-1])
+
+    @property
+    def num_segments(self) -> int:
+        """Segments, empty ones included."""
+        return self.host_cu_seqlens.shape[0] - 1
+
+    @property
+    def num_groups(self) -> int:
+        """Groups, empty ones included."""
+        return self.host_cu_groups.shape[0] - 1
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest segment, 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def max_group_len(self) -> int:
+        """Tokens of the longest group, 0 if there is none."""
+        return max(self.group_lengths, default=0)
+
+    @cached_property
+    def token_segments(self) -> Tensor:
+        """int64 `[tokens]`: the segment of each token, on the layout's device."""
+        return _owners(self.host_cu_seqlens).to(self.device)
+
+    @cached_property
+    def token_groups(self) -> Tensor:
+        """int64 `[tokens]`: the group of each token, on the layout's device."""
+        return _owners(self.host_cu_groups).to(self.device)
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedLayout({self.num_segments} segments, {self.num_groups} groups, "
+            f"{self.num_tokens} tokens, longest {self.max_seqlen}, device={str(self.device)!r})"
+        )
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Which items share a row of a token budget.
+
+    Attributes:
+        rows: item indices of each row, in the order in which they were placed.
+        budget: tokens a row can hold.
+        fill: share of the rows' tokens in use, in [0, 1].
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    budget: int
+    fill: float
+
+
+def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
+    """Bin-pack items into as few rows of `budget` tokens as first-fit decreasing finds (Johnson, 1973).
+
+    Deterministic: equal lengths keep their order. At most 11/9 of the optimal number of rows, plus one.
+
+    Raises:
+        ValueError: an item is longer than the budget, or a number is negative.
+    """
+    counts = _host_ints(lengths, "lengths")
+    if counts.ndim != 1 or (counts < 0).any():
+        raise ValueError(f"lengths must be a flat list of numbers >= 0, got {counts.tolist()[:8]}.")
+    if counts.size and counts.max() > budget:
+        raise ValueError(f"Item {int(counts.argmax())} has {counts.max()} tokens; the budget is {budget}.")
+    rows: list[list[int]] = []
+    free = np.zeros(len(counts), dtype=np.int64)
+    for item in np.argsort(-counts, kind="stable"):
+        fits = np.flatnonzero(free[: len(rows)] >= counts[item])
+        if fits.size:
+            row = int(fits[0])
+        else:
+            row = len(rows)
+            rows.append([])
+            free[row] = budget
+        rows[row].append(int(item))
+        free[row] -= counts[item]
+    fill = float(counts.sum() / (len(rows) * budget)) if rows and budget else 0.0
+    return PackingPlan(tuple(map(tuple, rows)), budget, fill)
+
+
+def _host_ints(values: Tensor | Sequence, name: str) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size == 0 and not isinstance(values, Tensor):
+        array = array.astype(np.int64)
+    if array.dtype not in (np.int32, np.int64):
+        raise TypeError(f"{name} must hold int32 or int64 numbers, got {array.dtype}.")
+    return array.astype(np.int64)
+
+
+def _cumulative(values: Tensor | Sequence[int], name: str) -> np.ndarray:
+    bounds = _host_ints(values, name)
+    if bounds.ndim != 1 or bounds.size == 0:
+        raise ValueError(f"{name} must be one-dimensional with at least one entry, got shape {bounds.shape}.")
+    if bounds[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
+    falls = np.flatnonzero(np.diff(bounds) < 0)
+    if falls.size:
+        i = int(falls[0])
+        raise ValueError(f"{name} must not decrease, but entry {i} is {bounds[i]} and {i + 1} is {bounds[i + 1]}.")
+    return bounds
+
+
+def _block_groups(counts: np.ndarray, group_size: int | None) -> np.ndarray:
+    if group_size is None:
+        return _cumsum(counts[counts != 0])
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size must be a positive int or None, got {group_size!r}.")
+    blocks = -(-counts // group_size)
+    within = _ragged_arange(blocks)
+    return _cumsum(np.minimum(group_size, np.repeat(counts, blocks) - within * group_size))
+
+
+def _grid_groups(grid: np.ndarray, group: str | int) -> np.ndarray:
+    if isinstance(group, int):
+        return _block_groups(grid.prod(axis=1), group)
+    frames, height, width = grid.T
+    rows_text = group.removeprefix("rows:")
+    if group == "frame":
+        rows = np.maximum(height, 1)
+    elif rows_text != group and rows_text.isascii() and rows_text.isdigit() and int(rows_text) > 0:
+        rows = np.full_like(height, int(rows_text))
+    else:
+        raise ValueError(f'group must be "frame", "rows:N" with N >= 1, or a positive int, got {group!r}.')
+    bands = -(-height // rows)
+    per_segment = frames * bands
+    band = _ragged_arange(per_segment) % np.repeat(np.maximum(bands, 1), per_segment)
+    left = np.repeat(height, per_segment) - band * np.repeat(rows, per_segment)
+    return _cumsum(np.minimum(np.repeat(rows, per_segment), left) * np.repeat(width, per_segment))
+
+
+def _ragged_arange(counts: np.ndarray) -> np.ndarray:
+    """0..n-1 for each n of `counts`, joined."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(starts, counts)
+
+
+def _cumsum(counts: np.ndarray) -> np.ndarray:
+    if (counts < 0).any():
+        raise ValueError(f"Lengths must not be negative, got {int(counts.min())}.")
+    if counts.sum() > _MAX_TOKENS:
+        raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens, got {int(counts.sum())}.")
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int32))
+
+
+def _owners(bounds: Tensor) -> Tensor:
+    counts = bounds.diff().long()
+    return torch.repeat_interleave(torch.arange(counts.shape[0]), counts)
