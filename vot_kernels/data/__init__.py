@@ -1,0 +1,1 @@
+"""Data: video decoding and the synthetic world DigitWorld."""
