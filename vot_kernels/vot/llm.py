@@ -1,0 +1,359 @@
+"""Language models as the reasoning steps see them: text in, text or log-likelihoods out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+KEPT_PREFIXES = 2  # prompts with the video, and without it
+MISSING_EXTRA = "Language models need transformers: pip install 'vot-kernels[llm]'"
+
+
+class LanguageModelError(ValueError):
+    """A language model cannot be loaded or cannot take the given text; the message is one sentence."""
+
+
+class ScoreUnavailable(NotImplementedError):
+    """Raised by `score` of a model that can only generate; the reasoning then goes by the model's words."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What the reasoning steps need of a language model; prompts are plain text, without chat markup."""
+
+    name: str
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """Return the model's reply to `prompt`, at most `max_new_tokens` tokens long."""
+        ...
+
+    def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Return one reply per prompt, equal to calling `generate` on each."""
+        ...
+
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Return the mean log-likelihood per token (nats) of each continuation as the reply to `prompt`."""
+        ...
+
+
+class GenerateOnlyModel:
+    """Make a language model of any `generate(prompt) -> str`; it cannot score."""
+
+    def __init__(self, generate: Callable[[str], str], name: str = "callable") -> None:
+        self._generate = generate
+        self.name = name
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        return self._generate(prompt)
+
+    def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        return [self._generate(prompt) for prompt in prompts]
+
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        raise ScoreUnavailable(f"The model '{self.name}' only generates text; it gives no likelihoods.")
+
+
+class HFLanguageModel:
+    """A local Hugging Face causal language model, decoded greedily.
+
+    Prompts become one user message of the tokenizer's chat template where it has one; without a template the
+    prompt stands as it is, followed by a line break. Keys and values of the last two kinds of prompt are
+    kept, so a prompt that begins like one of them costs only its new tokens.
+
+    Args:
+        model: a folder with `config.json`, `*.safetensors` and a tokenizer, or a loaded model.
+        tokenizer: required with a loaded model; read from the folder otherwise.
+        dtype: compute dtype of a model read from a folder, a name such as "float32" or a `torch.dtype`.
+        device: where to run, e.g. "cpu" or "cuda:0".
+        name: what traces call the model; the folder's name by default.
+        max_batch: most sequences in one forward pass, which bounds memory.
+
+    Raises:
+        LanguageModelError: the folder is missing, holds no model, or holds no safetensors weights.
+        ImportError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Any,
+        tokenizer: Any = None,
+        *,
+        dtype: Any = "float32",
+        device: str = "cpu",
+        name: str | None = None,
+        max_batch: int = 8,
+    ) -> None:
+        if max_batch < 1:
+            raise LanguageModelError(f"max_batch must be at least 1, got {max_batch}.")
+        if isinstance(model, (str, os.PathLike)):
+            folder = Path(model).expanduser()
+            model, loaded = load_causal_lm(folder, dtype)
+            tokenizer = tokenizer if tokenizer is not None else loaded
+            name = name or folder.resolve().name
+        elif tokenizer is None:
+            raise LanguageModelError("A loaded model needs its tokenizer: HFLanguageModel(model, tokenizer).")
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
+        self.name = name or type(model).__name__
+        self.max_batch = max_batch
+        self._kept: list[tuple[list[int], list[tuple[Any, Any]]]] = []  # token ids; keys and values per layer
+        self._stop = _stop_tokens(model, tokenizer)
+        self._plain_cache = _has_plain_cache(model)
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """Return the greedy reply to `prompt`, at most `max_new_tokens` tokens, without outer spaces."""
+        return self.generate_batch([prompt], max_new_tokens=max_new_tokens)[0]
+
+    def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
+        """Return the greedy reply to each prompt; the beginning that they share is computed once."""
+        if max_new_tokens < 1:
+            raise LanguageModelError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        replies: list[str] = []
+        for chunk in _chunks([self.encode(prompt) for prompt in prompts], self.max_batch):
+            self._check_length(max(map(len, chunk)) + max_new_tokens)
+            decode = self._decode if self._plain_cache else self._decode_hf
+            rows = decode(chunk, max_new_tokens)
+            replies += [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return replies
+
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Return the mean log-likelihood per token (nats) of each continuation as the reply to `prompt`.
+
+        The prompt is computed once and its keys and values serve every continuation.
+
+        Raises:
+            LanguageModelError: a continuation has no tokens, or prompt and continuation exceed the context.
+        """
+        prefix = self.encode(prompt)
+        tails = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+        if not all(tails):
+            raise LanguageModelError(
+                "An empty continuation has no likelihood; give text with at least one token."
+            )
+        scores: list[float] = []
+        for chunk in _chunks(tails, self.max_batch):
+            self._check_length(len(prefix) + max(map(len, chunk)))
+            scores += self._score(prefix, chunk)
+        return scores
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids the model sees for `prompt`, up to where its reply begins."""
+        if getattr(self.tokenizer, "chat_template", None):
+            message = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(prompt + "\n")["input_ids"]
+        if not ids:
+            raise LanguageModelError("The prompt has no tokens; give some text.")
+        return list(ids)
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise LanguageModelError(
+                f"The prompt and its reply take {length} tokens; the model '{self.name}' allows {limit}."
+            )
+
+    def _score(self, prefix: list[int], tails: list[list[int]]) -> list[float]:
+        import torch
+
+        # Padding stands on the right, after everything a causal model looks at, so no mask is needed.
+        width = max(map(len, tails))
+        shared = prefix[:-1] if self._plain_cache else []
+        rows = [prefix[len(shared) :] + tail + [0] * (width - len(tail)) for tail in tails]
+        tokens = torch.tensor(rows, device=self.model.device)
+        with torch.inference_mode():
+            cached = {"past_key_values": self._cache_of(shared, len(tails))} if self._plain_cache else {}
+            logits = self.model(input_ids=tokens, **cached).logits
+            likelihood = logits[:, -width - 1 : -1].float().log_softmax(-1)
+            taken = likelihood.gather(-1, tokens[:, -width:, None]).squeeze(-1).cpu()
+        return [float(row[: len(tail)].double().mean()) for row, tail in zip(taken, tails, strict=True)]
+
+    def _decode(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy decoding of left-padded prompts behind the prefix they share."""
+        import torch
+
+        device = self.model.device
+        shared = _common_prefix(prompts)
+        shared = shared[
+            : min(map(len, prompts)) - 1
+        ]  # every prompt keeps a token whose logits start the reply
+        rest = [prompt[len(shared) :] for prompt in prompts]
+        width = max(map(len, rest))
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in rest], device=device)
+        pads = torch.tensor([width - len(row) for row in rest], device=device)[:, None]
+        mask = torch.ones(len(rest), len(shared) + width, dtype=torch.long, device=device)
+        columns = torch.arange(width, device=device)
+        mask[:, len(shared) :] = columns >= pads
+        positions = (len(shared) + columns - pads).clamp_min(0)
+        replies: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        with torch.inference_mode():
+            cache = self._cache_of(shared, len(prompts))
+            for _ in range(max_new_tokens):
+                logits = self.model(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+                tokens = logits[:, -1].argmax(-1, keepdim=True)
+                for row, token in enumerate(tokens[:, 0].tolist()):
+                    if row in open_rows and token in self._stop:
+                        open_rows.discard(row)
+                    elif row in open_rows:
+                        replies[row].append(token)
+                if not open_rows:
+                    break
+                mask = torch.cat([mask, mask.new_ones(len(rest), 1)], dim=1)
+                positions = positions[:, -1:] + 1
+        return replies
+
+    def _decode_hf(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy decoding by transformers, for models whose cache is not plain keys and values."""
+        import torch
+
+        width = max(map(len, prompts))
+        device = self.model.device
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=next(iter(self._stop), 0),
+            )
+        return [_until(row, self._stop) for row in out[:, width:].tolist()]
+
+    def _cache_of(self, prefix: list[int], batch: int) -> Any:
+        """A cache of `batch` rows that all hold `prefix`; computes only what no kept prefix begins with."""
+        import torch
+
+        if not prefix:
+            return _cache_from([])
+        nearest = max(self._kept, key=lambda kept: len(_common_prefix([kept[0], prefix])), default=([], []))
+        common = len(_common_prefix([nearest[0], prefix]))
+        cache = _cache_from([(keys[:, :, :common], values[:, :, :common]) for keys, values in nearest[1]])
+        if common < len(prefix):
+            tokens = torch.tensor([prefix[common:]], device=self.model.device)
+            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            cache = self.model(input_ids=tokens, **options).past_key_values
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        # A prompt that begins like a kept one takes its place; another kind of prompt displaces the oldest.
+        continues = 2 * common >= len(nearest[0])
+        others = [kept for kept in self._kept if kept is not nearest] if continues else self._kept
+        self._kept = [(prefix, layers), *others][:KEPT_PREFIXES]
+        return _cache_from([(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in layers])
+
+
+def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
+    """Return (model, tokenizer) read from a local folder; safetensors weights only, no code from the folder.
+
+    Raises:
+        LanguageModelError: the folder is missing or does not hold a causal language model.
+        ImportError: transformers is not installed.
+    """
+    _check_folder(folder)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(MISSING_EXTRA) from error
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
+    except Exception as error:  # transformers raises many types for many broken folders
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise LanguageModelError(
+            f"'{folder}' cannot be loaded as a causal language model: {reason}"
+        ) from error
+    return model, tokenizer
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars, which would otherwise run over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise LanguageModelError(
+            f"A language model is a folder with config.json and *.safetensors; '{folder}' {what}."
+        )
+    if not (folder / "config.json").is_file():
+        raise LanguageModelError(f"'{folder}' is not a language model: it has no config.json.")
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise LanguageModelError(
+            f"'{folder}' has only pickled weights, which can run code when read; convert them to safetensors."
+        )
+    raise LanguageModelError(f"'{folder}' has no weights: no *.safetensors file is in it.")
+
+
+def _has_plain_cache(model: Any) -> bool:
+    """Whether the model keeps full keys and values per layer, so that a prefix can be cut and copied."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    accepted = inspect.signature(model.forward).parameters
+    if not {"past_key_values", "position_ids", "attention_mask", "logits_to_keep"} <= set(accepted):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _cache_from(layers: Sequence[tuple[Any, Any]]) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Ids that end a reply, from the generation config and the tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The longest run of tokens with which all rows begin."""
+    shared: list[int] = []
+    for column in zip(*rows, strict=False):
+        if any(token != column[0] for token in column):
+            break
+        shared.append(column[0])
+    return shared
+
+
+def _until(tokens: list[int], stop: set[int]) -> list[int]:
+    """The tokens before the first stop token."""
+    return next((tokens[:k] for k, token in enumerate(tokens) if token in stop), tokens)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
