@@ -1,0 +1,121 @@
+"""How `make` sets the environment up: order, reuse, reinstall on change, recovery from an interruption.
+
+Python and pip are replaced by scripts that write down how they were called, so nothing is downloaded.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TARGET = ".venv/.package-installed"
+
+PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+    *"-m venv --clear"*) echo "venv $*" >> calls; rm -rf .venv; mkdir -p .venv/bin; exit 0 ;;
+    *"-m pip --python"*) echo "outer pip" >> calls ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+OLD_PYTHON = f"""#!/usr/bin/env bash
+code='import sys; sys.version_info = (3, 9); sys.version = "3.9.2 (old)"; exec(sys.argv[1])'
+exec {sys.executable} -c "$code" "$2"
+"""
+PIP = """#!/usr/bin/env bash
+echo "pip $*" >> calls
+case "$*" in *"$FAIL"*) exit 1 ;; esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name in ("Makefile", "requirements.txt", "requirements-data.txt", "pyproject.toml", "setup.py"):
+        date(shutil.copy(ROOT / name, tmp_path), seconds_ago=20)
+    for name, source in (("python", PYTHON), ("old-python", OLD_PYTHON), ("pip", PIP)):
+        (tmp_path / name).write_text(source)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def make(clone: Path, *, python="python", fail="nothing fails") -> tuple[int, list[str]]:
+    """Exit status, and what was called."""
+    (clone / "calls").write_text("")
+    environment = os.environ | {"FAIL": fail}
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+        environment.pop(name, None)
+    result = subprocess.run(
+        ["make", f"PYTHON=./{python}", "PIP=./pip", TARGET],
+        cwd=clone, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    return result.returncode, (clone / "calls").read_text().splitlines() + result.stderr.splitlines()
+
+
+FULL = [
+    "venv -m venv --clear .venv",
+    "pip install -r .venv/torch.txt",
+    "pip install -r requirements.txt",
+    "pip install --no-deps -r requirements-data.txt",
+    "pip install --quiet --no-deps --no-build-isolation --editable .",
+]
+
+
+def test_torch_comes_first_and_the_second_run_does_nothing(clone):
+    assert make(clone) == (0, FULL)
+    torch_line = (clone / ".venv/torch.txt").read_text()
+    assert torch_line.startswith("torch==") and torch_line.count("\n") == 1
+    assert make(clone) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-data.txt"])
+def test_changed_requirements_are_installed_into_the_same_environment(clone, name):
+    make(clone)
+    touch(clone / name)
+    assert make(clone) == (0, FULL[1:])
+
+
+def test_changed_metadata_reinstalls_the_package_alone(clone):
+    make(clone)
+    touch(clone / "pyproject.toml")
+    assert make(clone) == (0, FULL[-1:])
+
+
+@pytest.mark.parametrize("fail", ["torch.txt", "-r requirements.txt", "requirements-data.txt"])
+def test_an_interrupted_install_is_made_anew(clone, fail):
+    status, calls = make(clone, fail=fail)
+    assert status == 2 and fail in calls[-2]
+    assert make(clone) == (0, FULL)
+
+
+def test_an_interrupted_update_is_made_anew(clone):
+    make(clone)
+    touch(clone / "requirements.txt")
+    assert make(clone, fail="-r requirements.txt")[0] == 2
+    assert make(clone) == (0, FULL)
+
+
+def test_a_python_without_ensurepip_borrows_pip_from_outside(clone):
+    (clone / "python").write_text(PYTHON.replace("exit 0", '[[ "$*" == *--without-pip* ]]; exit $?'))
+    assert make(clone)[1][:3] == [FULL[0], "venv -m venv --clear --without-pip .venv", "outer pip"]
+
+
+def test_an_old_python_is_refused_in_one_sentence(clone):
+    status, messages = make(clone, python="old-python")
+    assert status == 2
+    assert messages[0].startswith("vot-kernels needs Python 3.11 or later, ./old-python is 3.9.2;")
+
+
+def touch(path: Path) -> None:
+    """Make `path` newer than the stamps, whatever the clock's resolution."""
+    for stamp in path.parent.glob(".venv/.*-installed"):
+        date(stamp, seconds_ago=10)
+    date(path, seconds_ago=5)
+
+
+def date(path: Path, seconds_ago: int) -> None:
+    then = time.time() - seconds_ago
+    os.utime(path, (then, then))
