@@ -86,7 +86,9 @@ class PackedLayout:
             device = cu_seqlens.device
         bounds = _cumulative(cu_seqlens, "cu_seqlens")
         if num_tokens is not None and bounds[-1] > num_tokens:
-            raise ValueError(f"cu_seqlens ends at {bounds[-1]}, beyond the {num_tokens} tokens of the buffer.")
+            raise ValueError(
+                f"cu_seqlens ends at {bounds[-1]}, beyond the {num_tokens} tokens of the buffer."
+            )
         if cu_groups is not None and group_size is not None:
             raise ValueError("Give either cu_groups or group_size, not both.")
         counts = np.diff(bounds)
@@ -124,9 +126,15 @@ class PackedLayout:
         """
         if device is None and isinstance(grid_thw, Tensor):
             device = grid_thw.device
-        grid = _host_ints(grid_thw, "grid_thw").reshape(-1, 3) if len(grid_thw) == 0 else _host_ints(grid_thw, "grid_thw")
+        grid = _host_ints(grid_thw, "grid_thw")
+        if grid.size == 0:
+            grid = grid.reshape(0, 3)
         if grid.ndim != 2 or grid.shape[1] != 3:
             raise ValueError(f"grid_thw must have the shape [segments, 3], got {tuple(grid.shape)}.")
+        if (grid < 0).any():
+            raise ValueError(f"grid_thw must not be negative, got {int(grid.min())}.")
+        if grid.astype(float).prod(1).sum() > _MAX_TOKENS:
+            raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens; grid_thw asks for more.")
         return cls._build(grid, _grid_groups(grid, group), device)
 
     @classmethod
@@ -137,7 +145,9 @@ class PackedLayout:
         bounds = _cumsum(counts)
         index = _ragged_arange(counts)
         height, width = (np.repeat(grid[:, axis], counts) for axis in (1, 2))
-        positions = np.stack([index // np.maximum(height * width, 1), index // width % height, index % width], 1)
+        positions = np.stack(
+            [index // np.maximum(height * width, 1), index // width % height, index % width], 1
+        )
         # An empty group on a boundary belongs to the later segment; being empty, it makes no difference.
         segment_groups = np.searchsorted(group_bounds[:-1], bounds, side="left")
         segment_groups[-1] = len(group_bounds) - 1
@@ -271,7 +281,9 @@ def _cumulative(values: Tensor | Sequence[int], name: str) -> np.ndarray:
     falls = np.flatnonzero(np.diff(bounds) < 0)
     if falls.size:
         i = int(falls[0])
-        raise ValueError(f"{name} must not decrease, but entry {i} is {bounds[i]} and {i + 1} is {bounds[i + 1]}.")
+        raise ValueError(
+            f"{name} must not decrease, but entry {i} is {bounds[i]} and {i + 1} is {bounds[i + 1]}."
+        )
     return bounds
 
 

@@ -1,0 +1,135 @@
+"""The layer of experts that select themselves: initialisation, width, balance."""
+
+import copy
+
+import pytest
+import torch
+
+from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts, matched_hidden
+from vot_kernels.reference import aoe as reference
+from vot_kernels.testing import make_tensor
+
+
+def test_is_the_op_on_any_leading_shape():
+    layer = AutonomyOfExperts(24, 5, 2, hidden=16, rank=8).double()
+    x = make_tensor(3, 7, 24, dtype=torch.float64)
+    weights = (layer.w_down, layer.w_up, layer.w_p, layer.w_o)
+    y, _, _, _, load, balance_loss = reference.aoe(x.view(21, 24), *weights, 2)
+    torch.testing.assert_close(layer(x), y.view(3, 7, 24))
+    torch.testing.assert_close(layer.last_load, load)
+    torch.testing.assert_close(layer.balance_loss, balance_loss)
+
+
+def test_experts_start_with_equal_norms():
+    torch.manual_seed(0)
+    layer = AutonomyOfExperts(64, 8, 2, d_ffn=128)
+    frobenius = torch.linalg.vector_norm(layer.w_down, dim=(1, 2))
+    torch.testing.assert_close(frobenius, torch.full((8,), layer.w_down.shape[1] ** 0.5))
+    layer(torch.randn(20_000, 64))
+    torch.testing.assert_close(layer.last_load, torch.full((8,), 0.25), rtol=0, atol=0.1)
+
+
+def test_activations_start_near_unit_scale():
+    torch.manual_seed(0)
+    layer = AutonomyOfExperts(64, 8, 2, d_ffn=128)
+    assert 0.1 < layer(torch.randn(500, 64)).std() < 1.0
+
+
+@pytest.mark.parametrize(("dim", "d_ffn", "rank"), [(512, 1408, 64), (768, 2048, 256), (96, 256, 32)])
+def test_parameters_match_a_swiglu_expert(dim, d_ffn, rank):
+    layer = AutonomyOfExperts(dim, 3, 1, d_ffn=d_ffn, rank=rank)
+    hidden = layer.w_up.shape[1]
+    assert hidden % 8 == 0 and hidden == matched_hidden(dim, d_ffn, rank)
+    expected = 3 * (3 * dim * d_ffn)
+    # Rounding to a multiple of 8 moves an expert by at most 4 rows.
+    assert abs(sum(p.numel() for p in layer.parameters()) - expected) <= 3 * 4 * (rank + 2 * dim)
+
+
+def test_bias_balances_the_load_without_a_gradient():
+    torch.manual_seed(0)
+    layer = AutonomyOfExperts(16, 4, 1, hidden=8, rank=8, bias_rate=0.02)
+    with torch.no_grad():
+        layer.w_down[1] *= 1.5  # a favourite
+    x = torch.randn(2000, 16)
+    layer(x)
+    before = layer.last_load
+    for _ in range(200):
+        layer(x)
+        layer.update_selection_bias()
+    assert before.max() > 0.6 and layer.last_load.max() < 0.3
+    assert not layer.selection_bias.requires_grad and "selection_bias" in layer.state_dict()
+    assert layer.selection_bias[1] == layer.selection_bias.min() < 0
+
+
+def test_one_step_of_the_bias_rule():
+    layer = AutonomyOfExperts(16, 4, 1, hidden=8, rank=8, bias_rate=0.5)
+    layer.last_load = torch.tensor([0.1, 0.25, 0.4, 0.25])
+    layer.update_selection_bias()
+    assert torch.equal(layer.selection_bias, torch.tensor([0.5, 0.0, -0.5, 0.0]))
+
+
+@pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
+def test_trains(weighting):
+    """Without the balance loss unselected experts stay as they are; with it every w_down learns."""
+    torch.manual_seed(0)
+    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, weighting=weighting)
+    layer.selection_bias[3] = -1e6
+    x = torch.randn(200, 16)
+    layer(x).square().mean().backward()
+    assert (layer.w_up.grad[3] == 0).all() and (layer.w_up.grad[:3] != 0).any()
+    assert (layer.w_down.grad[3] == 0).all() == (weighting == "topk_softmax")
+    layer.zero_grad()
+    (layer(x).square().mean() + 0.01 * layer.balance_loss).backward()
+    assert (layer.w_down.grad[3] != 0).any()
+    target = torch.randn(200, 16)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (layer(x) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_autocast_computes_in_its_dtype_and_norms_in_float32():
+    layer, x = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8), make_tensor(9, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    half = copy.deepcopy(layer).bfloat16()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, half(x.bfloat16()))
+    assert layer.balance_loss.dtype == torch.float32
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_can_be_copied_after_a_forward():
+    layer, x = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8), make_tensor(9, 16)
+    y = layer(x)
+    twin = copy.deepcopy(layer)
+    assert twin.balance_loss is None and layer.balance_loss is not None
+    assert torch.equal(twin(x), y)
+
+
+def test_compiles_in_one_graph():
+    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = make_tensor(9, 16)
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert layer.last_load.sum() == 2
+
+
+def test_a_bad_argument_is_named():
+    with pytest.raises(ValueError, match="exactly one of d_ffn and hidden"):
+        AutonomyOfExperts(16, 4, 2)
+    with pytest.raises(ValueError, match="exactly one of d_ffn and hidden"):
+        AutonomyOfExperts(16, 4, 2, d_ffn=8, hidden=8)
+    with pytest.raises(ValueError, match="top_k must be from 1 to num_experts, got 5 of 4"):
+        AutonomyOfExperts(16, 4, 5, hidden=8)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        AutonomyOfExperts(16, 4, 2, hidden=0)
+    with pytest.raises(ValueError, match="weighting must be one of"):
+        AutonomyOfExperts(16, 4, 2, hidden=8, weighting="sum")
+    with pytest.raises(RuntimeError, match="none has run yet"):
+        AutonomyOfExperts(16, 4, 2, hidden=8).update_selection_bias()

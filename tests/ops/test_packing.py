@@ -1,0 +1,195 @@
+"""Layouts and bin packing: properties over random cases, and a clear refusal of malformed input."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vot_kernels.packing import PackedLayout, plan_packing
+
+lengths_lists = st.lists(st.integers(0, 40), max_size=8)
+grids = st.lists(st.tuples(*[st.integers(0, 5)] * 3), max_size=6)
+groupings = st.one_of(st.just("frame"), st.integers(1, 7), st.integers(1, 4).map("rows:{}".format))
+
+
+def check_invariants(layout):
+    """What every op relies on."""
+    seqlens, groups, owners = (
+        t.tolist() for t in (layout.cu_seqlens, layout.cu_groups, layout.segment_groups)
+    )
+    for name in ("cu_seqlens", "cu_groups", "segment_groups"):
+        device_copy, host_copy = getattr(layout, name), getattr(layout, f"host_{name}")
+        assert device_copy.dtype == torch.int32 and torch.equal(device_copy.cpu(), host_copy)
+    assert seqlens[0] == groups[0] == owners[0] == 0
+    assert seqlens[-1] == groups[-1] == layout.num_tokens == len(layout.positions)
+    assert owners[-1] == layout.num_groups
+    assert all(a <= b for bounds in (seqlens, groups, owners) for a, b in pairwise(bounds))
+    # Groups nest: the groups of a segment span exactly its tokens.
+    for segment, (first, last) in enumerate(pairwise(owners)):
+        if seqlens[segment] < seqlens[segment + 1]:
+            assert (groups[first], groups[last]) == (seqlens[segment], seqlens[segment + 1])
+    assert layout.lengths == tuple(b - a for a, b in pairwise(seqlens))
+    assert layout.group_lengths == tuple(b - a for a, b in pairwise(groups))
+    assert layout.max_seqlen == max(layout.lengths, default=0)
+    assert layout.max_group_len == max(layout.group_lengths, default=0)
+    for owner, bounds in ((layout.token_segments, seqlens), (layout.token_groups, groups)):
+        expected = [i for i, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
+        assert owner.dtype == torch.int64 and owner.tolist() == expected
+
+
+@given(lengths_lists, st.none() | st.integers(1, 9))
+def test_from_lengths(lengths, group_size):
+    layout = PackedLayout.from_lengths(lengths, group_size)
+    check_invariants(layout)
+    assert layout.lengths == tuple(lengths)
+    assert layout.sizes.tolist() == [[n, 1, 1] for n in lengths]
+    assert layout.positions.tolist() == [[i, 0, 0] for n in lengths for i in range(n)]
+    step = group_size or max(lengths, default=0) or 1
+    assert layout.group_lengths == tuple(min(step, n - i) for n in lengths for i in range(0, n, step))
+
+
+@given(grids, groupings)
+def test_from_grid_thw(grid, group):
+    layout = PackedLayout.from_grid_thw(grid, group)
+    check_invariants(layout)
+    assert layout.lengths == tuple(t * h * w for t, h, w in grid)
+    assert [tuple(size) for size in layout.sizes.tolist()] == list(grid)
+    expected = [[f, y, x] for t, h, w in grid for f in range(t) for y in range(h) for x in range(w)]
+    assert layout.positions.tolist() == expected
+    nonempty = tuple(n for n in layout.group_lengths if n)
+    assert nonempty == tuple(expected_groups(grid, group))
+
+
+def expected_groups(grid, group):
+    for t, h, w in grid:
+        if isinstance(group, int):
+            yield from (min(group, t * h * w - i) for i in range(0, t * h * w, group))
+        elif t * h * w:
+            rows = h if group == "frame" else int(group.removeprefix("rows:"))
+            yield from (min(rows, h - y) * w for _ in range(t) for y in range(0, h, rows))
+
+
+@given(lengths_lists, st.none() | st.integers(1, 9))
+def test_round_trip_through_cu_seqlens(lengths, group_size):
+    layout = PackedLayout.from_lengths(lengths, group_size)
+    for again in (
+        PackedLayout.from_cu_seqlens(layout.cu_seqlens, group_size=group_size),
+        PackedLayout.from_cu_seqlens(layout.cu_seqlens.long(), layout.cu_groups),
+        PackedLayout.from_cu_seqlens(layout.cu_seqlens.tolist(), layout.cu_groups.tolist()),
+        layout.to("cpu"),
+    ):
+        check_invariants(again)
+        for name in ("cu_seqlens", "cu_groups", "segment_groups", "positions", "sizes"):
+            assert torch.equal(getattr(again, name), getattr(layout, name))
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.data())
+def test_any_nested_groups_are_accepted(group_lengths, data):
+    """Empty groups included; a segment ends at any group boundary."""
+    groups = np.concatenate([[0], np.cumsum(group_lengths)]).astype(int).tolist()
+    inner = data.draw(st.lists(st.sampled_from(groups), max_size=5))
+    seqlens = sorted([0, groups[-1], *inner])
+    layout = PackedLayout.from_cu_seqlens(seqlens, groups)
+    check_invariants(layout)
+    assert layout.group_lengths == tuple(group_lengths)
+
+
+def test_a_frame_of_a_clip_is_a_group():
+    layout = PackedLayout.from_grid_thw(torch.tensor([[2, 3, 4], [1, 5, 2]]), "rows:2")
+    assert layout.cu_groups.tolist() == [0, 8, 12, 20, 24, 28, 32, 34]
+    assert layout.segment_groups.tolist() == [0, 4, 7]
+    assert layout.positions[[0, 13, 23, 24]].tolist() == [[0, 0, 0], [1, 0, 1], [1, 2, 3], [0, 0, 0]]
+    assert repr(layout).startswith("PackedLayout(2 segments, 7 groups, 34 tokens, longest 24")
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: PackedLayout.from_cu_seqlens([1, 5]), ValueError, "cu_seqlens must start at 0, got 1"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 5, 3]), ValueError, "entry 1 is 5 and 2 is 3"),
+        (lambda: PackedLayout.from_cu_seqlens([]), ValueError, "at least one entry"),
+        (lambda: PackedLayout.from_cu_seqlens([[0, 5]]), ValueError, "one-dimensional"),
+        (lambda: PackedLayout.from_cu_seqlens(torch.tensor([0.0, 5])), TypeError, "int32 or int64"),
+        (lambda: PackedLayout.from_cu_seqlens(torch.tensor([0, 5]).short()), TypeError, "int32 or int64"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 5], num_tokens=4), ValueError, "beyond the 4 tokens"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 5], [0, 5], group_size=2), ValueError, "not both"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 3, 5], [0, 2, 5]), ValueError, r"missing \[3\]"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 5], [0, 5, 6]), ValueError, "ends at 6 instead of 5"),
+        (lambda: PackedLayout.from_cu_seqlens([0, 5], [0, 5, 4]), ValueError, "cu_groups must not decrease"),
+        (lambda: PackedLayout.from_lengths([3, -1]), ValueError, "must not be negative, got -1"),
+        (lambda: PackedLayout.from_lengths([[3]]), ValueError, "one-dimensional"),
+        (lambda: PackedLayout.from_lengths([1.5]), TypeError, "int32 or int64"),
+        (lambda: PackedLayout.from_lengths([2**31]), ValueError, "at most 2147483647 tokens"),
+        (lambda: PackedLayout.from_lengths([3], 0), ValueError, "group_size must be a positive int"),
+        (lambda: PackedLayout.from_lengths([3], True), ValueError, "group_size must be a positive int"),
+        (lambda: PackedLayout.from_lengths([3], 2.0), ValueError, "group_size must be a positive int"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2]]), ValueError, r"\[segments, 3\], got \(1, 2\)"),
+        (lambda: PackedLayout.from_grid_thw([1, 2, 3]), ValueError, r"\[segments, 3\]"),
+        (lambda: PackedLayout.from_grid_thw([[1, -2, 3]]), ValueError, "negative"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "row:2"), ValueError, 'group must be "frame"'),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "rows:0"), ValueError, "with N >= 1"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "rows:-1"), ValueError, "with N >= 1"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "rows:"), ValueError, "with N >= 1"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], 0), ValueError, "positive int"),
+        (lambda: plan_packing([5, 3], 4), ValueError, "Item 0 has 5 tokens; the budget is 4"),
+        (lambda: plan_packing([5, -3], 8), ValueError, ">= 0"),
+        (lambda: plan_packing([[5]], 8), ValueError, "flat list"),
+        (lambda: plan_packing([0.5], 8), TypeError, "int32 or int64"),
+    ],
+)
+def test_malformed_input_is_refused_in_one_sentence(build, error, message):
+    with pytest.raises(error, match=message) as caught:
+        build()
+    assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.integers(0, 30), max_size=40), st.integers(30, 90))
+def test_plan_packing(lengths, budget):
+    plan = plan_packing(lengths, budget)
+    assert sorted(item for row in plan.rows for item in row) == list(range(len(lengths)))
+    used = [sum(lengths[item] for item in row) for row in plan.rows]
+    assert all(0 <= tokens <= budget for tokens in used) and all(plan.rows)
+    assert plan.budget == budget
+    assert plan.fill == pytest.approx(sum(lengths) / (budget * len(plan.rows)) if plan.rows else 0.0)
+    assert plan == plan_packing(torch.tensor(lengths, dtype=torch.int64), budget)
+
+
+def fewest_rows(lengths, budget):
+    """By exhaustion: every item into every open row or a new one."""
+    best = len(lengths)
+
+    def place(index, free):
+        nonlocal best
+        if len(free) >= best:
+            return
+        if index == len(lengths):
+            best = len(free)
+            return
+        for row in {room: i for i, room in enumerate(free) if room >= lengths[index]}.values():
+            place(index + 1, [room - lengths[index] * (i == row) for i, room in enumerate(free)])
+        place(index + 1, [*free, budget - lengths[index]])
+
+    place(0, [])
+    return best
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_plan_packing_is_close_to_the_best(lengths):
+    rows, best = len(plan_packing(lengths, 12).rows), fewest_rows(lengths, 12)
+    assert best <= rows <= 11 / 9 * best + 1
+
+
+def test_first_fit_decreasing_keeps_the_order_of_equals():
+    assert plan_packing([3, 7, 3, 5, 2], 10).rows == ((1, 0), (3, 2, 4))
+    assert plan_packing([], 10).rows == () and plan_packing([], 10).fill == 0.0
+    assert plan_packing([0, 0], 0).rows == ((0, 1),)
+
+
+@pytest.mark.parametrize("grid", [[[-1, -1, 0]], [[1, -2, -3]], [[2**22] * 3]])
+def test_impossible_grids_are_refused(grid):
+    with pytest.raises(ValueError, match="negative|at most"):
+        PackedLayout.from_grid_thw(grid)

@@ -1,0 +1,144 @@
+"""A feed-forward layer whose experts select themselves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vot_kernels.ops._validation import check_choice
+from vot_kernels.ops.aoe import WEIGHTINGS, aoe
+
+
+def matched_hidden(dim: int, d_ffn: int, rank: int, multiple_of: int = 8) -> int:
+    """Hidden width at which an AoE expert has the parameters of a SwiGLU expert of width `d_ffn`.
+
+    D = (3 d d_ffn - r d) / (r + 2 d), rounded to the nearest multiple, at least one multiple.
+    """
+    exact = (3 * dim * d_ffn - rank * dim) / (rank + 2 * dim)
+    return max(multiple_of, round(exact / multiple_of) * multiple_of)
+
+
+class AutonomyOfExperts(nn.Module):
+    """Σ over the top_k experts with the largest ‖x W_downᵢᵀ‖ of w_i · (SiLU(C_i W_upᵢᵀ) ⊙ x W_pᵢᵀ) W_oᵢ.
+
+    Every expert starts with the same Frobenius norm of W_down, hence the same expected cache norm, so none
+    is favoured at first. After each forward, `balance_loss` (differentiable, unscaled; the paper adds 0.01
+    of it) and `last_load` (share of the tokens per expert) describe the selection. Adding the loss to the
+    objective makes every expert's W_down receive gradient; `update_selection_bias` balances without that.
+
+    Args:
+        dim: width of the tokens.
+        num_experts: experts.
+        top_k: experts per token.
+        d_ffn: width of the SwiGLU expert whose parameter count to match; give this or `hidden`.
+        rank: width of the cache; default dim / 3 to a multiple of 8, the best in the paper's ablation.
+        hidden: width of an expert.
+        weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
+        bias_rate: step of `update_selection_bias`, in units of the cache norm.
+
+    Attributes:
+        selection_bias: float32 buffer `[num_experts]`, added to the norms for selection alone; saved.
+        last_load: `[num_experts]` of the last forward, or None before the first.
+        balance_loss: scalar of the last forward, or None before the first.
+
+    Source: Lv et al., Autonomy-of-Experts Models, ICML 2025 (arXiv 2501.13074); bias rule of Wang et al.,
+    Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
+    """
+
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        d_ffn: int | None = None,
+        rank: int | None = None,
+        hidden: int | None = None,
+        weighting: str = "topk_softmax",
+        bias_rate: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be from 1 to num_experts, got {top_k} of {num_experts}.")
+        check_choice("weighting", weighting, WEIGHTINGS)
+        rank = rank if rank is not None else max(8, round(dim / 24) * 8)
+        if hidden is None and d_ffn is not None:
+            hidden = matched_hidden(dim, d_ffn, rank)
+        elif hidden is None or d_ffn is not None:
+            raise ValueError(f"Give exactly one of d_ffn and hidden, got d_ffn={d_ffn} and hidden={hidden}.")
+        if min(dim, rank, hidden) < 1:
+            raise ValueError(f"dim, rank and hidden must be >= 1, got {dim}, {rank} and {hidden}.")
+        self.top_k, self.weighting, self.bias_rate = top_k, weighting, bias_rate
+        self.w_down = nn.Parameter(torch.empty(num_experts, rank, dim))
+        self.w_up = nn.Parameter(torch.empty(num_experts, hidden, rank))
+        self.w_p = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w_o = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.register_buffer("selection_bias", torch.zeros(num_experts))
+        self.last_load: Tensor | None = None
+        self.balance_loss: Tensor | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Unit-variance activations for unit-variance input, experts of equal norm, balanced selection."""
+        hidden, rank = self.w_up.shape[1:]
+        for weight, fan_in in (
+            (self.w_down, 1),
+            (self.w_up, rank),
+            (self.w_p, self.w_p.shape[2]),
+            (self.w_o, hidden),
+        ):
+            nn.init.normal_(weight, std=fan_in**-0.5)
+        # E‖C‖² = ‖W_down‖² for white input: equal Frobenius norms make the expected cache norms equal.
+        self.w_down.mul_(rank**0.5 / torch.linalg.vector_norm(self.w_down, dim=(1, 2), keepdim=True))
+        self.selection_bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` to `[..., dim]`; under autocast in its dtype, the norms in float32 as always."""
+        dtype = x.dtype
+        weights: list[Tensor] = [self.w_down, self.w_up, self.w_p, self.w_o]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weights = [weight.to(dtype) for weight in weights]
+        w_down, w_up, w_p, w_o = weights
+        y, aux = aoe(
+            x.reshape(-1, x.shape[-1]).to(dtype),
+            w_down,
+            w_up,
+            w_p,
+            w_o,
+            self.top_k,
+            weighting=self.weighting,
+            bias=self.selection_bias,
+            return_aux=True,
+        )
+        self.balance_loss = aux.balance_loss
+        self.last_load = aux.load
+        return y.view(x.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What one forward left behind belongs to its graph, which can be neither copied nor pickled.
+        return self.__dict__ | {"balance_loss": None, "last_load": None}
+
+    @torch.no_grad()
+    def update_selection_bias(self) -> None:
+        """Raise the bias of experts below the mean load by `bias_rate`, lower it above; once per step.
+
+        No gradient is involved: the bias changes who is selected, never the mixing weights.
+
+        Raises:
+            RuntimeError: nothing was forwarded yet.
+        """
+        if self.last_load is None:
+            raise RuntimeError(
+                "update_selection_bias needs the load of a forward pass, and none has run yet."
+            )
+        self.selection_bias.add_(torch.sign(self.last_load.mean() - self.last_load), alpha=self.bias_rate)
+
+    def extra_repr(self) -> str:
+        experts, rank, dim = self.w_down.shape
+        return (
+            f"dim={dim}, num_experts={experts}, top_k={self.top_k}, rank={rank}, "
+            f"hidden={self.w_up.shape[1]}, weighting={self.weighting!r}"
+        )

@@ -1,0 +1,48 @@
+"""Tells every token how large, how elongated, how long and how fast its segment is."""
+
+from torch import Tensor, nn
+
+from vot_kernels.ops.size_aware_embedding import QUANTITIES, size_aware_embedding
+from vot_kernels.packing import PackedLayout
+
+
+class SizeAwareEmbedding(nn.Module):
+    """x + MLP(size features of the token's segment); the output layer starts at zero, so at first x itself.
+
+    Args:
+        dim: width of the tokens.
+        hidden: width of the MLP; by default that of its input features, 12 · octaves.
+        octaves: frequencies per quantity.
+        use_frames: False for streaming, where the clip length is not known in advance.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int | None = None, octaves: int = 4, use_frames: bool = True
+    ) -> None:
+        super().__init__()
+        if dim < 1 or octaves < 1 or (hidden is not None and hidden < 1):
+            raise ValueError(f"dim, hidden and octaves must be >= 1, got {dim}, {hidden} and {octaves}.")
+        features = 2 * QUANTITIES * octaves
+        self.use_frames = use_frames
+        self.fc1 = nn.Linear(features, hidden or features)
+        self.fc2 = nn.Linear(hidden or features, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh first layer, zero second layer."""
+        self.fc1.reset_parameters()
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x: Tensor, layout: PackedLayout, fps: Tensor | float | None = None) -> Tensor:
+        """`[tokens, dim]` like x `[tokens, dim]`; `fps` per segment, one number, or None if unknown."""
+        return size_aware_embedding(
+            x,
+            layout,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            fps=fps,
+            use_frames=self.use_frames,
+        )

@@ -1,0 +1,193 @@
+"""Comparators, input makers, packings and NaN poison for the tests and the benchmarks.
+
+The tolerance rule: an implementation may err against float64 at most twice as much as plain PyTorch of the
+same dtype does, plus a few roundings of that dtype. It scales with the problem and leaves no room for a
+result that is merely of the right size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vot_kernels.packing import PackedLayout
+
+# Lengths of segments that break careless indexing: nothing, one token, empty neighbours, one around the
+# usual block sizes, one long among many short.
+PACKINGS: dict[str, tuple[int, ...]] = {
+    "no_segments": (),
+    "one_empty": (0,),
+    "one_token": (1,),
+    "empty_neighbours": (0, 5, 0),
+    "all_empty": (0, 0, 0),
+    "around_blocks": (15, 16, 17, 31, 32, 33),
+    "equal": (24, 24, 24),
+    "long_among_short": (1, 2, 67, 1, 3, 0, 2),
+}
+
+
+class ToleranceError(AssertionError):
+    """Two results differ by more than the tolerance rule allows."""
+
+
+def make_qkv(
+    tokens: int,
+    heads: int = 2,
+    head_dim: int = 16,
+    *,
+    kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal q `[tokens, heads, head_dim]` and k, v `[tokens, kv_heads, head_dim]`."""
+    kv = heads if kv_heads is None else kv_heads
+    shapes = [(tokens, heads, head_dim), (tokens, kv, head_dim), (tokens, kv, head_dim)]
+    q, k, v = (make_tensor(*s, seed=seed + i, dtype=dtype, device=device) for i, s in enumerate(shapes))
+    for x in (q, k, v):
+        x.requires_grad_(requires_grad)
+    return q, k, v
+
+
+def make_tensor(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Standard normal numbers that depend on `shape` and `seed` alone, drawn in float64 and rounded once."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+
+
+def with_slack(x: Tensor, rows: int, value: float = float("nan")) -> Tensor:
+    """`x` with `rows` more rows of `value` at its end: poison past the packed tokens."""
+    return torch.cat([x, x.new_full((rows, *x.shape[1:]), value)])
+
+
+def poison_segment(x: Tensor, layout: PackedLayout, segment: int, value: float = float("nan")) -> Tensor:
+    """A copy of `x` in which the rows of one segment are `value`."""
+    begin, end = layout.host_cu_seqlens[segment : segment + 2].tolist()
+    x = x.clone()
+    x[begin:end] = value
+    return x
+
+
+@contextmanager
+def uninitialized_is_nan() -> Iterator[None]:
+    """Memory that PyTorch hands out uninitialized holds NaN (integers: the maximum), so that a gap shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, in float64; inf where one is NaN or infinite and the other is not.
+
+    Equal infinities differ by 0. NaN never equals anything.
+    """
+    if actual.shape != expected.shape:
+        raise ToleranceError(f"shapes differ: {list(actual.shape)} and {list(expected.shape)}")
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(error.max()) if error.numel() else 0.0
+
+
+def assert_close_to_exact(
+    actual: Tensor,
+    same_dtype: Tensor,
+    exact: Tensor,
+    *,
+    roundings: float = 4.0,
+    floor: float = 0.0,
+    name: str = "result",
+) -> None:
+    """The tolerance rule: error of `actual` <= 2 * error of `same_dtype` + `roundings` * eps * magnitude.
+
+    Args:
+        actual: what is tested.
+        same_dtype: plain PyTorch on the same inputs in the same dtype.
+        exact: the same in float64.
+        roundings: granted on top, each eps of the dtype of `actual` times the largest magnitude of `exact`.
+        floor: the least magnitude to reckon with, that of terms which cancel in the result.
+        name: what to call it in the message.
+
+    Raises:
+        ToleranceError: shapes differ, or the error is too large or not a number.
+    """
+    error, allowed = max_error(actual, exact), 2 * max_error(same_dtype, exact)
+    finite = exact.detach().double().cpu()
+    finite = finite[finite.isfinite()].abs()
+    magnitude = max(floor, float(finite.max()) if finite.numel() else 0.0)
+    if allowed == torch.inf:
+        raise ToleranceError(f"{name}: the {same_dtype.dtype} computation to compare with is not finite")
+    allowed += roundings * torch.finfo(actual.dtype).eps * magnitude
+    if not error <= allowed:
+        raise ToleranceError(
+            f"{name}: error {error:.3g} against float64 exceeds {allowed:.3g} "
+            f"(magnitude {magnitude:.3g}, {actual.dtype})"
+        )
+
+
+def check_against_reference(
+    run: Callable[..., Sequence[Tensor]],
+    reference: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    *,
+    roundings: float = 4.0,
+    floor: float = 0.0,
+    gradients: bool = True,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Outputs and, if wanted, gradients of `run` obey the tolerance rule against `reference`.
+
+    `run(*inputs)` and `reference(*inputs)` return tensors; the reference runs in float64 and again in the
+    dtype of the inputs. The gradients are those of a fixed random weighting of all finite outputs.
+
+    Args:
+        run: the implementation under test.
+        reference: the oracle, differentiable by autograd.
+        inputs: floating tensors (differentiated), or None (passed through). Gradients are numbered without
+            the None.
+        roundings, floor: see `assert_close_to_exact`.
+        gradients: compare the gradients of every input too.
+        names: what to call the outputs.
+    """
+    doubles = [None if x is None else x.detach().double() for x in inputs]
+    results = [
+        _run_with_gradients(function, arguments, gradients)
+        for function, arguments in ((run, inputs), (reference, inputs), (reference, doubles))
+    ]
+    (actual, actual_grads), (low, low_grads), (exact, exact_grads) = results
+    if not len(actual) == len(low) == len(exact):
+        raise ToleranceError(f"{len(actual)} outputs instead of {len(exact)}")
+    labels = list(names) if names is not None else [f"output {i}" for i in range(len(actual))]
+    for label, a, b, c in zip(labels, actual, low, exact, strict=True):
+        assert_close_to_exact(a, b, c, roundings=roundings, floor=floor, name=label)
+    for i, (a, b, c) in enumerate(zip(actual_grads, low_grads, exact_grads, strict=True)):
+        assert_close_to_exact(a, b, c, roundings=roundings, floor=floor, name=f"gradient of input {i}")
+
+
+def _run_with_gradients(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], gradients: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [None if x is None else x.detach().clone().requires_grad_(gradients) for x in inputs]
+    outputs = list(function(*leaves))
+    if not gradients:
+        return outputs, []
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, out in enumerate(outputs):
+        weights = make_tensor(*out.shape, seed=1000 + i, device=out.device)
+        finite = torch.where(out.isfinite(), out, 0)
+        loss = loss + (finite.double() * weights.double()).sum().cpu()
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    found = torch.autograd.grad(loss, wanted, materialize_grads=True)
+    return [out.detach() for out in outputs], list(found)
