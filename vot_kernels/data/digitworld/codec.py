@@ -1,0 +1,38 @@
+"""Clips through H.264 and back in memory, so that training sees what real files look like."""
+
+import io
+from fractions import Fraction
+
+import numpy as np
+
+
+def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.ndarray:
+    """Encode uint8 [T, H, W, 3] as H.264 (yuv420p, ultrafast, one thread) in memory and decode it again.
+
+    crf: 0 (best) to 51. Height and width must be even. Same input, same output.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"Got frames {frames.dtype} {frames.shape}; they must be uint8 [T, H, W, 3].")
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"Got {frames.shape[2]} × {frames.shape[1]} px; H.264 4:2:0 needs even sides.")
+    if not 0 <= crf <= 51:
+        raise ValueError(f"Got crf {crf}; it must lie in 0 to 51.")
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("H.264 needs PyAV: pip install 'vot-kernels[video]'") from error
+
+    rate = Fraction(fps).limit_denominator(1000)
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as writer:
+        options = {"crf": str(crf), "preset": "ultrafast", "threads": "1"}
+        stream = writer.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        writer.mux(stream.encode())
+    file.seek(0)
+    with av.open(file, "r") as reader:
+        reader.streams.video[0].thread_type = "NONE"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)])

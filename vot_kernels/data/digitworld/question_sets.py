@@ -1,0 +1,81 @@
+"""Balanced sets of questions, each about a clip of its own."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.data.digitworld.questions import CELLS, KINDS, Asker, Facts, Question
+
+_MAX_CLIPS_PER_QUESTION = 500
+
+
+@dataclass(frozen=True)
+class AskedEpisode:
+    """An episode and one question about it."""
+
+    episode: Episode
+    question: Question
+
+
+def generate_questions(
+    split: str, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, start: int = 0
+) -> list[AskedEpisode]:
+    """`count` questions about as many clips of `split`, every kind and within it every cell equally often.
+
+    The answer stands at every place of the list of candidates equally often, too.
+
+    Walks the episodes from index `start` on and takes from each the question still wanted that the fewest
+    clips admitted so far; clips that admit none are passed over. Kinds alternate in the result, so that a
+    beginning of it is balanced as well. Deterministic in all arguments.
+    """
+    if count < 1:
+        raise ValueError(f"Got count {count}; ask for at least 1 question.")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"Got kinds {list(kinds)}; choose from {', '.join(KINDS)}.")
+    plan = _plan(count, kinds)
+    wanted = Counter(plan)
+    seen: Counter[tuple[str, str]] = Counter()
+    found: dict[tuple[str, str], list[AskedEpisode]] = {place: [] for place in wanted}
+    for index in range(start, start + count * _MAX_CLIPS_PER_QUESTION):
+        episode = generate_episode(split, index, seed)
+        asker = Asker(Facts(episode.scene, episode.motion), episode.rng("question set"))
+        offers = {place: q for place in wanted if (q := asker.ask(*place)) is not None}
+        seen.update(offers.keys())
+        if offers:
+            place = min(offers, key=lambda place: (seen[place], plan.index(place)))
+            found[place].append(AskedEpisode(episode, offers[place]))
+            wanted[place] -= 1
+            wanted += Counter()  # drops what is filled
+        if not wanted:
+            break
+    else:
+        missing = ", ".join(f"{kind} ({cell})" for kind, cell in wanted)
+        raise ValueError(f"The clips of '{split}' do not admit enough questions of: {missing}.")
+    taken = {place: iter(_with_even_places(items)) for place, items in found.items()}
+    return [next(taken[place]) for place in plan]
+
+
+def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
+    """The questions of one cell with the answer moved to each place of the list of candidates in turn."""
+    turns: Counter[int] = Counter()
+    moved = []
+    for item in items:
+        question = item.question
+        others = [candidate for candidate in question.candidates if candidate != question.answer]
+        others.insert(turns[len(others)] % (len(others) + 1), question.answer)
+        turns[len(question.candidates) - 1] += 1
+        moved.append(replace(item, question=replace(question, candidates=tuple(others))))
+    return moved
+
+
+def _plan(count: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """(kind, cell) of each question: kinds in turn, and each kind's cells in turn."""
+    turns: Counter[str] = Counter()
+    plan = []
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        plan.append((kind, CELLS[kind][turns[kind] % len(CELLS[kind])]))
+        turns[kind] += 1
+    return plan

@@ -1,0 +1,387 @@
+"""Questions about a clip whose answers the simulation knows exactly, and sets of them that are balanced.
+
+A kind is split into cells (form of the question and class of the answer). Sets hold equally many questions
+of every cell, so that neither the wording nor the commonest answer tells anything. Which colour is which
+object is uniformly random, so kinds answered by naming a digit are balanced by symmetry.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from vot_kernels.data.digitworld.scene import Scene
+from vot_kernels.data.digitworld.truth import frame_of
+from vot_kernels.data.digitworld.world import Hit, Motion
+
+KINDS = ("motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next")
+DIRECTIONS = ("left", "right", "up", "down")
+YES_NO = ("yes", "no")
+MAX_COUNT = {"all hits": 4, "hits": 3, "bounces": 3}
+CELLS: dict[str, tuple[str, ...]] = {
+    "motion": tuple(f"{part}: {d}" for d in DIRECTIONS for part in ("whole", "start", "end")),
+    "did_hit": tuple(f"{part}: {a}" for part in ("whole", "first half", "second half") for a in YES_NO),
+    "count": tuple(f"{form}: {n}" for form, most in MAX_COUNT.items() for n in range(most + 1)),
+    "which_first": ("of one digit", "of two hits"),
+    "causal": ("turn", "needed"),
+    "counterfactual": ("yes: flip", "no: flip", "yes: same", "no: same"),
+    "next": ("next",),
+}
+"""Per kind, the cells that are filled equally. "flip": the counterfactual answer is not the fact."""
+
+AVAILABILITY: dict[str, dict[str, float]] = {
+    "did_hit: first half": {"first half: yes": 0.51, "first half: no": 0.90},
+    "did_hit: second half": {"second half: yes": 0.55, "second half: no": 0.91},
+    "count: all hits": {f"all hits: {n}": p for n, p in enumerate((0.16, 0.29, 0.23, 0.18, 0.09))},
+    "count: hits": {f"hits: {n}": p for n, p in enumerate((0.62, 0.75, 0.49, 0.18))},
+    "count: bounces": {f"bounces: {n}": p for n, p in enumerate((0.62, 0.89, 0.65, 0.18))},
+    "counterfactual": {"yes: flip": 0.29, "no: flip": 0.29, "yes: same": 0.49, "no: same": 0.75},
+}
+"""Share of train clips that admit a cell, where the cells of one form differ; measured on 300 clips."""
+
+HORIZON = 4.0  # seconds past the end within which the next hit must come
+DOMINANCE = 1.5  # a direction of motion outweighs the other axis by this factor
+MIN_MOVED = 0.5  # radii; less is no motion in any direction
+MIN_APART = 2  # frames between two hits whose order is asked
+MIN_MISS = 0.1  # radii of clear space that "does not hit" must leave
+NEAR_MISS = 1.0  # radii of space at most, for a pair that could have hit
+CHANGED = 0.25  # radii by which removing an object must move another one to matter
+WOBBLE = math.radians(1.5)  # answers of re-simulations must survive velocities turned by this much
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with a closed set of answers.
+
+    kind: one of `KINDS`; cell: one of `CELLS[kind]`; candidates: 2 to 5 answers in shuffled order, `answer`
+    among them; flip: a counterfactual whose answer is the opposite of what happened; objects: the track ids
+    named in the text.
+    """
+
+    kind: str
+    text: str
+    candidates: tuple[str, ...]
+    answer: str
+    flip: bool = False
+    cell: str = ""
+    objects: tuple[str, ...] = ()
+
+
+class Facts:
+    """What happened in a clip and what would have happened in others."""
+
+    def __init__(self, scene: Scene, motion: Motion) -> None:
+        self.scene, self.motion = scene, motion
+        self.count = len(scene.digits)
+        self._removed: dict[tuple[int, int], Motion] = {}
+
+    @cached_property
+    def centers(self) -> np.ndarray:
+        """float64 [T, N, 2] px."""
+        return self.motion.centers(np.arange(self.scene.num_frames) / self.scene.fps)
+
+    @cached_property
+    def busy(self) -> set[int]:
+        """Objects that take part in a hit."""
+        return {body for hit in self.motion.hits for body in hit.pair}
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        return itertools.combinations(range(self.count), 2)
+
+    def hits_of(self, *bodies: int) -> list[Hit]:
+        """Hits in which all the given objects take part, by time."""
+        return [hit for hit in self.motion.hits if set(bodies) <= set(hit.pair)]
+
+    def space(self, a: int, b: int, motion: Motion | None = None) -> float:
+        """The least clear space between two objects over the clip, in radii."""
+        return (motion or self.motion).closest(a, b) / self.scene.radius - 2
+
+    def removed(self, body: int, wobble: int = 0) -> Motion:
+        """The clip simulated without one object; `wobble` ±1 turns the velocities a little."""
+        key = body, wobble
+        if key not in self._removed:
+            scene = self.scene.without(body)
+            self._removed[key] = replace(scene, velocities=_turned(scene.velocities, wobble)).simulate()
+        return self._removed[key]
+
+    def hit_without(self, a: int, b: int, body: int) -> bool | None:
+        """Whether a and b would hit each other without `body`; None where a hair's breadth decides."""
+        a, b = a - (a > body), b - (b > body)
+        answers = set()
+        for wobble in (0, 1, -1):
+            motion = self.removed(body, wobble)
+            hit = any(h.pair == (min(a, b), max(a, b)) for h in motion.hits)
+            if not hit and self.space(a, b, motion) < MIN_MISS:
+                return None
+            answers.add(hit)
+        return answers.pop() if len(answers) == 1 else None
+
+    def changed_without(self, other: int, body: int) -> bool:
+        """Whether removing `body` visibly changes the path of `other`."""
+        times = np.arange(self.scene.num_frames) / self.scene.fps
+        path = self.removed(body).centers(times)[:, other - (other > body)]
+        moved = np.linalg.norm(path - self.centers[:, other], axis=1).max()
+        return bool(moved > CHANGED * self.scene.radius)
+
+    def next_partners(self) -> dict[int, int]:
+        """Object -> the object it hits next after the clip, where that is certain within the horizon."""
+        found = [self._partners_after_end(wobble) for wobble in (0, 1, -1)]
+        return {a: b for a, b in found[0].items() if all(other.get(a) == b for other in found[1:])}
+
+    def _partners_after_end(self, wobble: int) -> dict[int, int]:
+        end = self.motion.centers(np.array([self.scene.duration]))[0]
+        scene = replace(self.scene, positions=end, velocities=_turned(self.motion.velocities[-1], wobble))
+        partners: dict[int, int] = {}
+        for hit in scene.simulate(HORIZON).hits:
+            partners.setdefault(hit.a, hit.b)
+            partners.setdefault(hit.b, hit.a)
+        return partners
+
+
+def _turned(velocities: np.ndarray, wobble: int) -> np.ndarray:
+    """Velocities [N, 2] turned by ±WOBBLE, neighbouring objects in opposite senses."""
+    if wobble == 0:
+        return velocities
+    angle = wobble * WOBBLE * (-1.0) ** np.arange(len(velocities))
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = velocities[:, 0], velocities[:, 1]
+    return np.stack([cos * x - sin * y, sin * x + cos * y], axis=1)
+
+
+class Asker:
+    """Writes the questions that a clip admits; the random generator decides order and wording."""
+
+    def __init__(self, facts: Facts, rng: np.random.Generator) -> None:
+        self.facts, self.rng = facts, rng
+        self.names = [f"the {colour} digit" for colour in facts.scene.colours]
+
+    def ask(self, kind: str, cell: str) -> Question | None:
+        """One question of this kind and cell, or None where the clip admits none."""
+        found = list(getattr(self, f"_{kind}")(cell))
+        if not found:
+            return None
+        question = found[self.rng.integers(len(found))]
+        order = self.rng.permutation(len(question.candidates))
+        return replace(question, candidates=tuple(question.candidates[i] for i in order), cell=cell)
+
+    def _question(
+        self,
+        kind: str,
+        text: str,
+        candidates: tuple[str, ...],
+        answer: str,
+        *objects: int,
+        flip: bool = False,
+    ) -> Question:
+        ids = tuple(f"o{body + 1}" for body in objects)
+        return Question(kind, text, candidates, answer, flip, objects=ids)
+
+    def _swap(self, a: int, b: int) -> tuple[int, int]:
+        return (a, b) if self.rng.random() < 0.5 else (b, a)
+
+    def _motion(self, cell: str) -> Iterator[Question]:
+        part, wanted = cell.split(": ")
+        quarter = -(-self.facts.scene.num_frames // 4)
+        first, last = {"whole": (0, -1), "start": (0, quarter - 1), "end": (-quarter, -1)}[part]
+        text = {
+            "whole": "Which way does {} move over the whole clip?",
+            "start": "Which way does {} move at the start of the clip?",
+            "end": "Which way does {} move at the end of the clip?",
+        }[part]
+        moved = (self.facts.centers[last] - self.facts.centers[first]) / self.facts.scene.radius
+        for body, (x, y) in enumerate(moved.tolist()):
+            if direction(x, y) == wanted:
+                yield self._question("motion", text.format(self.names[body]), DIRECTIONS, wanted, body)
+
+    def _did_hit(self, cell: str) -> Iterator[Question]:
+        part, wanted = cell.split(": ")
+        middle, frame = self.facts.scene.duration / 2, 1 / self.facts.scene.fps
+        begin, end = {
+            "whole": (0.0, math.inf),
+            "first half": (0.0, middle),
+            "second half": (middle, math.inf),
+        }[part]
+        for a, b in self.facts.pairs():
+            times = [hit.time for hit in self.facts.hits_of(a, b)]
+            if part != "whole" and any(abs(time - middle) < frame for time in times):
+                continue
+            inside = any(begin <= time < end for time in times)
+            if inside != (wanted == "yes") or (not times and not self._could_have_hit(a, b)):
+                continue
+            first, second = self._swap(a, b)
+            when = "" if part == "whole" else f" in the {part} of the clip"
+            text = f"Does {self.names[first]} hit {self.names[second]}{when}?"
+            yield self._question("did_hit", text, YES_NO, wanted, first, second)
+
+    def _could_have_hit(self, a: int, b: int) -> bool:
+        """A pair that does not hit but could seem to: a near miss, or both hit others."""
+        space = self.facts.space(a, b)
+        return MIN_MISS < space < NEAR_MISS or (space > MIN_MISS and {a, b} <= self.facts.busy)
+
+    def _count(self, cell: str) -> Iterator[Question]:
+        form, wanted = cell.split(": ")
+        candidates = tuple(str(n) for n in range(MAX_COUNT[form] + 1))
+        if form == "all hits":
+            if str(len(self.facts.motion.hits)) == wanted:
+                yield self._question(
+                    "count", "How many times do two digits hit each other?", candidates, wanted
+                )
+            return
+        for body, name in enumerate(self.names):
+            if form == "hits":
+                count = len(self.facts.hits_of(body))
+                text = f"How many times does {name} hit another digit?"
+            else:
+                count = sum(bounce.body == body for bounce in self.facts.motion.bounces)
+                text = f"How many times does {name} bounce off a wall?"
+            if str(count) == wanted:
+                yield self._question("count", text, candidates, wanted, body)
+
+    def _which_first(self, cell: str) -> Iterator[Question]:
+        if cell == "of one digit":
+            yield from self._first_partner()
+        else:
+            yield from self._first_of_two()
+
+    def _first_partner(self) -> Iterator[Question]:
+        fps = self.facts.scene.fps
+        for body, name in enumerate(self.names):
+            moments: dict[int, int] = {}
+            for hit in self.facts.hits_of(body):
+                moments.setdefault(hit.b if hit.a == body else hit.a, frame_of(hit.time, fps))
+            times = list(moments.values())
+            if len(times) >= 2 and times[1] - times[0] >= MIN_APART:
+                partners = list(moments)
+                yield self._question(
+                    "which_first",
+                    f"Which digit does {name} hit first?",
+                    tuple(self.names[p] for p in partners),
+                    self.names[partners[0]],
+                    body,
+                )
+
+    def _first_of_two(self) -> Iterator[Question]:
+        once = [hit for hit in self.facts.motion.hits if len(self.facts.hits_of(*hit.pair)) == 1]
+        for early, late in itertools.combinations(once, 2):
+            if (
+                frame_of(late.time, self.facts.scene.fps) - frame_of(early.time, self.facts.scene.fps)
+                < MIN_APART
+            ):
+                continue
+            claims = []
+            for hit in (early, late):
+                first, second = self._swap(*hit.pair)
+                claims.append(f"{self.names[first]} hits {self.names[second]}")
+            yield self._question("which_first", "Which of these happens first?", tuple(claims), claims[0])
+
+    def _causal(self, cell: str) -> Iterator[Question]:
+        yield from self._cause_of_turn() if cell == "turn" else self._needed_for_hit()
+
+    def _cause_of_turn(self) -> Iterator[Question]:
+        """Whose hit turned an object; the other objects are candidates whether or not they hit it too."""
+        apart = MIN_APART / self.facts.scene.fps
+        for body, name in enumerate(self.names):
+            hits = self.facts.hits_of(body)
+            for hit in hits:
+                if any(other is not hit and abs(other.time - hit.time) < apart for other in hits):
+                    continue
+                cause = hit.b if hit.a == body else hit.a
+                yield self._question(
+                    "causal",
+                    f"Which digit causes {name} to change direction at {hit.time:.1f} s?",
+                    tuple(other for other in self.names if other != name),
+                    self.names[cause],
+                    body,
+                )
+
+    def _needed_for_hit(self) -> Iterator[Question]:
+        """The one object without which a hit would not have happened; found by removing each in turn."""
+        for hit in self.facts.motion.hits:
+            others = [body for body in range(self.facts.count) if body not in hit.pair]
+            if len(others) < 2 or len(self.facts.hits_of(*hit.pair)) != 1:
+                continue
+            still = {body: self.facts.hit_without(*hit.pair, body) for body in others}
+            needed = [body for body in others if still[body] is False]
+            if None in still.values() or len(needed) != 1:
+                continue
+            a, b = self._swap(*hit.pair)
+            yield self._question(
+                "causal",
+                f"Which other digit causes {self.names[a]} to hit {self.names[b]} at {hit.time:.1f} s?",
+                tuple(self.names[body] for body in others),
+                self.names[needed[0]],
+                a,
+                b,
+            )
+
+    def _counterfactual(self, cell: str) -> Iterator[Question]:
+        wanted, change = cell.split(": ")
+        flip = change == "flip"
+        fact = (wanted == "yes") != flip
+        for a, b in self.facts.pairs():
+            if bool(self.facts.hits_of(a, b)) != fact:
+                continue
+            for body in range(self.facts.count):
+                if body in (a, b) or self.facts.hit_without(a, b, body) != (wanted == "yes"):
+                    continue
+                # An object that changes nothing would give the answer away: "as it was".
+                if not (self.facts.changed_without(a, body) or self.facts.changed_without(b, body)):
+                    continue
+                first, second = self._swap(a, b)
+                text = (
+                    f"If {self.names[body]} were not there,"
+                    f" would {self.names[first]} hit {self.names[second]}?"
+                )
+                yield self._question("counterfactual", text, YES_NO, wanted, body, first, second, flip=flip)
+
+    def _next(self, cell: str) -> Iterator[Question]:
+        del cell  # one cell only
+        last = self.facts.motion.times[-1]
+        if self.facts.scene.duration - last < 1.5 / self.facts.scene.fps:
+            return  # the last velocities cannot be seen
+        for body, partner in self.facts.next_partners().items():
+            name = self.names[body]
+            yield self._question(
+                "next",
+                f"After the clip ends, which digit will {name} hit next?",
+                tuple(other for other in self.names if other != name),
+                self.names[partner],
+                body,
+            )
+
+
+def ask_all(scene: Scene, motion: Motion, rng: np.random.Generator) -> tuple[Question, ...]:
+    """At most one question of each kind about a clip.
+
+    The cell is drawn first, and cells that most clips admit are passed over more often, so that over many
+    clips the answers are close to balanced; `generate_questions` balances them exactly.
+    """
+    asker = Asker(Facts(scene, motion), rng)
+    questions = []
+    for kind in KINDS:
+        cell = CELLS[kind][rng.integers(len(CELLS[kind]))]
+        if rng.random() < _kept(kind, cell) and (question := asker.ask(kind, cell)):
+            questions.append(question)
+    return tuple(questions)
+
+
+def _kept(kind: str, cell: str) -> float:
+    """The share of askable questions of a cell to keep: that of the rarest cell of its form over its own."""
+    for form, shares in AVAILABILITY.items():
+        if form.startswith(kind) and cell in shares:
+            return min(shares.values()) / shares[cell]
+    return 1.0
+
+
+def direction(x: float, y: float) -> str | None:
+    """The direction of a displacement in radii (y grows downwards), None if small or between two."""
+    if max(abs(x), abs(y)) < MIN_MOVED:
+        return None
+    if abs(x) > DOMINANCE * abs(y):
+        return "right" if x > 0 else "left"
+    if abs(y) > DOMINANCE * abs(x):
+        return "down" if y > 0 else "up"
+    return None
