@@ -1,0 +1,296 @@
+"""The encoder: packing changes nothing, every part can be switched off, streaming equals the whole clip."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from vot_kernels.models.encoder import PRESETS, VotEncoder, VotEncoderConfig, VotImageProcessor
+from vot_kernels.models.encoder.cost import describe_preset, encoder_cost
+
+GRIDS = [(1, 3, 4), (4, 2, 3), (1, 1, 1), (3, 4, 2)]
+SWITCHES = {
+    "no aoe": {"aoe_every": 0},
+    "all aoe": {"aoe_every": 1},
+    "softmax": {"attention": "softmax"},
+    "linear": {"attention": "linear"},
+    "no full layer": {"full_attention_every": 0},
+    "window per layer": {"window": [0, None, 2]},
+    "no dense residual": {"dense_residual": False},
+    "sparse dense residual": {"residual_dilation": 2, "residual_period": 2},
+    "no size embedding": {"size_embedding": False},
+    "no beta": {"learned_beta": False},
+    "no qk norm": {"qk_norm": False},
+    "no rope": {"rope": False},
+    "rows": {"group": "rows:2"},
+    "blocks": {"group": 5},
+    "causal": {"causal": "frame"},
+    "grouped heads": {"num_key_value_heads": 1},
+    "elu": {"feature_map": "elu"},
+}
+
+
+def tiny(**overrides) -> VotEncoderConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    return VotEncoderConfig(
+        **{**sizes, "patch_size": 2, "expert_rank": 8, "full_attention_every": 3, **overrides}
+    )
+
+
+def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
+    torch.manual_seed(seed)
+    model = VotEncoder(config).double().eval()
+    for name, parameter in model.named_parameters():  # leave no part at its neutral start
+        if "beta" in name or "residual" in name or "size_embedding" in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(grids, seed: int = 1, numbers: int = 12):
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.tensor(grids)
+    pixels = torch.randn(int(grid.prod(1).sum()), numbers, generator=generator, dtype=torch.float64)
+    return pixels, grid, torch.arange(1.0, len(grids) + 1).double()
+
+
+@pytest.mark.parametrize("overrides", SWITCHES.values(), ids=SWITCHES.keys())
+def test_packed_equals_one_by_one(overrides):
+    model = make(tiny(**overrides))
+    pixels, grid, fps = inputs(GRIDS)
+    packed = model(pixels, grid, fps)
+    parts = pixels.split(grid.prod(1).tolist())
+    alone = [model(part, grid[i : i + 1], fps[i : i + 1]) for i, part in enumerate(parts)]
+    torch.testing.assert_close(
+        packed.last_hidden_state, torch.cat([out.last_hidden_state for out in alone]), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        packed.pooler_output, torch.cat([out.pooler_output for out in alone]), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_packed_gradients_equal_one_by_one():
+    model = make(tiny())
+    pixels, grid, fps = inputs(GRIDS)
+    weight = torch.randn(len(pixels), 32, dtype=torch.float64)
+
+    def gradients(chunks):
+        model.zero_grad()
+        for rows, clips in chunks:
+            out = model(pixels[rows], grid[clips], fps[clips]).last_hidden_state
+            (out * weight[rows]).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    bounds = np.concatenate([[0], grid.prod(1).cumsum(0).numpy()])
+    together = gradients([(slice(None), slice(None))])
+    alone = gradients(
+        [(slice(a, b), slice(i, i + 1)) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    )
+    assert together.keys() == alone.keys()
+    for name in together:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("poison", [1e3, float("nan")])
+def test_a_poisoned_image_leaves_the_others_bit_equal(poison):
+    model = make(tiny(aoe_every=0))
+    clean, dirty, others = poisoned_pair(model, poison)
+    assert torch.equal(clean[others], dirty[others])
+
+
+@pytest.mark.parametrize("poison", [1e3, float("nan")])
+def test_a_poisoned_image_leaves_the_others_alone_with_experts(poison):
+    # The poisoned tokens change how many rows each expert's matrix product has, hence its last bit, not more.
+    clean, dirty, others = poisoned_pair(make(tiny(aoe_every=1)), poison)
+    torch.testing.assert_close(clean[others], dirty[others], rtol=1e-12, atol=1e-12)
+
+
+def poisoned_pair(model, poison):
+    pixels, grid, fps = inputs(GRIDS)
+    clean = model(pixels, grid, fps).last_hidden_state
+    pixels[12:36] *= poison  # the second clip
+    dirty = model(pixels, grid, fps).last_hidden_state
+    assert not torch.equal(clean[12:36], dirty[12:36])
+    return clean, dirty, torch.cat([torch.arange(12), torch.arange(36, len(pixels))])
+
+
+def test_positions_restart_and_matter():
+    model = make(tiny(size_embedding=False))
+    pixels, _, _ = inputs([(1, 2, 3), (1, 2, 3)])
+    twice = torch.cat([pixels[:6], pixels[:6]])
+    out = model(twice, torch.tensor([(1, 2, 3), (1, 2, 3)])).last_hidden_state
+    torch.testing.assert_close(out[:6], out[6:], rtol=1e-9, atol=1e-9)
+    flipped = model(pixels[:6].flip(0), torch.tensor([(1, 2, 3)])).last_hidden_state.flip(0)
+    assert (flipped - out[:6]).abs().max() > 1e-3
+
+
+def test_every_parameter_learns():
+    model = make(tiny(aoe_every=1))
+    pixels, grid, fps = inputs(GRIDS)
+    out = model(pixels, grid, fps)
+    (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # The last depth-weighted average of each block's own sources is read; nothing may be left out.
+    assert silent == []
+
+
+def test_a_learned_part_changes_the_output():
+    pixels, grid, fps = inputs(GRIDS)
+    model = make(tiny())
+    before = model(pixels, grid, fps).last_hidden_state
+    assert (model(pixels, grid, fps * 7).last_hidden_state - before).abs().max() > 1e-4  # frames per second
+    model.blocks[0].attention.beta.data.fill_(-torch.inf)
+    assert (model(pixels, grid, fps).last_hidden_state - before).abs().max() > 1e-4  # the far part
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"window": 0}, {"window": 2}, {"aoe_every": 0, "dense_residual": False}]
+)
+def test_streaming_equals_the_whole_clip(overrides):
+    model = make(tiny(causal="frame", full_attention_every=0, **overrides))
+    pixels, grid, fps = inputs([(7, 3, 2)])
+    with torch.no_grad():
+        whole = model(pixels, grid, fps).last_hidden_state
+        state = model.start_stream()
+        frames = []
+        for frame in pixels.split(6):
+            out, state = model.stream(frame, (3, 2), state, fps=1.0)
+            frames.append(out)
+    torch.testing.assert_close(torch.cat(frames), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_causal_frames_do_not_see_later_ones():
+    model = make(tiny(causal="frame"))
+    pixels, grid, fps = inputs([(5, 2, 2)])
+    before = model(pixels, grid, fps).last_hidden_state
+    pixels[12:] += 1.0
+    after = model(pixels, grid, fps).last_hidden_state
+    assert torch.equal(before[:12], after[:12])
+    assert not torch.allclose(before[12:], after[12:])
+
+
+def test_stream_state_does_not_grow():
+    model = make(tiny(causal="frame", full_attention_every=0, num_hidden_layers=2)).float()
+
+    def numbers(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.untyped_storage().nbytes()
+        if isinstance(value, list | tuple):
+            return sum(map(numbers, value))
+        return sum(map(numbers, vars(value).values())) if hasattr(value, "__dict__") else 0
+
+    state = model.start_stream()
+    sizes = []
+    with torch.no_grad():
+        for frame in range(300):
+            _, state = model.stream(torch.randn(2, 12), (1, 2), state)
+            if frame in (3, 299):
+                sizes.append(numbers(state))
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_streaming_is_refused_where_memory_would_grow():
+    with pytest.raises(ValueError, match="full_attention_every=0"):
+        VotEncoder(tiny(causal="frame")).start_stream()
+    with pytest.raises(ValueError, match='causal="frame"'):
+        VotEncoder(tiny()).start_stream()
+
+
+def test_save_and_load(tmp_path):
+    model = make(tiny(aoe_every=1)).float()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    again = VotEncoder.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = inspect.signature(VotEncoderConfig.__init__).parameters.keys() - {"self", "kwargs"}
+    assert all(getattr(again.config, name) == getattr(model.config, name) for name in ours)
+    pixels, grid, fps = inputs(GRIDS)
+    args = (pixels.float(), grid, fps.float())
+    assert torch.equal(model(*args).last_hidden_state, again(*args).last_hidden_state)
+    AutoConfig.register("vot_encoder", VotEncoderConfig, exist_ok=True)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), VotEncoderConfig)
+
+
+def test_presets():
+    sizes = {name: encoder_cost(VotEncoderConfig.preset(name), (1, 4, 4)).parameters for name in PRESETS}
+    assert sizes["nano"] <= 1_500_000
+    assert list(sizes.values()) == sorted(sizes.values())
+    assert "GFLOP" in describe_preset("nano")["text"]
+    with pytest.raises(ValueError, match="nano, small, base, large"):
+        VotEncoderConfig.preset("huge")
+
+
+def test_cost_of_attention_counts_pairs():
+    config = tiny(num_hidden_layers=1, window=[1], full_attention_every=0)
+    cost = encoder_cost(config, (4, 1, 2))  # four groups of two tokens: reach 2, 3, 3, 2 groups
+    pairs = 2 * (4 + 6 + 6 + 4)
+    far = 4 * 8 * 32 * 16
+    assert cost.attention_flops == 4 * pairs * 32 + far
+    assert cost.dense_attention_flops == 4 * 8 * 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 33}, "multiple"),
+        ({"attention": "magic"}, "attention must be"),
+        ({"causal": "token"}, "causal must be"),
+        ({"causal": "frame", "group": 4}, 'group="frame"'),
+        ({"window": [1, 1]}, "window lists 2"),
+    ],
+)
+def test_bad_configurations(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)
+
+
+def test_bad_inputs():
+    model = make(tiny())
+    pixels, grid, _ = inputs(GRIDS)
+    with pytest.raises(ValueError, match=r"pixel_values must have the shape \[61, 12\]"):
+        model(pixels[:-1], grid)
+
+
+class TestProcessor:
+    def test_mixed_sizes(self):
+        processor = VotImageProcessor(patch_size=8, max_pixels=64 * 64, min_pixels=32 * 32)
+        wide = np.zeros((3, 100, 300, 3), np.uint8)
+        small = np.zeros((20, 10, 3), np.uint8)
+        batch = processor([wide, small], fps=[8.0, 0.0])
+        grids = batch["image_grid_thw"].tolist()
+        assert grids[0][0] == 3 and grids[1][0] == 1
+        assert all(32 * 32 * 0.6 <= h * w * 64 <= 64 * 64 for _, h, w in grids)
+        assert batch["pixel_values"].shape == (sum(t * h * w for t, h, w in grids), 192)
+        assert grids[0][2] / grids[0][1] == pytest.approx(3, rel=0.35)
+
+    def test_values_and_order(self):
+        processor = VotImageProcessor(patch_size=2, min_pixels=1, max_pixels=64)
+        image = np.zeros((4, 4, 3), np.uint8)
+        image[:2, 2:] = 255  # the second patch is white
+        batch = processor([image])
+        assert torch.equal(batch["pixel_values"].mean(1), torch.tensor([-1.0, 1.0, -1.0, -1.0]))
+
+    def test_size_limits_hold_for_extreme_shapes(self):
+        processor = VotImageProcessor(patch_size=8, max_pixels=64 * 64)
+        for height, width in [(1, 5000), (5000, 1), (7, 9), (64, 64), (719, 1281)]:
+            h, w = processor.target_size(height, width)
+            assert h % 8 == w % 8 == 0 and 0 < h * w <= 64 * 64
+
+    def test_save_and_load(self, tmp_path):
+        VotImageProcessor(patch_size=4, max_pixels=123).save_pretrained(tmp_path)
+        again = VotImageProcessor.from_pretrained(tmp_path)
+        assert (again.patch_size, again.max_pixels) == (4, 123)
+
+    @pytest.mark.parametrize(
+        ("images", "options", "message"),
+        [
+            ([], {}, "at least one"),
+            (np.zeros((4, 4), np.uint8), {}, "must be uint8"),
+            (np.zeros((4, 4, 3), np.float32), {}, "float32"),
+            ([np.zeros((4, 4, 3), np.uint8)], {"fps": [1.0, 2.0]}, "fps lists 2"),
+            ([np.zeros((4, 4, 3), np.uint8)], {"return_tensors": "np"}, "return_tensors"),
+        ],
+    )
+    def test_bad_inputs(self, images, options, message):
+        with pytest.raises(ValueError, match=message):
+            VotImageProcessor(patch_size=2)(images, **options)

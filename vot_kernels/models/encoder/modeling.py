@@ -1,0 +1,243 @@
+"""The packed long-sequence image encoder: hybrid attention, AoE, dense residuals, size-aware embedding."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vot_kernels.models.encoder.configuration import VotEncoderConfig
+from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
+from vot_kernels.nn.dense_residual import DenseResidual
+from vot_kernels.nn.hybrid_attention import HybridAttention
+from vot_kernels.nn.linear_attention import LinearAttention
+from vot_kernels.nn.mlp import SwiGLU
+from vot_kernels.nn.pooling import PackedAttentionPooling
+from vot_kernels.nn.rotary import RotaryEmbedding
+from vot_kernels.nn.size_aware_embedding import SizeAwareEmbedding
+from vot_kernels.ops.hybrid_attention import HybridAttentionState
+from vot_kernels.packing import PackedLayout
+
+
+@dataclass
+class VotEncoderOutput(ModelOutput):
+    """What the encoder returns; rows are packed in the order of the input.
+
+    Attributes:
+        last_hidden_state: `[tokens, hidden_size]`.
+        pooler_output: `[clips, hidden_size]`, attention-pooled; zero for an empty clip.
+        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them).
+        hidden_states: the embedding and the output of every block, if asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    balance_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class VotEncoderBlock(nn.Module):
+    """Pre-norm block: hybrid attention, then AoE or a dense SwiGLU."""
+
+    def __init__(self, config: VotEncoderConfig, layer: int):
+        super().__init__()
+        width = config.hidden_size
+        self.attention_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.attention = _attention(config, config.layer_windows[layer])
+        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.mlp: nn.Module
+        if config.is_aoe(layer):
+            self.mlp = AutonomyOfExperts(
+                width,
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_tok,
+                rank=config.expert_rank,
+                d_ffn=config.intermediate_size // config.num_experts_per_tok,
+                weighting=config.aoe_weighting,
+            )
+        else:
+            self.mlp = SwiGLU(width, config.intermediate_size)
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """`[tokens, hidden_size]` to the same."""
+        x = x + self.attention(self.attention_norm(x), layout)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def step(
+        self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None
+    ) -> tuple[Tensor, HybridAttentionState]:
+        """One frame of a stream; the attention's state is carried."""
+        attended, state = self.attention.step(self.attention_norm(x), layout, state)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention:
+    options: dict[str, Any] = {
+        "num_kv_heads": config.num_key_value_heads,
+        "feature_map": config.feature_map,
+        "qk_norm": config.qk_norm,
+        "rotary": RotaryEmbedding(config.rope_theta) if config.rope else None,
+    }
+    if config.attention == "linear":
+        return LinearAttention(config.hidden_size, config.num_attention_heads, **options)
+    causal = "group" if config.causal == "frame" else None
+    attention = HybridAttention(
+        config.hidden_size, config.num_attention_heads, window=window, causal=causal, **options
+    )
+    if not config.learned_beta:
+        attention.beta = None
+    return attention
+
+
+class VotEncoderPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by models with a `VotEncoder`."""
+
+    config_class = VotEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each module knows how to initialise itself; what was loaded is left alone."""
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+            reset()
+
+
+@dataclass
+class VotStreamState:
+    """What a frame-causal encoder carries from frame to frame; its size does not grow.
+
+    Attributes:
+        frame: frames seen so far.
+        layers: the attention state of each block.
+    """
+
+    frame: int
+    layers: list[HybridAttentionState | None]
+
+
+class VotEncoder(VotEncoderPreTrainedModel):
+    """Encodes images and clips of any size, packed into one sequence, into one vector per patch.
+
+    Packing is exact: no token sees another clip, and positions restart in each clip.
+    """
+
+    config: VotEncoderConfig
+
+    def __init__(self, config: VotEncoderConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.patch_embedding = nn.Linear(config.patch_numbers, width)
+        self.size_embedding: SizeAwareEmbedding | None = (
+            SizeAwareEmbedding(width, use_frames=config.causal is None) if config.size_embedding else None
+        )
+        self.blocks = nn.ModuleList(VotEncoderBlock(config, i) for i in range(config.num_hidden_layers))
+        self.residual: DenseResidual | None = (
+            DenseResidual(
+                config.num_hidden_layers, dilation=config.residual_dilation, period=config.residual_period
+            )
+            if config.dense_residual
+            else None
+        )
+        self.norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.pooling = PackedAttentionPooling(width, config.pooling_heads)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        fps: Tensor | None = None,
+        layout: PackedLayout | None = None,
+        output_hidden_states: bool = False,
+    ) -> VotEncoderOutput:
+        """Encode packed clips.
+
+        Args:
+            pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
+            image_grid_thw: integer `[clips, 3]`, (frames, height, width) in patches.
+            fps: float `[clips]`, frames per second, 0 for images; None is all 0.
+            layout: built once from the grid if the same packing is used again.
+            output_hidden_states: return the embedding and every block's output too.
+        """
+        layout = self.layout(image_grid_thw, pixel_values.device) if layout is None else layout
+        self._check(pixel_values, layout)
+        x = self._embed(pixel_values, layout, fps)
+        states = [x]
+        history = self._history(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, layout)
+            if self.residual is not None:
+                x = self.residual(x, i + 1, history)
+            if output_hidden_states:
+                states.append(x)
+        x = self.norm(x)
+        return VotEncoderOutput(
+            last_hidden_state=x,
+            pooler_output=self.pooling(x, layout),
+            balance_loss=self._balance_loss(x),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
+        """The packed layout of a batch, with this encoder's groups."""
+        return PackedLayout.from_grid_thw(image_grid_thw, self.config.group, device)
+
+    def start_stream(self) -> VotStreamState:
+        """The state before the first frame of a stream; needs `causal="frame"` and no full-attention layer."""
+        if self.config.causal != "frame":
+            raise ValueError('Streaming needs an encoder with causal="frame".')
+        full = [i for i, window in enumerate(self.config.layer_windows) if window is None]
+        if full:
+            raise ValueError(
+                f"Streaming needs bounded windows, but layers {full} attend to every past frame; "
+                "set full_attention_every=0."
+            )
+        return VotStreamState(0, [None] * len(self.blocks))
+
+    def stream(
+        self, pixel_values: Tensor, grid_hw: tuple[int, int], state: VotStreamState, fps: float = 0.0
+    ) -> tuple[Tensor, VotStreamState]:
+        """Encode the next frame: `[h * w, C * tp * p * p]` to `[h * w, hidden_size]` and the new state.
+
+        Frame by frame this equals `forward` on the whole clip, with memory that does not grow.
+        """
+        grid = torch.tensor([[1, *grid_hw]])
+        layout = self.layout(grid, pixel_values.device)
+        self._check(pixel_values, layout)
+        x = self._embed(pixel_values, layout, torch.tensor([fps], device=pixel_values.device))
+        now = layout.positions + layout.positions.new_tensor([state.frame, 0, 0])
+        layout = replace(layout, positions=now)
+        history = self._history(x)
+        layers: list[HybridAttentionState | None] = []
+        for i, (block, carried) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            assert isinstance(block, VotEncoderBlock)
+            x, carried = block.step(x, layout, carried)
+            layers.append(carried)
+            if self.residual is not None:
+                x = self.residual(x, i + 1, history)
+        return self.norm(x), VotStreamState(state.frame + 1, layers)
+
+    def _history(self, x: Tensor) -> dict[int, Tensor]:
+        return {} if self.residual is None else self.residual.start(x)
+
+    def _embed(self, pixel_values: Tensor, layout: PackedLayout, fps: Tensor | None) -> Tensor:
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        return x if self.size_embedding is None else self.size_embedding(x, layout, fps)
+
+    def _balance_loss(self, like: Tensor) -> Tensor:
+        experts = [m for m in self.blocks.modules() if isinstance(m, AutonomyOfExperts)]
+        losses = [m.balance_loss for m in experts if m.balance_loss is not None]
+        return torch.stack(losses).mean() if losses else like.new_zeros(())
+
+    def _check(self, pixel_values: Tensor, layout: PackedLayout) -> None:
+        expected = [layout.num_tokens, self.config.patch_numbers]
+        if list(pixel_values.shape) != expected:
+            raise ValueError(
+                f"pixel_values must have the shape {expected} (patches of image_grid_thw, numbers in a patch), "
+                f"got {list(pixel_values.shape)}."
+            )

@@ -1,0 +1,39 @@
+"""Pooling packed tokens into one vector per segment."""
+
+import torch
+from torch import Tensor, nn
+
+from vot_kernels.packing import PackedLayout
+
+
+class PackedAttentionPooling(nn.Module):
+    """Attention pooling per segment: a learned query per head weighs the tokens of each segment.
+
+    Args:
+        width: of the tokens and of the pooled vector; a multiple of `heads`.
+        heads: independent weightings, each pooling its share of the values.
+    """
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of {heads} heads.")
+        self.score = nn.Linear(width, heads, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """`[tokens, width]` to `[segments, width]`; an empty segment pools to zero."""
+        owner = layout.token_segments
+        x = x[: layout.num_tokens]
+        score = self.score(x).float()
+        segments, heads = layout.num_segments, score.shape[1]
+        index = owner[:, None].expand(-1, heads)
+        top = score.new_full((segments, heads), -torch.inf)
+        top = top.scatter_reduce(0, index, score.detach(), "amax")
+        weight = (score - top[owner]).exp()
+        total = weight.new_zeros(segments, heads).index_add(0, owner, weight)
+        weight = weight / total[owner]
+        value = self.value(x).unflatten(-1, (heads, -1)) * weight[..., None].to(x.dtype)
+        pooled = value.new_zeros(segments, *value.shape[1:]).index_add(0, owner, value)
+        return self.out(pooled.flatten(1))

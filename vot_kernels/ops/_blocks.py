@@ -1,0 +1,129 @@
+"""Equally long runs of rows of a packed buffer, worked on as one batch.
+
+The torch backend has no kernel that takes ragged ranges, so it sorts the ranges of a packing into blocks of
+equal shape. Buffers here are head-major, `[heads, tokens, width]`, so that the rows of a run are contiguous.
+Where the runs are evenly spaced (groups of one size, overlapping windows) they are strided views: no copy.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Runs of `length` rows that begin at `starts` (ascending), on tensors of `device`.
+
+    A single rule makes writes deterministic: values are added only between runs that do not overlap.
+    """
+
+    starts: np.ndarray
+    length: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all runs together."""
+        return len(self) * self.length
+
+    def take(self, buffer: Tensor) -> Tensor:
+        """`[heads, runs, length, width]`: a view where the runs are evenly spaced, else a copy."""
+        if self._step is not None:
+            return self._view(buffer)
+        runs = buffer.index_select(1, self._rows)
+        return runs.view(buffer.shape[0], len(self), self.length, buffer.shape[2])
+
+    def put(self, buffer: Tensor, values: Tensor) -> None:
+        """Write `[heads, runs, length, width]` into the rows of `buffer`; the runs must not overlap."""
+        if self._step is not None:
+            self._view(buffer).copy_(values)
+        else:
+            buffer.index_copy_(1, self._rows, values.flatten(1, 2))
+
+    def add(self, buffer: Tensor, values: Tensor) -> None:
+        """Add `[heads, runs, length, width]` to the rows of `buffer`, overlapping runs in turn."""
+        for part, runs in self._disjoint:
+            if runs._step is not None:
+                runs._view(buffer).add_(values[:, part])
+            else:
+                total = runs.take(buffer).add_(values[:, part])
+                buffer.index_copy_(1, runs._rows, total.flatten(1, 2))
+
+    def _view(self, buffer: Tensor) -> Tensor:
+        heads, _, width = buffer.shape
+        head_stride, row_stride, stride = buffer.stride()
+        assert self._step is not None
+        return buffer.as_strided(
+            (heads, len(self), self.length, width),
+            (head_stride, self._step * row_stride, row_stride, stride),
+            buffer.storage_offset() + int(self.starts[0]) * row_stride,
+        )
+
+    @cached_property
+    def _step(self) -> int | None:
+        """Rows from one run to the next, None if it varies."""
+        if len(self) == 1:
+            return self.length
+        steps = np.diff(self.starts)
+        return int(steps[0]) if (steps == steps[0]).all() else None
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        rows = self.starts[:, None] + np.arange(self.length)
+        return torch.from_numpy(rows.reshape(-1)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def _disjoint(self) -> list[tuple[slice, "Blocks"]]:
+        """Every c-th run, c times, for the least c with which no two of them overlap."""
+        ends = self.starts + self.length
+        apart = 1
+        while (self.starts[apart:] < ends[:-apart]).any():
+            apart += 1
+        if apart == 1:
+            return [(slice(None), self)]
+        parts = [slice(i, None, apart) for i in range(apart)]
+        return [(part, Blocks(self.starts[part], self.length, self.device)) for part in parts]
+
+
+def bucket(columns: np.ndarray) -> list[np.ndarray]:
+    """Row indices of the integer array `columns` `[rows, columns]`, one ascending array per distinct row."""
+    if not len(columns):
+        return []
+    _, which, counts = np.unique(columns, axis=0, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(which.reshape(-1), kind="stable"), np.cumsum(counts)[:-1])
+
+
+def to_heads(x: Tensor, tokens: int) -> Tensor:
+    """`[tokens, heads, d]` without slack as contiguous `[heads, tokens, d]` in at least float32."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return x[:tokens].transpose(0, 1).to(compute, memory_format=torch.contiguous_format).contiguous()
+
+
+def to_tokens(x: Tensor, like: Tensor, dtype: torch.dtype | None = None, fill: float = 0.0) -> Tensor:
+    """`[heads, tokens, d]` as `[rows of like, heads, d]` in its dtype; slack rows are `fill`."""
+    tokens = x.shape[1]
+    rows = like.new_empty(like.shape, dtype=dtype or like.dtype)
+    rows[:tokens] = x.transpose(0, 1)
+    rows[tokens:] = fill
+    return rows
+
+
+def append_column(x: Tensor, value: float) -> Tensor:
+    """x with one more column of `value`."""
+    return torch.nn.functional.pad(x, (0, 1), value=value)
+
+
+def repeat_heads(x: Tensor, repeats: int) -> Tensor:
+    """Each key head once per query head that shares it."""
+    return x if repeats == 1 else x.repeat_interleave(repeats, 0)
+
+
+def fold_heads(x: Tensor, repeats: int) -> Tensor:
+    """The adjoint of `repeat_heads`."""
+    return x if repeats == 1 else x.unflatten(0, (-1, repeats)).sum(1)
