@@ -1,0 +1,121 @@
+"""The perception model: a packed clip goes in, a spatial-temporal scene graph comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderPreTrainedModel
+from vot_kernels.models.perception.configuration import VotPerceptionConfig
+from vot_kernels.models.perception.head import HeadOutput, STSGHead
+from vot_kernels.ops.pack_patches import unpack_patches
+
+
+@dataclass
+class VotPerceptionOutput(ModelOutput):
+    """What the model saw.
+
+    Attributes:
+        clips: a `HeadOutput` per bucket of clips with equal grids.
+        clip_index: for each bucket the positions of its clips in the input.
+        pooler_output: `[clips, hidden_size]`, the encoder's pooled clip embeddings.
+        domain_distance: `[clips]`, Mahalanobis distance of each clip's mean token from the training clips'.
+        balance_loss: mean auxiliary load-balance loss of the AoE blocks.
+    """
+
+    clips: list[HeadOutput] | None = None
+    clip_index: list[Tensor] | None = None
+    pooler_output: Tensor | None = None
+    domain_distance: Tensor | None = None
+    balance_loss: Tensor | None = None
+
+
+class VotPerceptionModel(VotEncoderPreTrainedModel):
+    """`VotEncoder` with an STSG head.
+
+    It knows what it was trained on: the mean and the precision of the clips' mean tokens are kept with the
+    weights, and a clip further away than `domain_threshold` (Mahalanobis distance; Lee et al., 2018) is
+    reported as outside of the checkpoint's domain.
+    """
+
+    config: VotPerceptionConfig
+    config_class = VotPerceptionConfig  # type: ignore[assignment]
+    base_model_prefix = "perception"
+
+    def __init__(self, config: VotPerceptionConfig):
+        super().__init__(config)
+        self.encoder = VotEncoder(config.encoder)
+        self.head = STSGHead(config)
+        width = config.encoder.hidden_size
+        self.domain_mean = nn.Buffer(torch.zeros(width))
+        self.domain_precision = nn.Buffer(torch.eye(width))
+        self.domain_threshold = nn.Buffer(torch.tensor(float("inf")))
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> VotPerceptionOutput:
+        """See the clips.
+
+        Args:
+            pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
+            image_grid_thw: int64 `[clips, 3]`.
+            fps: float32 `[clips]`, frames per second.
+        """
+        seen = self.encoder(pixel_values, image_grid_thw, fps=fps)
+        config = self.config.encoder
+        frames = unpack_patches(
+            pixel_values, image_grid_thw, config.patch_size, temporal_patch_size=config.temporal_patch_size
+        )
+        tokens = seen.last_hidden_state.split(image_grid_thw.prod(1).tolist())
+        buckets: dict[tuple[int, int, int], list[int]] = {}
+        for index, grid in enumerate(image_grid_thw.tolist()):
+            buckets.setdefault((grid[0], grid[1], grid[2]), []).append(index)
+        outputs = [
+            self.head(
+                torch.stack([tokens[i] for i in clips]),
+                grid,
+                torch.stack([frames[i][:: config.temporal_patch_size] for i in clips]),
+            )
+            for grid, clips in buckets.items()
+        ]
+        mean_tokens = _segment_means(seen.last_hidden_state, image_grid_thw)
+        return VotPerceptionOutput(
+            clips=outputs,
+            clip_index=[torch.tensor(clips) for clips in buckets.values()],
+            pooler_output=seen.pooler_output,
+            domain_distance=self.domain_distance(mean_tokens),
+            balance_loss=seen.balance_loss,
+        )
+
+    def mean_tokens(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> Tensor:
+        """The mean token of each clip, `[clips, hidden_size]`: what `fit_domain` takes."""
+        seen = self.encoder(pixel_values, image_grid_thw, fps=fps)
+        return _segment_means(seen.last_hidden_state, image_grid_thw)
+
+    def domain_distance(self, mean_tokens: Tensor) -> Tensor:
+        """Mahalanobis distance of `[clips, hidden_size]` mean tokens from those of training: `[clips]`."""
+        offset = (mean_tokens - self.domain_mean).float()
+        return torch.einsum("bi,ij,bj->b", offset, self.domain_precision.float(), offset).clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def fit_domain(self, mean_tokens: Tensor, held_out: Tensor, quantile: float = 0.995) -> None:
+        """Set the domain from training clips, and its limit from held-out clips, `[clips, hidden_size]` each.
+
+        The limit is the `quantile` of the held-out distances, doubled: new digits are no new domain.
+        """
+        self.domain_mean.copy_(mean_tokens.mean(0))
+        covariance = torch.cov(mean_tokens.double().T)
+        shrunk = covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        self.domain_precision.copy_(torch.linalg.inv(shrunk))
+        self.domain_threshold.copy_(2 * self.domain_distance(held_out).quantile(quantile))
+
+    @property
+    def num_parameters_by_part(self) -> dict[str, int]:
+        """Parameters of the encoder and of the head."""
+        parts: Sequence[tuple[str, nn.Module]] = (("encoder", self.encoder), ("head", self.head))
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
+
+
+def _segment_means(tokens: Tensor, grid: Tensor) -> Tensor:
+    return torch.stack([part.mean(0) for part in tokens.split(grid.prod(1).tolist())])

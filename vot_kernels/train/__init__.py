@@ -1,0 +1,1 @@
+"""Training stages; each saves atomically and resumes bit-equal."""

@@ -1,0 +1,79 @@
+"""Training state on disk: one folder a checkpoint, complete or absent, safetensors and JSON only."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_PREFIX = "checkpoint-"
+
+
+def save_state(
+    out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> Path:
+    """Write `out/checkpoint-<step>`, then delete older checkpoints. A killed run leaves the older one whole."""
+    target = out / f"{_PREFIX}{step}"
+    draft = out / f".{target.name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, draft / "model.safetensors")
+    save_file(_flatten(optimizer), draft / "optimizer.safetensors")
+    (draft / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    for other in _checkpoints(out):
+        if other != target:
+            shutil.rmtree(other, ignore_errors=True)
+    return target
+
+
+def load_state(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+) -> int:
+    """Restore the newest checkpoint under `out`; returns its step, 0 if there is none.
+
+    Raises:
+        ValueError: the checkpoint was made with other settings, which are named.
+    """
+    found = _checkpoints(out)
+    if not found:
+        return 0
+    folder = found[-1]
+    state = json.loads((folder / "state.json").read_text())
+    saved = state["settings"]
+    differing = sorted(key for key in saved.keys() | settings.keys() if saved.get(key) != settings.get(key))
+    if differing:
+        changes = ", ".join(f"{key} was {saved.get(key)}, now {settings.get(key)}" for key in differing)
+        raise ValueError(f"{folder} cannot be resumed with other settings: {changes}.")
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    _unflatten(optimizer, load_file(folder / "optimizer.safetensors"))
+    return int(state["step"])
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in out.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in state.items()
+        for name, value in entry.items()
+    }
+
+
+def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
