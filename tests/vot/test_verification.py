@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 
 from tests.vot.world import track
-from vot_kernels.models.stsg.graph import Event
+from vot_kernels.models.stsg.graph import STSG, Box, Event, Tracklet, Vocabulary
 from vot_kernels.vot.names import find_tracklets
 from vot_kernels.vot.steps import kind_of
 from vot_kernels.vot.types import Task
-from vot_kernels.vot.verification import check, confidence, perception_score
+from vot_kernels.vot.verification import check, confidence, part_in_question, perception_score
 
 S, C, U = "supported", "contradicted", "uncheckable"
 
@@ -133,3 +133,22 @@ def test_perception_score(world, empty):
     assert perception_score(world, ["o1"]) == pytest.approx(0.9)
     assert perception_score(world, []) == pytest.approx(2.9 / 3)
     assert perception_score(empty, []) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("question", "frames"),
+    [
+        ("Does it move in the first half of the clip?", (0, 4)),
+        ("Does it move in the second half of the video?", (5, 9)),
+        ("Which way does it move at the start of the clip?", (0, 2)),
+        ("Which way does it move at the end of the clip?", (7, 9)),
+        ("Which way does it move?", (0, 9)),
+    ],
+)
+def test_a_part_of_the_clip_is_judged_by_its_own_graph(question, frames):
+    boxes = {k: (Box(0.1 * k, 0.2, 0.1 * k + 0.1, 0.3), 1.0) for k in range(10)}
+    events = tuple(Event("bounces", k, ("o1",)) for k in range(10))
+    graph = STSG(tuple(float(k) for k in range(10)), (Tracklet("o1", "ball", (), boxes),), (), events, Vocabulary(), "")
+    part = part_in_question(question, graph)
+    assert (part.tracklets[0].frames[0], part.tracklets[0].frames[-1]) == frames
+    assert [e.t for e in part.events] == list(range(frames[0], frames[1] + 1))

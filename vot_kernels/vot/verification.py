@@ -21,6 +21,13 @@ MOVED = 0.04  # fractions of the frame; below, a displacement says nothing about
 OUT_OF_DOMAIN_CONFIDENCE = 0.1  # upper bound
 _STILL = re.compile(r"\b(not mov\w*|still|stationary|stays?|does not|doesn't)\b")
 _TIMED = re.compile(r"\b(before|after|while|during|until|since|at \d|second time|then)\b")
+_PARTS = (
+    (re.compile(r"\bfirst half of the (clip|video)\b"), 0.0, 0.5),
+    (re.compile(r"\bsecond half of the (clip|video)\b"), 0.5, 1.0),
+    (re.compile(r"\b(start|beginning) of the (clip|video)\b"), 0.0, 0.25),
+    (re.compile(r"\bend of the (clip|video)\b"), 0.75, 1.0),
+)
+"""Wordings for a part of a clip: the shares of its duration where it begins and ends."""
 _NEGATED = re.compile(r"\b(not|never|no|without)\b|n't\b")
 
 
@@ -30,8 +37,20 @@ def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> Gr
     "supported" and "contradicted" mean that the graph, as perceived, says so; everything about causes, about
     what would or will happen, and every wording not understood is "uncheckable".
     """
-    verdict, reason = _judge(task, answer, candidates, graph)
+    verdict, reason = _judge(task, answer, candidates, part_in_question(task.question, graph))
     return GroundingCheck(answer, verdict, reason)
+
+
+def part_in_question(question: str, graph: STSG) -> STSG:
+    """The graph of the part of the clip that the question names, or the whole graph."""
+    times = graph.frame_times_s
+    for wording, begin, end in _PARTS:
+        if times and wording.search(fold(question)):
+            at = [times[0] + share * (times[-1] - times[0]) for share in (begin, end)]
+            # The middle belongs to the later part, the last frame to the last.
+            inside = [k for k, t in enumerate(times) if at[0] <= t and (t < at[1] or end == 1.0)]
+            return graph.subgraph(None, inside[0], inside[-1]) if inside else graph
+    return graph
 
 
 def confidence(score: float, verdict: Verdict, commonsense: str, perception: float, in_domain: bool) -> float:

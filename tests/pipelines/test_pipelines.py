@@ -1,0 +1,203 @@
+"""From files to answers, with the bundled checkpoint and a scripted language model."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tests.vot.scripted import ScriptedLanguageModel
+from vot_kernels.data.digitworld.sidecar import load_sidecar
+from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
+from vot_kernels.data.video import save_mp4
+from vot_kernels.pipelines import evaluation
+from vot_kernels.pipelines.batch import answer_batch
+from vot_kernels.pipelines.encode import encode_videos
+from vot_kernels.pipelines.video_qa import (
+    BUNDLED_CHECKPOINT,
+    Sampling,
+    VideoQA,
+    load_perception,
+    sample_video,
+)
+
+
+class FirstCandidate:
+    """A language model with no opinion: every reply is empty and every continuation equally likely."""
+
+    name = "no opinion"
+
+    def generate(self, prompt, *, max_new_tokens=64):
+        return ""
+
+    def generate_batch(self, prompts, *, max_new_tokens=64):
+        return ["" for _ in prompts]
+
+    def score(self, prompt, continuations):
+        return [-1.0 for _ in continuations]
+
+
+@pytest.fixture(scope="module")
+def video_qa():
+    return VideoQA(*load_perception(), FirstCandidate())
+
+
+@pytest.fixture(scope="module")
+def answered(video_qa):
+    clip, question, candidates = digitworld_clip()
+    return video_qa.ask(clip, question, candidates)
+
+
+def test_the_bundled_checkpoint_sees_the_shipped_clip(answered):
+    truth = load_sidecar(digitworld_clip()[0]).stsg
+    seen = answered.detection.stsg
+    assert answered.detection.in_domain and answered.answer.warning is None
+    assert len(seen.tracklets) == len(truth.tracklets)
+    for tracklet in truth.tracklets:
+        (same,) = [t for t in seen.tracklets if t.attributes == tracklet.attributes]
+        overlap = [box.iou(same.box(k)) for k, (box, _) in tracklet.boxes.items() if k in same.boxes]
+        assert len(overlap) >= 15 and np.median(overlap) > 0.6
+
+
+def test_an_answer_has_evidence_and_can_be_saved(answered, tmp_path):
+    sidecar = load_sidecar(digitworld_clip()[0])
+    assert answered.answer.choice == sidecar.questions[0].answer  # verification reads the hits off the graph
+    lines = answered.evidence_lines()
+    assert any("hits" in line for line in lines) and any("box" in line for line in lines)
+    picture = answered.save_picture(tmp_path / "sheet.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    data = json.loads(json.dumps(answered.to_dict()))
+    assert data["in_domain"] and data["stsg"]["tracklets"] and len(data["trace"]) == 5
+
+
+def test_a_natural_clip_is_outside_of_the_domain(video_qa):
+    result = video_qa.ask(natural_clip(), "What is moving?", ["bicycles", "a train"], Sampling(num_frames=8))
+    assert not result.detection.in_domain
+    assert "outside what the checkpoint knows" in result.answer.text
+    assert result.answer.confidence <= 0.1
+
+
+@pytest.mark.parametrize("kind", ["noise", "grey", "stripes"])
+def test_other_made_up_clips_are_outside_too(video_qa, tmp_path, kind):
+    rng = np.random.default_rng(0)
+    frames = {
+        "noise": rng.integers(0, 255, (16, 64, 64, 3)),
+        "grey": np.full((16, 64, 64, 3), 128),
+        "stripes": np.tile((np.arange(64) % 8 < 4)[None, None, :, None] * 200, (16, 64, 1, 3)),
+    }[kind].astype(np.uint8)
+    save_mp4(tmp_path / "clip.mp4", frames, 8)
+    assert not video_qa.see(tmp_path / "clip.mp4")[1].in_domain
+
+
+def test_sampling_keeps_long_clips_short(tmp_path):
+    save_mp4(tmp_path / "long.mp4", np.zeros((100, 16, 16, 3), np.uint8), 10)
+    assert len(sample_video(tmp_path / "long.mp4", Sampling(), 8.0).times) == 32
+    assert len(sample_video(tmp_path / "long.mp4", Sampling(end=2.0), 8.0).times) == 16
+    assert len(sample_video(tmp_path / "long.mp4", Sampling(num_frames=5), 8.0).times) == 5
+
+
+def test_encode_writes_what_the_encoder_says(tmp_path):
+    clip = digitworld_clip()[0]
+    save_mp4(tmp_path / "small.mp4", np.zeros((4, 40, 48, 3), np.uint8), 8)
+    out = tmp_path / "out.safetensors"
+    lines = encode_videos([clip, tmp_path / "small.mp4"], out)
+    assert len(lines) == 2 and "1024 tokens" in lines[0]
+    with safe_open(out, "pt") as file:
+        assert file.metadata() == {"0": str(clip), "1": str(tmp_path / "small.mp4")}
+        assert file.get_tensor("0.tokens").shape == (1024, file.get_tensor("0.pooled").shape[0])
+        assert file.get_tensor("1.times_s").tolist() == [0.0, 0.125, 0.25, 0.375]
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        encode_videos([clip], tmp_path / "out.bin")
+
+
+class TestBatch:
+    @pytest.fixture
+    def questions(self, tmp_path):
+        clip, question, candidates = digitworld_clip()
+        lines = [
+            {"video": str(clip), "question": question, "candidates": candidates, "id": "a"},
+            {"video": "missing.mp4", "question": "Who?"},
+            {
+                "video": str(clip),
+                "question": "Does the white digit hit the magenta digit?",
+                "candidates": ["yes", "no"],
+            },
+        ]
+        path = tmp_path / "questions.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return path
+
+    def test_answers_errors_and_resuming(self, video_qa, questions, tmp_path):
+        out = tmp_path / "answers.jsonl"
+        assert answer_batch(video_qa, questions, out) == (3, 0)
+        whole = out.read_text()
+        rows = [json.loads(line) for line in whole.splitlines()]
+        assert [row["id"] for row in rows] == ["a", "2", "3"]
+        assert "missing.mp4" in rows[1]["error"]
+        assert rows[2]["choice"] == "yes"
+        out.write_text(whole[: whole.index("\n") + 30])  # killed while writing the second line
+        assert answer_batch(video_qa, questions, out) == (2, 1)
+        assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["a", "2", "3"]
+        assert answer_batch(video_qa, questions, out) == (0, 3)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "line 1: not JSON"),
+            ('{"video": 3, "question": "?"}', 'strings "video" and "question"'),
+            ('{"video": "a", "question": "?", "candidates": []}', "non-empty list"),
+            (
+                '{"video": "a", "question": "?", "id": 1}\n{"video": "a", "question": "?", "id": "1"}',
+                "lines 1 and 2",
+            ),
+        ],
+    )
+    def test_a_bad_file_is_refused_before_anything_is_answered(self, video_qa, tmp_path, text, message):
+        (tmp_path / "q.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            answer_batch(video_qa, tmp_path / "q.jsonl", tmp_path / "out.jsonl")
+        assert not (tmp_path / "out.jsonl").exists()
+
+    def test_an_output_of_another_kind_is_left_alone(self, video_qa, questions, tmp_path):
+        (tmp_path / "out.jsonl").write_text("hello\n")
+        with pytest.raises(ValueError, match="not a JSONL of answers"):
+            answer_batch(video_qa, questions, tmp_path / "out.jsonl")
+        assert (tmp_path / "out.jsonl").read_text() == "hello\n"
+
+
+def test_evaluation_counts_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_language_model", lambda path: FirstCandidate())
+    monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
+    out = tmp_path / "result.json"
+    result = evaluation.evaluate_digitworld(out, videos=14)
+    assert json.loads(out.read_text()) == result
+    assert {"vot", "direct", "rules", "rules_truth", "chance", "majority", "question_only"} <= result[
+        "accuracy"
+    ].keys()
+    assert result["accuracy"]["rules_truth"]["all"] > result["accuracy"]["chance"]["all"]
+    table = evaluation.format_table(result)
+    assert "language model + VoT" in table and "counterfactual" in table
+    rows = tmp_path / "result.rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:8]) + lines[8][:20])
+    out.unlink()
+    again = evaluation.evaluate_digitworld(out, videos=14)
+    assert again["accuracy"] == result["accuracy"]
+    assert len(rows.read_text().splitlines()) == 15
+    with pytest.raises(ValueError, match="other settings"):
+        evaluation.evaluate_digitworld(out, videos=7)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_perception(tmp_path)
+    assert sum(f.stat().st_size for f in BUNDLED_CHECKPOINT.iterdir()) <= 6_000_000
+
+
+def test_verification_corrects_a_model_that_is_wrong(video_qa):
+    clip, question, candidates = digitworld_clip()
+    truth = load_sidecar(clip).questions[0].answer
+    wrong = next(c for c in candidates if c != truth)
+    llm = ScriptedLanguageModel(likelihood={wrong: -0.1})
+    answer = VideoQA(video_qa.perception, video_qa.processor, llm).ask(clip, question, candidates).answer
+    assert (answer.choice_before, answer.choice, answer.verification) == (wrong, truth, "revised")

@@ -1,0 +1,277 @@
+"""The command line: `vot ask`, `vot encode`, `vot train`, `vot eval`, `vot info` and `vot demo`.
+
+Heavy modules are imported by the command that needs them, so that `vot --help` answers at once. An error is
+one sentence on stderr and the exit code 2; Ctrl-C ends with 130.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+except ImportError:  # pragma: no cover - needs an environment without the extra
+    sys.exit("The command line needs typer and rich: pip install 'vot-kernels[cli]'.")
+
+if TYPE_CHECKING:
+    from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ask questions about videos, encode them, and train and evaluate the models that do it.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train a stage; interrupted runs are resumed.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure accuracy on held-out videos.")
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
+
+STEPS = ("task_definition", "tracking", "action_analysis", "ranking", "verification")
+
+Fps = Annotated[
+    float | None, typer.Option(help="Frames per second to look at [default: 8, at most 32 frames].")
+]
+NumFrames = Annotated[
+    int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
+]
+Start = Annotated[float | None, typer.Option(help="Begin at this time, in seconds.")]
+End = Annotated[float | None, typer.Option(help="End at this time, in seconds.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder of a perception checkpoint [default: the bundled DigitWorld one].")
+]
+Llm = Annotated[
+    Path | None, typer.Option(help="Folder of any Hugging Face causal LM [default: SmolLM2-135M-Instruct].")
+]
+
+
+@app.command()
+def ask(
+    video: Annotated[Path | None, typer.Argument(help="A video, an image or a GIF.")] = None,
+    question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Answers to choose from, separated by '|' [default: proposed].")
+    ] = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    checkpoint: Checkpoint = None,
+    llm: Llm = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help=f"Step to skip: {', '.join(STEPS)}; repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write all steps, prompts and replies to this JSON file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the frames with their tracklets to this PNG.")
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='Answer every line {"video", "question", "candidates"?, "id"?} of this JSONL file.'
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --batch: JSONL of answers; lines it has are skipped.")
+    ] = None,
+) -> None:
+    """Answer a question about a video, with evidence (times in seconds, boxes as fractions of the frame)."""
+    from vot_kernels.pipelines.batch import answer_batch
+    from vot_kernels.pipelines.video_qa import Sampling
+
+    sampling = Sampling(fps, num_frames, start, end)
+    if batch is not None:
+        if out is None or video is not None:
+            raise ValueError("--batch needs --out FILE and takes no video and no question.")
+        done, skipped = answer_batch(_video_qa(checkpoint, llm, skip), batch, out, sampling)
+        print(f"{done} answered, {skipped} already in {out}.", file=sys.stderr)
+        return
+    if video is None or question is None:
+        raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
+    choices = _split_candidates(candidates)
+    from vot_kernels.data.video import load_video
+
+    load_video(video, num_frames=1, start=start, end=end)  # a bad file is told before models are loaded
+    result = _video_qa(checkpoint, llm, skip).ask(video, question, choices, sampling, progress=not json_)
+    _write_extras(result, trace, picture)
+    if json_:
+        print(json.dumps(_as_json(result, trace, picture), ensure_ascii=False))
+    else:
+        _print_answer(result, picture)
+
+
+@app.command()
+def encode(
+    videos: Annotated[list[Path], typer.Argument(help="Videos, images or GIFs of any sizes.")],
+    out: Annotated[
+        Path, typer.Option(help="safetensors file to write: one pooled vector and all tokens each.")
+    ],
+    checkpoint: Checkpoint = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+) -> None:
+    """Encode videos with the packed encoder and write their embeddings."""
+    from vot_kernels.pipelines.encode import encode_videos
+    from vot_kernels.pipelines.video_qa import Sampling
+
+    for line in encode_videos(videos, out, checkpoint, Sampling(fps, num_frames, start, end)):
+        print(line, file=sys.stderr)
+    print(out)
+
+
+@train_app.command("perception")
+def train_perception_command(
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run goes on.")
+    ],
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data.")] = None,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
+) -> None:
+    """Train the nano encoder and the STSG head on DigitWorld."""
+    from vot_kernels.train.perception import PerceptionTraining
+    from vot_kernels.train.run_perception import run
+
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = PerceptionTraining(**chosen)
+    print(run(out, settings, eval_clips))
+
+
+@eval_app.command("digitworld")
+def eval_digitworld(
+    out: Annotated[Path, typer.Option(help="JSON file for the results; an unfinished run goes on.")],
+    videos: Annotated[int, typer.Option(help="Held-out videos, one question each.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
+    checkpoint: Checkpoint = None,
+    llm: Llm = None,
+) -> None:
+    """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
+    from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
+
+    print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm)))
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also print parameters and FLOPs of a preset: nano, small, base or large."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Versions, GPU, and the backend each op would use; with --model the size of an encoder preset."""
+    from vot_kernels.info import collect, format_report
+
+    report = collect()
+    if model is not None:
+        from vot_kernels.models.encoder.cost import describe_preset
+
+        report["model"] = describe_preset(model)
+    if json_:
+        print(json.dumps(report, indent=2))
+        return
+    if model is None:
+        print(format_report(report))
+    else:
+        print(report["model"]["text"])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and traces.")] = Path("demo-output"),
+) -> None:
+    """Ask about a DigitWorld clip, which the checkpoint knows, and a natural clip, which it does not."""
+    from vot_kernels.pipelines.demo import run_demo
+
+    for result, picture in run_demo(out):
+        _print_answer(result, picture)
+        print()
+
+
+def _video_qa(checkpoint: Path | None, llm: Path | None, skip: list[str] | None) -> "VideoQA":
+    from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
+    from vot_kernels.vot.types import Switches
+
+    unknown = sorted(set(skip or ()) - set(STEPS))
+    if unknown:
+        raise ValueError(f"There is no step {unknown[0]!r} to skip; the steps are {', '.join(STEPS)}.")
+    switches = Switches(**{name: False for name in skip or ()})
+    return VideoQA(*load_perception(checkpoint), load_language_model(llm), switches)
+
+
+def _split_candidates(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [part.strip() for part in text.split("|")]
+
+
+def _write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> None:
+    if trace is not None:
+        from vot_kernels.data.files import atomic_write
+
+        with atomic_write(trace) as temporary:
+            temporary.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+    if picture is not None:
+        result.save_picture(picture)
+
+
+def _as_json(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> dict[str, Any]:
+    files = {"trace_file": trace, "picture_file": picture}
+    return result.to_dict() | {name: str(path) for name, path in files.items() if path is not None}
+
+
+def _print_answer(result: "VideoAnswer", picture: Path | None) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"[bold]{result.clip.info.path}[/bold]", markup=True)
+    console.print(result.clip.info.describe(), markup=False, style="dim")
+    console.print(result.answer.summary(), markup=False)
+    for line in result.evidence_lines():
+        console.print(f"  {line}", markup=False)
+    if picture is not None:
+        console.print(f"Picture: {picture}", markup=False)
+
+
+@contextmanager
+def _one_sentence_errors() -> Iterator[None]:
+    """What a user can mend becomes one sentence on stderr (VOT_DEBUG=1 shows where it arose)."""
+    try:
+        yield
+    except (typer.Abort, KeyboardInterrupt):
+        print("Interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error, of click or of the click inside typer
+            _fail(error.format_message())
+        if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("VOT_DEBUG"):
+            raise
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the `vot` command."""
+    with _one_sentence_errors():
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From files to results: what the command line runs, usable from Python."""

@@ -1,0 +1,49 @@
+"""Encoding files with the packed encoder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vot_kernels.data.files import atomic_write
+from vot_kernels.models.perception.reading import sampled_fps
+from vot_kernels.pipelines.video_qa import Sampling, load_perception, sample_video
+
+
+@torch.no_grad()
+def encode_videos(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """Encode files of any sizes in one packed pass and write a safetensors file.
+
+    The file holds, for the n-th input, `n.pooled` `[hidden_size]`, `n.tokens` `[tokens, hidden_size]`,
+    `n.grid_thw` int64 `[3]` and `n.times_s` float64 `[frames]`; its metadata maps n to the path.
+    Returns one line a file that says what was looked at.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise ValueError(f"The output must end in .safetensors, got {Path(out).name!r}.")
+    model, processor = load_perception(checkpoint)
+    clips = [
+        sample_video(path, sampling or Sampling(), model.config.fps)
+        for path in track(paths, description="Decoding", disable=len(paths) < 2)
+    ]
+    rates = [sampled_fps(clip.times) for clip in clips]
+    inputs = processor([clip.frames for clip in clips], fps=rates)
+    seen = model.encoder(**inputs)
+    counts = inputs["image_grid_thw"].prod(1).tolist()
+    tensors: dict[str, Tensor] = {}
+    for n, tokens in enumerate(seen.last_hidden_state.split(counts)):
+        tensors[f"{n}.pooled"] = seen.pooler_output[n].clone()
+        tensors[f"{n}.tokens"] = tokens.clone()
+        tensors[f"{n}.grid_thw"] = inputs["image_grid_thw"][n].clone()
+        tensors[f"{n}.times_s"] = torch.from_numpy(clips[n].times)
+    with atomic_write(out) as temporary:
+        save_file(tensors, temporary, metadata={str(n): os.fspath(path) for n, path in enumerate(paths)})
+    return [f"{clip.info.describe()} {n} tokens." for clip, n in zip(clips, counts, strict=True)]

@@ -1,0 +1,163 @@
+"""Accuracy on held-out DigitWorld questions: each part alone, together, and the blind baselines."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
+from vot_kernels.data.digitworld.codec import h264_roundtrip
+from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
+from vot_kernels.data.digitworld.questions import KINDS
+from vot_kernels.data.digitworld.rules import answer_by_rules
+from vot_kernels.data.files import atomic_write
+from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
+from vot_kernels.vot.llm import LanguageModel
+from vot_kernels.vot.reasoning import VideoOfThought
+from vot_kernels.vot.types import Switches
+
+SYSTEMS = {
+    "vot": "language model + VoT",
+    "vot_unverified": "the same, before verification",
+    "direct": "language model direct",
+    "rules": "rules on the seen STSG",
+    "rules_truth": "rules on the true STSG",
+}
+_TRAIN_QUESTIONS = 1400
+_CRF = 23
+
+
+def evaluate_digitworld(
+    out: str | os.PathLike[str],
+    videos: int = 300,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    llm: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
+
+    Answers are appended to `out` with the suffix .rows.jsonl as they come, and an interrupted run goes on
+    from there. "Language model direct" reads the whole graph and takes the likeliest candidate. "Before
+    verification" shows what step 5 fixed and broke.
+
+    Returns:
+        What is written to `out`: settings, accuracy per system and kind (and on the flip subset), and the
+        counts of answers that verification fixed and broke.
+    """
+    target = Path(out)
+    if target.suffix != ".json":
+        raise ValueError(f"The output must end in .json, got {target.name!r}.")
+    asked = generate_questions("test", videos, seed=seed)
+    perception, processor = load_perception(checkpoint)
+    model = load_language_model(llm)
+    settings = {
+        "videos": videos,
+        "seed": seed,
+        "checkpoint": perception.config.name_or_path,
+        "llm": model.name,
+    }
+    rows_file = target.with_suffix(".rows.jsonl")
+    rows = _read_rows(rows_file, settings)
+    rows_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(rows_file, "a", encoding="utf-8") as file:
+        if not rows_file.stat().st_size:
+            file.write(json.dumps({"settings": settings}) + "\n")
+        for item in track(asked[len(rows) :], description="Asking", total=videos, completed=len(rows)):
+            times = item.episode.times
+            (seen,) = detect(
+                perception,
+                processor,
+                [h264_roundtrip(item.episode.frames(), _CRF)],
+                [times],
+                item.episode.name,
+            )
+            rows.append(_answer(model, item, seen))
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    result = {"settings": settings, **_summarise(asked, rows, seed)}
+    with atomic_write(target) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The accuracies as a plain table in per cent, one row a system, one column a kind."""
+    columns = [*KINDS, "flip", "all"]
+    lines = [["system", *columns]]
+    for name, accuracy in result["accuracy"].items():
+        title = SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}")
+        lines.append([title, *(f"{100 * accuracy[c]:.0f}" if c in accuracy else "–" for c in columns)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
+    return "\n".join([*rows, f"Verification fixed {fixed} answers and broke {broke}."])
+
+
+def _answer(model: LanguageModel, item: AskedEpisode, seen: Detection) -> dict[str, Any]:
+    question, warning = item.question, domain_warning(seen)
+    vot = VideoOfThought(model).run(question.text, question.candidates, seen.stsg, domain_warning=warning)
+    direct = VideoOfThought(model, Switches.all_off()).run(
+        question.text, question.candidates, seen.stsg, domain_warning=warning
+    )
+    return {
+        "episode": item.episode.name,
+        "question": asdict(question),
+        "answers": {
+            "vot": vot.choice or "",
+            "vot_unverified": vot.choice_before or "",
+            "direct": direct.choice or "",
+            "rules": answer_by_rules(question, seen.stsg),
+            "rules_truth": answer_by_rules(question, item.episode.stsg),
+        },
+        "decided_by": vot.decided_by,
+        "verification": vot.verification,
+        "confidence": vot.confidence,
+        "in_domain": seen.in_domain,
+        "seconds": {"vot": vot.seconds, "direct": direct.seconds},
+        "stsg": json.loads(seen.stsg.to_json()),
+    }
+
+
+def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    questions = [item.question for item in asked]
+    answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in SYSTEMS}
+    train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
+    graphs = [STSG.from_json(json.dumps(row["stsg"])) for row in rows]
+    blind = baseline_answers(train, questions, graphs, seed=seed)
+    answers |= {name: blind[name] for name in BASELINES}
+    right = {
+        name: [given == q.answer for given, q in zip(answers[name], questions, strict=True)]
+        for name in ("vot", "vot_unverified")
+    }
+    changes = list(zip(right["vot_unverified"], right["vot"], strict=True))
+    return {
+        "accuracy": {name: accuracy_by_kind(questions, given) for name, given in answers.items()},
+        "verification": {"fixed": changes.count((False, True)), "broke": changes.count((True, False))},
+        "seconds_per_question": {
+            name: sum(row["seconds"][name] for row in rows) / len(rows) for name in ("vot", "direct")
+        },
+        "in_domain": sum(row["in_domain"] for row in rows) / len(rows),
+    }
+
+
+def _read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier, interrupted run; a half-written last line is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if lines and lines[0].get("settings") != settings:
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({lines[0].get('settings')}); move it away."
+        )
+    return lines[1:]

@@ -1,0 +1,175 @@
+"""From a video file and a question to an answer with evidence."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vot_kernels.data.video import VideoClip, load_video
+from vot_kernels.models.encoder.processing import VotImageProcessor
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.vot.llm import HFLanguageModel, LanguageModel
+from vot_kernels.vot.reasoning import VideoOfThought
+from vot_kernels.vot.smollm2 import load_smollm2
+from vot_kernels.vot.types import Answer, EvidenceEvent, Switches
+
+BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
+"""The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
+
+MAX_FRAMES = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames to look at. By default eight a second, but at most 32, then spread over the range.
+
+    fps: frames per second; num_frames: spread evenly instead; start, end: seconds.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class VideoAnswer:
+    """An answer and what it was read from."""
+
+    answer: Answer
+    clip: VideoClip
+    detection: Detection
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer with its trace, what was looked at, and the scene graph, as plain data."""
+        return {
+            "video": os.fspath(self.clip.info.path),
+            "looked_at": self.clip.info.describe(),
+            **self.answer.to_dict(),
+            "in_domain": self.detection.in_domain,
+            "stsg": json.loads(self.detection.stsg.to_json()),
+        }
+
+    def evidence_lines(self) -> list[str]:
+        """The evidence as short lines: events, relations and boxes with times in seconds."""
+        evidence = self.answer.evidence
+        lines = [f"{event.time_s:.2f} s: {_event_words(event)}" for event in evidence.events]
+        lines += [
+            f"{r.start_s:.2f}–{r.end_s:.2f} s: {r.subject} {r.predicate}"
+            + ("" if r.object == r.subject else f" {r.object}")
+            for r in evidence.relations
+        ]
+        lines += [
+            f"{box.time_s:.2f} s: {box.id} {box.name} in the box "
+            f"({', '.join(f'{side:.2f}' for side in box.box)})"
+            for box in evidence.boxes
+        ]
+        return lines
+
+    def save_picture(self, path: str | os.PathLike[str]) -> Path:
+        """Write the frames with the tracklets and events drawn in, as a PNG."""
+        from vot_kernels.data.contact_sheet import save_contact_sheet
+
+        title = f"{self.answer.question} — {self.answer.text}"
+        return save_contact_sheet(path, self.clip, self.detection.stsg, title=title)
+
+
+def _event_words(event: EvidenceEvent) -> str:
+    actor, *others = event.participants
+    return " ".join([actor, event.kind, *others])
+
+
+class VideoQA:
+    """Sees a video with a perception checkpoint and reasons about it with a language model.
+
+    Args:
+        perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
+        llm: the language model.
+        switches: which of the five steps run.
+    """
+
+    def __init__(
+        self,
+        perception: VotPerceptionModel,
+        processor: VotImageProcessor,
+        llm: LanguageModel,
+        switches: Switches | None = None,
+    ):
+        self.perception, self.processor = perception, processor
+        self.reasoning = VideoOfThought(llm, switches or Switches())
+
+    def see(
+        self, path: str | os.PathLike[str], sampling: Sampling | None = None, progress: bool = False
+    ) -> tuple[VideoClip, Detection]:
+        """Decode a file and read its scene graph."""
+        clip = sample_video(path, sampling or Sampling(), self.perception.config.fps, progress)
+        source = f"{Path(path).name} seen by {self.perception.config.name_or_path or 'an unnamed checkpoint'}"
+        (detection,) = detect(self.perception, self.processor, [clip.frames], [clip.times], source)
+        return clip, detection
+
+    def ask(
+        self,
+        path: str | os.PathLike[str],
+        question: str,
+        candidates: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+        progress: bool = False,
+    ) -> VideoAnswer:
+        """Answer a question about a file; without candidates the language model proposes them."""
+        clip, detection = self.see(path, sampling, progress)
+        return VideoAnswer(self.answer(question, candidates, detection), clip, detection)
+
+    def answer(self, question: str, candidates: Sequence[str] | None, detection: Detection) -> Answer:
+        """Answer a question about what was already seen."""
+        return self.reasoning.run(
+            question, candidates, detection.stsg, domain_warning=domain_warning(detection)
+        )
+
+
+def load_perception(
+    path: str | os.PathLike[str] | None = None,
+) -> tuple[VotPerceptionModel, VotImageProcessor]:
+    """Load a perception checkpoint and its processor from a folder; None is the bundled one.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint (config.json and model.safetensors).
+    """
+    folder = Path(path) if path is not None else BUNDLED_CHECKPOINT
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
+    model = VotPerceptionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    model.config.name_or_path = folder.name
+    return model.float().eval(), VotImageProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def load_language_model(path: str | os.PathLike[str] | None = None) -> LanguageModel:
+    """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
+    return load_smollm2() if path is None else HFLanguageModel(path)
+
+
+def sample_video(
+    path: str | os.PathLike[str], sampling: Sampling, fps: float, progress: bool = False
+) -> VideoClip:
+    """Decode the frames that `sampling` asks for; by default `fps` a second, `MAX_FRAMES` at most."""
+    rate, count = sampling.fps, sampling.num_frames
+    if rate is None and count is None:
+        probe = load_video(path, num_frames=1, start=sampling.start, end=sampling.end)
+        seconds = (sampling.end or probe.info.duration_s) - (sampling.start or 0.0)
+        rate, count = (fps, None) if seconds * fps <= MAX_FRAMES else (None, MAX_FRAMES)
+    return load_video(
+        path, fps=rate, num_frames=count, start=sampling.start, end=sampling.end, progress=progress
+    )
+
+
+def domain_warning(detection: Detection) -> str | None:
+    """Why the answer should not be trusted, if the clip does not resemble the training clips."""
+    if detection.in_domain:
+        return None
+    return (
+        f"its features lie {detection.domain_distance:.0f} from those of the training clips, "
+        f"the limit is {detection.domain_threshold:.0f}"
+    )
