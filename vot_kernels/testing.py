@@ -7,6 +7,7 @@ result that is merely of the right size.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,15 +79,15 @@ def poison_segment(x: Tensor, layout: PackedLayout, segment: int, value: float =
 @contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
     """Memory that PyTorch hands out uninitialized holds NaN (integers: the maximum), so that a gap shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:

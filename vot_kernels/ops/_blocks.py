@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # per temporary
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
@@ -105,13 +107,30 @@ def to_heads(x: Tensor, tokens: int) -> Tensor:
     return x[:tokens].transpose(0, 1).to(compute, memory_format=torch.contiguous_format).contiguous()
 
 
-def to_tokens(x: Tensor, like: Tensor, dtype: torch.dtype | None = None, fill: float = 0.0) -> Tensor:
-    """`[heads, tokens, d]` as `[rows of like, heads, d]` in its dtype; slack rows are `fill`."""
-    tokens = x.shape[1]
-    rows = like.new_empty(like.shape, dtype=dtype or like.dtype)
-    rows[:tokens] = x.transpose(0, 1)
-    rows[tokens:] = fill
-    return rows
+def to_tokens(x: Tensor, rows: Tensor, fill: float = 0.0) -> None:
+    """Write `[heads, tokens, d]` into `rows` `[rows, heads, d]`, in its dtype; slack rows become `fill`."""
+    rows[: x.shape[1]] = x.transpose(0, 1)
+    rows[x.shape[1] :] = fill
+
+
+def head_chunks(q: Tensor, k: Tensor, state_size: int) -> list[tuple[slice, slice]]:
+    """Query heads and key heads to work on at a time.
+
+    Heads are independent. Taking few keeps temporaries in cache and small enough for the allocator to use
+    them again, and bounds the states of many small groups. `state_size` counts numbers per key head.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    repeats = heads // kv_heads
+    numbers = repeats * q.shape[0] * q.shape[2] + state_size
+    budget = _CHUNK_BYTES["cpu" if q.device.type == "cpu" else "other"]
+    at_once = max(1, budget // max(1, numbers * max(q.element_size(), 4)))
+    starts = range(0, kv_heads, at_once)
+    return [(slice(i * repeats, (i + at_once) * repeats), slice(i, i + at_once)) for i in starts]
+
+
+def cut_heads(x: Tensor | None, heads: slice) -> Tensor | None:
+    """Some heads of an optional `[tokens, heads, ...]`."""
+    return None if x is None else x[:, heads]
 
 
 def append_column(x: Tensor, value: float) -> Tensor:

@@ -103,7 +103,9 @@ def hybrid_attention_step(
     leaving = max(0, len(groups) - (left or 0))
     for group in groups[:leaving]:
         far = _absorb(far, group, feature_map)
-    return to_tokens(out, q), HybridAttentionState(groups[leaving:], far)
+    rows = q.new_empty(q.shape)
+    to_tokens(out, rows)
+    return rows, HybridAttentionState(groups[leaving:], far)
 
 
 def _near(query: Tensor, groups: tuple[NearGroup, ...], scale: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._blocks import append_column, fold_heads, repeat_heads, to_heads, to_tokens
+from vot_kernels.ops._blocks import (
+    append_column,
+    cut_heads,
+    fold_heads,
+    head_chunks,
+    repeat_heads,
+    to_heads,
+    to_tokens,
+)
 from vot_kernels.ops._group_states import (
     StatePlan,
     apply_states,
@@ -186,6 +194,37 @@ def _hybrid_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     host = (host_cu_seqlens, host_cu_groups, host_segment_groups)
     plan = make_plan(*host, window_left, window_right, causal, q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for heads, kv_heads in head_chunks(q, k, plan.state_size(q, q_features)):
+        part = _forward(
+            plan,
+            q[:, heads],
+            k[:, kv_heads],
+            v[:, kv_heads],
+            None if beta is None else beta[heads],
+            cut_heads(q_features, heads),
+            cut_heads(k_features, kv_heads),
+            feature_map,
+            scale,
+        )
+        to_tokens(part[0], out[:, heads])
+        to_tokens(part[1], lse[:, heads, None], fill=-math.inf)
+    return out, lse
+
+
+def _forward(
+    plan: "Plan",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    q_features: Tensor | None,
+    k_features: Tensor | None,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (q, k, v))
     repeats = query.shape[0] // key.shape[0]
     near_key, near_value = repeat_heads(key, repeats), repeat_heads(value, repeats)
@@ -196,7 +235,7 @@ def _hybrid_attention_fwd(
         states = scan_states(group_states(key_features, append_column(value, 1.0), plan.far), plan.far)
         sums = apply_states(query_features, repeat_heads(states, repeats), plan.far)
         out, lse = join_far(out, lse, sums, log_weight(beta, query))
-    return to_tokens(out, q), to_tokens(lse, q[..., :1], dtype=lse.dtype, fill=-math.inf)[..., 0]
+    return out, lse
 
 
 @_hybrid_attention_fwd.register_fake
@@ -232,6 +271,52 @@ def _hybrid_attention_bwd(
     """Gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
     host = (host_cu_seqlens, host_cu_groups, host_segment_groups)
     plan = make_plan(*host, window_left, window_right, causal, q.device)
+    arguments = (q, k, v, beta, q_features, k_features)
+    dq, dk, dv, *optional = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments)
+    d_beta, d_q_features, d_k_features = optional
+    grads = (dq, dk, dv, d_beta, d_q_features, d_k_features)
+    for heads, kv_heads in head_chunks(q, k, plan.state_size(q, q_features)):
+        parts = _backward(
+            plan,
+            grad[:, heads],
+            cut_heads(grad_lse, heads),
+            out[:, heads],
+            lse[:, heads],
+            q[:, heads],
+            k[:, kv_heads],
+            v[:, kv_heads],
+            None if beta is None else beta[heads],
+            cut_heads(q_features, heads),
+            cut_heads(k_features, kv_heads),
+            feature_map,
+            scale,
+        )
+        owners = (heads, kv_heads, kv_heads, heads, heads, kv_heads)
+        for x, total, part, own in zip(arguments, grads, parts, owners, strict=True):
+            if x is beta and beta is not None:
+                total[own] = 0 if part is None else part
+            elif x is not None:
+                rows = total[:, own]
+                rows.zero_() if part is None else to_tokens(part, rows)
+    return grads
+
+
+def _backward(
+    plan: "Plan",
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    q_features: Tensor | None,
+    k_features: Tensor | None,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Head-major gradients of some heads; those of beta and the features are None without a far part."""
     tokens = plan.num_tokens
     query, key, value, do, o = (to_heads(x, tokens) for x in (q, k, v, grad, out))
     joint = to_heads(lse[..., None], tokens)
@@ -260,14 +345,7 @@ def _hybrid_attention_bwd(
         if q_features is None:
             dq += feature_map_backward(query, query_features, d_phi_q, feature_map)
             dk += feature_map_backward(key, key_features, d_phi_k, feature_map)
-    return (
-        to_tokens(dq, q),
-        to_tokens(dk, k),
-        to_tokens(dv, v),
-        _gradient(d_beta, beta, q),
-        _gradient(d_phi_q, q_features, q),
-        _gradient(d_phi_k, k_features, q),
-    )
+    return dq, dk, dv, d_beta, d_phi_q, d_phi_k
 
 
 @_hybrid_attention_bwd.register_fake
@@ -288,7 +366,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.options = inputs[12:]
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     out, lse, *inputs = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     grads = _hybrid_attention_bwd(grad, grad_lse, out, lse, *inputs, *ctx.options)
@@ -296,7 +374,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[T
     return (*given, *[None] * (len(inputs) - 6 + len(ctx.options)))
 
 
-_hybrid_attention_fwd.register_autograd(_backward, setup_context=_save)
+_hybrid_attention_fwd.register_autograd(_differentiate, setup_context=_save)
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,6 +390,11 @@ class Plan:
     num_tokens: int
     passes: tuple[Pass, ...]
     far: StatePlan | None
+
+    def state_size(self, q: Tensor, q_features: Tensor | None) -> int:
+        """Numbers in the far states of one head."""
+        width = (q if q_features is None else q_features).shape[2]
+        return 0 if self.far is None else self.far.num_slots * width * (q.shape[2] + 1)
 
 
 def make_plan(
@@ -367,12 +450,3 @@ def _plan(
 
 def _features(x: Tensor, name: str, given: Tensor | None) -> Tensor:
     return _feature_map(x, name) if given is None else to_heads(given, x.shape[1])
-
-
-def _gradient(grad: Tensor | None, of: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient of an optional argument: empty if there is no argument, 0 if there is no far part."""
-    if of is None:
-        return like.new_empty(0)
-    if grad is None:
-        return torch.zeros_like(of, memory_format=torch.contiguous_format)
-    return grad.to(of.dtype) if of.ndim == 1 else to_tokens(grad, of)

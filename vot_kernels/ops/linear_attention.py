@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._blocks import append_column, fold_heads, repeat_heads, to_heads, to_tokens
+from vot_kernels.ops._blocks import append_column, fold_heads, head_chunks, repeat_heads, to_heads, to_tokens
 from vot_kernels.ops._group_states import (
     StatePlan,
     apply_states,
@@ -80,6 +80,19 @@ def _linear_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The output and the normaliser Z `[tokens, heads]`, which the backward needs."""
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
+    out = q.new_empty(q.shape)
+    total = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for heads, kv_heads in head_chunks(q, k, plan.state_size(q)):
+        part = _forward(plan, q[:, heads], k[:, kv_heads], v[:, kv_heads], feature_map, causal)
+        to_tokens(part[0], out[:, heads])
+        to_tokens(part[1], total[:, heads, None])
+    return out, total
+
+
+def _forward(
+    plan: "_LinearPlan", q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Output `[heads, tokens, d]` and normaliser `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (q, k, v))
     repeats = query.shape[0] // key.shape[0]
     query, key, value = (
@@ -95,8 +108,7 @@ def _linear_attention_fwd(
             weights = (chunks.take(query) @ chunks.take(key).transpose(-1, -2)).tril_()
             chunks.add(sums, weights @ chunks.take(value))
     total = sums[..., -1:]
-    out = sums[..., :-1] * _inverse(total)
-    return to_tokens(out, q), to_tokens(total, q[..., :1], dtype=total.dtype)[..., 0]
+    return sums[..., :-1] * _inverse(total), total
 
 
 @_linear_attention_fwd.register_fake
@@ -120,6 +132,27 @@ def _linear_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold."""
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    for heads, kv_heads in head_chunks(q, k, plan.state_size(q)):
+        inputs = (grad[:, heads], out[:, heads], total[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads])
+        parts = _backward(plan, *inputs, feature_map, causal)
+        for part, rows in zip(parts, (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]), strict=True):
+            to_tokens(part, rows)
+    return dq, dk, dv
+
+
+def _backward(
+    plan: "_LinearPlan",
+    grad: Tensor,
+    out: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head-major dq, dk, dv of some heads."""
     tokens = plan.num_tokens
     query, key, value, do, o = (to_heads(x, tokens) for x in (q, k, v, grad, out))
     repeats = query.shape[0] // key.shape[0]
@@ -148,9 +181,9 @@ def _linear_attention_bwd(
             chunks.put(own_v, weights.transpose(-1, -2) @ g)
         d_phi_k, dv = d_phi_k + fold_heads(own_k, repeats), dv + fold_heads(own_v, repeats)
     return (
-        to_tokens(feature_map_backward(query, phi_q, d_phi_q, feature_map), q),
-        to_tokens(feature_map_backward(key, phi_k, d_phi_k, feature_map), k),
-        to_tokens(dv[..., :-1], v),
+        feature_map_backward(query, phi_q, d_phi_q, feature_map),
+        feature_map_backward(key, phi_k, d_phi_k, feature_map),
+        dv[..., :-1],
     )
 
 
@@ -168,13 +201,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     return (*_linear_attention_bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
-_linear_attention_fwd.register_autograd(_backward, setup_context=_save)
+_linear_attention_fwd.register_autograd(_differentiate, setup_context=_save)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +217,10 @@ class _LinearPlan:
     num_tokens: int
     states: StatePlan
     own: StatePlan
+
+    def state_size(self, q: Tensor) -> int:
+        """Numbers in the states of one head."""
+        return self.states.num_slots * q.shape[2] * (q.shape[2] + 1)
 
 
 @lru_cache(maxsize=32)
