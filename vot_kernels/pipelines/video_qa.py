@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vot_kernels.data.video import VideoClip, load_video
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
@@ -141,9 +143,11 @@ def load_perception(
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
-    model = VotPerceptionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    model = VotPerceptionModel.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
     model.config.name_or_path = folder.name
-    return model.float().eval(), VotImageProcessor.from_pretrained(folder, local_files_only=True)
+    return model.eval(), VotImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def load_language_model(path: str | os.PathLike[str] | None = None) -> LanguageModel:

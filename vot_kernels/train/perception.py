@@ -26,7 +26,7 @@ class PerceptionTraining:
     along a half cosine; weight_decay: AdamW's; clip: largest gradient norm; seed: of weights and data.
     """
 
-    steps: int = 1000
+    steps: int = 480
     batch_size: int = 12
     learning_rate: float = 2e-3
     warmup: int = 50

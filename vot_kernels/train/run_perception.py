@@ -35,7 +35,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200) -> str:
         model = train_perception(out, settings, report=report)
     seconds = time.perf_counter() - start
     folder = publish(model, out / "model")
-    published = VotPerceptionModel.from_pretrained(folder, local_files_only=True).float().eval()
+    published = VotPerceptionModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     processor = make_processor(published)
     metrics = {split: perception_metrics(published, processor, split, eval_clips) for split in SPLITS}
     record = {
@@ -63,6 +63,8 @@ def publish(model: VotPerceptionModel, folder: Path) -> Path:
         setattr(half, name, torch.nn.Buffer(buffer))
     half.save_pretrained(draft)
     make_processor(model).save_pretrained(draft)
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.old"))
     draft.rename(folder)
