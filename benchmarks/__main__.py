@@ -1,0 +1,5 @@
+"""`python -m benchmarks`: the CPU benchmarks."""
+
+from benchmarks.bench_cpu import main
+
+main()
