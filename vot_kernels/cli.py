@@ -34,7 +34,7 @@ app.add_typer(eval_app, name="eval")
 STEPS = ("task_definition", "tracking", "action_analysis", "ranking", "verification")
 
 Fps = Annotated[
-    float | None, typer.Option(help="Frames per second to look at [default: 8, at most 32 frames].")
+    float | None, typer.Option(help="Frames per second to look at (default: 8, at most 32 frames).")
 ]
 NumFrames = Annotated[
     int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
@@ -42,10 +42,10 @@ NumFrames = Annotated[
 Start = Annotated[float | None, typer.Option(help="Begin at this time, in seconds.")]
 End = Annotated[float | None, typer.Option(help="End at this time, in seconds.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Folder of a perception checkpoint [default: the bundled DigitWorld one].")
+    Path | None, typer.Option(help="Folder of a perception checkpoint (default: the bundled DigitWorld one).")
 ]
 Llm = Annotated[
-    Path | None, typer.Option(help="Folder of any Hugging Face causal LM [default: SmolLM2-135M-Instruct].")
+    Path | None, typer.Option(help="Folder of any Hugging Face causal LM (default: SmolLM2-135M-Instruct).")
 ]
 
 
@@ -54,7 +54,7 @@ def ask(
     video: Annotated[Path | None, typer.Argument(help="A video, an image or a GIF.")] = None,
     question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
     candidates: Annotated[
-        str | None, typer.Option(help="Answers to choose from, separated by '|' [default: proposed].")
+        str | None, typer.Option(help="Answers to choose from, separated by '|' (default: proposed).")
     ] = None,
     fps: Fps = None,
     num_frames: NumFrames = None,
@@ -149,6 +149,45 @@ def train_perception_command(
     print(run(out, settings, eval_clips))
 
 
+@train_app.command("encoder")
+def train_encoder_command(
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run goes on.")
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a checkpoint to distil from, or 'random' for an untrained encoder.",
+            show_default="the bundled perception checkpoint",
+        ),
+    ] = None,
+    distillation: Annotated[float | None, typer.Option(help="Weight of distillation; 0 is off.")] = None,
+    contrastive: Annotated[float | None, typer.Option(help="Weight of contrast; 0 is off.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data.")] = None,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+) -> None:
+    """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
+    from vot_kernels.pipelines.video_qa import BUNDLED_CHECKPOINT
+    from vot_kernels.train.encoder import EncoderTraining
+    from vot_kernels.train.run_encoder import RANDOM_TEACHER, run
+
+    given = {
+        "distillation": distillation,
+        "contrastive": contrastive,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings = EncoderTraining(**chosen)
+    folder = None if teacher == RANDOM_TEACHER else Path(teacher or BUNDLED_CHECKPOINT)
+    print(run(out, settings, folder, eval_clips))
+
+
 @eval_app.command("digitworld")
 def eval_digitworld(
     out: Annotated[Path, typer.Option(help="JSON file for the results; an unfinished run goes on.")],
@@ -239,8 +278,11 @@ def _print_answer(result: "VideoAnswer", picture: Path | None) -> None:
     console.print(f"[bold]{result.clip.info.path}[/bold]", markup=True)
     console.print(result.clip.info.describe(), markup=False, style="dim")
     console.print(result.answer.summary(), markup=False)
-    for line in result.evidence_lines():
-        console.print(f"  {line}", markup=False)
+    if result.answer.warning is not None:
+        console.print("  No evidence is shown for a clip that the checkpoint does not know.", style="dim")
+    else:
+        for line in result.evidence_lines(limit=8):
+            console.print(f"  {line}", markup=False)
     if picture is not None:
         console.print(f"Picture: {picture}", markup=False)
 
