@@ -12,7 +12,7 @@ from vot_kernels.train.perception import PerceptionTraining, make_processor, tra
 from vot_kernels.train.perception_metrics import perception_metrics
 from vot_kernels.train.run_perception import format_metrics, publish
 
-SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2)
+SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_resuming_gives_the_same_weights(trained, tmp_path):
 def test_other_settings_are_not_resumed(trained):
     out, _, _ = trained
     with pytest.raises(ValueError, match="batch_size was 2, now 3"):
-        train_perception(out, PerceptionTraining(steps=4, batch_size=3, warmup=2))
+        train_perception(out, PerceptionTraining(steps=4, batch_size=3, warmup=2, dynamics_steps=2))
 
 
 def test_an_interrupted_run_leaves_a_whole_checkpoint(tmp_path):

@@ -16,7 +16,7 @@ from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.vot.llm import HFLanguageModel, LanguageModel
 from vot_kernels.vot.reasoning import VideoOfThought
 from vot_kernels.vot.smollm2 import load_smollm2
-from vot_kernels.vot.types import Answer, EvidenceEvent, Switches
+from vot_kernels.vot.types import Answer, EvidenceEvent, EvidenceRelation, Switches
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
@@ -55,33 +55,40 @@ class VideoAnswer:
             "stsg": json.loads(self.detection.stsg.to_json()),
         }
 
-    def evidence_lines(self) -> list[str]:
-        """The evidence as short lines: events, relations and boxes with times in seconds."""
+    def evidence_lines(self, limit: int | None = None) -> list[str]:
+        """The evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
         evidence = self.answer.evidence
-        lines = [f"{event.time_s:.2f} s: {_event_words(event)}" for event in evidence.events]
-        lines += [
-            f"{r.start_s:.2f}–{r.end_s:.2f} s: {r.subject} {r.predicate}"
-            + ("" if r.object == r.subject else f" {r.object}")
-            for r in evidence.relations
-        ]
-        lines += [
-            f"{box.time_s:.2f} s: {box.id} {box.name} in the box "
-            f"({', '.join(f'{side:.2f}' for side in box.box)})"
+        events = [f"{event.time_s:.2f} s: {_event_words(event)}" for event in evidence.events]
+        relations = [f"{r.start_s:.2f}–{r.end_s:.2f} s: {_relation_words(r)}" for r in evidence.relations]
+        boxes = [
+            f"{box.time_s:.2f} s: {box.id} {box.name} in the box ({', '.join(f'{side:.2f}' for side in box.box)})"
             for box in evidence.boxes
         ]
-        return lines
+        parts = (("events", events), ("relations", relations), ("boxes", boxes))
+        return [line for name, lines in parts for line in _shortened(lines, limit, name)]
 
     def save_picture(self, path: str | os.PathLike[str]) -> Path:
         """Write the frames with the tracklets and events drawn in, as a PNG."""
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
-        title = f"{self.answer.question} — {self.answer.text}"
+        title = f"{self.answer.question} {self.answer.text}"
         return save_contact_sheet(path, self.clip, self.detection.stsg, title=title)
 
 
 def _event_words(event: EvidenceEvent) -> str:
     actor, *others = event.participants
     return " ".join([actor, event.kind, *others])
+
+
+def _relation_words(relation: EvidenceRelation) -> str:
+    words = f"{relation.subject} {relation.predicate}"
+    return words if relation.object == relation.subject else f"{words} {relation.object}"
+
+
+def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
+    if limit is None or len(lines) <= limit:
+        return lines
+    return [*lines[:limit], f"… and {len(lines) - limit} more {name}"]
 
 
 class VideoQA:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,20 @@ def load_state(
     model.load_state_dict(load_file(folder / "model.safetensors"))
     _unflatten(optimizer, load_file(folder / "optimizer.safetensors"))
     return int(state["step"])
+
+
+@contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty draft folder; on success it takes the place of `folder`, whose old content is kept aside."""
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    for file in draft.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    if folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.old"))
+    draft.rename(folder)
 
 
 def _checkpoints(out: Path) -> list[Path]:

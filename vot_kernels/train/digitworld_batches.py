@@ -49,10 +49,11 @@ class TrainingBatches(Dataset[Batch]):
         seed: of the whole run.
         batch_size: clips a batch.
         h264_share: share of the clips that pass through H.264 at a random quality, as real files do.
+        render: draw the frames; without, clips are black and only their truth is of use.
     """
 
-    def __init__(self, seed: int, batch_size: int, h264_share: float = 0.5):
-        self.seed, self.batch_size, self.h264_share = seed, batch_size, h264_share
+    def __init__(self, seed: int, batch_size: int, h264_share: float = 0.5, render: bool = True):
+        self.seed, self.batch_size, self.h264_share, self.render = seed, batch_size, h264_share, render
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
@@ -61,7 +62,7 @@ class TrainingBatches(Dataset[Batch]):
         episodes = [
             generate_episode("train", first + i, self.seed, size=size) for i in range(self.batch_size)
         ]
-        batch = episode_batch(episodes, codec_fraction=self.h264_share)
+        batch = episode_batch(episodes, codec_fraction=self.h264_share, render=self.render)
         return Batch(batch.frames, episodes[0].scene.fps, dense_targets(batch, episodes))
 
     def loader(self, start: int, stop: int) -> DataLoader[Batch]:

@@ -31,6 +31,7 @@ from vot_kernels.models.stsg.graph import STSG
 from vot_kernels.models.stsg.relations import MOTIONS
 from vot_kernels.train.checkpoint import load_state, save_state
 from vot_kernels.train.digitworld_batches import TRAIN_SIZES
+from vot_kernels.train.optimization import cosine_schedule, parameter_groups, update
 
 _MAX_PIXELS = 96 * 96
 _BALANCE_WEIGHT = 0.01
@@ -266,7 +267,7 @@ def train_encoder(
     model = build(settings, config, teacher).train()
     processor = make_processor(config)
     optimizer = torch.optim.AdamW(
-        _groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
+        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
     signature = _signature(settings, config, teacher)
     step = load_state(out, model, optimizer, signature)
@@ -276,7 +277,8 @@ def train_encoder(
             terms = model.losses(processor(batch.clips, fps=batch.fps), batch.captions, teacher, settings)
             torch.stack(list(terms.values())).sum().backward()
             assert_trainable(model, optimizer, teacher, settings)
-            _update(model, optimizer, _learning_rate(step, settings), settings.clip)
+            rate = cosine_schedule(step, settings.steps, settings.learning_rate, settings.warmup)
+            update(model, optimizer, rate, settings.clip)
             step += 1
             values = {name: term.item() for name, term in terms.items()}
             report(step, {"loss": sum(values.values())} | values)
@@ -361,28 +363,8 @@ def assert_trainable(
             )
 
 
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, clip: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> dict[str, Any]:
     """What must be equal for a run to go on."""
     fields = set(inspect.signature(VotEncoderConfig.__init__).parameters) - {"self", "kwargs"}
     known = {"teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint}
     return asdict(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}
-
-
-def _learning_rate(step: int, settings: EncoderTraining) -> float:
-    warm = min(1.0, (step + 1) / settings.warmup)
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; norms, biases, betas, residual weights and the logits' scale do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from vot_kernels.models.encoder.processing import VotImageProcessor
-from vot_kernels.models.perception.loss import match, perception_loss
+from vot_kernels.models.perception.loss import dynamics_loss, match, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import load_state, save_state
 from vot_kernels.train.digitworld_batches import Batch, TrainingBatches, digitworld_config
+from vot_kernels.train.optimization import cosine_schedule, parameter_groups, update
 
+_DYNAMICS_BATCH = 24
+_TRACK_NOISE_PX = 0.4  # largest standard deviation of the noise on true centres
 _DOMAIN_STEPS = 40  # batches whose clips define the domain
 _DOMAIN_HELD_OUT = 15
 
@@ -23,12 +26,14 @@ class PerceptionTraining:
     """Settings of a run; two runs with equal settings give equal weights on one machine.
 
     steps: optimiser steps; batch_size: clips a step; learning_rate: peak, after `warmup` steps, decaying to 0
-    along a half cosine; weight_decay: AdamW's; clip: largest gradient norm; seed: of weights and data.
+    along a half cosine; dynamics_steps: further steps of relations and events alone; weight_decay: AdamW's;
+    clip: largest gradient norm; seed: of weights and data.
     """
 
-    steps: int = 480
+    steps: int = 420
     batch_size: int = 12
     learning_rate: float = 2e-3
+    dynamics_steps: int = 800
     warmup: int = 50
     weight_decay: float = 0.02
     clip: float = 1.0
@@ -53,7 +58,9 @@ def train_perception(
     model = VotPerceptionModel(config).train()
     processor = make_processor(model)
     optimizer = torch.optim.AdamW(
-        _groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
+        parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
     )
     signature = asdict(settings)
     step = load_state(out, model, optimizer, signature)
@@ -61,18 +68,48 @@ def train_perception(
     batches = TrainingBatches(settings.seed, settings.batch_size)
     try:
         for batch in batches.loader(step, end):
-            terms = _train_step(
-                model, processor, optimizer, batch, _learning_rate(step, settings), settings.clip
-            )
+            terms = _loss(model, processor, batch)
+            torch.stack(list(terms.values())).sum().backward()
+            rate = cosine_schedule(step, settings.steps, settings.learning_rate, settings.warmup)
+            update(model, optimizer, rate, settings.clip)
             step += 1
-            report(step, terms)
+            values = {name: term.item() for name, term in terms.items()}
+            report(step, {"loss": sum(values.values())} | values)
             if step % save_every == 0 and step < end:
                 save_state(out, step, model, optimizer, signature)
     finally:  # also on Ctrl-C
         save_state(out, step, model, optimizer, signature)
     if step == settings.steps:
+        train_dynamics(model, settings, report)
         fit_domain(model, processor, batches, settings.steps)
     return model.eval()
+
+
+def train_dynamics(
+    model: VotPerceptionModel,
+    settings: PerceptionTraining,
+    report: Callable[[int, dict[str, float]], None] = lambda step, terms: None,
+) -> None:
+    """Train relations and events on true tracks with noise, which needs no pixels and so costs little.
+
+    Events are rare: a clip holds two or three hits, and without this stage the model sees too few of them.
+    Everything else is frozen.
+    """
+    dynamics = model.head.dynamics
+    optimizer = torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    batches = TrainingBatches(settings.seed + 1, _DYNAMICS_BATCH, render=False)
+    for step, batch in enumerate(batches.loader(0, settings.dynamics_steps)):
+        targets, frame = batch.targets, batch.clips.shape[2:4]
+        noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
+        noise = noise * torch.randn(targets.centers.shape, generator=generator)
+        centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
+        terms = dynamics_loss(dynamics(centers, targets.sizes, frame), targets)
+        loss = torch.stack(list(terms.values())).sum()
+        loss.backward()
+        rate = cosine_schedule(step, settings.dynamics_steps, settings.learning_rate, settings.warmup)
+        update(dynamics, optimizer, rate, clip=math.inf)
+        report(settings.steps + step + 1, {"loss": loss.item()})
 
 
 def make_processor(model: VotPerceptionModel) -> VotImageProcessor:
@@ -98,39 +135,11 @@ def fit_domain(
     model.fit_domain(torch.cat(tokens[:_DOMAIN_STEPS]), torch.cat(tokens[_DOMAIN_STEPS:]))
 
 
-def _train_step(
-    model: VotPerceptionModel,
-    processor: VotImageProcessor,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    learning_rate: float,
-    clip: float,
-) -> dict[str, float]:
+def _loss(model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch) -> dict[str, Tensor]:
+    """The terms of the loss; their sum is minimised."""
     inputs = processor(list(batch.clips), fps=batch.fps)
     output = model(**inputs)
     (head,) = output.clips
-    grid = inputs["image_grid_thw"][0].tolist()
-    terms: dict[str, Tensor] = perception_loss(
-        head, batch.targets, match(head, batch.targets), (grid[1], grid[2])
-    )
-    terms["balance"] = 0.01 * output.balance_loss
-    loss = torch.stack(list(terms.values())).sum()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return {"loss": loss.item()} | {name: term.item() for name, term in terms.items()}
-
-
-def _learning_rate(step: int, settings: PerceptionTraining) -> float:
-    warm = min(1.0, (step + 1) / settings.warmup)
-    return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-
-def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; norms, biases, betas, residual weights and queries do not."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and "queries" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim <= 1 or "queries" in n]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    _, height, width = inputs["image_grid_thw"][0].tolist()
+    terms = perception_loss(head, batch.targets, match(head, batch.targets), (height, width))
+    return terms | {"balance": 0.01 * output.balance_loss}

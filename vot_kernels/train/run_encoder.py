@@ -1,7 +1,6 @@
 """`vot train encoder`: measure, train, measure again, and publish the encoder with how it was made."""
 
 import json
-import os
 import shlex
 import time
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder
+from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.encoder import (
     EncoderTraining,
     build,
@@ -72,13 +72,10 @@ def run(out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: 
 
 def publish(encoder: VotEncoder, folder: Path, record: dict) -> None:
     """Write weights, configuration, processor and `record`; a reader never sees half of them."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-    encoder.save_pretrained(draft)
-    make_processor(encoder.config).save_pretrained(draft)
-    (draft / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.old"))
-    draft.rename(folder)
+    with publish_folder(folder) as draft:
+        encoder.save_pretrained(draft)
+        make_processor(encoder.config).save_pretrained(draft)
+        (draft / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _options(settings: EncoderTraining, teacher: Path | None) -> list[str]:

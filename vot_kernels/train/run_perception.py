@@ -1,7 +1,6 @@
 """The command `vot train perception`: train, measure, and publish the result with how it was made."""
 
 import json
-import os
 import shlex
 import time
 from dataclasses import asdict
@@ -11,6 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.perception import PerceptionTraining, make_processor, train_perception
 from vot_kernels.train.perception_metrics import perception_metrics
 
@@ -27,7 +27,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200) -> str:
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     ) as bar:
-        task = bar.add_task("training", total=settings.steps)
+        task = bar.add_task("training", total=settings.steps + settings.dynamics_steps)
 
         def report(step: int, terms: dict[str, float]) -> None:
             bar.update(task, completed=step, description=f"loss {terms['loss']:.2f}")
@@ -54,20 +54,15 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200) -> str:
 
 def publish(model: VotPerceptionModel, folder: Path) -> Path:
     """Write fp16 weights, configuration and processor; a reader never sees half of them."""
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     domain = {name: buffer.clone() for name, buffer in model.named_buffers() if name.startswith("domain_")}
     half = VotPerceptionModel(model.config)
     half.load_state_dict(model.state_dict())
     half.half()
     for name, buffer in domain.items():  # a precision matrix does not survive fp16
         setattr(half, name, torch.nn.Buffer(buffer))
-    half.save_pretrained(draft)
-    make_processor(model).save_pretrained(draft)
-    for file in draft.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-    if folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.{int(time.time())}.old"))
-    draft.rename(folder)
+    with publish_folder(folder) as draft:
+        half.save_pretrained(draft)
+        make_processor(model).save_pretrained(draft)
     return folder
 
 

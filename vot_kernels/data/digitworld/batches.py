@@ -63,9 +63,13 @@ def training_batch(
 
 
 def episode_batch(
-    episodes: Sequence[Episode], *, codec_fraction: float = 0.0, max_objects: int = MAX_OBJECTS
+    episodes: Sequence[Episode],
+    *,
+    codec_fraction: float = 0.0,
+    max_objects: int = MAX_OBJECTS,
+    render: bool = True,
 ) -> TrainingBatch:
-    """Stack episodes of one size, length and radius; see `training_batch`."""
+    """Stack episodes of one size, length and radius; see `training_batch`. Without `render` all is black."""
     if not episodes:
         raise ValueError("Got no episodes; a batch needs at least one.")
     if not 0 <= codec_fraction <= 1:
@@ -93,7 +97,7 @@ def episode_batch(
         hits[b, :, :n, :n] = episode.hits
         bounces[b, :, :n] = episode.bounces
     return TrainingBatch(
-        frames=np.stack([_clip(episode, codec_fraction) for episode in episodes]),
+        frames=_clips(episodes, codec_fraction) if render else _black(episodes),
         times=episodes[0].times,
         centers=centers,
         mask=mask,
@@ -104,6 +108,15 @@ def episode_batch(
         radius=episodes[0].radius,
         indices=np.array([episode.index for episode in episodes], np.int64),
     )
+
+
+def _clips(episodes: Sequence[Episode], codec_fraction: float) -> np.ndarray:
+    return np.stack([_clip(episode, codec_fraction) for episode in episodes])
+
+
+def _black(episodes: Sequence[Episode]) -> np.ndarray:
+    scene = episodes[0].scene
+    return np.broadcast_to(np.uint8(0), (len(episodes), scene.num_frames, *scene.size, 3))
 
 
 def _clip(episode: Episode, codec_fraction: float) -> np.ndarray:

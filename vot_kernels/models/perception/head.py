@@ -208,7 +208,7 @@ class Namer(nn.Module):
 class Dynamics(nn.Module):
     """Relations and events from tracks: small temporal convolutions over relative motion."""
 
-    def __init__(self, config: VotPerceptionConfig, width: int = 32):
+    def __init__(self, config: VotPerceptionConfig, width: int = 48):
         super().__init__()
         unary_events, unary_predicates = set(config.unary_events), set(config.unary_predicates)
         self.pair_event = _TemporalConv(9, width, len([e for e in config.events if e not in unary_events]))
@@ -250,8 +250,8 @@ class _TemporalConv(nn.Module):
 
     def __init__(self, inputs: int, width: int, outputs: int):
         super().__init__()
-        self.first = nn.Conv1d(inputs, width, 5, padding=2)
-        self.second = nn.Conv1d(width, width, 3, padding=1)
+        self.first = nn.Conv1d(inputs, width, 5, padding=2, padding_mode="replicate")
+        self.second = nn.Conv1d(width, width, 3, padding=1, padding_mode="replicate")
         self.last = nn.Conv1d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:

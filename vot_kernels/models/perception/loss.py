@@ -81,14 +81,33 @@ def perception_loss(
         "unary_events": _rare(output.unary_events[clip, query], targets.unary_events[clip, item]),
         "unary_relations": _rare(output.unary_relations[clip, query], targets.unary_relations[clip, item]),
     }
-    pair_terms: dict[str, list[Tensor]] = {"pair_events": [], "pair_relations": []}
+    return terms | {
+        name: _pair_loss(getattr(output, name), getattr(targets, name), pairs)
+        for name in ("pair_events", "pair_relations")
+    }
+
+
+def dynamics_loss(read: dict[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+    """The terms of relations and events alone, for tracks in the order of the targets' objects."""
+    objects = [exists.nonzero().squeeze(1) for exists in targets.exists]
+    same = [(index, index) for index in objects]
+    terms = {}
+    for name, logits in read.items():
+        truth = getattr(targets, name)
+        if name.startswith("pair"):
+            terms[name] = _pair_loss(logits, truth, same)
+        else:
+            terms[name] = _rare(logits[targets.exists], truth[targets.exists])
+    return terms
+
+
+def _pair_loss(logits: Tensor, truth: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Over ordered pairs of different objects; logits `[B, Q, Q, T, kinds]`, truth `[B, N, N, T, kinds]`."""
+    losses = []
     for b, (queries, items) in enumerate(pairs):
-        for name, losses in pair_terms.items():
-            predicted = getattr(output, name)[b][queries][:, queries]
-            truth = getattr(targets, name)[b][items][:, items]
-            different = ~torch.eye(len(queries), dtype=torch.bool, device=truth.device)
-            losses.append(_rare(predicted[different], truth[different]))
-    return terms | {name: torch.stack(losses).mean() for name, losses in pair_terms.items()}
+        different = ~torch.eye(len(queries), dtype=torch.bool, device=truth.device)
+        losses.append(_rare(logits[b][queries][:, queries][different], truth[b][items][:, items][different]))
+    return torch.stack(losses).mean()
 
 
 def _rare(logits: Tensor, truth: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Reading a spatial-temporal scene graph off the head's output."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -157,9 +158,9 @@ def _events(
         for b, other in names.items():
             if a < b:
                 for kind, event in enumerate(binary):
-                    found += [
-                        Event(event, t, (actor, other), score) for t, score in _peaks(pair[a, b, :, kind])
-                    ]
+                    # Two objects must part before they can meet again: neighbouring frames are one event.
+                    moments = _peaks(pair[a, b, :, kind], certain=math.inf)
+                    found += [Event(event, t, (actor, other), score) for t, score in moments]
     yield from sorted(found, key=lambda event: (event.t, event.kind, event.participants))
 
 
@@ -176,17 +177,17 @@ def _intervals(probability: Tensor) -> Iterator[tuple[int, int, float]]:
             start = None
 
 
-def _peaks(probability: Tensor) -> Iterator[tuple[int, float]]:
+def _peaks(probability: Tensor, certain: float = _CERTAIN) -> Iterator[tuple[int, float]]:
     """(frame, probability) of moments.
 
     An event between two frames may be split over both, so neighbours share one moment's probability, unless
-    each of them is certain by itself.
+    each of them is `certain` by itself.
     """
     values = probability.tolist()
     taken = [False] * len(values)
     for t in sorted(range(len(values)), key=lambda t: -values[t]):
         near = [u for u in (t - 1, t, t + 1) if 0 <= u < len(values) and not taken[u]]
-        window = [u for u in near if u == t or values[u] < _CERTAIN]
+        window = [u for u in near if u == t or values[u] < certain]
         if t in window and sum(values[u] for u in window) > _SURE and values[t] > _SURE / 2:
             yield t, min(1.0, sum(values[u] for u in window))
             for u in window:

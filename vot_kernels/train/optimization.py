@@ -1,0 +1,34 @@
+"""What the training stages share: the schedule, who decays, one update."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def cosine_schedule(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Learning rate at `step`: linear to `peak` over `warmup` steps, along half a cosine to 0 at `steps`."""
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, undecayed: Sequence[str] = ()) -> list[dict]:
+    """AdamW's groups: matrices decay; vectors, scalars and what has a name of `undecayed` in its own do not."""
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1 and not any(part in name for part in undecayed)
+
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, clip: float) -> None:
+    """Clip the gradients to the norm `clip`, take a step, and drop the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
