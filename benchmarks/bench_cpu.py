@@ -19,7 +19,7 @@ from torch import Tensor
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import workloads_encoder
+from benchmarks import workloads_encoder, workloads_fused
 from benchmarks.timing import Timing, describe_machine, time_interleaved
 from benchmarks.workloads_aoe import PROVIDERS as AOE_PROVIDERS
 from benchmarks.workloads_aoe import AoEWorkload
@@ -173,6 +173,15 @@ def _aoe(full: bool, backward: bool) -> list[Provider]:
     ]
 
 
+def _fused(full: bool, case: Callable[[bool], workloads_fused.Case]) -> list[Provider]:
+    torch.manual_seed(0)
+    ours, plain, inputs = case(full)
+    return [
+        _provider("vot_kernels", ours, plain, inputs, backward=False),
+        _provider("plain PyTorch", plain, plain, inputs, backward=False),
+    ]
+
+
 def _encoder(full: bool) -> list[Provider]:
     grids = workloads_encoder.IMAGES if full else workloads_encoder.SMALL_IMAGES
 
@@ -262,6 +271,10 @@ WORKLOADS = [
         "8,192 tokens, width 512, 16 experts of rank 64, top 2, float32",
         partial(_aoe, backward=True),
         repeats=3,
+    ),
+    *(
+        Workload(f"{name} forward", shape, partial(_fused, case=case))
+        for name, (shape, case) in workloads_fused.CASES.items()
     ),
 ]
 

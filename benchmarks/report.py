@@ -36,7 +36,9 @@ def cpu_table() -> str:
                 ]
             )
     machine = run["machine"]
-    note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of runs in turns."
+    note = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of runs in turns."
+    )
     return _markdown(["workload", "compared with", "ours / theirs", "faster"], rows) + f"\n{note}\n"
 
 
@@ -73,7 +75,10 @@ def question_table() -> str:
     result = _read(RESULTS / "digitworld-questions.json")
     columns = ["motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next", "flip", "all"]
     rows = [
-        [SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}"), *(f"{100 * accuracy[c]:.0f}" for c in columns)]
+        [
+            SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}"),
+            *(f"{100 * accuracy[c]:.0f}" for c in columns),
+        ]
         for name, accuracy in result["accuracy"].items()
     ]
     settings, verification = result["settings"], result["verification"]

@@ -43,7 +43,7 @@ def test_help_explains_units(vot):
         (["frobnicate"], "No such command"),
         (["ask"], "Give a video and a question"),
         (["ask", "missing.mp4", "Who?"], "missing.mp4"),
-        (["ask", ".", "Who?"], "folder"),
+        (["ask", ".", "Who?"], "directory"),
         (["ask", __file__, "Who?"], "test_cli.py"),
         (["ask", "--fps", "x", "a.mp4", "Who?"], "--fps"),
         (["ask", "a.mp4", "Who?", "--skip", "nothing"], "a.mp4"),

@@ -13,7 +13,7 @@ from vot_kernels.data.video import VideoClip, load_video
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
-from vot_kernels.vot.llm import HFLanguageModel, LanguageModel
+from vot_kernels.vot.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.vot.reasoning import VideoOfThought
 from vot_kernels.vot.smollm2 import load_smollm2
 from vot_kernels.vot.types import Answer, EvidenceEvent, EvidenceRelation, Switches
@@ -150,9 +150,10 @@ def load_perception(
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
-    model = VotPerceptionModel.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    with quiet_transformers():
+        model = VotPerceptionModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     model.config.name_or_path = folder.name
     return model.eval(), VotImageProcessor.from_pretrained(folder, local_files_only=True)
 
