@@ -275,7 +275,7 @@ def _print_answer(result: "VideoAnswer", picture: Path | None) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"[bold]{result.clip.info.path}[/bold]", markup=True)
+    console.print(str(result.clip.info.path), markup=False, style="bold")
     console.print(result.clip.info.describe(), markup=False, style="dim")
     console.print(result.answer.summary(), markup=False)
     if result.answer.warning is not None:
