@@ -81,11 +81,13 @@ def question_table() -> str:
         ]
         for name, accuracy in result["accuracy"].items()
     ]
-    settings, verification = result["settings"], result["verification"]
+    settings, fixed, broke = result["settings"], *(result["verification"][key] for key in ("fixed", "broke"))
+    seconds = result["seconds_per_question"]
     note = (
-        f"{settings['videos']} held-out videos, one question each, {settings['llm']}, per cent right. Verification "
-        f"fixed {verification['fixed']} answers and broke {verification['broke']}. Seconds a question on two cores: "
-        f"{result['seconds_per_question']['vot']:.1f} with VoT, {result['seconds_per_question']['direct']:.1f} direct."
+        f"`vot eval digitworld --videos {settings['videos']} --out results.json`: as many held-out videos, one "
+        f"question each, {settings['llm']}, per cent right. Verification fixed {fixed} answers and broke {broke}. "
+        f"Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with VoT, "
+        f"{seconds['direct']:.1f} direct."
     )
     return _markdown(["answered by", *(c.replace("_", " ") for c in columns)], rows) + f"\n{note}\n"
 

@@ -31,10 +31,11 @@ def test_help(vot, command):
     assert code == 0 and "Usage" in out
 
 
-def test_help_explains_units(vot):
+def test_help_explains_units(vot, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")  # nothing is wrapped
     out = " ".join(vot("ask", "--help")[1].split())
     for words in ("in seconds", "Frames per second", "fractions of the frame"):
-        assert words.split()[-1] in out
+        assert words in out
 
 
 @pytest.mark.parametrize(
