@@ -24,10 +24,8 @@ _TIMED = re.compile(r"\b(before|after|while|during|until|since|at \d|second time
 _PARTS = (
     (re.compile(r"\bfirst half of the (clip|video)\b"), 0.0, 0.5),
     (re.compile(r"\bsecond half of the (clip|video)\b"), 0.5, 1.0),
-    (re.compile(r"\b(start|beginning) of the (clip|video)\b"), 0.0, 0.25),
-    (re.compile(r"\bend of the (clip|video)\b"), 0.75, 1.0),
 )
-"""Wordings for a part of a clip: the shares of its duration where it begins and ends."""
+"""Wordings for a half of a clip: the shares of its duration where it begins and ends."""
 _NEGATED = re.compile(r"\b(not|never|no|without)\b|n't\b")
 
 
@@ -42,7 +40,7 @@ def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> Gr
 
 
 def part_in_question(question: str, graph: STSG) -> STSG:
-    """The graph of the part of the clip that the question names, or the whole graph."""
+    """The graph of the half of the clip that the question names, or the whole graph."""
     times = graph.frame_times_s
     for wording, begin, end in _PARTS:
         if times and wording.search(fold(question)):
