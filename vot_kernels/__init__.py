@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vot_kernels.ops.aoe import aoe
     from vot_kernels.ops.dense_residual import dense_residual
+    from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func
     from vot_kernels.ops.hybrid_attention import hybrid_attention, hybrid_attention_step
     from vot_kernels.ops.linear_attention import linear_attention
     from vot_kernels.ops.pack_patches import pack_patches
@@ -24,6 +25,8 @@ __all__ = [
     "__version__",
     "aoe",
     "dense_residual",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
@@ -38,6 +41,8 @@ __all__ = [
 _MODULES = {
     "PackedLayout": "packing",
     "plan_packing": "packing",
+    "flash_attn_func": "ops.flash_attention",
+    "flash_attn_varlen_func": "ops.flash_attention",
     "hybrid_attention_step": "ops.hybrid_attention",
 }
 

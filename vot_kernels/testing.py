@@ -97,7 +97,8 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     """
     if actual.shape != expected.shape:
         raise ToleranceError(f"shapes differ: {list(actual.shape)} and {list(expected.shape)}")
-    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    a = actual.detach().double()
+    b = expected.detach().to(a.device, torch.float64)
     error = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(error.max()) if error.numel() else 0.0
 
@@ -125,7 +126,7 @@ def assert_close_to_exact(
         ToleranceError: shapes differ, or the error is too large or not a number.
     """
     error, allowed = max_error(actual, exact), 2 * max_error(same_dtype, exact)
-    finite = exact.detach().double().cpu()
+    finite = exact.detach().double()
     finite = finite[finite.isfinite()].abs()
     magnitude = max(floor, float(finite.max()) if finite.numel() else 0.0)
     if allowed == torch.inf:
@@ -188,7 +189,7 @@ def _run_with_gradients(
     for i, out in enumerate(outputs):
         weights = make_tensor(*out.shape, seed=1000 + i, device=out.device)
         finite = torch.where(out.isfinite(), out, 0)
-        loss = loss + (finite.double() * weights.double()).sum().cpu()
+        loss = loss + (finite.double() * weights.double()).sum().to(loss.device)
     wanted = [leaf for leaf in leaves if leaf is not None]
     found = torch.autograd.grad(loss, wanted, materialize_grads=True)
     return [out.detach() for out in outputs], list(found)

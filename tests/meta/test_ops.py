@@ -17,6 +17,7 @@ from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "vot_kernels::"
+FLASH_ATTENTION = ("flash_attn_func", "flash_attn_varlen_func")  # another face of packed_attention
 
 
 def submodules(package) -> dict[str, object]:
@@ -78,7 +79,7 @@ def support_rows(readme: str) -> set[str]:
 
 def test_the_public_ops_are_exported_and_known_to_dispatch():
     public = {name for name in vot_kernels.__all__ if inspect.isfunction(getattr(vot_kernels, name))}
-    assert public == set(OPS) | {"plan_packing", "hybrid_attention_step"}
+    assert public == set(OPS) | {"plan_packing", "hybrid_attention_step", *FLASH_ATTENTION}
     assert all(name in OP_MODULES for name in OPS)
 
 

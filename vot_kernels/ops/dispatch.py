@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vot_kernels.ops._launch import why_not_triton
+
 BACKENDS = ("triton", "torch", "reference")  # in order of preference
 
 OPS = (
@@ -31,10 +33,14 @@ class Inputs:
     Attributes:
         device: where the tensors lie.
         dtype: of the tensors that are computed on.
+        head_dim: size of the last dimension; None where it is not known yet, which refuses nothing.
+        width: size of the last dimension of given features, None where there are none.
     """
 
     device: torch.device
     dtype: torch.dtype
+    head_dim: int | None = None
+    width: int | None = None
 
 
 Predicate = Callable[[Inputs], list[str]]
@@ -51,18 +57,34 @@ def _floating(inputs: Inputs) -> list[str]:
     return [f"dtype {inputs.dtype} is not one of float16, bfloat16, float32, float64"]
 
 
+def _attention_kernel(inputs: Inputs) -> list[str]:
+    """Triton: half or single precision, head_dim 16 to 256, on CUDA (or interpreted)."""
+    reasons = why_not_triton(inputs.device)
+    if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
+    if inputs.head_dim is not None and not 16 <= inputs.head_dim <= 256:
+        reasons.append(f"head_dim {inputs.head_dim} is not from 16 to 256")
+    if inputs.width is not None and not 16 <= inputs.width <= 256:
+        reasons.append(f"feature width {inputs.width} is not from 16 to 256")
+    return reasons
+
+
 CAPABILITIES: dict[str, dict[str, Predicate]] = {
     op: {"triton": _no_kernel, "torch": _floating, "reference": _floating} for op in OPS
 }
+for _op in ("hybrid_attention", "packed_attention", "linear_attention"):
+    CAPABILITIES[_op]["triton"] = _attention_kernel
 
 
-def select(op: str, backend: str, tensor: Tensor) -> str:
+def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
     """The backend that serves `op` for inputs like `tensor`.
 
     Args:
         op: a name of `OPS`.
-        backend: a name of `BACKENDS`, or "auto" for the first that accepts the inputs.
-        tensor: the op's main input; its device and dtype decide.
+        backend: a name of `BACKENDS`, or "auto" for the first that accepts the inputs; "auto" never picks
+            the interpreter of Triton, which is for tests.
+        tensor: the op's main input; its device, dtype and last dimension decide.
+        features: features that are given in place of a feature map, if any.
 
     Raises:
         ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
@@ -71,11 +93,13 @@ def select(op: str, backend: str, tensor: Tensor) -> str:
         known = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend must be one of {known}, got {backend!r}.")
     candidates = BACKENDS if backend == "auto" else (backend,)
-    inputs = Inputs(tensor.device, tensor.dtype)
+    head_dim = tensor.shape[-1] if tensor.ndim else None
+    inputs = Inputs(tensor.device, tensor.dtype, head_dim, None if features is None else features.shape[-1])
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)
-        if not reasons:
+        interpreted = name == "triton" and tensor.device.type == "cpu"
+        if not reasons and not (interpreted and backend == "auto"):
             return name
         refusals.append(f"{name} ({'; '.join(reasons)})")
     raise ValueError(f"No backend can serve {op} for these inputs: {', '.join(refusals)}.")
@@ -86,7 +110,8 @@ def describe_backends(
 ) -> dict[str, dict[str, list[str]]]:
     """Per op and backend, why it cannot serve such inputs; an empty list means that it can.
 
-    Backends stand in order of preference, so "auto" uses the first with an empty list.
+    Backends stand in order of preference, so "auto" uses the first with an empty list (on CPU tensors: after
+    "triton").
     The device defaults to "cuda" where there is one, else "cpu".
     """
     if device is None:

@@ -39,6 +39,7 @@ from vot_kernels.ops._group_states import (
     plan_states,
     scan_states,
 )
+from vot_kernels.ops._hybrid_triton import Geometry, hybrid_attention_backward, hybrid_attention_forward
 from vot_kernels.ops._range_attention import Pass, plan_pass, range_attention, range_attention_backward
 from vot_kernels.ops._streaming import HybridAttentionState, hybrid_attention_step
 from vot_kernels.ops._validation import check_choice, check_options, check_qkv
@@ -71,8 +72,9 @@ def hybrid_attention(
     """Softmax attention to the groups in the window and linear attention to the rest of the segment.
 
     Args:
-        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; computed in float32 at least.
-            Rows past the layout's tokens are slack: never read, output and gradient 0, lse -inf.
+        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; sums and exponentials in float32
+            at least (docs/attention.md says what each backend rounds). Rows past the layout's tokens are
+            slack: never read, output and gradient 0, lse -inf.
         k, v: `[tokens, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         layout: which rows belong to which segment and group.
         window: groups that are near: an int (on both sides, or to the left when causal), a pair
@@ -98,7 +100,7 @@ def hybrid_attention(
     check_qkv(q, k, v, layout)
     check_options(q, k, beta, feature_map, q_features, k_features)
     check_choice("causal", causal, CAUSAL_MODES)
-    chosen = select("hybrid_attention", backend, q)
+    chosen = select("hybrid_attention", backend, q, features=q_features)
     out, lse = attend(
         q,
         k,
@@ -165,6 +167,7 @@ def attend(
         causal or "none",
         feature_map,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
+        backend,
     )
 
 
@@ -191,7 +194,13 @@ def _hybrid_attention_fwd(
     causal: str,
     feature_map: str,
     scale: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
+        geometry = Geometry(*bounds, window_left, window_right, causal)
+        tensors = (q, k, v, beta, q_features, k_features)
+        return hybrid_attention_forward(*tensors, geometry, feature_map, scale)
     host = (host_cu_seqlens, host_cu_groups, host_segment_groups)
     plan = make_plan(*host, window_left, window_right, causal, q.device)
     out = q.new_empty(q.shape)
@@ -267,8 +276,19 @@ def _hybrid_attention_bwd(
     causal: str,
     feature_map: str,
     scale: float,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
+    if backend == "triton":
+        bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
+        geometry = Geometry(*bounds, window_left, window_right, causal)
+        tensors = (grad, grad_lse, out, lse, q, k, v, beta, q_features, k_features)
+        found = hybrid_attention_backward(*tensors, geometry, feature_map, scale)
+        d_beta, d_q_features, d_k_features = (
+            q.new_empty(0) if x is None else torch.zeros_like(x) if found_grad is None else found_grad
+            for x, found_grad in zip((beta, q_features, k_features), found[3:], strict=True)
+        )
+        return *found[:3], d_beta, d_q_features, d_k_features
     host = (host_cu_seqlens, host_cu_groups, host_segment_groups)
     plan = make_plan(*host, window_left, window_right, causal, q.device)
     arguments = (q, k, v, beta, q_features, k_features)

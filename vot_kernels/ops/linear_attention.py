@@ -3,7 +3,8 @@
     o_i = sum_j phi(q_i).phi(k_j) v_j / Z_i,   Z_i = sum_j phi(q_i).phi(k_j)
 
 over all tokens j of the segment, or those up to i (Katharopoulos et al., 2020, eq. 5). The causal form works
-on chunks: the states of earlier chunks by a scan, the own chunk by a small triangular product.
+on chunks: the states of earlier chunks by a scan, the own chunk by a small triangular product. Here stand the op
+and its `torch` backend; the launchers of the `triton` backend are in `_linear_triton.py`.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from vot_kernels.ops._group_states import (
     plan_states,
     scan_states,
 )
+from vot_kernels.ops._linear_triton import linear_attention_backward, linear_attention_forward
 from vot_kernels.ops._validation import check_choice, check_qkv
 from vot_kernels.ops.dispatch import select
 from vot_kernels.packing import PackedLayout
@@ -46,7 +48,8 @@ def linear_attention(
     """Linear attention of every token to its own segment, normalised to weights that sum to 1.
 
     Args:
-        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; computed in float32 at least.
+        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; sums and exponentials in float32
+            at least (docs/attention.md says what each backend rounds).
             Rows past the layout's tokens are slack: never read, output and gradient 0.
         k, v: `[tokens, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         layout: which rows belong to which segment; its groups play no part.
@@ -63,9 +66,11 @@ def linear_attention(
     check_qkv(q, k, v, layout)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_choice("causal", causal, (False, True))
-    if select("linear_attention", backend, q) == "reference":
+    chosen = select("linear_attention", backend, q)
+    if chosen == "reference":
         return reference.linear_attention(q, k, v, layout, feature_map=feature_map, causal=causal)[0]
-    return _linear_attention_fwd(q, k, v, layout.cu_seqlens, layout.host_cu_seqlens, feature_map, causal)[0]
+    bounds = (layout.cu_seqlens, layout.host_cu_seqlens)
+    return _linear_attention_fwd(q, k, v, *bounds, feature_map, causal, chosen)[0]
 
 
 @torch.library.custom_op("vot_kernels::linear_attention_fwd", mutates_args=())
@@ -77,22 +82,25 @@ def _linear_attention_fwd(
     host_cu_seqlens: Tensor,
     feature_map: str,
     causal: bool,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """The output and the normaliser Z `[tokens, heads]`, which the backward needs."""
+    """The output, and for the backward 1 / Z `[tokens, heads]`, 0 where Z is 0."""
+    if backend == "triton":
+        return linear_attention_forward(q, k, v, cu_seqlens, host_cu_seqlens, feature_map, causal)
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
     out = q.new_empty(q.shape)
-    total = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    inverse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for heads, kv_heads in head_chunks(q, k, plan.state_size(q)):
         part = _forward(plan, q[:, heads], k[:, kv_heads], v[:, kv_heads], feature_map, causal)
         to_tokens(part[0], out[:, heads])
-        to_tokens(part[1], total[:, heads, None])
-    return out, total
+        to_tokens(part[1], inverse[:, heads, None])
+    return out, inverse
 
 
 def _forward(
     plan: "_LinearPlan", q: Tensor, k: Tensor, v: Tensor, feature_map: str, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output `[heads, tokens, d]` and normaliser `[heads, tokens, 1]` of some heads."""
+    """Output `[heads, tokens, d]` and 1 / Z `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (q, k, v))
     repeats = query.shape[0] // key.shape[0]
     query, key, value = (
@@ -107,8 +115,8 @@ def _forward(
         for chunks, _ in plan.own.groups:
             weights = (chunks.take(query) @ chunks.take(key).transpose(-1, -2)).tril_()
             chunks.add(sums, weights @ chunks.take(value))
-    total = sums[..., -1:]
-    return sums[..., :-1] * _inverse(total), total
+    inverse = _inverse(sums[..., -1:])
+    return sums[..., :-1] * inverse, inverse
 
 
 @_linear_attention_fwd.register_fake
@@ -121,7 +129,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _linear_attention_bwd(
     grad: Tensor,
     out: Tensor,
-    total: Tensor,
+    inverse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -129,12 +137,23 @@ def _linear_attention_bwd(
     host_cu_seqlens: Tensor,
     feature_map: str,
     causal: bool,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold."""
+    if backend == "triton":
+        tensors = (grad, out, inverse, q, k, v, cu_seqlens, host_cu_seqlens)
+        return linear_attention_backward(*tensors, feature_map, causal)
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for heads, kv_heads in head_chunks(q, k, plan.state_size(q)):
-        inputs = (grad[:, heads], out[:, heads], total[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads])
+        inputs = (
+            grad[:, heads],
+            out[:, heads],
+            inverse[:, heads],
+            q[:, heads],
+            k[:, kv_heads],
+            v[:, kv_heads],
+        )
         parts = _backward(plan, *inputs, feature_map, causal)
         for part, rows in zip(parts, (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]), strict=True):
             to_tokens(part, rows)
@@ -145,7 +164,7 @@ def _backward(
     plan: "_LinearPlan",
     grad: Tensor,
     out: Tensor,
-    total: Tensor,
+    inverse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -161,8 +180,7 @@ def _backward(
         _feature_map(key, feature_map),
         append_column(value, 1.0),
     )
-    inverse = _inverse(to_heads(total[..., None], tokens))
-    weighted = torch.cat([do, -(do * o).sum(-1, keepdim=True)], -1).mul_(inverse)
+    weighted = torch.cat([do, -(do * o).sum(-1, keepdim=True)], -1).mul_(to_heads(inverse[..., None], tokens))
     states = scan_states(group_states(phi_k, value, plan.states), plan.states)
     d_phi_q = apply_states(weighted, repeat_heads(states, repeats).transpose(-1, -2), plan.states)
     d_states = fold_heads(group_states(phi_q, weighted, plan.states), repeats)
@@ -189,7 +207,7 @@ def _backward(
 
 @_linear_attention_bwd.register_fake
 def _(
-    grad: Tensor, out: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+    grad: Tensor, out: Tensor, inverse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -203,8 +221,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    return (*_linear_attention_bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+        return (None,) * 8
+    return (*_linear_attention_bwd(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5)
 
 
 _linear_attention_fwd.register_autograd(_differentiate, setup_context=_save)

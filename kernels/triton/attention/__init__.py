@@ -1,0 +1,1 @@
+"""Device code of packed, hybrid and linear attention."""

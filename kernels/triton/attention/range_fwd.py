@@ -1,0 +1,189 @@
+"""Softmax attention of every row to its own range of keys: packed, windowed, causal and near attention alike.
+
+Hybrid attention adds the far groups to the same sums. With F_g and z_g the state of the groups that are far from
+group g, a row i of g adds exp(beta) phi(q_i) F_g to the numerator and exp(beta) phi(q_i).z_g to the normaliser.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.ranges import masked_block, tile_ranges
+from ..common.rows import load_rows, store_rows
+from ..common.softmax import LN_2, LOG2_E, softmax_step
+from ..common.tiles import locate_tile
+from .far import add_far_values, far_total, tile_groups
+
+
+@triton.jit
+def _attend_block(
+    query,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    first_key,
+    end,
+    low,
+    high,
+    factor,
+    sums,
+    peak,
+    total,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Sums, peak and total after BLOCK_K more keys."""
+    key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if MASKED:
+        index = first_key + tl.arange(0, BLOCK_K)
+        seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    weights, peak, total, decay = softmax_step(scores, factor, peak, total)
+    sums = tl.dot(weights.to(value.dtype), value, sums * decay[:, None], input_precision="ieee")
+    return sums, peak, total
+
+
+@triton.jit
+def _add_far(
+    sums,
+    peak,
+    total,
+    log2_beta,
+    features_ptr,
+    features_stride,
+    far_ptr,
+    row_groups_ptr,
+    groups,
+    first_row,
+    end_row,
+    kv_heads,
+    WIDTH: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    TYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Sums, peak and total with the far part of every row.
+
+    The normaliser comes first and raises the peak, so that the states are added under the final one.
+    """
+    first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
+    far = far_total(
+        features_ptr, features_stride, far_ptr, row_groups_ptr, first, end, first_row, end_row, kv_heads,
+        WIDTH, FEATURE_MAP, HEAD_DIM, BLOCK_Q, BLOCK_F,
+    )  # fmt: skip
+    raised = tl.maximum(peak, log2_beta + tl.log2(far))
+    pivot = tl.where(raised == float("-inf"), 0.0, raised)
+    weight = tl.where(far == 0, 0.0, tl.exp2(tl.minimum(log2_beta - pivot, 120.0)))
+    decay = tl.exp2(peak - pivot)
+    sums = add_far_values(
+        sums * decay[:, None], weight, features_ptr, features_stride, far_ptr, row_groups_ptr, first, end,
+        first_row, end_row, kv_heads, WIDTH, FEATURE_MAP, TYPE, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
+    )  # fmt: skip
+    return sums, raised, total * decay + far * weight
+
+
+@triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
+def _range_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    ranges_ptr,
+    cu_rows_ptr,
+    far_ptr,
+    beta_ptr,
+    features_ptr,
+    row_groups_ptr,
+    segments,
+    groups,
+    rows,
+    repeats,
+    scale,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    features_stride,
+    features_head_stride,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """One tile of rows of a segment and one head; `common/ranges.py` says what `ranges` holds.
+
+    q, out: `[rows, heads, HEAD_DIM]`; k, v: `[keys, heads // repeats, HEAD_DIM]`; lse: float32 `[rows, heads]`,
+    natural log; scale >= 0. Outputs are contiguous, strides count in STRIDE_UNIT numbers. Grid: (tiles, heads).
+    The tiles of the last segment also write the slack rows after it.
+
+    far: float32 `[groups, kv_heads, WIDTH * (HEAD_DIM + 1)]`, states as in `states.py`, or None for no far part.
+    Only with it: beta: float32 `[heads]` or None for 0; features `[rows, heads, WIDTH]`, taken through FEATURE_MAP;
+    row_groups: int32 `[groups + 1]`.
+    """
+    # Late rows see the most keys when attention is causal: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    end_row = tl.load(cu_rows_ptr + segment + 1)
+    low, high, begin, end, count, first_full, end_full = tile_ranges(
+        ranges_ptr, rows, first_row, end_row, BLOCK_Q, BLOCK_K
+    )
+    q_ptr += head.to(tl.int64) * (q_head_stride * STRIDE_UNIT)
+    q_stride *= STRIDE_UNIT
+    k_ptr += (head // repeats).to(tl.int64) * (k_head_stride * STRIDE_UNIT)
+    k_stride *= STRIDE_UNIT
+    v_ptr += (head // repeats).to(tl.int64) * (v_head_stride * STRIDE_UNIT)
+    v_stride *= STRIDE_UNIT
+    query = load_rows(q_ptr, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+    factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf of a masked score, 0 would be NaN
+
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    for block in range(count - (end_full - first_full)):
+        first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
+        sums, peak, total = _attend_block(
+            query, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
+            HEAD_DIM, BLOCK_D, BLOCK_K, True,
+        )  # fmt: skip
+    for block in range(first_full, end_full):
+        first_key = begin + block * BLOCK_K
+        sums, peak, total = _attend_block(
+            query, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
+            HEAD_DIM, BLOCK_D, BLOCK_K, False,
+        )  # fmt: skip
+
+    if far_ptr is not None:
+        log2_beta = 0.0 if beta_ptr is None else tl.load(beta_ptr + head) * LOG2_E
+        features_ptr += head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
+        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
+        sums, peak, total = _add_far(
+            sums, peak, total, log2_beta, features_ptr, features_stride * STRIDE_UNIT, far_ptr, row_groups_ptr,
+            groups, first_row, end_row, heads // repeats, WIDTH, FEATURE_MAP, v_ptr.dtype.element_ty,
+            HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
+        )  # fmt: skip
+
+    found = total != 0  # NaN is found: it must show
+    total = tl.where(found, total, 1.0)
+    sums = tl.where(found[:, None], sums / total[:, None], 0.0)
+    lse = tl.where(found, (peak + tl.log2(total)) * LN_2, float("-inf"))
+    limit = tl.where(segment == segments - 1, rows, end_row)
+    out_ptr += head * HEAD_DIM
+    store_rows(out_ptr, sums, first_row, limit, heads * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_Q)
+    row = first_row + tl.arange(0, BLOCK_Q)
+    tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, row < limit)

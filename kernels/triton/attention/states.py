@@ -1,0 +1,370 @@
+"""Group states of linear attention: S_g = sum over the rows of a group of c_i phi(x_i) v_i^T, and z_g.
+
+z_g = sum of c_i phi(x_i) u_i is the column of a value u_i appended to v_i: 1 in the forward, minus do.o in the
+backward. The weight c_i is 1 in the forward. A state is `width * (head_dim + 1)` float32 numbers: S
+`[width, head_dim]`, then z `[width]`; states lie in `[slots, kv_heads, width * (head_dim + 1)]`.
+
+A group is cut into tiles of TILE rows. Tiles are summed by blocks of rows into partial states, and these in a
+fixed order into one state per group (`_reduce_states_kernel`) or into running sums (`_scan_states_kernel`):
+the same bits in every run, and whatever else is packed. One partial state of 4 * width * (head_dim + 1) bytes is
+written and read once per TILE rows of 4 * TILE * head_dim bytes (k and v of 16 bits): with TILE = 8 head_dim, as
+configured, it is 1/8 of them. Running sums are as many bytes again.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.tiles import locate_tile
+
+
+@triton.jit
+def load_block(
+    pointer, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """`[ROWS, COLUMNS]` from row `first` and `column` on; 0 from row `end` and from column WIDTH on.
+
+    ROWS * stride < 2**31: only the first row needs an address of 64 bits.
+    """
+    row = tl.arange(0, ROWS)
+    index = tl.arange(0, COLUMNS)
+    mask = (row < end - first)[:, None]
+    if WIDTH % COLUMNS != 0:
+        mask = mask & (index < WIDTH - column)[None, :]
+    pointer += first.to(tl.int64) * stride + column
+    return tl.load(pointer + (row[:, None] * stride + index[None, :]), mask, other=0.0)
+
+
+@triton.jit
+def store_block(
+    pointer, block, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Write a block as `load_block` reads it, in the dtype of `pointer`."""
+    row = tl.arange(0, ROWS)
+    index = tl.arange(0, COLUMNS)
+    mask = (row < end - first)[:, None]
+    if WIDTH % COLUMNS != 0:
+        mask = mask & (index < WIDTH - column)[None, :]
+    pointers = pointer + first.to(tl.int64) * stride + column + (row[:, None] * stride + index[None, :])
+    tl.store(pointers, block.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
+    """One number of each of ROWS rows, 0 from row `end` on."""
+    row = tl.arange(0, ROWS)
+    return tl.load(pointer + first.to(tl.int64) * stride + row * stride, row < end - first, other=0.0)
+
+
+@triton.jit
+def _exact_dot(a, b):
+    """a @ b without tensor cores. A thread holds whole rows of a and columns of b: at most 16 numbers of each."""
+    ROWS: tl.constexpr = a.shape[0]
+    DEPTH: tl.constexpr = a.shape[1]
+    COLUMNS: tl.constexpr = b.shape[1]
+    if DEPTH > 16:
+        left, right = tl.split(tl.permute(tl.reshape(a, [ROWS, 2, DEPTH // 2]), [0, 2, 1]))
+        upper, lower = tl.split(tl.permute(tl.reshape(b, [2, DEPTH // 2, COLUMNS]), [1, 2, 0]))
+        result = _exact_dot(left, upper) + _exact_dot(right, lower)
+    else:
+        result = tl.dot(a, b, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def dot(a, b, TYPE: tl.constexpr):
+    """a @ b in float32 for inputs that came as TYPE.
+
+    Sums over a whole segment and quotients by them leave the range of float16, so that it goes as tf32, which
+    has its 10 bits of fraction and the range of float32.
+    """
+    if TYPE.is_bf16():
+        result = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif TYPE.is_fp16():
+        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
+    else:
+        result = _exact_dot(a, b)
+    return result
+
+
+@triton.jit
+def load_features(
+    pointer,
+    first,
+    end,
+    stride,
+    column,
+    WIDTH: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """phi of rows from `first` on, columns from `column` on, as float32 `[ROWS, COLUMNS]`; 0 outside.
+
+    FEATURE_MAP: "softmax" over all WIDTH columns, "elu" (elu + 1), "relu", or "none" for given features.
+    """
+    x = load_block(pointer, first, end, stride, column, WIDTH, ROWS, COLUMNS).to(tl.float32)
+    index = column + tl.arange(0, COLUMNS)
+    inside = (first + tl.arange(0, ROWS) < end)[:, None] & (index < WIDTH)[None, :]
+    if FEATURE_MAP == "softmax":
+        if COLUMNS < WIDTH:
+            FULL: tl.constexpr = triton.next_power_of_2(WIDTH)
+            row = load_block(pointer, first, end, stride, 0, WIDTH, ROWS, FULL).to(tl.float32)
+            row = tl.where((tl.arange(0, FULL) < WIDTH)[None, :], row, float("-inf"))
+            largest = tl.max(row, 1)[:, None]
+            x = tl.exp(x - largest) * (1.0 / tl.sum(tl.exp(row - largest), 1))[:, None]
+        else:
+            x = tl.where((index < WIDTH)[None, :], x, float("-inf"))
+            x = tl.exp(x - tl.max(x, 1)[:, None])
+            x *= (1.0 / tl.sum(x, 1))[:, None]
+    elif FEATURE_MAP == "elu":
+        x = tl.where(x > 0, x + 1, tl.exp(x))
+    elif FEATURE_MAP == "relu":
+        x = tl.where(x < 0, 0.0, x)  # keeps NaN, which tl.maximum would not
+    return tl.where(inside, x, 0.0)
+
+
+@triton.jit
+def load_state(
+    state_ptr,
+    present,
+    row,
+    column,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """S `[ROWS, COLUMNS]` from (row, column) on and z `[ROWS]`; all 0 unless `present`."""
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    inside = (rows < WIDTH) & present
+    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    state = tl.load(state_ptr + rows[:, None] * HEAD_DIM + columns[None, :], mask, other=0.0)
+    return state, tl.load(state_ptr + WIDTH * HEAD_DIM + rows, inside, other=0.0)
+
+
+@triton.jit
+def tile_state(
+    features_ptr,
+    values_ptr,
+    weights_ptr,
+    last_ptr,
+    features_token_stride,
+    features_head_stride,
+    values_token_stride,
+    values_head_stride,
+    heads,
+    first_head,
+    repeats,
+    first,
+    end,
+    row,
+    column,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` of tokens first to end of `repeats` heads."""
+    state = tl.zeros([ROWS, COLUMNS], tl.float32)
+    normaliser = tl.zeros([ROWS], tl.float32)
+    blocks = tl.cdiv(end - first, BLOCK_T)
+    for i in range(repeats * blocks):  # one loop, so that loads run ahead from head to head too
+        token = first + i % blocks * BLOCK_T
+        head = (first_head + i // blocks).to(tl.int64)
+        features = load_features(
+            features_ptr + head * features_head_stride,
+            token,
+            end,
+            features_token_stride,
+            row,
+            WIDTH,
+            FEATURE_MAP,
+            BLOCK_T,
+            ROWS,
+        )
+        values = load_block(
+            values_ptr + head * values_head_stride,
+            token,
+            end,
+            values_token_stride,
+            column,
+            HEAD_DIM,
+            BLOCK_T,
+            COLUMNS,
+        )
+        if weights_ptr is not None:
+            features *= load_column(weights_ptr + head, token, end, heads, BLOCK_T)[:, None]
+        state += dot(tl.trans(features), values, values_ptr.dtype.element_ty)
+        if last_ptr is not None:
+            features *= load_column(last_ptr + head, token, end, heads, BLOCK_T)[:, None]
+        normaliser += tl.sum(features, 0)
+    return state, normaliser
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def _group_states_kernel(
+    features_ptr,
+    values_ptr,
+    weights_ptr,
+    last_ptr,
+    bounds_ptr,
+    states_ptr,
+    partials_ptr,
+    features_token_stride,
+    features_head_stride,
+    values_token_stride,
+    values_head_stride,
+    num_groups,
+    kv_heads,
+    repeats,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The state of every tile, summed over the `repeats` heads of each kv head.
+
+    features `[tokens, kv_heads * repeats, WIDTH]`, values `[tokens, kv_heads * repeats, HEAD_DIM]`; weights, last:
+    float32 `[tokens, kv_heads * repeats]` or None for 1. bounds: int32 `[num_groups + 1]`. states: a slot per
+    group, written for groups of at most TILE rows, the empty ones too; or None. partials: a slot per tile.
+    Grid: (tokens // TILE + num_groups) * kv_heads * value blocks.
+    """
+    VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
+    BLOCK_W: tl.constexpr = triton.next_power_of_2(WIDTH)
+    program = tl.program_id(0)
+    column = program % VALUE_BLOCKS * BLOCK_V
+    kv_head = program // VALUE_BLOCKS % kv_heads
+    tile = program // (VALUE_BLOCKS * kv_heads)
+    group, first = locate_tile(bounds_ptr, num_groups + 1, tile, TILE)  # the last one is the slack
+    if group == num_groups:
+        return
+    begin = tl.load(bounds_ptr + group)
+    end = tl.load(bounds_ptr + group + 1)
+    if (first >= end) & (first > begin):
+        return
+
+    state, normaliser = tile_state(
+        features_ptr,
+        values_ptr,
+        weights_ptr,
+        last_ptr,
+        features_token_stride,
+        features_head_stride,
+        values_token_stride,
+        values_head_stride,
+        kv_heads * repeats,
+        kv_head * repeats,
+        repeats,
+        first,
+        tl.minimum(first + TILE, end),
+        0,
+        column,
+        WIDTH,
+        HEAD_DIM,
+        FEATURE_MAP,
+        BLOCK_T,
+        BLOCK_W,
+        BLOCK_V,
+    )
+    SIZE: tl.constexpr = WIDTH * (HEAD_DIM + 1)
+    target = partials_ptr + (tile.to(tl.int64) * kv_heads + kv_head) * SIZE
+    if states_ptr is not None:
+        whole = states_ptr + (group.to(tl.int64) * kv_heads + kv_head) * SIZE
+        target = tl.where(end - begin <= TILE, whole, target)
+    row = tl.arange(0, BLOCK_W)
+    index = column + tl.arange(0, BLOCK_V)
+    mask = (row < WIDTH)[:, None] & (index < HEAD_DIM)[None, :]
+    tl.store(target + row[:, None] * HEAD_DIM + index[None, :], state, mask)
+    tl.store(target + WIDTH * HEAD_DIM + row, normaliser, (row < WIDTH) & (column == 0))
+
+
+@triton.jit(do_not_specialize=["kv_heads"])
+def _reduce_states_kernel(
+    states_ptr,
+    partials_ptr,
+    bounds_ptr,
+    kv_heads,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The state of each group of more than TILE rows from those of its tiles.
+
+    Grid: groups * kv_heads * cdiv(SIZE, BLOCK).
+    """
+    BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)
+    program = tl.program_id(0)
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    kv_head = program // BLOCKS % kv_heads
+    group = program // (BLOCKS * kv_heads)
+    begin = tl.load(bounds_ptr + group)
+    count = tl.cdiv(tl.load(bounds_ptr + group + 1) - begin, TILE)
+    if count <= 1:
+        return
+    source = partials_ptr + ((begin // TILE + group).to(tl.int64) * kv_heads + kv_head) * SIZE
+    stride = kv_heads.to(tl.int64) * SIZE
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, count, BLOCK_TILES):
+        tile = i + tl.arange(0, BLOCK_TILES)
+        mask = (tile < count)[:, None] & (element < SIZE)[None, :]
+        total += tl.sum(tl.load(source + tile[:, None] * stride + element[None, :], mask, other=0.0), 0)
+    target = states_ptr + (group.to(tl.int64) * kv_heads + kv_head) * SIZE
+    tl.store(target + element, total, element < SIZE)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "lag"])
+def _scan_states_kernel(
+    states_ptr,
+    sums_ptr,
+    bounds_ptr,
+    kv_heads,
+    lag,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sums[i] = sum of states[j] over j <= i - lag within each segment; REVERSE: over j >= i + lag.
+
+    TILE > 0: the slots are tiles and bounds holds rows (cu_seqlens). TILE == 0: the slots are groups and bounds
+    holds groups (segment_groups). ACCUMULATE adds to what `sums` holds. Grid: segments * kv_heads *
+    cdiv(SIZE, BLOCK).
+    """
+    BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)
+    program = tl.program_id(0)
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    kv_head = program // BLOCKS % kv_heads
+    segment = program // (BLOCKS * kv_heads)
+    first = tl.load(bounds_ptr + segment)
+    count = tl.load(bounds_ptr + segment + 1) - first
+    if TILE > 0:
+        count = tl.cdiv(count, TILE)
+        first = first // TILE + segment
+    offset = (first.to(tl.int64) * kv_heads + kv_head) * SIZE
+    stride = kv_heads.to(tl.int64) * SIZE
+    running = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, count, BLOCK_TILES):
+        place = i + tl.arange(0, BLOCK_TILES)
+        source = place - lag
+        target = place
+        if REVERSE:
+            source = count - 1 - source
+            target = count - 1 - target
+        inside = (element < SIZE)[None, :]
+        mask = ((place >= lag) & (place < count))[:, None] & inside
+        state = tl.load(states_ptr + offset + source[:, None] * stride + element[None, :], mask, other=0.0)
+        sums = tl.cumsum(state, 0) + running[None, :]
+        running += tl.sum(state, 0)
+        pointers = sums_ptr + offset + target[:, None] * stride + element[None, :]
+        mask = (place < count)[:, None] & inside
+        if ACCUMULATE:
+            sums += tl.load(pointers, mask, other=0.0)
+        tl.store(pointers, sums, mask)

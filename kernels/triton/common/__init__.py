@@ -1,0 +1,1 @@
+"""What several kernels share: which rows a program works on."""

@@ -1,0 +1,25 @@
+"""Which rows of a packed buffer a program works on, found on the device from the cumulative lengths.
+
+Segment s owns the tiles bounds[s] // BLOCK + s up to those of s + 1: at least as many as its rows need. The
+grid tokens // BLOCK + segments is known without reading the lengths; a tile too many begins past its segment.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate_tile(bounds_ptr, count, tile, BLOCK: tl.constexpr):
+    """Segment (or group) of `tile` and the tile's first row; the row may lie at or past the segment's end.
+
+    bounds_ptr: int32 `[count + 1]`, cumulative lengths; count >= 1; 0 <= tile < bounds[count] // BLOCK + count.
+    """
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(bounds_ptr + middle) // BLOCK + middle
+        low = tl.where(first <= tile, middle, low)
+        high = tl.where(first <= tile, high, middle)
+    begin = tl.load(bounds_ptr + low)
+    return low, begin + (tile - begin // BLOCK - low) * BLOCK

@@ -1,0 +1,87 @@
+"""Launching Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from vot_kernels.tuning import INTERPRETER, Config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it would have happened.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        grid: programs along each axis.
+        arguments: every argument by name: tensors, numbers, None, and the constexprs.
+        config: its blocks are among the arguments; its limits are for the compiler's output.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    config: Config
+
+
+# Read once, as Triton itself does, and plain globals: torch.compile traces through the dispatch.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_HAS_TRITON = find_spec("triton") is not None
+_recording: tuple[str, list[Launch]] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Run `kernel` on `grid` with `arguments` and the blocks of `config`, on the device of the first tensor.
+
+    Nothing is launched on an empty grid. While `record_launches` is active, the launch is noted instead.
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording[1].append(Launch(kernel, grid, {**arguments, **config.blocks}, config))
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**arguments, **config.launch_options())
+
+
+@contextmanager
+def record_launches(arch: str) -> Iterator[list[Launch]]:
+    """Collect what ops with `backend="triton"` would launch on `arch` ("sm_90"), on CPU tensors, running nothing.
+
+    The ops' results are uninitialized memory then.
+    """
+    global _recording
+    launches: list[Launch] = []
+    before = _recording
+    _recording = (arch, launches)
+    try:
+        yield launches
+    finally:
+        _recording = before
+
+
+def target_arch(device: torch.device) -> str:
+    """The architecture to choose a config for: of the GPU, of `record_launches`, or "interpreter"."""
+    if _recording is not None:
+        return _recording[0]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return INTERPRETER
+
+
+def why_not_triton(device: torch.device) -> list[str]:
+    """Reasons why no Triton kernel can run on tensors of `device`; empty if one can."""
+    if not _HAS_TRITON:
+        return ["triton is not installed (it comes with vot-kernels on Linux x86-64)"]
+    if device.type == "cuda" or (device.type == "cpu" and (INTERPRETING or _recording is not None)):
+        return []
+    if device.type == "cpu":
+        return ["no Triton kernel runs on CPU tensors, unless TRITON_INTERPRET=1 is set to test them"]
+    return [f"no Triton kernel runs on {device.type} tensors"]

@@ -1,0 +1,408 @@
+"""Launcher of the range attention kernels: packed, windowed, causal and near attention, forward and backward.
+
+The kernels know one thing of all these: the range of keys that each row sees. `KeyRanges` says how it comes
+about; a small kernel writes it out per call, so nothing waits for the device and every packing, window and
+causal mode runs the same compiled kernel. A window that covers a segment gives the very numbers of exact
+attention.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops._launch import launch, target_arch
+from vot_kernels.tuning import Config, lookup
+
+_UNLIMITED = 2**31 - 1
+_VECTOR = 8  # numbers of 16 bits in the widest load
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRanges:
+    """Which keys each row of a packed buffer sees: groups near its own, and tokens near its counterpart.
+
+    Rows and keys are cut into as many segments, and these into as many groups. The last row of a segment
+    and its last key are counterparts, and so on backwards from there.
+
+    Attributes:
+        cu_rows, cu_keys: int32 `[segments + 1]`, cumulative lengths of the segments.
+        row_groups, key_groups: int32 `[groups + 1]`, likewise of the groups.
+        segment_groups: int32 `[segments + 1]`, first group of each segment; None if each is one group.
+        left, right: groups seen before and after the own one; None for all of the segment.
+        tokens_left, tokens_right: tokens seen before and after the counterpart, None for all. 0 on the right
+            is causal attention.
+    """
+
+    cu_rows: Tensor
+    cu_keys: Tensor
+    row_groups: Tensor
+    key_groups: Tensor
+    segment_groups: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    tokens_left: int | None = None
+    tokens_right: int | None = None
+
+    @classmethod
+    def of_segments(
+        cls,
+        cu_rows: Tensor,
+        cu_keys: Tensor,
+        tokens_left: int | None = None,
+        tokens_right: int | None = None,
+    ) -> "KeyRanges":
+        """All keys of the own segment, or those around the counterpart."""
+        return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
+
+    @classmethod
+    def of_groups(
+        cls,
+        cu_seqlens: Tensor,
+        cu_groups: Tensor,
+        segment_groups: Tensor,
+        left: int | None,
+        right: int | None,
+        causal: str,
+    ) -> "KeyRanges":
+        """The near part of hybrid attention; causal is "none", "group" or "token"."""
+        tokens_right = 0 if causal == "token" else None
+        if left is None and causal != "group":  # everything is near: groups play no part
+            return cls.of_segments(cu_seqlens, cu_seqlens, tokens_right=tokens_right)
+        return cls(
+            cu_seqlens,
+            cu_seqlens,
+            cu_groups,
+            cu_groups,
+            segment_groups,
+            left,
+            right if causal == "none" else 0,
+            tokens_right=tokens_right,
+        )
+
+    def mirrored(self) -> "KeyRanges":
+        """Which rows see each key."""
+        return KeyRanges(
+            self.cu_keys,
+            self.cu_rows,
+            self.key_groups,
+            self.row_groups,
+            self.segment_groups,
+            self.right,
+            self.left,
+            self.tokens_right,
+            self.tokens_left,
+        )
+
+    def write(self, rows: int) -> Tensor:
+        """int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
+        from vot_kernels.kernels.common.ranges import _key_ranges_kernel
+
+        ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
+        groups = self.row_groups.shape[0] - 1
+        config = lookup("range_attention", "key_ranges", target_arch(ranges.device))
+        tiles = rows // config.blocks["BLOCK_T"] + groups if groups else 0
+        launch(
+            _key_ranges_kernel,
+            (tiles,),
+            config,
+            ranges_ptr=ranges,
+            row_groups_ptr=self.row_groups,
+            key_groups_ptr=self.key_groups,
+            segment_groups_ptr=self.segment_groups,
+            groups=groups,
+            segments=self.cu_rows.shape[0] - 1,
+            rows=rows,
+            left=_limit(self.left),
+            right=_limit(self.right),
+            tokens_left=_limit(self.tokens_left),
+            tokens_right=_limit(self.tokens_right),
+        )
+        return ranges
+
+
+@dataclass(frozen=True, eq=False)
+class FarPart:
+    """Linear attention of every row to the groups that it does not see, under the same normaliser.
+
+    Attributes:
+        states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
+            from each group: S `[width, head_dim]`, then z `[width]`, as `_linear_triton.group_states` has it.
+        features: `[rows, heads, width]`: q, or given features.
+        feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
+        beta: `[heads]`, log of the weight of far tokens; None is 0.
+    """
+
+    states: Tensor
+    features: Tensor
+    feature_map: str
+    beta: Tensor | None = None
+
+
+def range_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, far: FarPart | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every row to its keys, and with `far` linear attention to the other groups.
+
+    Args:
+        q: `[rows, heads, head_dim]`, float16, bfloat16 or float32, head_dim 16 to 256. Rows past the last
+            segment are slack and never read.
+        k, v: `[keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+        ranges: which keys each row sees.
+        scale: factor on q.k.
+        far: the far part of hybrid attention; its groups are those of `ranges`.
+
+    Returns:
+        The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
+        rows that see nothing.
+    """
+    from vot_kernels.kernels.attention.range_fwd import _range_attention_fwd_kernel
+
+    if scale < 0:  # a peak of scores is one after scaling too only if the scale is positive
+        q, scale = -q, -scale
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    rows, heads, head_dim = q.shape
+    features = q if far is None else _rows_contiguous(far.features)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments:
+        return out.zero_(), lse.fill_(-torch.inf)
+    config = _config("fwd", q, far=int(far is not None))
+    launch(
+        _range_attention_fwd_kernel,
+        (rows // config.blocks["BLOCK_Q"] + segments, heads),
+        config,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        ranges_ptr=ranges.write(rows),
+        cu_rows_ptr=ranges.cu_rows,
+        **_far_arguments(far, features, head_dim),
+        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        row_groups_ptr=ranges.row_groups,
+        segments=segments,
+        groups=ranges.row_groups.shape[0] - 1,
+        rows=rows,
+        repeats=heads // k.shape[1],
+        scale=scale,
+        **_strides(q=q, k=k, v=v, features=features),
+    )
+    return out, lse
+
+
+def range_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
+
+    The same inputs give the same bits: nothing is summed by atomics.
+
+    Args:
+        grad: gradient of out, `[rows, heads, head_dim]`.
+        grad_lse: gradient of lse, `[rows, heads]`, or None.
+        out, lse: what the forward returned, or those merged with other keys.
+        q, k, v, ranges, scale: as in the forward.
+    """
+    rows = range_attention_rows_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale)
+    dk, dv, _ = range_attention_keys_backward(grad, lse, rows.delta, q, k, v, ranges, scale)
+    return rows.dq, dk, dv
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """What the backward finds for each row.
+
+    Attributes:
+        dq: in the dtype of q. It has the gradient through the feature map, unless the features were given.
+        delta: float32 `[rows, heads]`, D = do.o - dlse; uninitialized in slack rows.
+        far_weight: float32 `[rows, heads]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
+            states; None without a far part.
+        d_beta: float32 `[rows, heads]`, to be summed over the rows; None without a far part.
+        d_features: gradient of given features (feature_map "none"), else None.
+    """
+
+    dq: Tensor
+    delta: Tensor
+    far_weight: Tensor | None = None
+    d_beta: Tensor | None = None
+    d_features: Tensor | None = None
+
+
+def range_attention_rows_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    far: FarPart | None = None,
+) -> RowGradients:
+    """The first half of the backward; `far` is that of the forward."""
+    from vot_kernels.kernels.attention.range_bwd import _range_attention_dq_kernel
+
+    grad, out, q, k, v = (_rows_contiguous(x) for x in (grad, out, q, k, v))
+    rows, heads, head_dim = q.shape
+    features = q if far is None else _rows_contiguous(far.features)
+    numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
+    given = far is not None and far.feature_map == "none"
+    found = RowGradients(
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        numbers[0],
+        None if far is None else numbers[1],
+        None if far is None else numbers[2],
+        torch.empty_like(features, memory_format=torch.contiguous_format) if given else None,
+    )
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments:
+        for x in (found.dq, numbers, found.d_features):
+            if x is not None:
+                x.zero_()
+        return found
+    config = _config("bwd_dq", q, far=int(far is not None))
+    launch(
+        _range_attention_dq_kernel,
+        (rows // config.blocks["BLOCK_Q"] + segments, heads),
+        config,
+        grad_ptr=grad,
+        grad_lse_ptr=None if grad_lse is None else grad_lse.float().contiguous(),
+        out_ptr=out,
+        lse_ptr=lse.contiguous(),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        dq_ptr=found.dq,
+        delta_ptr=found.delta,
+        ranges_ptr=ranges.write(rows),
+        cu_rows_ptr=ranges.cu_rows,
+        **_far_arguments(far, features, head_dim),
+        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        d_features_ptr=found.d_features,
+        d_beta_ptr=found.d_beta,
+        far_weight_ptr=found.far_weight,
+        row_groups_ptr=ranges.row_groups,
+        segments=segments,
+        groups=ranges.row_groups.shape[0] - 1,
+        rows=rows,
+        repeats=heads // k.shape[1],
+        scale=scale,
+        **_strides(grad=grad, out=out, q=q, k=k, v=v, features=features),
+        BLOCK_W=_padded(features.shape[2]),
+    )
+    return found
+
+
+def range_attention_keys_backward(
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    far: FarPart | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The second half of the backward.
+
+    Args:
+        delta: as the first half returned it.
+        far: the key side: for each group the gradient states of the groups far from which it is, summed over
+            the heads of each kv head, and the features of k, `[keys, kv_heads, width]`. Its beta is not used.
+
+    Returns:
+        dk, dv, and the gradient of given features of k, else None.
+    """
+    from vot_kernels.kernels.attention.range_bwd import _range_attention_dkdv_kernel
+
+    grad, q, k, v = (_rows_contiguous(x) for x in (grad, q, k, v))
+    keys, kv_heads, head_dim = k.shape
+    heads = q.shape[1]
+    features = k if far is None else _rows_contiguous(far.features)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    given = far is not None and far.feature_map == "none"
+    d_features = torch.empty_like(features, memory_format=torch.contiguous_format) if given else None
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments:
+        return dk.zero_(), dv.zero_(), None if d_features is None else d_features.zero_()
+    config = _config("bwd_dkdv", k, far=int(far is not None))
+    launch(
+        _range_attention_dkdv_kernel,
+        (keys // config.blocks["BLOCK_K"] + segments, kv_heads),
+        config,
+        grad_ptr=grad,
+        lse_ptr=lse.contiguous(),
+        delta_ptr=delta,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        ranges_ptr=ranges.mirrored().write(keys),
+        cu_keys_ptr=ranges.cu_keys,
+        **_far_arguments(far, features, head_dim),
+        d_features_ptr=d_features,
+        key_groups_ptr=ranges.key_groups,
+        segments=segments,
+        groups=ranges.key_groups.shape[0] - 1,
+        keys=keys,
+        heads=heads,
+        repeats=heads // kv_heads,
+        scale=scale,
+        **_strides(grad=grad, q=q, k=k, v=v, features=features),
+        BLOCK_W=_padded(features.shape[2]),
+    )
+    return dk, dv, d_features
+
+
+def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
+    """What the kernels share of a far part, or say in its absence; and the head_dim that goes with it."""
+    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim)}
+    if far is None:
+        return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
+    pointers = {"far_ptr": far.states, "features_ptr": features}
+    return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
+
+
+def _config(kernel: str, q: Tensor, **key: int) -> Config:
+    key |= {"head_dim": _padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
+    return lookup("range_attention", kernel, target_arch(q.device), **key)
+
+
+def _padded(head_dim: int) -> int:
+    """The next power of two, 16 at least: what the matrix units take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _limit(count: int | None) -> int:
+    return _UNLIMITED if count is None else min(count, _UNLIMITED)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """`NAME_stride` over rows and `NAME_head_stride` of each tensor, in units of `STRIDE_UNIT` numbers.
+
+    Triton asks of an argument whether it is a multiple of 16; that of 8 is enough for the widest loads, and
+    heads of 72 or 40 numbers have it.
+    """
+    strides = {f"{name}_stride": x.stride(0) for name, x in tensors.items()}
+    strides |= {f"{name}_head_stride": x.stride(1) for name, x in tensors.items()}
+    unit = _VECTOR if all(n % _VECTOR == 0 and n < 2**31 for n in strides.values()) else 1
+    return {name: n // unit for name, n in strides.items()} | {"STRIDE_UNIT": unit}
