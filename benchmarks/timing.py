@@ -1,81 +1,118 @@
-"""Medians of interleaved runs, and what a reader needs to reproduce them."""
+"""Timers for CPU and CUDA, peak memory, and the ceilings of the machine.
 
-import os
-import platform
-import statistics
+Functions are timed in turns (A B A B ...), so that a slow minute hits all of them alike.
+"""
+
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
+Function = Callable[[], object]
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one provider.
+_CPU_FLUSH = 1 << 26  # bytes; twice the last-level cache that cores of a large server share
 
-    Attributes:
-        median_s: of `runs_s`.
-        runs_s: wall-clock time of every run after the warm-up, in order.
-        cpu_s: processor time of the same runs, all threads together; where it stays while the wall-clock
-            time jumps, the machine was busy with something else.
+
+class Timer(Protocol):
+    """Seconds of one call on one device."""
+
+    def __call__(self, function: Function) -> float: ...
+
+
+class CpuTimer:
+    """Wall-clock seconds, after the caches have been overwritten: nobody starts on what the last one left."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(_CPU_FLUSH, dtype=torch.int8)
+
+    def __call__(self, function: Function) -> float:
+        self._flush.zero_()
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+
+class CudaTimer:
+    """Seconds between two events on the current stream, after the L2 cache has been overwritten."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * cache, 1 << 26), dtype=torch.int8, device=device)
+
+    def __call__(self, function: Function) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def make_timer(device: torch.device) -> Timer:
+    """The timer of a device."""
+    return CudaTimer(device) if device.type == "cuda" else CpuTimer()
+
+
+def time_in_turns(
+    functions: Sequence[Callable[[int], Function]], timer: Timer, rounds: int, warmups: int = 1
+) -> list[tuple[float, ...]]:
+    """Seconds of every round of every function, after `warmups` rounds that do not count.
+
+    `functions[i](round)` does what must not be timed (choose inputs, run the forward before a backward) and
+    returns what is timed.
     """
-
-    median_s: float
-    runs_s: tuple[float, ...]
-    cpu_s: tuple[float, ...]
-
-
-def time_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Time each function `repeats` times after one warm-up, in turns: a slow minute hits all alike."""
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            seconds = _time_once(function)
-            if turn:
-                runs[name].append(seconds)
-    timings = {}
-    for name, pairs in runs.items():
-        wall, cpu = zip(*pairs, strict=True)
-        timings[name] = Timing(statistics.median(wall), wall, cpu)
-    return timings
+    seconds: list[list[float]] = [[] for _ in functions]
+    for turn in range(-warmups, rounds):
+        for own, function in zip(seconds, functions, strict=True):
+            elapsed = timer(function(turn))
+            if turn >= 0:
+                own.append(elapsed)
+    return [tuple(own) for own in seconds]
 
 
-def describe_machine() -> dict[str, object]:
-    """Processor, threads, versions and the load before the run."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def peak_memory(function: Function, device: torch.device) -> int:
+    """Bytes allocated at the worst moment of a call, over what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    results = profiler.profiler.kineto_results if profiler.profiler else None
+    changes = [e for e in results.events() if e.name() == "[memory]"] if results else []
+    allocated = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
 
 
-def _time_once(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and processor seconds."""
-    _synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    _synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, object]:
+    """What this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix product.
+
+    Measured, not looked up: the median of several runs at a size that fills the device.
+    """
+    timer = make_timer(device)
+    cuda = device.type == "cuda"
+    source = torch.randn((1 << 30 if cuda else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = time_in_turns([lambda _: lambda: target.copy_(source)], timer, 9, warmups=3)[0]
+    ceilings: dict[str, object] = {"copy_bytes_per_s": 2 * 4 * source.numel() / _median(seconds)}
+    products = {}
+    for dtype in dtypes:
+        size = 8192 if cuda else 1536
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = time_in_turns([lambda _, a=a, b=b: lambda: a @ b], timer, 7, warmups=3)[0]
+        products[str(dtype).removeprefix("torch.")] = 2 * size**3 / _median(seconds)
+    return {**ceilings, "matmul_flops_per_s": products}
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _median(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]

@@ -17,7 +17,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ:  # see tests/gpu/conftest.py
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none")
     for item in items:

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")),
+)
 SHELLS = ("bash", "console", "sh", "shell")
 # Commands that a reader may be told to run and that cannot be checked here.
 KNOWN_PROGRAMS = {"cat", "cd", "export", "git", "head", "ls", "pip", "pytest"}
@@ -85,6 +90,9 @@ def _without_assignments(words: list[str]) -> list[str]:
 def problem(words: list[str]) -> str | None:
     """What is wrong with a command, or None."""
     program, *arguments = words
+    if program.endswith(".sh"):
+        found = os.access(ROOT / program, os.X_OK)
+        return None if found else f"there is no script {program} that may be executed"
     program = program.rsplit("/", 1)[-1]
     if program not in KNOWN_PROGRAMS | CHECKED_PROGRAMS:
         return f"{program} is not a program that the documentation may rely on"
@@ -204,6 +212,7 @@ def test_parser_of_commands():
         ("vot frobnicate", "ends with 2"),
         ("vot info --frobnicate", "does not name --frobnicate"),
         ("frobnicate", "not a program"),
+        ("benchmarks/frobnicate.sh out", "no script"),
     ],
 )
 def test_the_checker_finds(command, reason):

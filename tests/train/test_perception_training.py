@@ -37,7 +37,9 @@ def test_resuming_gives_the_same_weights(trained, tmp_path):
     resumed = train_perception(
         tmp_path, SETTINGS, report=lambda step, terms: seen.append((step, terms["loss"]))
     )
-    assert seen == [(n + 1, losses[n]) for n in range(2, 6)]  # two steps, then the two of relations and events
+    assert seen == [
+        (n + 1, losses[n]) for n in range(2, 6)
+    ]  # two steps, then the two of relations and events
     for name, value in straight.state_dict().items():
         if not name.startswith("domain_"):
             assert torch.equal(value, resumed.state_dict()[name]), name

@@ -1,0 +1,173 @@
+"""From the launch of a kernel to what the compiler makes of it, with no GPU."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from vot_kernels.ops._launch import Launch
+
+
+@dataclass(frozen=True, eq=False)
+class Specialization:
+    """What the JIT would compile for a launch.
+
+    Attributes:
+        kernel: the `@triton.jit` function.
+        target: the GPU.
+        signature: type of each argument by name.
+        constexprs: values by position: those of constexpr parameters, None, and integers equal to 1.
+        attributes: by position, what is known of the others (a multiple of 16).
+        options: num_warps, num_stages and the rest.
+    """
+
+    kernel: JITFunction
+    target: GPUTarget
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[Any]]
+    options: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """The same for launches that share a compiled kernel."""
+        parts = (self.signature, self.constexprs, self.attributes, self.options)
+        return "\n".join(map(str, (self.kernel.cache_key, self.target, *parts)))
+
+    def key(self) -> str:
+        """The dtype of the first tensor and the constants but the blocks; "-weights": that argument is None."""
+        words = [next((kind[1:] for kind in self.signature.values() if kind.startswith("*")), "")]
+        for (index, *_), value in sorted(self.constexprs.items(), key=lambda item: item[1] is None):
+            name = self.kernel.params[index].name
+            if not name.startswith(("BLOCK", "TILE")):
+                words.append(_word(name.removesuffix("_ptr"), value))
+        return " ".join(filter(None, words))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes and uses.
+
+    Attributes:
+        registers: of a thread.
+        spill_bytes: stack frame of a thread, where registers go that do not fit. Triton's kernels keep
+            nothing else there; the loads and stores that ptxas counts may touch a slot more than once.
+        shared_bytes: of a block, as asked for at launch.
+        threads: of a block.
+        tensor_memory: columns of a block (sm_100).
+        matrix: "wgmma", "tcgen05", "mma" or "none": the instructions of its matrix products.
+        unit: "half", "tf32" or "fma": what these multiply, the slowest of them.
+        tma: bulk tensor copies are used.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    tensor_memory: int
+    matrix: str
+    unit: str
+    tma: bool
+
+
+def specialize(launch: Launch, arch: str) -> Specialization:
+    """What Triton's own launch code would compile for `arch`, from the arguments' types and values.
+
+    Raises:
+        TypeError: the kernel does not take these arguments, or is interpreted.
+    """
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"{kernel.__name__} is interpreted and cannot be compiled; unset TRITON_INTERPRET.")
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    bound, kinds, options = bind(**launch.arguments, **options)
+    parsed, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, kinds, None)
+    known = {index: value for index, value in attributes.items() if value}
+    return Specialization(kernel, target, signature, constexprs, known, dict(parsed.__dict__))
+
+
+def compile_kernel(what: Specialization) -> Resources:
+    """Compile, or take from Triton's cache.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+    source = ASTSource(what.kernel, what.signature, what.constexprs, what.attributes)
+    compiled = triton.compile(source, target=what.target, options=what.options)
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    matrix, unit = matrix_instructions(ptx)
+    registers, stack = _resource_usage(compiled.asm["cubin"])
+    return Resources(
+        registers=registers,
+        spill_bytes=stack,
+        shared_bytes=metadata.shared,
+        threads=_threads(ptx, 32 * metadata.num_warps),
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        matrix=matrix,
+        unit=unit,
+        tma="cp.async.bulk.tensor" in ptx,
+    )
+
+
+def matrix_instructions(ptx: str) -> tuple[str, str]:
+    """The newest kind of matrix instruction in `ptx`, and the slowest thing that any of them multiplies."""
+    found = {
+        "tcgen05": re.findall(r"tcgen05\.mma\S*", ptx),
+        "wgmma": re.findall(r"wgmma\.mma_async\S*", ptx),
+        "mma": re.findall(r"(?<!\.)\bmma\.sync\S*", ptx),
+    }
+    matrix = next((name for name, instructions in found.items() if instructions), "none")
+    if matrix == "none":
+        return "none", "fma"
+    tf32 = any("tf32" in instruction for instructions in found.values() for instruction in instructions)
+    return matrix, "tf32" if tf32 else "half"
+
+
+def traffic(arguments: Mapping[str, Any]) -> int:
+    """Bytes of all tensors of a launch, each counted once: read or written, they cross the bus."""
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    distinct = {(x.data_ptr(), tuple(x.shape), x.stride(), x.dtype): x for x in tensors}
+    return sum(x.numel() * x.element_size() for x in distinct.values())
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # One function each; helpers that were not inlined may stand beside the kernel.
+    usage = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    if not usage:
+        raise RuntimeError(f"cuobjdump names no registers: {text.strip()!r}.")
+    return max(int(registers) for registers, _ in usage), max(int(stack) for _, stack in usage)
+
+
+def _threads(ptx: str, otherwise: int) -> int:
+    """Of a block; warp specialization adds warps to those of the launch."""
+    found = re.search(r"\.(?:req|max)ntid\s+(\d+)", ptx)
+    return int(found[1]) if found else otherwise
+
+
+def _word(name: str, value: Any) -> str:
+    if value is None:
+        return f"-{name}"
+    if isinstance(value, bool):
+        return name.lower() if value else ""
+    if isinstance(value, str):
+        return value
+    return f"d{value}" if name == "HEAD_DIM" else f"{name.lower()}={value}"

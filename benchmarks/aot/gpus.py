@@ -1,0 +1,79 @@
+"""What an SM of each architecture holds, and from that how many blocks of a kernel fit; rooflines.
+
+Sources: CUDA C++ Programming Guide, table of technical specifications per compute capability, and the
+data sheets of A100 SXM 80 GB, H100 SXM and B200 (dense rates). These are estimates to compare configs by, not
+measurements.
+"""
+
+from dataclasses import dataclass
+
+KIB = 1024
+REGISTERS_PER_SM = 64 * KIB
+THREADS_PER_SM = 2048
+BLOCKS_PER_SM = 32
+TENSOR_MEMORY_COLUMNS = 512
+_RESERVED_SHARED = KIB  # the system takes this much of every block's shared memory
+_REGISTER_UNIT = 256  # registers are handed to a warp in units of as many
+_SCHEDULERS = 4  # each owns a quarter of the registers
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU to estimate for; every figure but the name is of the whole GPU unless it says otherwise.
+
+    Attributes:
+        name: the product.
+        shared_per_sm: bytes.
+        memory_bytes_per_s: device memory.
+        flops_per_s: by what multiplies: "half" (float16 and bfloat16), "tf32", and "fma" (float32 without
+            tensor cores).
+    """
+
+    name: str
+    shared_per_sm: int
+    memory_bytes_per_s: float
+    flops_per_s: dict[str, float]
+
+    @property
+    def shared_per_block(self) -> int:
+        """Bytes that one block may ask for."""
+        return self.shared_per_sm - _RESERVED_SHARED
+
+
+GPUS = {
+    "sm_80": Gpu("A100", 164 * KIB, 2.04e12, {"half": 312e12, "tf32": 156e12, "fma": 19.5e12}),
+    "sm_90": Gpu("H100", 228 * KIB, 3.35e12, {"half": 989e12, "tf32": 495e12, "fma": 67e12}),
+    "sm_100": Gpu("B200", 228 * KIB, 8e12, {"half": 2250e12, "tf32": 1125e12, "fma": 75e12}),
+}
+
+
+def occupancy(
+    gpu: Gpu, *, threads: int, registers: int, shared: int, tensor_memory: int = 0
+) -> tuple[int, str]:
+    """Blocks of a kernel that fit on an SM, and what keeps another one out.
+
+    Args:
+        threads: of a block.
+        registers: of a thread.
+        shared: bytes that a block asks for.
+        tensor_memory: columns that a block allocates.
+    """
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    warps_by_registers = REGISTERS_PER_SM // _SCHEDULERS // per_warp * _SCHEDULERS
+    fits = {
+        "registers": warps_by_registers // warps,
+        "shared": gpu.shared_per_sm // (shared + _RESERVED_SHARED),
+        "threads": THREADS_PER_SM // (32 * warps),
+        "blocks": BLOCKS_PER_SM,
+    }
+    if tensor_memory:
+        fits["tensor memory"] = TENSOR_MEMORY_COLUMNS // tensor_memory
+    limit = min(fits, key=lambda name: fits[name])
+    return fits[limit], limit
+
+
+def roofline(gpu: Gpu, flops: int, moved: int, unit: str) -> tuple[float, str]:
+    """Least seconds for as many operations on `unit` and as many bytes moved, and which of them it is."""
+    compute, memory = flops / gpu.flops_per_s[unit], moved / gpu.memory_bytes_per_s
+    return (compute, "compute") if compute > memory else (memory, "memory")

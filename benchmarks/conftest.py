@@ -1,0 +1,187 @@
+"""Options of `pytest benchmarks/`, and the table at its end."""
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.core import DIRECTIONS, Provider, Workload
+from benchmarks.gate import Gate, read_gate
+from benchmarks.providers import PROVIDERS, providers_of
+from benchmarks.race import Rules
+from benchmarks.session import Session
+from benchmarks.workloads import SUITES, workloads
+
+_JSON = pytest.StashKey[Path | None]()
+_CHOSEN = pytest.StashKey[list[tuple[Workload, str, Provider]]]()
+_GATE = pytest.StashKey[Callable[[str], str | None]]()
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vot-kernels")
+    add = group.addoption
+    add("--suite", default="", help=f"only these, separated by commas: {', '.join(SUITES)}")
+    add("--provider", default="", help="only these providers, separated by commas (case does not matter)")
+    add("--workload", default="", help="only workloads whose name contains this text")
+    add("--direction", default="", help=f"only these, separated by commas: {', '.join(DIRECTIONS)}")
+    add("--quick", action="store_true", help="the quick suite: three minutes on two CPU cores")
+    add("--device", default=None, choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--threads", type=_number(int), default=None, help="CPU threads (default: torch's own)")
+    add(
+        "--rounds",
+        type=_number(int),
+        default=None,
+        help="timed runs per provider (default: as many as fit 2 s)",
+    )
+    add(
+        "--budget",
+        type=_number(float),
+        default=None,
+        metavar="SECONDS",
+        help="start nothing after so many seconds",
+    )
+    add(
+        "--gate",
+        type=Path,
+        default=None,
+        metavar="JSON",
+        help="GPU test results by op: an op of ours that is not green there gets no figure",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse what is wrong with the options before anything is measured."""
+    options = config.option
+    # The file is ours to write, after every race: what has been measured survives whatever comes next.
+    config.stash[_JSON] = _writable(options.benchmark_json)
+    options.benchmark_json = None
+    config.stash[_CHOSEN] = _choose(options)
+    config.stash[_GATE] = _gate(options.gate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "workload" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.stash[_CHOSEN]
+    ids = [f"{w.suite}/{w.name}/{direction}/{p.name.replace(' ', '-')}" for w, direction, p in chosen]
+    metafunc.parametrize(("workload", "direction", "provider"), chosen, ids=ids)
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest) -> Session:
+    config = request.config
+    options, chosen = config.option, config.stash[_CHOSEN]
+    rules = Rules(
+        rounds=options.rounds,
+        seconds_per_provider=0.5 if options.quick else 2.0,
+        quick=options.quick,
+        deadline=time.monotonic() + options.budget if options.budget else float("inf"),
+        gate=config.stash[_GATE],
+    )
+    workloads, providers = [w for w, _, _ in chosen], [p.name for _, _, p in chosen]
+    session = Session(config, config.stash[_JSON], workloads, providers, rules)
+    config.stash[_SESSION] = session
+    session.start()
+    return session
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    own = session.config.stash.get(_SESSION, None)
+    if own is not None:
+        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        own.finish(complete=ended and not session.shouldfail and not session.shouldstop)
+
+
+def _choose(options: Any) -> list[tuple[Workload, str, Provider]]:
+    """What the options select, in the order in which it runs."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a CUDA device; torch finds none")
+    suites = _chosen(options.suite, SUITES, "suite")
+    directions = _chosen(options.direction, DIRECTIONS, "direction")
+    names = _chosen(options.provider, tuple(dict.fromkeys(p.name for p in PROVIDERS)), "provider")
+    found = [
+        (workload, direction, provider)
+        for workload in workloads(device)
+        if workload.suite in suites and options.workload in workload.name
+        for direction in directions
+        if direction in (workload.quick if options.quick else workload.directions)
+        for provider in providers_of(workload.suite)
+        if provider.name in names
+    ]
+    if not found:
+        keys = ("suite", "workload", "direction", "provider")
+        given = [f"--{key} {getattr(options, key)}" for key in keys if getattr(options, key)]
+        given += ["--quick"] if options.quick else []
+        raise pytest.UsageError(f"nothing to measure on {device}: no workload fits {' '.join(given)}")
+    return found
+
+
+def _chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    """The names listed in `text`, all if it is empty, in the order of `known`."""
+    names = {_plain(name): name for name in known}
+    words, wanted, unknown = [word for word in text.split(",") if word.strip()], set(), []
+    while words:  # some names hold a comma: the longest first
+        ends = [end for end in range(len(words), 0, -1) if _plain(",".join(words[:end])) in names]
+        end = ends[0] if ends else 1
+        (wanted.add if ends else unknown.append)(_plain(",".join(words[:end])))
+        del words[:end]
+    if unknown:
+        raise pytest.UsageError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
+    return [name for name in known if not wanted or _plain(name) in wanted]
+
+
+def _plain(name: str) -> str:
+    """A name without what may be typed in another way: case, blanks around commas."""
+    return ",".join(part.strip() for part in name.lower().split(","))
+
+
+def _writable(path: Path | None) -> Path | None:
+    """The path, if a file can be written there; its folder is made."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError("its folder is read-only")
+    except OSError as error:
+        raise pytest.UsageError(f"--benchmark-json {path} cannot be written: {error}") from None
+    return path
+
+
+def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """An option's type: a number above 0."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__} above 0, got {text!r}")
+        return value
+
+    return parse
+
+
+def _gate(path: Path | None) -> Gate:
+    if path is None:
+        return lambda op: None
+    try:
+        return read_gate(path)
+    except ValueError as error:
+        raise pytest.UsageError(f"--gate: {error}") from None

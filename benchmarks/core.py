@@ -1,0 +1,192 @@
+"""The words of the suite: a problem, a workload, a provider, and what became of a provider on a workload."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that any implementation must do.
+
+    Attributes:
+        flops: floating-point operations, a multiply-add counted as two.
+        bytes: device memory traffic, each input read once and each output written once.
+    """
+
+    flops: int
+    bytes: int
+
+
+class Problem(Protocol):
+    """A function at one size: its inputs, its oracle, its least work. Instances are frozen dataclasses.
+
+    A problem that is served by other ops than `op`, or by several, names them in an attribute `ops`. Providers
+    and oracle of one with several results return a tuple, of which `rows` counts in each.
+    """
+
+    @property
+    def op(self) -> str:
+        """The op of `vot_kernels` that solves it, or what it is called where there is none."""
+
+    @property
+    def size(self) -> int:
+        """Tokens: the x axis of the plots."""
+
+    def describe(self) -> str:
+        """One line for the reader, without the dtype."""
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+        """What a provider gets; the floating ones are differentiated. Depends on the seed alone."""
+
+    def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """int64 rows of the output to verify at this size; None for all of them."""
+
+    def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor | Sequence[Tensor]:
+        """Those rows of the right output, in the dtype of the inputs, differentiable."""
+
+    def small(self) -> "Problem":
+        """The same structure at a size that the oracle takes whole; `rows` leaves out ties at most."""
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        """The least work of a direction for inputs of `itemsize` bytes."""
+
+
+def ops_of(problem: Problem) -> tuple[str, ...]:
+    """The ops of `vot_kernels` that serve a problem."""
+    return getattr(problem, "ops", (problem.op,))
+
+
+def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a provider or an oracle: one tensor, or several."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One problem in one dtype.
+
+    Attributes:
+        suite: the suite it belongs to.
+        name: unique within the suite.
+        problem: what is computed.
+        dtype: of the inputs.
+        device: "cpu" or "cuda".
+        directions: those of `DIRECTIONS` that are timed.
+        quick: those of them that belong to the quick suite.
+    """
+
+    suite: str
+    name: str
+    problem: Problem
+    dtype: torch.dtype
+    device: str
+    directions: tuple[str, ...] = DIRECTIONS
+    quick: tuple[str, ...] = ()
+
+
+def _nothing(problem: Any, dtype: torch.dtype, device: torch.device) -> None:
+    return None
+
+
+def _no_refusal(problem: Any, dtype: torch.dtype, device: torch.device, direction: str) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to solve the problems of some suites.
+
+    Attributes:
+        name: shown in the tables.
+        suites: the suites in which it takes part.
+        run: `run(problem, prepared, *inputs)`, the output or outputs; differentiable unless `refuses` says otherwise.
+        prepare: `prepare(problem, dtype, device)` builds what depends on the packing alone (layout, mask,
+            index). The whole-op time includes it, the time of the kernel alone does not.
+        missing: why it cannot run on this machine ("flash-attn is not installed"), None if it can.
+        refuses: `refuses(problem, dtype, device, direction)`, why it cannot solve this one, None if it can.
+        solves: the problem that it solves in place of the given one, for peers that compute another function
+            and stand in the table for context.
+        instead: what `solves` changes, for the reader; empty where it solves the problem itself.
+        ours: one of this package's backends: shown first, and gated by the package's GPU tests.
+        quick_size: in the quick suite it takes part up to this size (0 for what compiles for half a minute).
+    """
+
+    name: str
+    suites: tuple[str, ...]
+    run: Callable[..., Tensor | Sequence[Tensor]]
+    prepare: Callable[[Any, torch.dtype, torch.device], Any] = _nothing
+    missing: Callable[[], str | None] = lambda: None
+    refuses: Callable[[Any, torch.dtype, torch.device, str], str | None] = _no_refusal
+    solves: Callable[[Any], Any] = lambda problem: problem
+    instead: str = ""
+    ours: bool = False
+    quick_size: float = math.inf
+
+
+class Status(StrEnum):
+    """What became of a provider; only `TIMED` has figures."""
+
+    TIMED = "timed"
+    MISSING = "missing"
+    UNSUPPORTED = "unsupported"
+    GATED = "gated"
+    MISMATCH = "mismatch"
+    OUT_OF_MEMORY = "out of memory"
+    ERROR = "error"
+    NO_TIME = "no time left"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one provider on one workload in one direction.
+
+    Attributes:
+        status, reason: the reason is empty for `Status.TIMED`.
+        whole_s: seconds of every timed run of the whole op, preparation included.
+        kernel_s: the same with everything prepared; empty for the backward, which prepares nothing.
+        peak_bytes: memory allocated on top of the inputs at the worst moment (for the backward alone: on top
+            of what its forward saved, too), None where not measured.
+        notes: "solves" is what a peer computes instead; "alone" is true where it did not fit into memory
+            beside the others, and so was timed after them instead of in turns.
+    """
+
+    provider: str
+    status: Status
+    reason: str = ""
+    whole_s: tuple[float, ...] = ()
+    kernel_s: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def anonymous(text: str) -> str:
+    """`text` without what belongs to one machine: the folders of absolute paths, memory addresses."""
+    text = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", text)
+    return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\":,;()<>]+/)+", "", text)
+
+
+def needs(*modules: str, package: str = "") -> Callable[[], str | None]:
+    """A `missing` that looks for importable modules without importing them."""
+
+    def missing() -> str | None:
+        absent = [name for name in modules if not _importable(name)]
+        return f"{package or ', '.join(absent)} is not installed" if absent else None
+
+    return missing
+
+
+def _importable(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except Exception:  # looking for a submodule imports its parent, which may fail in any way
+        return False

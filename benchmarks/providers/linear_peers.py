@@ -1,0 +1,97 @@
+"""Linear attention with a softmax feature map: plain PyTorch, and flash-linear-attention 0.6.0.
+
+flash-linear-attention is causal. A bidirectional sum is its forward pass plus the same over the reversed
+tokens, less the diagonal that both of them count.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.core import Provider, needs
+from benchmarks.problems.attention import Attention
+from benchmarks.providers.pytorch_attention import needs_gpu
+
+
+def _torch_linear(problem: Attention, prepared: None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Per segment: one product for the state, one for the output, the normaliser beside them."""
+    share = problem.heads // problem.kv_heads
+    outputs = []
+    for query, key, value in zip(*(x.split(list(problem.lengths)) for x in (q, k, v)), strict=True):
+        query, key = (x.softmax(-1).transpose(0, 1) for x in (query, key))
+        state = (key.transpose(1, 2) @ value.transpose(0, 1)).repeat_interleave(share, 0)
+        total = key.sum(1).repeat_interleave(share, 0)
+        out = (query @ state) / (query @ total[:, :, None])
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _refuses_causal(
+    problem: Attention, dtype: torch.dtype, device: torch.device, direction: str
+) -> str | None:
+    return "written for bidirectional attention" if problem.causal else None
+
+
+class Segments(NamedTuple):
+    """int64 `[segments + 1]` bounds of the packed tokens and of the reversed ones; the segment of each token."""
+
+    forward: Tensor
+    reverse: Tensor
+    owner: Tensor
+
+
+def _segments(problem: Attention, dtype: torch.dtype, device: torch.device) -> Segments:
+    forward = torch.tensor((0, *problem.lengths)).cumsum(0)
+    owner = torch.repeat_interleave(torch.arange(len(problem.lengths)), torch.tensor(problem.lengths))
+    reverse = problem.size - forward.flip(0)
+    return Segments(*(x.to(device) for x in (forward, reverse, owner)))
+
+
+def _fla(name: str, problem: Attention, given: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    import fla.ops.linear_attn
+
+    function = getattr(fla.ops.linear_attn, name)
+    share = problem.heads // problem.kv_heads
+    query, key = q.softmax(-1), k.softmax(-1)
+    key, value = (x.repeat_interleave(share, 1) if share > 1 else x for x in (key, v))
+    if problem.causal:
+        return _causal_sum(function, query, key, value, given.forward, normalize=True)
+    later = _causal_sum(function, *(x.flip(0) for x in (query, key, value)), given.reverse).flip(0)
+    total = _causal_sum(function, query, key, value, given.forward) + later
+    total = total - (query * key).sum(-1, keepdim=True) * value
+    return (total / _normaliser(query, key, given)).to(q.dtype)
+
+
+def _causal_sum(
+    function: Any, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options: Any
+) -> Tensor:
+    inputs = (x[None] for x in (query, key, value))
+    return function(*inputs, **({"scale": 1.0, "normalize": False, "cu_seqlens": bounds} | options))[0][0]
+
+
+def _normaliser(query: Tensor, key: Tensor, given: Segments) -> Tensor:
+    """phi(q) . sum of phi(k) over the segment, `[tokens, heads, 1]`, float32."""
+    totals = query.new_zeros(len(given.forward) - 1, *key.shape[1:], dtype=torch.float32)
+    totals = totals.index_add(0, given.owner, key.float())
+    return (query * totals[given.owner]).sum(-1, keepdim=True)
+
+
+PROVIDERS = (
+    Provider("torch linear", ("linear",), _torch_linear, refuses=_refuses_causal),
+    *(
+        Provider(
+            title,
+            ("linear",),
+            partial(_fla, name),
+            prepare=_segments,
+            missing=needs("fla", package="flash-linear-attention"),
+            refuses=needs_gpu,
+        )
+        for title, name in (
+            ("flash-linear-attention chunk", "chunk_linear_attn"),
+            ("flash-linear-attention fused", "fused_chunk_linear_attn"),
+        )
+    ),
+)

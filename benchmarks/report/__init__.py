@@ -1,0 +1,1 @@
+"""Results of the suite for readers: tables, plots, one HTML page, and the tables of the README."""

@@ -1,0 +1,161 @@
+"""README tables from committed results.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test checks that every table is what the
+committed JSON gives, so no figure in the README can be edited by hand.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.report.figures import best_of_ours, in_order, is_timed
+from benchmarks.report.markdown import escape, table
+from benchmarks.report.runs import DIRECTION_NAMES, Row, Section, read_sections
+from benchmarks.report.tables import device_name, is_partial, number, ratio_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def cpu_table() -> str:
+    """Ours against each peer in the same run."""
+    return _speed_table("cpu") or "No figures have been measured on a CPU yet.\n"
+
+
+def gpu_table() -> str:
+    """The same on GPUs."""
+    return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
+
+
+def _speed_table(kind: str) -> str:
+    """A table for each device, of all results named after a kind of device; empty if there are none."""
+    tables = []
+    for section in read_sections(sorted(RESULTS.glob(f"{kind}-*.json"))):
+        rows = list(filter(None, map(_speed_row, _largest(section.races.values()))))
+        body = table(["workload", "ours", "the others take"], rows)
+        tables.append(f"{body}\n{escape(_speed_note(section))}\n")
+    return "\n".join(tables)
+
+
+def _largest(races: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:
+    """Of the workloads of each op and direction the largest: the report has them all."""
+    found: dict[tuple[str, str, str], Sequence[Row]] = {}
+    for rows in races:
+        kind = rows[0].suite, rows[0].op, rows[0].direction
+        if kind not in found or rows[0].size > found[kind][0].size:
+            found[kind] = rows
+    return list(found.values())
+
+
+def _speed_row(rows: Sequence[Row]) -> list[str] | None:
+    """Our time on one workload, and how many times as long every peer takes; None if ours was not timed."""
+    ours = best_of_ours(rows)
+    if ours is None:
+        return None
+    direction = DIRECTION_NAMES.get(ours.direction, ours.direction)
+    peers = [row for row in in_order(rows) if is_timed(row) and not row.ours]
+    return [
+        f"`{ours.op}` {direction}: {escape(ours.describe)}, {ours.dtype}",
+        f"{number(1e3 * median(ours.whole_s))} ms",
+        "<br>".join(
+            f"**{ratio_text(peer, ours).partition(' (')[0]}** {escape(peer.provider)}" for peer in peers
+        ),
+    ]
+
+
+def _speed_note(section: Section) -> str:
+    torch = " and ".join(dict.fromkeys(str(run.versions.get("torch")) for run in section.runs))
+    partial = "Partial run. " if is_partial(section) else ""
+    bests = filter(None, (best_of_ours(rows) for rows in section.races.values()))
+    ours = " or ".join(dict.fromkeys(row.provider for row in bests)) or "not timed"
+    return (
+        f"{partial}{device_name(section)}, torch {torch}; ours is {ours}. Medians of the whole op, layouts and masks "
+        'built inside; ratios of rounds taken in turns. "exact" peers compute softmax over everything instead.'
+    )
+
+
+def perception_table() -> str:
+    """What the bundled checkpoint reaches on held-out splits."""
+    record = _read(ROOT / "vot_kernels" / "checkpoints" / "digitworld-nano" / "training.json")
+    columns = {
+        "presence": ("objects present or not", _percent),
+        "exact_count": ("clips with the right number", _percent),
+        "center_error_px": ("median centre error", lambda v: f"{v:.2f} px"),
+        "attribute_accuracy": ("colour", _percent),
+        "label_accuracy": ("digit", _percent),
+        "hits_f1": ("hits F1", lambda v: f"{v:.2f}"),
+        "bounces_f1": ("bounces F1", lambda v: f"{v:.2f}"),
+        "relations_f1": ("relations F1", lambda v: f"{v:.2f}"),
+    }
+    rows = [
+        [split.replace("_", " "), *(show(metrics[name]) for name, (_, show) in columns.items())]
+        for split, metrics in record["metrics"].items()
+    ]
+    parameters = sum(record["parameters"].values()) / 1e6
+    note = (
+        f"{parameters:.2f} M parameters, trained in {record['training_seconds'] / 60:.1f} minutes on "
+        f"{record['threads']} CPU threads by `{record['command']}`; {record['eval_clips_per_split']} clips a split, "
+        "all through H.264."
+    )
+    return table(["split", *(title for title, _ in columns.values())], rows) + f"\n{note}\n"
+
+
+def question_table() -> str:
+    """Accuracy on held-out questions, from `vot eval digitworld`."""
+    from vot_kernels.pipelines.evaluation import SYSTEMS
+
+    result = _read(RESULTS / "digitworld-questions.json")
+    columns = ["motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next", "flip", "all"]
+    rows = [
+        [
+            SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}"),
+            *(f"{100 * accuracy[c]:.0f}" for c in columns),
+        ]
+        for name, accuracy in result["accuracy"].items()
+    ]
+    settings, fixed, broke = result["settings"], *(result["verification"][key] for key in ("fixed", "broke"))
+    seconds = result["seconds_per_question"]
+    note = (
+        f"`vot eval digitworld --videos {settings['videos']} --out results.json`: as many held-out videos, one "
+        f"question each, {settings['llm']}, per cent right. Verification fixed {fixed} answers and broke {broke}. "
+        f"Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with VoT, "
+        f"{seconds['direct']:.1f} direct."
+    )
+    return table(["answered by", *(c.replace("_", " ") for c in columns)], rows) + f"\n{note}\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu": cpu_table,
+    "gpu": gpu_table,
+    "perception": perception_table,
+    "questions": question_table,
+}
+
+
+def render(text: str) -> str:
+    """`text` with every marked table made anew; ValueError for a marker of an unknown table."""
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"There is no table {match[2]!r}; the tables are {', '.join(TABLES)}.")
+        return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+    return _MARKED.sub(made, text)
+
+
+def changed_tables(text: str) -> list[str]:
+    """Names of the tables in `text` that are not what the results give."""
+    return [match[2] for match in _MARKED.finditer(text) if render(match[0]) != match[0]]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,195 @@
+"""One table per suite: a line for every provider on every workload, whether it was timed or not.
+
+Who is not installed is named once per suite, below the table.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+
+from benchmarks.core import Status
+from benchmarks.report.figures import best_of_ours, floor_s, in_order, is_timed, ratio, spread
+from benchmarks.report.runs import DIRECTION_NAMES, Row, Run, Section
+
+COLUMNS = (
+    "provider",
+    "whole op",
+    "kernel alone",
+    "time ÷ ours",
+    "TFLOP/s",
+    "GB/s",
+    "of the floor",
+    "peak memory",
+    "note",
+)
+NOTHING = "–"
+LEGEND = (
+    "Whole op: median ± half the distance between the quartiles, with everything that the op needs built anew "
+    "(layout, mask, index). Kernel alone: the same with all of that prepared; a backward prepares nothing. "
+    "Time ÷ ours: against the fastest of our backends, the median (and quartiles) of the ratios of rounds taken "
+    "in turns; ≈ marks a ratio of medians of two runs. TFLOP/s and GB/s: the workload's least work over the time of "
+    "the whole op, so none for a peer that computes something else. Of the floor: the least time at the measured "
+    "ceilings over the time taken; it may pass 100 % where a small workload stays in the cache. Peak memory: on top "
+    "of the inputs. ❌: the provider's output disagrees with the reference, so it gets no figure."
+)
+
+
+class Kind(StrEnum):
+    """How a line is set off."""
+
+    OURS = "ours"
+    PEER = "peer"
+    UNTIMED = "untimed"
+    MISMATCH = "mismatch"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The cells of `COLUMNS`, plain text."""
+
+    cells: tuple[str, ...]
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Group:
+    """All providers on one workload in one direction."""
+
+    workload: str
+    direction: str
+    describe: str
+    lines: tuple[Line, ...]
+
+
+def groups(section: Section, suite: str) -> Iterator[Group]:
+    """The table of a suite, race by race."""
+    for (own_suite, workload, direction), rows in section.races.items():
+        if own_suite != suite:
+            continue
+        ours = best_of_ours(rows)
+        described = next((row for row in rows if row.describe), rows[0])
+        describe = ", ".join(filter(None, (described.op, described.describe, described.dtype)))
+        lines = tuple(line(row, ours) for row in in_order(rows) if row.status is not Status.MISSING)
+        yield Group(workload, DIRECTION_NAMES.get(direction, direction), describe, lines)
+
+
+def not_installed(section: Section, suite: str) -> str:
+    """One sentence naming the providers that are missing on the machine, empty if none is."""
+    rows = [row for race, rows in section.races.items() if race[0] == suite for row in rows]
+    missing = {row.provider: row.reason for row in rows if row.status is Status.MISSING}
+    listed = "; ".join(f"{provider} ({reason})" for provider, reason in missing.items())
+    return f"Missing on this machine: {listed}." if missing else ""
+
+
+def line(row: Row, ours: Row | None) -> Line:
+    """One provider; `ours` is what it is compared with."""
+    provider = f"{row.provider} (computes {row.instead} instead)" if row.instead else row.provider
+    if not is_timed(row):
+        mismatch = row.status is Status.MISMATCH
+        status = (
+            NOTHING if row.status is Status.TIMED else f"❌ {row.status}" if mismatch else str(row.status)
+        )
+        empty = (NOTHING,) * (len(COLUMNS) - 3)
+        return Line((provider, status, *empty, row.reason), Kind.MISMATCH if mismatch else Kind.UNTIMED)
+    seconds = median(row.whole_s)
+    cells = (
+        provider,
+        milliseconds(row.whole_s),
+        milliseconds(row.kernel_s),
+        ratio_text(row, ours),
+        *_rates(row, seconds),
+        NOTHING if row.peak_bytes is None else f"{number(row.peak_bytes / 2**20)} MiB",
+        "",
+    )
+    return Line(cells, Kind.OURS if row.ours else Kind.PEER)
+
+
+def _rates(row: Row, seconds: float) -> tuple[str, str, str]:
+    """TFLOP/s, GB/s and share of the floor."""
+    if row.instead:
+        return NOTHING, NOTHING, NOTHING
+    floor = floor_s(row)
+    return (
+        number(row.flops / seconds / 1e12) if row.flops else NOTHING,
+        number(row.bytes / seconds / 1e9),
+        NOTHING if floor is None else percent(floor / seconds),
+    )
+
+
+def ratio_text(row: Row, ours: Row | None) -> str:
+    """ "3.9 × (3.7–4.1)"; "1 ×" for our best backend itself."""
+    if ours is None or not is_timed(row):
+        return NOTHING
+    if row is ours:
+        return "1 ×"
+    found = ratio(row, ours)
+    if found.low is None or found.high is None:
+        return f"≈ {times(found.value)} ×"
+    if len(row.whole_s) == 1:
+        return f"{times(found.value)} ×"
+    return f"{times(found.value)} × ({times(found.low)}–{times(found.high)})"
+
+
+def milliseconds(seconds: tuple[float, ...]) -> str:
+    """Median with its spread: "12.3 ms ± 4 %"."""
+    if not seconds:
+        return NOTHING
+    share = spread(seconds)
+    return f"{number(1e3 * median(seconds))} ms" + ("" if share is None else f" ± {percent(share)}")
+
+
+def number(value: float) -> str:
+    """Three significant digits, more only before the point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def times(value: float) -> str:
+    """A ratio: two significant digits where it is above 2, two decimals where it is close to 1."""
+    return f"{value:.2f}" if value < 1.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Whole per cent, one decimal below ten."""
+    value = 100 * share
+    return f"{value:.1f} %" if value < 9.95 else f"{value:,.0f} %"
+
+
+def device_name(section: Section) -> str:
+    """The heading of a section."""
+    device, details = section.device, []
+    if device.get("capability"):
+        details.append(str(device["capability"]))
+    if device.get("memory_gib"):
+        details.append(f"{device['memory_gib']} GiB")
+    if device.get("threads"):
+        details.append("1 thread" if device["threads"] == 1 else f"{device['threads']} threads")
+    return ", ".join([str(device["name"]), *details])
+
+
+def is_partial(section: Section) -> bool:
+    """Whether one of the runs was interrupted."""
+    return not all(run.complete for run in section.runs)
+
+
+def captions(section: Section) -> list[list[str]]:
+    """What a reader needs to judge and repeat the runs: paragraphs of lines."""
+    merged = [["What several of these runs have tried is shown as the last of them found it."]]
+    return [_caption(run) for run in section.runs] + (merged if len(section.runs) > 1 else [])
+
+
+def _caption(run: Run) -> list[str]:
+    versions = ", ".join(f"{name} {value}" for name, value in run.versions.items() if value and name != "utc")
+    ceilings = [] if run.copy_bytes_per_s is None else [f"copy {number(run.copy_bytes_per_s / 1e9)} GB/s"]
+    ceilings += [
+        f"{dtype} matrix product {number(flops / 1e12)} TFLOP/s"
+        for dtype, flops in run.matmul_flops_per_s.items()
+    ]
+    commit = f", commit {run.commit[:12]}" if run.commit else ""
+    return [
+        f"{'Complete' if run.complete else 'Partial'} run: {run.command}"
+        + ("" if run.complete else " (interrupted: what is missing below was not reached)"),
+        f"{run.versions.get('utc') or 'date unknown'}, {run.file}{commit}",
+        versions,
+        f"measured ceilings: {', '.join(ceilings) or 'none'}",
+    ]

@@ -1,0 +1,148 @@
+"""No figure without agreement: a provider's output and gradients against the oracle, in float64.
+
+Twice: on the small twin of the workload, every row; then at the workload's own size on the rows that the
+problem names. The gradient of the output is zero elsewhere, so that the oracle needs those rows alone and yet
+every element of the inputs' gradients is compared; the other rows of the output must be finite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.core import Problem, Provider, as_outputs
+from vot_kernels.testing import ToleranceError, assert_close_to_exact, make_tensor
+
+# Roundings granted on top of twice the error of plain PyTorch: PyTorch's fused CPU kernels have an exp of up to
+# 20 ulp, and flash kernels round the probabilities to the input's dtype before the second product.
+ROUNDINGS = {torch.float32: 16.0, torch.float64: 16.0}
+HALF_ROUNDINGS = 4.0
+
+
+class OracleError(RuntimeError):
+    """The oracle itself failed, so nobody can be verified."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle says of one problem: its outputs, then the gradients of the floating inputs.
+
+    Attributes:
+        problem, inputs, rows, gradients: the question.
+        outputs: how many of the results are outputs.
+        low: results in the dtype of the inputs, whose error is the measure.
+        exact: results in float64.
+    """
+
+    problem: Problem
+    inputs: tuple[Tensor, ...]
+    rows: Tensor | None
+    gradients: bool
+    outputs: int
+    low: list[Tensor]
+    exact: list[Tensor]
+
+
+Known = dict[tuple[Problem, bool], Expected]
+
+
+def verify(
+    provider: Provider,
+    problem: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradients: bool,
+    known: Known | None = None,
+) -> None:
+    """Return if the provider is right on `problem` and on its small twin.
+
+    `known` remembers the oracle's answers for the providers that come next.
+
+    Raises:
+        ToleranceError: the provider is wrong.
+        OracleError: the oracle failed.
+    """
+    known = {} if known is None else known
+    for size in (problem.small(), problem):
+        key = size, gradients
+        if key not in known:
+            known[key] = expect(size, size.inputs(dtype, device), gradients)
+        check(provider, known[key])
+
+
+def verify_on(provider: Provider, problem: Problem, inputs: Sequence[Tensor], gradients: bool) -> None:
+    """The same for given inputs."""
+    check(provider, expect(problem, inputs, gradients))
+
+
+def expect(problem: Problem, inputs: Sequence[Tensor], gradients: bool) -> Expected:
+    """Ask the oracle."""
+    try:
+        rows = problem.rows(inputs)
+        low, exact = (
+            _results(lambda *x: as_outputs(problem.oracle(x, rows)), given, gradients)
+            for given in (inputs, [_double(x) for x in inputs])
+        )
+    except Exception as error:
+        raise OracleError(
+            f"nobody can be verified, the oracle failed: {type(error).__name__}: {error}"
+        ) from error
+    outputs = len(low) - gradients * sum(x.is_floating_point() for x in inputs)
+    return Expected(problem, tuple(inputs), rows, gradients, outputs, low, exact)
+
+
+def check(provider: Provider, expected: Expected) -> None:
+    """Return if the provider agrees with the oracle, else raise `ToleranceError`."""
+    problem, inputs = expected.problem, expected.inputs
+    dtype = next(x.dtype for x in inputs if x.is_floating_point())
+    prepared = provider.prepare(problem, dtype, inputs[0].device)
+    before = [x.clone() for x in inputs]
+    try:
+        actual = _results(
+            lambda *x: _formed(provider.run(problem, prepared, *x), expected), inputs, expected.gradients
+        )
+    finally:  # others are verified on the same inputs
+        changed = [i for i, (x, y) in enumerate(zip(inputs, before, strict=True)) if not torch.equal(x, y)]
+        for i in changed:
+            inputs[i].copy_(before[i])
+    if changed:
+        raise ToleranceError(f"input {changed[0]} is overwritten, {problem.describe()}")
+    for i, (a, b, c) in enumerate(zip(actual, expected.low, expected.exact, strict=True)):
+        name = f"output {i}" if i < expected.outputs else f"gradient of input {i - expected.outputs}"
+        # The roundings are those of the inputs' dtype: a float32 gradient of a bfloat16 op is no more exact.
+        roundings = ROUNDINGS.get(dtype, HALF_ROUNDINGS) * torch.finfo(dtype).eps / torch.finfo(a.dtype).eps
+        assert_close_to_exact(a, b, c, roundings=max(1.0, roundings), name=f"{name}, {problem.describe()}")
+
+
+def _formed(result: Tensor | Sequence[Tensor], expected: Expected) -> list[Tensor]:
+    """The verified rows of the outputs, if those have the right form and are finite in all rows."""
+    outs, right = as_outputs(result), expected.low[: expected.outputs]
+    if len(outs) != len(right):
+        raise ToleranceError(f"{len(outs)} outputs instead of {len(right)}")
+    rows = []
+    for i, (out, low) in enumerate(zip(outs, right, strict=True)):
+        if out.dtype != low.dtype:  # a coarser one would also be granted coarser roundings
+            raise ToleranceError(f"output {i} is {out.dtype} instead of {low.dtype}")
+        if not out.isfinite().all():
+            raise ToleranceError(f"output {i} is not finite, {expected.problem.describe()}")
+        rows.append(out if expected.rows is None else out[expected.rows])
+    return rows
+
+
+def _results(function: Any, inputs: Sequence[Tensor], gradients: bool) -> list[Tensor]:
+    """The outputs, then the gradients of the floating inputs for fixed gradients of the outputs."""
+    if not gradients:
+        with torch.no_grad():
+            return list(function(*inputs))
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    outs = list(function(*leaves))
+    grads = [make_tensor(*x.shape, dtype=x.dtype, device=x.device, seed=99 + i) for i, x in enumerate(outs)]
+    wanted = [x for x in leaves if x.requires_grad]
+    found = torch.autograd.grad(outs, wanted, grads, materialize_grads=True)
+    return [*(x.detach() for x in outs), *found]
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x

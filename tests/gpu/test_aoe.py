@@ -1,0 +1,100 @@
+"""Autonomy-of-Experts on a GPU, by the parity rule: the backend's own choice is handed to the reference."""
+
+import pytest
+import torch
+
+from vot_kernels import aoe
+from vot_kernels.reference import aoe as reference
+from vot_kernels.testing import assert_close_to_exact, check_against_reference, make_tensor
+
+OP = "aoe"
+pytestmark = pytest.mark.gpu
+
+
+def make_inputs(device, dtype, tokens=300, dim=96, experts=8, rank=32, hidden=112):
+    """x and the four weights, scaled so that every activation is of order one."""
+    shapes = (
+        ((tokens, dim), 1),
+        ((experts, rank, dim), dim),
+        ((experts, hidden, rank), rank),
+        ((experts, hidden, dim), dim),
+        ((experts, hidden, dim), hidden),
+    )
+    return [
+        (make_tensor(*shape, seed=i) * fan_in**-0.5).to(device, dtype)
+        for i, (shape, fan_in) in enumerate(shapes)
+    ]
+
+
+def check(inputs, top_k, weighting, backend):
+    with torch.no_grad():
+        _, aux = aoe(*inputs, top_k, weighting=weighting, return_aux=True, backend=backend)
+    check_choice(inputs, aux, top_k)
+
+    def run(*tensors):
+        return (aoe(*tensors, top_k, weighting=weighting, backend=backend),)
+
+    def oracle(*tensors):
+        return (reference.aoe(*tensors, top_k, weighting=weighting, indices=aux.indices)[0],)
+
+    check_against_reference(run, oracle, inputs)
+
+
+def check_choice(inputs, aux, top_k):
+    """Norms come from a wide accumulator, and whoever was chosen has one of the largest norms."""
+    x, w_down = (t.double() for t in inputs[:2])
+    exact = torch.einsum("td,nrd->tnr", x, w_down).norm(dim=-1)
+    torch.testing.assert_close(aux.norms.double(), exact, rtol=1e-5, atol=1e-6)
+    least = exact.sort(-1, descending=True).values[:, top_k - 1, None]
+    assert (exact.gather(1, aux.indices) >= least * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_outputs_and_gradients(top_k, weighting, backend, device, dtype):
+    check(make_inputs(device, dtype), top_k, weighting, backend)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_few_tokens(tokens, backend, device, dtype):
+    check(make_inputs(device, dtype, tokens=tokens), 2, "topk_softmax", backend)
+
+
+@pytest.mark.parametrize(("dim", "rank", "hidden"), [(100, 40, 70), (768, 256, 1024)])
+def test_odd_and_large_widths(dim, rank, hidden, backend, device, dtype):
+    inputs = make_inputs(device, dtype, tokens=1000, dim=dim, rank=rank, hidden=hidden)
+    check(inputs, 2, "topk_softmax", backend)
+
+
+def test_all_tokens_to_one_expert(backend, device, dtype):
+    x, w_down, *rest = make_inputs(device, dtype)
+    w_down[3] *= 50
+    inputs = [x, w_down, *rest]
+    check(inputs, 1, "topk_softmax", backend)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = aoe(*leaves, 1, backend=backend)
+    for grad in torch.autograd.grad(out, leaves[1:], torch.ones_like(out)):
+        idle = torch.cat([grad[:3], grad[4:]])
+        assert (idle == 0).all(), "an expert that nobody chose has a gradient"
+
+
+def test_zero_rows_tie_to_the_first_experts(backend, device, dtype):
+    x, *weights = make_inputs(device, dtype)
+    x[::3] = 0
+    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+    out, aux = aoe(*leaves, 2, return_aux=True, backend=backend)
+    assert (aux.indices[::3] == torch.arange(2, device=device)).all()
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_runs_repeat_bit_for_bit(backend, device, dtype):
+    inputs = make_inputs(device, dtype, tokens=777)
+
+    def results():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = aoe(*leaves, 2, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    for a, b in zip(results(), results(), strict=True):
+        assert_close_to_exact(a, b, b, roundings=0)

@@ -1,0 +1,26 @@
+"""The whole encoder: a GPU gives what the CPU gives."""
+
+import pytest
+import torch
+
+from vot_kernels.testing import make_tensor, max_error
+
+OP = "hybrid_attention"
+pytestmark = pytest.mark.gpu
+
+
+def test_same_features_and_gradients_as_on_the_cpu(device):
+    encoder_module = pytest.importorskip("vot_kernels.models.encoder")
+    torch.manual_seed(0)
+    config = encoder_module.VotEncoderConfig.preset("nano")
+    encoder = encoder_module.VotEncoder(config).eval()
+    grid = torch.tensor([[4, 6, 8], [1, 5, 5], [2, 3, 3]])
+    pixels = make_tensor(int(grid.prod(1).sum()), config.patch_numbers)
+    results = []
+    for where in (torch.device("cpu"), device):
+        leaf = pixels.to(where).requires_grad_()
+        out = encoder.to(where)(leaf, grid.to(where)).last_hidden_state
+        (gradient,) = torch.autograd.grad(out.square().mean(), leaf)
+        results.append((out.detach().cpu(), gradient.cpu()))
+    for a, b in zip(*results, strict=True):
+        assert max_error(a, b) <= 2e-3 * float(b.abs().max())

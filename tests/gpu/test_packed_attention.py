@@ -1,0 +1,73 @@
+"""Packed softmax attention on a GPU."""
+
+import pytest
+import torch
+
+from vot_kernels import PackedLayout, packed_attention
+from vot_kernels.ops.dispatch import describe_backends
+from vot_kernels.reference import attention as reference
+from vot_kernels.testing import PACKINGS, check_against_reference, make_qkv
+
+OP = "packed_attention"
+pytestmark = pytest.mark.gpu
+
+
+def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, causal=False):
+    inputs = make_qkv(layout.num_tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, device=device)
+
+    def run(q, k, v):
+        return packed_attention(q, k, v, layout, causal=causal, return_lse=True, backend=backend)
+
+    def oracle(q, k, v):
+        return reference.packed_attention(q, k, v, layout, causal=causal)
+
+    roundings = 16.0 if dtype == torch.float32 else 4.0
+    check_against_reference(run, oracle, inputs, roundings=roundings, names=["out", "lse"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS.keys())
+def test_packings(lengths, causal, backend, device, dtype):
+    check(PackedLayout.from_lengths(lengths, device=device), backend, device, dtype, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
+def test_head_dims_at_lengths_around_blocks(head_dim, causal, backend, device, dtype):
+    layout = PackedLayout.from_lengths((127, 128, 129, 1, 0, 640), device=device)
+    check(layout, backend, device, dtype, head_dim=head_dim, causal=causal)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_large(kv_heads, backend, device, dtype):
+    layout = PackedLayout.from_lengths((4096, 777), device=device)
+    check(layout, backend, device, dtype, heads=8, kv_heads=kv_heads, head_dim=128)
+
+
+def test_strides_beyond_two_to_the_31(backend, device):
+    """Views into a wide buffer: the last row begins past the reach of 32-bit offsets."""
+    if device.type != "cuda" or torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs a GPU with 24 GiB free")
+    rows, width = 2304, 2**20
+    buffer = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    q, k, v = (buffer[:, i * 512 : (i + 1) * 512].unflatten(1, (4, 128)) for i in range(3))
+    layout = PackedLayout.from_lengths((rows - 1, 1), device=device)
+    out = packed_attention(q, k, v, layout, backend=backend)
+    compact = packed_attention(*(x.contiguous() for x in (q, k, v)), layout, backend=backend)
+    assert torch.equal(out, compact)
+
+
+def test_cuda_graph_replay(device):
+    """Only kernels are captured: no host sync, no copy, and new contents of the same buffers are honoured."""
+    if describe_backends(device, torch.bfloat16)[OP]["triton"]:
+        pytest.skip("there is no Triton kernel to capture")
+    layout = PackedLayout.from_lengths((300, 45), device=device)
+    inputs = make_qkv(layout.num_tokens, 4, 64, dtype=torch.bfloat16, device=device)
+    packed_attention(*inputs, layout, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = packed_attention(*inputs, layout, backend="triton")
+    for x in inputs:
+        x.normal_()
+    graph.replay()
+    assert torch.equal(out, packed_attention(*inputs, layout, backend="triton"))
