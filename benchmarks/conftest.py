@@ -15,7 +15,7 @@ from benchmarks.core import DIRECTIONS, Provider, Workload
 from benchmarks.gate import Gate, read_gate
 from benchmarks.providers import PROVIDERS, providers_of
 from benchmarks.race import Rules
-from benchmarks.session import Session
+from benchmarks.session import Session, describe_device
 from benchmarks.workloads import SUITES, workloads
 
 _JSON = pytest.StashKey[Path | None]()
@@ -33,7 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--direction", default="", help=f"only these, separated by commas: {', '.join(DIRECTIONS)}")
     add("--quick", action="store_true", help="the quick suite: three minutes on two CPU cores")
     add("--device", default=None, choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=_number(int), default=None, help="CPU threads (default: torch's own)")
+    add(
+        "--threads",
+        type=_number(int),
+        default=None,
+        help="CPU threads, pinned to as many cores (default: torch's own)",
+    )
     add(
         "--rounds",
         type=_number(int),
@@ -67,7 +72,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_GATE] = _gate(options.gate)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.threads:
-        torch.set_num_threads(options.threads)
+        _pin(options.threads)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What ran where; the header that pytest has for this is hidden by -q."""
+    described = describe_device(torch.device(config.stash[_CHOSEN][0][0].device))
+    line = f"measured on {described['name']}, torch {torch.__version__}"
+    if described["type"] == "cpu":
+        line += f", {described['threads']} threads, pinned to cores {described['pinned_to'] or 'none'}"
+    terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -102,6 +116,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if own is not None:
         ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         own.finish(complete=ended and not session.shouldfail and not session.shouldstop)
+
+
+def _pin(threads: int) -> None:
+    """As many threads on as many cores, where the system lets a process choose."""
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, allowed[:threads])
 
 
 def _choose(options: Any) -> list[tuple[Workload, str, Provider]]:

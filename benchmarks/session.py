@@ -132,7 +132,7 @@ def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[s
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What ran: a GPU's name, capability and driver, or a processor and its threads."""
+    """What ran: a GPU's name, capability and sizes, or a processor, its threads and the cores they are pinned to."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -148,8 +148,17 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "name": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "pinned_to": _pinned_cores(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def _pinned_cores() -> list[int] | None:
+    """The cores that the process may run on, None if that is all of them or not known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    return cores if len(cores) <= torch.get_num_threads() else None
 
 
 def versions() -> dict[str, str | None]:

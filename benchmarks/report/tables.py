@@ -163,7 +163,8 @@ def device_name(section: Section) -> str:
     if device.get("memory_gib"):
         details.append(f"{device['memory_gib']} GiB")
     if device.get("threads"):
-        details.append("1 thread" if device["threads"] == 1 else f"{device['threads']} threads")
+        pinned = " pinned to as many cores" if device.get("pinned_to") else ""
+        details.append(("1 thread" if device["threads"] == 1 else f"{device['threads']} threads") + pinned)
     return ", ".join([str(device["name"]), *details])
 
 
