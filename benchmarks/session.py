@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vot_kernels
-from benchmarks.core import Outcome, Provider, Workload, anonymous
+from benchmarks.core import Outcome, Provider, Work, Workload, anonymous
 from benchmarks.providers import providers_of
 from benchmarks.race import Rules, race
 from benchmarks.timing import measure_ceilings
@@ -116,6 +116,10 @@ class Session:
 def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[str, Any]:
     """Who does what: all that the report needs besides what was measured."""
     problem = workload.problem
+    try:
+        work = problem.work(direction, workload.dtype.itemsize)
+    except ImportError:  # the sizes come from an optional package: without it nobody can solve the problem
+        work = Work(0, 0)
     return {
         "suite": workload.suite,
         "workload": workload.name,
@@ -127,7 +131,7 @@ def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[s
         "op": problem.op,
         "dtype": str(workload.dtype).removeprefix("torch."),
         "size": problem.size,
-        **asdict(problem.work(direction, workload.dtype.itemsize)),
+        **asdict(work),
     }
 
 

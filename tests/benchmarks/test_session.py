@@ -111,6 +111,14 @@ def test_facts_hold_what_the_report_needs():
     }
 
 
+def test_facts_do_not_need_optional_packages(monkeypatch):
+    def work(self, direction, itemsize):
+        raise ImportError("transformers is not installed")
+
+    monkeypatch.setattr(Attention, "work", work)
+    assert race_facts(WORKLOAD, "forward", GOOD)["flops"] == 0
+
+
 def test_the_machine_is_described_but_not_named(run):
     session, path = run
     session.start()
