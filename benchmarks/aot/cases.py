@@ -12,6 +12,7 @@ import torch
 from benchmarks.problems.attention import Attention
 from vot_kernels import hybrid_attention, linear_attention, packed_attention
 from vot_kernels.ops._launch import record_launches
+from vot_kernels.ops._range_triton import prefer_tma
 from vot_kernels.ops.dispatch import describe_backends
 
 BFLOAT16 = torch.bfloat16
@@ -87,6 +88,9 @@ def _packed_attention() -> Iterator[Case]:
         yield _attention(packed_attention, name, dtype, problem, quick=name == "bf16 d64")
     causal = replace(base, causal=True)
     yield _attention(packed_attention, "bf16 d64 causal", BFLOAT16, causal, causal=True)
+    for head_dim in (64, 128):
+        problem = replace(base, head_dim=head_dim)
+        yield _preferring_tma(_attention(packed_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
 
 
 def _hybrid_attention() -> Iterator[Case]:
@@ -102,6 +106,19 @@ def _hybrid_attention() -> Iterator[Case]:
     features = [torch.empty(base.size, base.heads, 32, dtype=BFLOAT16, requires_grad=True) for _ in range(2)]
     given: dict[str, Any] = dict(zip(("q_features", "k_features"), features, strict=True))
     yield _attention(hybrid_attention, "bf16 d64 features", BFLOAT16, base, **given)
+    for head_dim in (64, 128):
+        problem = replace(base, head_dim=head_dim)
+        yield _preferring_tma(_attention(hybrid_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
+
+
+def _preferring_tma(case: Case) -> Case:
+    """The same call, with tensor descriptors where the configs have an entry for them."""
+
+    def run() -> None:
+        with prefer_tma():
+            case.run()
+
+    return replace(case, run=run)
 
 
 def _attention(

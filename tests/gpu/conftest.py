@@ -32,6 +32,20 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+# Each pair is compiled anew, which takes far longer than the test itself: every head_dim in bfloat16, which is what
+# models use, and each other dtype once more beside 64.
+SIZES = [(torch.bfloat16, d) for d in (16, 64, 72, 80, 96, 128, 256)] + [
+    (torch.float32, 80),
+    (torch.float16, 128),
+]
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: f"{str(size[0]).removeprefix('torch.')}-{size[1]}")
+def size(request: pytest.FixtureRequest) -> tuple[torch.dtype, int]:
+    """dtype and head_dim."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _free_memory():
     yield

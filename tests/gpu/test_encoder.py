@@ -9,7 +9,7 @@ OP = "hybrid_attention"
 pytestmark = pytest.mark.gpu
 
 
-def test_same_features_and_gradients_as_on_the_cpu(device):
+def test_same_features_and_gradients_as_on_the_cpu(backend, device):
     encoder_module = pytest.importorskip("vot_kernels.models.encoder")
     torch.manual_seed(0)
     config = encoder_module.VotEncoderConfig.preset("nano")
@@ -17,7 +17,8 @@ def test_same_features_and_gradients_as_on_the_cpu(device):
     grid = torch.tensor([[4, 6, 8], [1, 5, 5], [2, 3, 3]])
     pixels = make_tensor(int(grid.prod(1).sum()), config.patch_numbers)
     results = []
-    for where in (torch.device("cpu"), device):
+    for where, name in ((torch.device("cpu"), "torch"), (device, backend)):
+        encoder.set_attention_backend(name)
         leaf = pixels.to(where).requires_grad_()
         out = encoder.to(where)(leaf, grid.to(where)).last_hidden_state
         (gradient,) = torch.autograd.grad(out.square().mean(), leaf)

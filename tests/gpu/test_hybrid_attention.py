@@ -39,17 +39,48 @@ def test_packings(lengths, causal, backend, device, dtype):
     check(layout, backend, device, dtype, causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
-def test_head_dims(head_dim, backend, device, dtype):
+def test_head_dims_and_dtypes(size, backend, device):
+    dtype, head_dim = size
     layout = PackedLayout.from_lengths((300, 1, 77), group_size=64, device=device)
     check(layout, backend, device, dtype, head_dim=head_dim)
 
 
-@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
-@pytest.mark.parametrize("window", [0, 1, (2, 0), None])
-def test_large_and_ragged(window, feature_map, backend, device, dtype):
+@pytest.mark.parametrize("feature_map, causal", [("elu", "group"), ("relu", "token"), ("softmax", None)])
+@pytest.mark.parametrize("window", [0, (2, 0)])
+def test_large_and_ragged(window, feature_map, causal, backend, device):
     layout = PackedLayout.from_lengths((2048, 1025, 0, 511, 3), group_size=256, device=device)
-    check(layout, backend, device, dtype, window=window, feature_map=feature_map, head_dim=128)
+    options = {"window": window, "feature_map": feature_map, "causal": causal, "head_dim": 64}
+    check(layout, backend, device, torch.bfloat16, **options)
+
+
+def test_given_features(backend, device, dtype):
+    layout = PackedLayout.from_lengths((300, 1, 77), group_size=64, device=device)
+    inputs = make_qkv(378, 4, 64, kv_heads=2, dtype=dtype, device=device)
+    features = [make_tensor(378, h, 32, seed=h, dtype=dtype, device=device).abs() for h in (4, 2)]
+
+    def arguments(q, k, v, q_features, k_features):
+        return (q, k, v, layout), {"q_features": q_features, "k_features": k_features, "window": 0}
+
+    def run(*tensors):
+        given, named = arguments(*tensors)
+        return hybrid_attention(*given, **named, return_lse=True, backend=backend)
+
+    def oracle(*tensors):
+        given, named = arguments(*tensors)
+        return reference.hybrid_attention(*given, **named)
+
+    roundings = 16.0 if dtype == torch.float32 else 4.0
+    check_against_reference(run, oracle, [*inputs, *features], roundings=roundings, names=["out", "lse"])
+
+
+def test_the_gradient_of_a_sum(backend, device):
+    """It is one number with strides of 0."""
+    layout = PackedLayout.from_lengths((300, 77), group_size=64, device=device)
+    leaves = [x.requires_grad_() for x in make_qkv(377, 4, 64, dtype=torch.bfloat16, device=device)]
+    out = hybrid_attention(*leaves, layout, backend=backend)
+    expanded = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    for a, b in zip(expanded, torch.autograd.grad(out, leaves, torch.ones_like(out)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_window_over_everything_is_exact_attention_bit_for_bit(backend, device, dtype):

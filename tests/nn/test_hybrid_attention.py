@@ -5,6 +5,7 @@ import torch
 
 from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.packing import PackedLayout
+from vot_kernels.reference import attention as reference
 from vot_kernels.testing import make_tensor, max_error, with_slack
 
 LAYOUT = PackedLayout.from_lengths((18, 7), group_size=4)
@@ -30,6 +31,70 @@ def test_beta_counts_and_exact_attention_has_none():
         module.beta.fill_(2.0)
     assert max_error(before, module(x, LAYOUT)) > 1e-3
     assert HybridAttention(32, 4, window=None).beta is None
+
+
+def by_hand(module, x, phi, norm):
+    """Projections, norm, hybrid attention of the reference with features phi(q) and phi(k), and the output."""
+    heads = (x @ module.qkv.weight.T).unflatten(-1, (12, 8))
+    q, k, v = heads[:, :4], heads[:, 4:8], heads[:, 8:]
+    if norm:
+        q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.q_norm.weight
+        k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.k_norm.weight
+    options = {"window": 0, "beta": module.beta, "q_features": phi(q), "k_features": phi(k)}
+    out, _ = reference.hybrid_attention(q, k, v, LAYOUT, **options)
+    return out.flatten(1) @ module.out.weight.T
+
+
+FEATURE_MAPS = {
+    "softmax": lambda x: x.softmax(-1),
+    "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_feature_map_norm_and_beta_by_hand(name, norm):
+    module = HybridAttention(32, 4, window=0, feature_map=name, qk_norm=norm, beta_init=0.7)
+    assert torch.equal(module.beta, torch.full((4,), 0.7))
+    assert sum("norm" in parameter for parameter, _ in module.named_parameters()) == (2 if norm else 0)
+    with torch.no_grad():
+        module.beta += make_tensor(4)
+        for parameter in (*module.q_norm.parameters(), *module.k_norm.parameters()):
+            parameter += 0.3 * make_tensor(8)
+    x = make_tensor(25, 32)
+    found = module(x, LAYOUT)
+    assert max_error(found, by_hand(module, x, FEATURE_MAPS[name], norm)) < 1e-5
+    if norm:
+        assert max_error(found, by_hand(module, x, FEATURE_MAPS[name], False)) > 1e-3
+    for other in FEATURE_MAPS.keys() - {name}:
+        assert max_error(found, by_hand(module, x, FEATURE_MAPS[other], norm)) > 1e-3
+
+
+def test_beta_learns_how_much_the_far_groups_matter():
+    """Descent from 0 towards outputs that were made with beta = 2."""
+    module, x = HybridAttention(32, 4, window=0), make_tensor(25, 32)
+    with torch.no_grad():
+        module.beta.fill_(2.0)
+        target = module(x, LAYOUT)
+        module.beta.zero_()
+    optimizer = torch.optim.Adam([module.beta], lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (module(x, LAYOUT) - target).square().sum().backward()
+        optimizer.step()
+    assert max_error(module.beta, torch.full((4,), 2.0)) < 0.1
+
+
+def test_backends_agree_and_an_unknown_one_is_refused():
+    module, x = HybridAttention(32, 4), make_tensor(25, 32)
+    assert module.backend == "auto" and not any("backend" in name for name in module.state_dict())
+    expected = module(x, LAYOUT)
+    module.backend = "reference"
+    assert 0 < max_error(module(x, LAYOUT), expected) < 1e-5
+    module.backend = "cuda"
+    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'cuda'"):
+        module(x, LAYOUT)
 
 
 def test_rotary_comes_after_the_norm_and_sees_the_layout():

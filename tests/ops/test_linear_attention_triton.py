@@ -309,3 +309,11 @@ def test_what_the_kernels_accept():
         assert accepts(Inputs(cuda, dtype)) == [] == accepts(Inputs(cuda, dtype, 72))
     assert accepts(Inputs(torch.device("mps"), torch.float32)) == ["no Triton kernel runs on mps tensors"]
     assert len(accepts(Inputs(cuda, torch.float64, 8))) == 2
+
+
+@interpreted
+def test_bfloat16_is_refused_by_the_interpreter():
+    layout = PackedLayout.from_lengths((9,))
+    q, k, v = make_qkv(9, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+        linear_attention(q, k, v, layout, backend="triton")

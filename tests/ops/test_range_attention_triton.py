@@ -250,13 +250,15 @@ def test_nan_in_a_neighbour_does_not_leak():
 
 
 @interpreted
-@pytest.mark.parametrize("lengths", [(), (0, 9), (16, 16)])
-def test_slack_is_never_read_and_written_as_nothing(lengths):
+@pytest.mark.parametrize("window", [1, None])
+@pytest.mark.parametrize("lengths", [(), (0, 9), (16, 16), (40,)])
+def test_slack_is_never_read_and_written_as_nothing(lengths, window):
+    """(40,): the last tile holds slack rows, and blocks that all its own rows see are not masked."""
     layout = PackedLayout.from_lengths(lengths, group_size=6)
     tokens, slack = sum(lengths), 37
     inputs = make_qkv(tokens, 1, 16)
-    expected = results(layout, *inputs, window=1)
-    actual = results(layout, *(with_slack(x, slack) for x in inputs), window=1)
+    expected = results(layout, *inputs, window=window)
+    actual = results(layout, *(with_slack(x, slack) for x in inputs), window=window)
     grad_rows = slice(0, tokens)
     for i, (x, y) in enumerate(zip(expected, actual, strict=True)):
         if i < 2 or not tokens:  # the gradients were drawn for another shape

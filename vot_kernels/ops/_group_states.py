@@ -75,8 +75,13 @@ def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
     return states
 
 
-def scan_states(states: Tensor, plan: StatePlan, *, transposed: bool = False) -> Tensor:
-    """F_g of every slot; transposed, the gradient of S_g given that of F_g."""
+def scan_states(
+    states: Tensor, plan: StatePlan, *, transposed: bool = False, log_step: Tensor | None = None
+) -> Tensor:
+    """F_g of every slot; transposed, the gradient of S_g given that of F_g.
+
+    log_step: `[heads]`, log of the factor by which a state shrinks from one group to the next; None is 0.
+    """
     left, right = (plan.right, plan.left) if transposed else (plan.left, plan.right)
     scanned = torch.zeros_like(states)
     for first, segments, groups in plan.runs:
@@ -84,10 +89,26 @@ def scan_states(states: Tensor, plan: StatePlan, *, transposed: bool = False) ->
         source = states[:, here].unflatten(1, (segments, groups))
         target = scanned[:, here].unflatten(1, (segments, groups))
         if left is not None and left < groups:
-            target[:, :, left:] += source[:, :, : groups - left].cumsum(2)
+            target[:, :, left:] += _running_sum(source[:, :, : groups - left], log_step)
         if right is not None and right < groups:
-            target[:, :, : groups - right] += source[:, :, right:].flip(2).cumsum(2).flip(2)
+            target[:, :, : groups - right] += _running_sum(source[:, :, right:].flip(2), log_step).flip(2)
     return scanned
+
+
+def _running_sum(x: Tensor, log_step: Tensor | None) -> Tensor:
+    """y_g = x_g + exp(log_step) y_(g-1) over dimension 2 of `[heads, segments, groups, ...]`.
+
+    After the step of width w every y holds its last 2 w terms: a logarithm of the groups in steps, and the
+    factor of each is exp(w log_step) itself, not a product of rounded factors.
+    """
+    if log_step is None:
+        return x.cumsum(2)
+    total, width = x.clone(), 1
+    while width < x.shape[2]:
+        factor = (width * log_step).exp()[:, None, None, None, None]
+        total[:, :, width:] += factor * total[:, :, :-width]
+        width *= 2
+    return total
 
 
 def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._linear_triton import Rows, group_states, scan_states
+from vot_kernels.ops._linear_triton import Rows, _addressable, group_states, scan_states
 from vot_kernels.ops._range_triton import (
     FarPart,
     KeyRanges,
@@ -81,6 +81,7 @@ def hybrid_attention_forward(
     """Output and lse, float32 `[tokens, heads]`; the arguments are those of `hybrid_attention`."""
     if not geometry.has_far:
         return range_attention_forward(q, k, v, geometry.ranges, scale)
+    v = _addressable(v)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
     return range_attention_forward(q, k, v, geometry.ranges, scale, FarPart(states, queries, name, beta))
@@ -105,9 +106,11 @@ def hybrid_attention_backward(
 
     The far states are made again instead of kept: small groups have larger states than inputs.
     """
-    near = (q, k, v, geometry.ranges, scale)
+    ranges = geometry.ranges
     if not geometry.has_far:
-        return *range_attention_backward(grad, grad_lse, out, lse, *near), None, None, None
+        return *range_attention_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale), None, None, None
+    grad, v = _addressable(grad), _addressable(v)  # a gradient may be expanded, as that of a sum is
+    near = (q, k, v, ranges, scale)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
     far = FarPart(states, queries, name, beta)
@@ -124,5 +127,5 @@ def _features(
 ) -> tuple[Tensor, Tensor, str]:
     """What phi is made of on either side, and the feature map that is still to be applied."""
     if q_features is None or k_features is None:
-        return q, k, feature_map
-    return q_features, k_features, "none"
+        return _addressable(q), _addressable(k), feature_map
+    return _addressable(q_features), _addressable(k_features), "none"

@@ -1,7 +1,7 @@
 """Launching Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from vot_kernels.tuning import INTERPRETER, Config
+from vot_kernels.tuning import INTERPRETER, Config, lookup
+from vot_kernels.tuning.autotune import TUNER, Tuner
+
+# Programs along each axis, or how many there are with given blocks.
+Grid = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,50 @@ _HAS_TRITON = find_spec("triton") is not None
 _recording: tuple[str, list[Launch]] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+def find_config(op: str, kernel: str, device: torch.device, **key: int) -> Config:
+    """The config of `kernel` of `op` for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one.
+
+    Raises:
+        LookupError: see `vot_kernels.tuning.lookup`.
+    """
+    shipped = lookup(op, kernel, target_arch(device), **key)
+    tuner = _tuner(device)
+    return shipped if tuner is None else tuner.find(shipped) or shipped
+
+
+def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
     """Run `kernel` on `grid` with `arguments` and the blocks of `config`, on the device of the first tensor.
 
     Nothing is launched on an empty grid. While `record_launches` is active, the launch is noted instead.
+
+    Args:
+        grid: a function of the blocks. Numbers forbid tuning, which repeats the launch with other blocks: a
+            kernel must have them that reads what it writes.
     """
-    if 0 in grid:
+
+    def programs(config: Config) -> tuple[int, ...]:
+        return grid(config.blocks) if callable(grid) else grid
+
+    if 0 in programs(config):
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, {**arguments, **config.blocks}, config))
+        _recording[1].append(Launch(kernel, programs(config), {**arguments, **config.blocks}, config))
         return
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
+
+    def run(config: Config) -> None:
+        kernel[programs(config)](**arguments, **config.launch_options())
+
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, **config.launch_options())
+        tuner = _tuner(device) if callable(grid) and config.request is not None else None
+        if tuner is not None and not torch.cuda.is_current_stream_capturing():
+            config = tuner.tune(config, run)
+        run(config)
+
+
+def _tuner(device: torch.device) -> Tuner | None:
+    """None unless tuning was asked for and kernels really run on a GPU."""
+    return TUNER if device.type == "cuda" and not INTERPRETING and _recording is None else None
 
 
 @contextmanager
@@ -74,6 +109,11 @@ def target_arch(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"
     return INTERPRETER
+
+
+def is_interpreted(device: torch.device) -> bool:
+    """Whether kernels on tensors of `device` would run in Triton's interpreter."""
+    return device.type == "cpu" and INTERPRETING and _recording is None
 
 
 def why_not_triton(device: torch.device) -> list[str]:

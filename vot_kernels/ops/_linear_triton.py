@@ -4,13 +4,14 @@ States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_
 `kernels/triton/attention/states.py`. Nothing here asks the device for a number.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import launch, target_arch
-from vot_kernels.tuning import Config, lookup
+from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.tuning import Config
 
 OP = "linear_attention"
 # Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
@@ -46,9 +47,17 @@ def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) ->
     states = _new_states(rows, bounds.shape[0] - 1, kv_heads)
     partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, states)
     config = _config("reduce_states", rows.values)
-    grid = (states.shape[0] * kv_heads * _blocks(size, config.blocks["BLOCK"]),)
-    arguments = {"states_ptr": states, "partials_ptr": partials, "bounds_ptr": bounds, "kv_heads": kv_heads}
-    launch(_reduce_states_kernel, grid, config, **arguments, SIZE=size, TILE=tile)
+    launch(
+        _reduce_states_kernel,
+        lambda blocks: (states.shape[0] * kv_heads * _blocks(size, blocks["BLOCK"]),),
+        config,
+        states_ptr=states,
+        partials_ptr=partials,
+        bounds_ptr=bounds,
+        kv_heads=kv_heads,
+        SIZE=size,
+        TILE=tile,
+    )
     return states
 
 
@@ -82,9 +91,13 @@ def scan_states(
     kv_heads, size = states.shape[1:]
     config = _config("scan_states", states)
     sums = torch.empty_like(states) if out is None else out
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        return ((bounds.shape[0] - 1) * kv_heads * _blocks(size, blocks["BLOCK"]),)
+
     launch(
         _scan_states_kernel,
-        ((bounds.shape[0] - 1) * kv_heads * _blocks(size, config.blocks["BLOCK"]),),
+        grid if out is None else grid(config.blocks),  # what adds must not be repeated
         config,
         states_ptr=states,
         sums_ptr=sums,
@@ -168,7 +181,7 @@ class _Pass:
         config = self._config("linear_values", x)
         launch(
             _linear_values_kernel,
-            self._grid(x, rows, config.blocks["BLOCK_V"]),
+            lambda blocks: self._grid(x, rows, blocks["BLOCK_V"]),
             config,
             x_ptr=x,
             **_pointers(rows),
@@ -203,7 +216,7 @@ class _Pass:
         config = self._config("linear_features", x)
         launch(
             _linear_features_kernel,
-            self._grid(x, rows, config.blocks["BLOCK_F"]),
+            lambda blocks: self._grid(x, rows, blocks["BLOCK_F"]),
             config,
             x_ptr=x,
             own_ptr=own,
@@ -258,7 +271,7 @@ def _tile_states(
     partials = _new_states(rows, tiles, kv_heads)
     launch(
         _group_states_kernel,
-        (tiles * kv_heads * _blocks(rows.values.shape[2], config.blocks["BLOCK_V"]),),
+        lambda blocks: (tiles * kv_heads * _blocks(rows.values.shape[2], blocks["BLOCK_V"]),),
         config,
         **_pointers(rows),
         weights_ptr=rows.weights,
@@ -284,7 +297,7 @@ def _states_config(rows: Rows) -> Config:
 
 
 def _config(kernel: str, x: Tensor, **key: int) -> Config:
-    return lookup(OP, kernel, target_arch(x.device), dot_bits=_DOT_BITS[x.dtype], **key)
+    return find_config(OP, kernel, x.device, dot_bits=_DOT_BITS[x.dtype], **key)
 
 
 def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:

@@ -4,19 +4,29 @@ The kernels know one thing of all these: the range of keys that each row sees. `
 about; a small kernel writes it out per call, so nothing waits for the device and every packing, window and
 causal mode runs the same compiled kernel. A window that covers a segment gives the very numbers of exact
 attention.
+
+The forward can load keys and values through tensor descriptors, on sm_90 and newer. An entry "fwd" of
+`tuning/configs/<arch>/range_attention.json` whose blocks say `"USE_TMA": 1` does, and the key `tma` says when:
+0 where the inputs or the GPU allow none, 1 where they do, 2 where they do inside of `prefer_tma()`. The shipped
+entries say `"when": {"tma": 2}`, for no GPU has timed them, and so take no part in ordinary calls. To switch one
+on, let it say `"tma": [1, 2]`; to measure both ways without touching a file, call the op inside of `prefer_tma()`.
 """
 
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import launch, target_arch
-from vot_kernels.tuning import Config, lookup
+from vot_kernels.ops._launch import Grid, find_config, launch, target_arch
+from vot_kernels.tuning import INTERPRETER, Config
 
 _UNLIMITED = 2**31 - 1
 _VECTOR = 8  # numbers of 16 bits in the widest load
+_DESCRIPTOR_BYTES = 16  # what a tensor descriptor asks of bases and strides
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +111,10 @@ class KeyRanges:
 
         ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
         groups = self.row_groups.shape[0] - 1
-        config = lookup("range_attention", "key_ranges", target_arch(ranges.device))
-        tiles = rows // config.blocks["BLOCK_T"] + groups if groups else 0
+        config = find_config("range_attention", "key_ranges", ranges.device)
         launch(
             _key_ranges_kernel,
-            (tiles,),
+            lambda blocks: (rows // blocks["BLOCK_T"] + groups if groups else 0,),
             config,
             ranges_ptr=ranges,
             row_groups_ptr=self.row_groups,
@@ -140,6 +149,21 @@ class FarPart:
     beta: Tensor | None = None
 
 
+_tma_preferred = False
+
+
+@contextmanager
+def prefer_tma() -> Iterator[None]:
+    """Inside of it, forwards take the config entries of `"tma": 2` where they can; results are the same."""
+    global _tma_preferred
+    before = _tma_preferred
+    _tma_preferred = True
+    try:
+        yield
+    finally:
+        _tma_preferred = before
+
+
 def range_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, far: FarPart | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -169,10 +193,10 @@ def range_attention_forward(
     segments = ranges.cu_rows.shape[0] - 1
     if not segments:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = _config("fwd", q, far=int(far is not None))
-    launch(
+    config = _config("fwd", q, far=int(far is not None), tma=_tma_key(k, v))
+    _launch_with_workspace(
         _range_attention_fwd_kernel,
-        (rows // config.blocks["BLOCK_Q"] + segments, heads),
+        lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
         config,
         q_ptr=q,
         k_ptr=k,
@@ -276,7 +300,7 @@ def range_attention_rows_backward(
     config = _config("bwd_dq", q, far=int(far is not None))
     launch(
         _range_attention_dq_kernel,
-        (rows // config.blocks["BLOCK_Q"] + segments, heads),
+        lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
         config,
         grad_ptr=grad,
         grad_lse_ptr=None if grad_lse is None else grad_lse.float().contiguous(),
@@ -342,7 +366,7 @@ def range_attention_keys_backward(
     config = _config("bwd_dkdv", k, far=int(far is not None))
     launch(
         _range_attention_dkdv_kernel,
-        (keys // config.blocks["BLOCK_K"] + segments, kv_heads),
+        lambda blocks: (keys // blocks["BLOCK_K"] + segments, kv_heads),
         config,
         grad_ptr=grad,
         lse_ptr=lse.contiguous(),
@@ -378,9 +402,53 @@ def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict
     return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
 
 
+def _tma_key(k: Tensor, v: Tensor) -> int:
+    if not _takes_descriptors(target_arch(k.device), k, v):
+        return 0
+    return 2 if _tma_preferred else 1
+
+
+def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:
+    """Whether kernels on `arch` can load blocks of rows of `tensors` through tensor descriptors.
+
+    tensors: `[rows, heads, head_dim]`. Descriptors take bases and strides that are multiples of 16 bytes, and
+    the stride of a row may have 40 bits.
+    """
+
+    def fits(x: Tensor) -> bool:
+        row, head, column = x.stride()
+        starts = x.data_ptr(), row * x.itemsize, head * x.itemsize
+        aligned = column == 1 and all(start % _DESCRIPTOR_BYTES == 0 for start in starts)
+        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == _padded(x.shape[2])
+
+    known = arch == INTERPRETER or int(arch.removeprefix("sm_")) >= 90
+    return known and all(fits(x) for x in tensors)
+
+
+def _launch_with_workspace(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
+    """`launch`, for a kernel that makes tensor descriptors: these lie in memory that Triton asks PyTorch for.
+
+    Triton keeps the allocator in a context variable, which is unset on the threads of autograd. It is set in a
+    copy of the context, so that the caller's own allocator stays.
+    """
+
+    def run() -> None:
+        import triton
+
+        triton.set_allocator(_allocate_workspace)
+        launch(kernel, grid, config, **arguments)
+
+    contextvars.copy_context().run(run)
+
+
+def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Of the current device and stream, as the launch; the caching allocator reuses it in stream order."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
 def _config(kernel: str, q: Tensor, **key: int) -> Config:
     key |= {"head_dim": _padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
-    return lookup("range_attention", kernel, target_arch(q.device), **key)
+    return find_config("range_attention", kernel, q.device, **key)
 
 
 def _padded(head_dim: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import why_not_triton
+from vot_kernels.ops._launch import is_interpreted, why_not_triton
 
 BACKENDS = ("triton", "torch", "reference")  # in order of preference
 
@@ -35,12 +35,14 @@ class Inputs:
         dtype: of the tensors that are computed on.
         head_dim: size of the last dimension; None where it is not known yet, which refuses nothing.
         width: size of the last dimension of given features, None where there are none.
+        decay: is a decay of linear attention given?
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
     width: int | None = None
+    decay: bool = False
 
 
 Predicate = Callable[[Inputs], list[str]]
@@ -62,10 +64,14 @@ def _attention_kernel(inputs: Inputs) -> list[str]:
     reasons = why_not_triton(inputs.device)
     if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
+    if inputs.dtype == torch.bfloat16 and is_interpreted(inputs.device):
+        reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
     if inputs.head_dim is not None and not 16 <= inputs.head_dim <= 256:
         reasons.append(f"head_dim {inputs.head_dim} is not from 16 to 256")
     if inputs.width is not None and not 16 <= inputs.width <= 256:
         reasons.append(f"feature width {inputs.width} is not from 16 to 256")
+    if inputs.decay:
+        reasons.append("no Triton kernel takes a log_decay in this version")
     return reasons
 
 
@@ -76,7 +82,9 @@ for _op in ("hybrid_attention", "packed_attention", "linear_attention"):
     CAPABILITIES[_op]["triton"] = _attention_kernel
 
 
-def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
+def select(
+    op: str, backend: str, tensor: Tensor, features: Tensor | None = None, *, decay: bool = False
+) -> str:
     """The backend that serves `op` for inputs like `tensor`.
 
     Args:
@@ -85,6 +93,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
             the interpreter of Triton, which is for tests.
         tensor: the op's main input; its device, dtype and last dimension decide.
         features: features that are given in place of a feature map, if any.
+        decay: whether a decay is given (linear attention).
 
     Raises:
         ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
@@ -94,7 +103,8 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
         raise ValueError(f"backend must be one of {known}, got {backend!r}.")
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
-    inputs = Inputs(tensor.device, tensor.dtype, head_dim, None if features is None else features.shape[-1])
+    width = None if features is None else features.shape[-1]
+    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width, decay)
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)

@@ -88,7 +88,12 @@ def hybrid_attention(
         near, far = _masks(groups[begin:end], sides, causal)
         similarity = query_features @ key_features.transpose(1, 2)
         out, lse = _normalised(
-            scale * (query @ key.transpose(1, 2)), near, similarity, far, bias.to(compute), value
+            scale * (query @ key.transpose(1, 2)),
+            near,
+            similarity,
+            far,
+            bias.to(compute)[:, None, None],
+            value,
         )
         outputs.append(out.transpose(0, 1))
         lses.append(lse.transpose(0, 1))
@@ -110,8 +115,12 @@ def linear_attention(
     *,
     feature_map: str = "softmax",
     causal: bool = False,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised linear attention within each segment: output and log normaliser."""
+    """Normalised linear attention within each segment: output and log normaliser.
+
+    log_decay: `[heads]`, at most 0, causal only: key j weighs exp(log_decay * (i - j)) times as much to query i.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[1] // k.shape[1]
     outputs, lses = [], []
@@ -123,7 +132,8 @@ def linear_attention(
         similarity = query @ key.transpose(1, 2)
         everything = torch.ones_like(similarity[0], dtype=torch.bool)
         far = everything.tril() if causal else everything
-        out, lse = _normalised(similarity, ~everything, similarity, far, query.new_zeros(q.shape[1]), value)
+        log_weight = _log_weight(log_decay, query)
+        out, lse = _normalised(similarity, ~everything, similarity, far, log_weight, value)
         outputs.append(out.transpose(0, 1))
         lses.append(lse.transpose(0, 1))
     return _assemble(outputs, q, q.dtype, 0.0), _assemble(lses, q[..., 0], compute, -torch.inf)
@@ -137,8 +147,10 @@ def _bounds(layout: PackedLayout) -> list[int]:
 def _normalised(
     scores: Tensor, near: Tensor, similarity: Tensor, far: Tensor, beta: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """kappa v / Z and log Z of one segment: scores and similarity `[heads, n, n]`, value `[heads, n, d]`."""
-    beta = beta[:, None, None]
+    """kappa v / Z and log Z of one segment: scores and similarity `[heads, n, n]`, value `[heads, n, d]`.
+
+    beta: log of the weight of far keys, `[heads, 1, 1]` or one per pair `[heads, n, n]`.
+    """
     pivot = _pivot(scores, near, similarity, far, beta)
     kappa = (scores - pivot).masked_fill(~near, -torch.inf).exp()
     kappa = kappa + torch.where(far, beta - pivot, -torch.inf).exp() * similarity
@@ -178,6 +190,16 @@ def _masks(groups: Tensor, sides: tuple[int | None, int | None], causal: str | N
     if causal == "token":
         near &= torch.ones_like(near).tril()
     return near, far
+
+
+def _log_weight(log_decay: Tensor | None, query: Tensor) -> Tensor:
+    """log_decay * (i - j) `[heads, n, n]` for j < i and 0 elsewhere, or 0 `[heads, 1, 1]` without a decay."""
+    if log_decay is None:
+        return query.new_zeros(query.shape[0], 1, 1)
+    place = torch.arange(query.shape[1], device=query.device)
+    distance = place[:, None] - place
+    weight = log_decay.to(query.dtype)[:, None, None] * distance
+    return torch.where(distance > 0, weight, 0)  # -inf * 0 is 0 here: a token always sees itself
 
 
 def _features(x: Tensor, name: str, given: Tensor | None = None, begin: int = 0, end: int = 0) -> Tensor:
@@ -228,5 +250,5 @@ def cross_attention(
     nothing = torch.zeros_like(near)
     similarity = torch.zeros_like(query @ key.transpose(1, 2))
     scores = scale * (query @ key.transpose(1, 2))
-    out, lse = _normalised(scores, near, similarity, nothing, query.new_zeros(q.shape[1]), value)
+    out, lse = _normalised(scores, near, similarity, nothing, query.new_zeros(q.shape[1], 1, 1), value)
     return out.transpose(0, 1).to(q.dtype), lse.transpose(0, 1)

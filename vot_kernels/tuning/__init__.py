@@ -9,6 +9,7 @@
 `when` holds what the entry is for: a number, or [smallest, largest]; what it does not name may be anything.
 `blocks` become constexprs of the kernel. `limits` are what ahead-of-time compilation must keep to
 (`python -m benchmarks.aot`). The number of tokens is never a key: packings of any length share a kernel.
+Nothing here depends on the environment or the home directory; `autotune` does, if asked to.
 """
 
 import json
@@ -23,6 +24,19 @@ CONFIGS = Path(__file__).parent / "configs"
 INTERPRETER = "interpreter"  # small blocks, so that small shapes take the paths between blocks too
 
 
+Table = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a config was looked up for: the arguments of `lookup`, the key sorted by name."""
+
+    op: str
+    kernel: str
+    arch: str
+    key: tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True)
 class Config:
     """How one kernel is launched.
@@ -31,12 +45,14 @@ class Config:
         blocks: its BLOCK_* and other tuned constexprs.
         num_warps, num_stages: as Triton means them.
         limits: what the compiled kernel must keep to: "registers", "spill_bytes", "wgmma", "tma".
+        request: what it was looked up for; None if it was not.
     """
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int
     limits: Mapping[str, int | bool] = field(default_factory=dict)
+    request: Request | None = field(default=None, compare=False, repr=False)
 
     def launch_options(self) -> dict[str, int]:
         """Keywords of a launch: the blocks, then num_warps and num_stages."""
@@ -45,12 +61,21 @@ class Config:
 
 @lru_cache(maxsize=1024)
 def _lookup(op: str, kernel: str, arch: str, key: tuple[tuple[str, int], ...]) -> Config:
-    wanted = dict(key)
-    for entry in _table(op, nearest_arch(op, arch)).get(kernel, []):
+    config = first_fitting(_table(op, nearest_arch(op, arch)), Request(op, kernel, arch, key))
+    if config is None:
+        path = CONFIGS / arch / f"{op}.json"
+        raise LookupError(f"No config of {op}/{kernel} for {arch} fits {dict(key)}; see {path}.")
+    return config
+
+
+def first_fitting(table: Table, request: Request) -> Config | None:
+    """The first config of `table` that fits."""
+    wanted = dict(request.key)
+    for entry in table.get(request.kernel, []):
         if all(_fits(wanted, name, allowed) for name, allowed in entry.get("when", {}).items()):
             limits = entry.get("limits", {})
-            return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits)
-    raise LookupError(f"No config of {op}/{kernel} for {arch} fits {wanted}; see {CONFIGS / arch / op}.json.")
+            return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits, request)
+    return None
 
 
 def lookup(op: str, kernel: str, arch: str, **key: int) -> Config:
@@ -86,13 +111,13 @@ def known_archs(op: str) -> tuple[str, ...]:
     return tuple(sorted(found, key=_number))
 
 
-def tables(arch: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def tables(arch: str) -> dict[str, Table]:
     """Every op's table for `arch`, as it lies in the files."""
     return {path.stem: _table(path.stem, arch) for path in sorted((CONFIGS / arch).glob("*.json"))}
 
 
 @lru_cache(maxsize=256)
-def _table(op: str, arch: str) -> dict[str, list[dict[str, Any]]]:
+def _table(op: str, arch: str) -> Table:
     path = CONFIGS / arch / f"{op}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -333,7 +333,9 @@ def _range_attention_dkdv_kernel(
         )  # fmt: skip
 
     limit = tl.where(segment == segments - 1, keys, end_key)
-    dk *= scale
+    inside = (first_key + tl.arange(0, BLOCK_K) < end_key)[:, None]  # slack rows took part in full blocks
+    dk = tl.where(inside, dk * scale, 0.0)
+    dv = tl.where(inside, dv, 0.0)
     if far_ptr is not None:
         features_ptr += kv_head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
         features_stride *= STRIDE_UNIT

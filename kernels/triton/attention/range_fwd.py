@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.ranges import masked_block, tile_ranges
-from ..common.rows import load_rows, store_rows
+from ..common.rows import load_rows, load_source, row_source, store_rows
 from ..common.softmax import LN_2, LOG2_E, softmax_step
 from ..common.tiles import locate_tile
 from .far import add_far_values, far_total, tile_groups
@@ -17,8 +17,8 @@ from .far import add_far_values, far_total, tile_groups
 @triton.jit
 def _attend_block(
     query,
-    k_ptr,
-    v_ptr,
+    keys,
+    values,
     k_stride,
     v_stride,
     first_key,
@@ -33,10 +33,11 @@ def _attend_block(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
-    """Sums, peak and total after BLOCK_K more keys."""
-    key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
-    value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    """Sums, peak and total after BLOCK_K more keys; keys and values are a `row_source` each."""
+    key = load_source(keys, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
+    value = load_source(values, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
         index = first_key + tl.arange(0, BLOCK_K)
@@ -123,6 +124,7 @@ def _range_attention_fwd_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    USE_TMA: tl.constexpr = False,
 ):
     """One tile of rows of a segment and one head; `common/ranges.py` says what `ranges` holds.
 
@@ -133,6 +135,9 @@ def _range_attention_fwd_kernel(
     far: float32 `[groups, kv_heads, WIDTH * (HEAD_DIM + 1)]`, states as in `states.py`, or None for no far part.
     Only with it: beta: float32 `[heads]` or None for 0; features `[rows, heads, WIDTH]`, taken through FEATURE_MAP;
     row_groups: int32 `[groups + 1]`.
+
+    USE_TMA: load keys and values through descriptors made on the device, on sm_90 and newer. The results are the
+    same to the bit. It asks that the bases and the strides of k and v are multiples of 16 bytes.
     """
     # Late rows see the most keys when attention is causal: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -149,6 +154,8 @@ def _range_attention_fwd_kernel(
     k_stride *= STRIDE_UNIT
     v_ptr += (head // repeats).to(tl.int64) * (v_head_stride * STRIDE_UNIT)
     v_stride *= STRIDE_UNIT
+    keys = row_source(k_ptr, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
+    values = row_source(v_ptr, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
     query = load_rows(q_ptr, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
     factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf of a masked score, 0 would be NaN
 
@@ -158,14 +165,14 @@ def _range_attention_fwd_kernel(
     for block in range(count - (end_full - first_full)):
         first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
         sums, peak, total = _attend_block(
-            query, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
-            HEAD_DIM, BLOCK_D, BLOCK_K, True,
+            query, keys, values, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
+            HEAD_DIM, BLOCK_D, BLOCK_K, True, USE_TMA,
         )  # fmt: skip
     for block in range(first_full, end_full):
         first_key = begin + block * BLOCK_K
         sums, peak, total = _attend_block(
-            query, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
-            HEAD_DIM, BLOCK_D, BLOCK_K, False,
+            query, keys, values, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
+            HEAD_DIM, BLOCK_D, BLOCK_K, False, USE_TMA,
         )  # fmt: skip
 
     if far_ptr is not None:
@@ -178,12 +185,12 @@ def _range_attention_fwd_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
         )  # fmt: skip
 
-    found = total != 0  # NaN is found: it must show
+    row = first_row + tl.arange(0, BLOCK_Q)
+    found = (total != 0) & (row < end_row)  # NaN is found: it must show; slack rows took part in full blocks
     total = tl.where(found, total, 1.0)
     sums = tl.where(found[:, None], sums / total[:, None], 0.0)
     lse = tl.where(found, (peak + tl.log2(total)) * LN_2, float("-inf"))
     limit = tl.where(segment == segments - 1, rows, end_row)
     out_ptr += head * HEAD_DIM
     store_rows(out_ptr, sums, first_row, limit, heads * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_Q)
-    row = first_row + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + row.to(tl.int64) * heads + head, lse, row < limit)

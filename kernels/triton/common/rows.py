@@ -5,6 +5,49 @@ import triton.language as tl
 
 
 @triton.jit
+def row_source(
+    pointer,
+    end,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """What `load_rows` takes blocks of the rows before `end` from: a descriptor if USE_TMA, else `pointer` itself.
+
+    The descriptor ends where the rows do, so that no block holds rows of a neighbour: their NaN would survive
+    the multiplication with weights of 0. `_launch_with_workspace` says what a descriptor needs of the host.
+    """
+    if USE_TMA:
+        end = tl.maximum(end, 1)  # of no rows there is no descriptor, nor is one ever read
+        source = tl.make_tensor_descriptor(pointer, [end, HEAD_DIM], [stride, 1], [BLOCK, BLOCK_D])
+    else:
+        source = pointer
+    return source
+
+
+@triton.jit
+def load_source(
+    source,
+    first,
+    end,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """`load_rows` from a `row_source` of the same `end`: the same numbers with and without USE_TMA."""
+    if USE_TMA:
+        block = source.load([first, 0])
+    else:
+        block = load_rows(source, first, end, stride, HEAD_DIM, BLOCK_D, BLOCK, MASKED)
+    return block
+
+
+@triton.jit
 def load_rows(
     pointer,
     first,

@@ -17,6 +17,8 @@ from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.nn.rotary import RotaryEmbedding
 from vot_kernels.nn.size_aware_embedding import SizeAwareEmbedding
+from vot_kernels.ops._validation import check_choice
+from vot_kernels.ops.dispatch import BACKENDS
 from vot_kernels.ops.hybrid_attention import HybridAttentionState
 from vot_kernels.packing import PackedLayout
 
@@ -182,6 +184,19 @@ class VotEncoder(VotEncoderPreTrainedModel):
             balance_loss=self._balance_loss(x),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose what computes the attention: "auto" (at first), "triton", "torch" or "reference".
+
+        It is a matter of the machine, so it is neither part of the configuration nor saved.
+
+        Raises:
+            ValueError: an unknown backend.
+        """
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        for module in self.modules():
+            if isinstance(module, HybridAttention):
+                module.backend = backend
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
         """The packed layout of a batch, with this encoder's groups."""

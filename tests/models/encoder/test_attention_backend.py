@@ -1,0 +1,77 @@
+"""An encoder whose attention runs on another backend sees the same; Triton's kernels run on its interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so that test runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
+from vot_kernels.nn.hybrid_attention import HybridAttention
+from vot_kernels.ops._launch import INTERPRETING
+from vot_kernels.testing import make_tensor, max_error
+
+GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is that process")
+def test_on_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def small_encoder(**overrides):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = VotEncoderConfig.preset("nano", **sizes, window=0, full_attention_every=2, **overrides)
+    return VotEncoder(config).eval()
+
+
+def features_and_gradients(encoder, backend):
+    encoder.set_attention_backend(backend)
+    pixels = make_tensor(int(GRID.prod(1).sum()), encoder.config.patch_numbers).requires_grad_()
+    out = encoder(pixels, GRID)
+    leaves = [pixels, *(x for name, x in encoder.named_parameters() if name.endswith("attention.beta"))]
+    loss = out.last_hidden_state.square().mean() + out.pooler_output.square().mean()
+    return [out.last_hidden_state, out.pooler_output, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0
+@pytest.mark.parametrize("backend", ["triton"] if INTERPRETING else ["torch", "auto"])
+def test_same_features_and_gradients_as_the_reference(backend):
+    encoder = small_encoder()
+    found, wanted = (features_and_gradients(encoder, name) for name in (backend, "reference"))
+    assert len(found) == 4  # the second layer is exact softmax and has no beta
+    for a, b in zip(found, wanted, strict=True):
+        assert max_error(a, b) <= 1e-5 * float(b.detach().abs().max())
+
+
+@pytest.mark.skipif(INTERPRETING, reason="once is enough")
+@pytest.mark.parametrize("attention", ["hybrid", "softmax", "linear"])
+def test_the_backend_reaches_every_layer_and_is_not_saved(attention, tmp_path):
+    encoder = small_encoder(attention=attention)
+    encoder.set_attention_backend("reference")
+    layers = [x for x in encoder.modules() if isinstance(x, HybridAttention)]
+    assert len(layers) == 2 and all(x.backend == "reference" for x in layers)
+    assert not any("backend" in name for name in encoder.state_dict())
+    encoder.save_pretrained(tmp_path)
+    again = VotEncoder.from_pretrained(tmp_path)
+    assert all(x.backend == "auto" for x in again.modules() if isinstance(x, HybridAttention))
+
+
+@pytest.mark.skipif(INTERPRETING, reason="there it runs")
+def test_refusals_in_one_sentence():
+    encoder = small_encoder()
+    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'cuda'"):
+        encoder.set_attention_backend("cuda")
+    encoder.set_attention_backend("triton")
+    with pytest.raises(ValueError, match="no Triton kernel runs on CPU tensors"):
+        encoder(make_tensor(15, encoder.config.patch_numbers), GRID)

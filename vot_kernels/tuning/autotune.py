@@ -1,0 +1,257 @@
+"""Tuning at run time, on the GPU at hand and only on request: `VOT_AUTOTUNE=1`, read once at import.
+
+Then the first launch of a kernel for a key (op, kernel, architecture, and what the entries' `when` may name)
+times candidates around the shipped config on its own arguments, and keeps the fastest in
+`<arch>/<op>.json` in `$VOT_TUNING_DIR`, by default ~/.cache/vot-kernels/tuning. Later runs with
+`VOT_AUTOTUNE=1` read it from there. Without it no such file is looked at: what a program computes does not
+depend on the home directory.
+
+The number of tokens is no key, so the first call ought to be of the usual size. Compiling some 15 candidates
+takes 10 to 60 seconds per kernel; nothing is tuned while a CUDA graph is captured, so warm up before. Other
+blocks add in another order: results may differ in their last bits from those of the shipped configs.
+
+The files have the format of the shipped ones: to contribute their entries, put them in front of those in
+`configs/<arch>/<op>.json`.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vot_kernels.tuning import Config, Request, Table, first_fitting
+
+_WARPS = (4, 8)
+_STAGES = (1, 2, 3, 4)
+# A block of a matrix product has at least 16 rows or columns; the kernels address 128 rows with 32 bits.
+_MATRIX_BLOCKS = range(16, 128 + 1)
+
+
+def shape_candidates(config: Config) -> Iterator[Config]:
+    """`config` with one block halved or doubled or none, each with several numbers of warps; not `config` itself.
+
+    Only blocks named BLOCK... change: buffers are as large as the tiles of one kernel and read by another.
+    """
+    shapes = [dict(config.blocks)]
+    for name, block in config.blocks.items():
+        if name.startswith("BLOCK"):
+            shapes += [{**config.blocks, name: size} for size in _block_sizes(block)]
+    for blocks in shapes:
+        for warps in sorted({*_WARPS, config.num_warps}):
+            if (blocks, warps) != (config.blocks, config.num_warps):
+                yield replace(config, blocks=blocks, num_warps=warps, limits={})
+
+
+def stage_candidates(config: Config) -> Iterator[Config]:
+    """`config` with other depths of software pipelining."""
+    for stages in _STAGES:
+        if stages != config.num_stages:
+            yield replace(config, num_stages=stages, limits={})
+
+
+def _block_sizes(block: int) -> list[int]:
+    """Half and twice a block; one that may be part of a matrix product remains so."""
+    sizes = [size for size in (block // 2, 2 * block) if size]
+    return [size for size in sizes if size in _MATRIX_BLOCKS] if block in _MATRIX_BLOCKS else sizes
+
+
+class Tuner:
+    """The tuned configs in a folder, and the search for more. May be used from several threads.
+
+    Args:
+        folder: holds `<arch>/<op>.json`; made when there is something to write.
+        measure: time in milliseconds of a function that launches a kernel.
+    """
+
+    def __init__(self, folder: Path, measure: Callable[[Callable[[], None]], float]):
+        self._folder = folder
+        self._measure = measure
+        self._known: dict[Request, Config] = {}
+        self._tables: dict[Path, Table | None] = {}
+        self._lock = threading.Lock()
+
+    def find(self, shipped: Config) -> Config | None:
+        """The config to use in place of a shipped one, or None if there is none yet.
+
+        An entry with blocks of other names than the shipped one is for another version of the kernel and does
+        not count. If the file cannot be read, the answer is the shipped config.
+        """
+        request = _request(shipped)
+        if request not in self._known:
+            table = self._table(request)
+            found = shipped if table is None else first_fitting(table, request)
+            if found is None or set(found.blocks) != set(shipped.blocks):
+                return None
+            self._known[request] = found
+        return self._known[request]
+
+    def tune(self, shipped: Config, run: Callable[[Config], None]) -> Config:
+        """The fastest candidate by `run`, which launches the kernel; noted, written, and told on stderr.
+
+        `run` is called many times and must be able to: the kernel reads nothing that it writes. Candidates that
+        fail are passed over; what the shipped config raises is raised.
+        """
+        with self._lock:
+            known = self.find(shipped)
+            if known is not None:
+                return known
+            before = time = self._measure(partial(run, shipped))
+            best = shipped
+            for candidates in (shape_candidates, stage_candidates):
+                for candidate in candidates(best):
+                    found = self._time(candidate, run)
+                    if found < time:
+                        best, time = candidate, found
+            self._known[_request(shipped)] = best
+            self._write(best)
+            _tell(shipped, before, best, time)
+            return best
+
+    def _time(self, candidate: Config, run: Callable[[Config], None]) -> float:
+        try:
+            return self._measure(partial(run, candidate))
+        except Exception:  # the compiler and the driver have many ways to say that it does not fit
+            return math.inf
+
+    def _path(self, request: Request) -> Path:
+        return self._folder / request.arch / f"{request.op}.json"
+
+    def _table(self, request: Request) -> Table | None:
+        """What the file holds, read once; None, with a warning, if it cannot be used."""
+        path = self._path(request)
+        if path not in self._tables:
+            try:
+                self._tables[path] = _read(path)
+            except (OSError, ValueError) as error:
+                self._tables[path] = None
+                warnings.warn(
+                    f"{path} is left alone and the shipped configs are used: {error}.", stacklevel=2
+                )
+        return self._tables[path]
+
+    def _write(self, config: Config) -> None:
+        """Put the config first in its file, which another process may have written to since it was read."""
+        request = _request(config)
+        path, when = self._path(request), dict(request.key)
+        try:
+            table = _read(path)
+            others = [entry for entry in table.get(request.kernel, []) if entry.get("when", {}) != when]
+            table[request.kernel] = [_entry(config, when), *others]
+            _replace(path, _format(table))
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"{path} cannot be written, so the tuned config lasts as long as this process: {error}.",
+                stacklevel=2,
+            )
+
+
+def gpu_milliseconds(run: Callable[[], None]) -> float:
+    """Median time of `run` on the current stream by CUDA events, after a warm-up, with a cold L2 cache.
+
+    Clearing the cache also lets the CPU run ahead, so that short kernels are not charged for their launch.
+    """
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median"))
+
+
+def _request(config: Config) -> Request:
+    if config.request is None:
+        raise ValueError(f"{config} cannot be tuned: it does not come from a lookup.")
+    return config.request
+
+
+def _read(path: Path) -> Table:
+    """Empty if there is no file. Raises ValueError or OSError."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON ({error})") from None
+    if not _is_table(table):
+        raise ValueError("it is not a table of entries like vot_kernels/tuning/configs/sm_90/*.json")
+    return table
+
+
+def _is_table(table: Any) -> bool:
+    return isinstance(table, dict) and all(
+        isinstance(entries, list) and all(map(_is_entry, entries)) for entries in table.values()
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    blocks, when = entry.get("blocks"), entry.get("when", {})
+    if not isinstance(blocks, dict) or not isinstance(when, dict):
+        return False
+    numbers = [*blocks.values(), entry.get("num_warps"), entry.get("num_stages")]
+    return all(isinstance(number, int) and number >= 0 for number in numbers) and all(
+        map(_is_range, when.values())
+    )
+
+
+def _is_range(allowed: Any) -> bool:
+    ends = allowed if isinstance(allowed, list) else [allowed] * 2
+    return len(ends) == 2 and all(isinstance(end, int) for end in ends)
+
+
+def _entry(config: Config, when: dict[str, int]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"when": when, "blocks": dict(config.blocks)}
+    entry |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {**entry, "limits": dict(config.limits)} if config.limits else entry
+
+
+def _format(table: Table) -> str:
+    """One entry a line, as the shipped files."""
+    kernels = []
+    for kernel, entries in table.items():
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        kernels.append(f"  {json.dumps(kernel)}: [\n{lines}\n  ]")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that nobody ever reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _tell(shipped: Config, before: float, best: Config, after: float) -> None:
+    request = _request(shipped)
+    key = " ".join(f"{name}={value}" for name, value in request.key)
+    print(
+        f"vot-kernels: {request.op}/{request.kernel} on {request.arch} ({key}): "
+        f"{_words(shipped)}: {before:.4f} ms -> {_words(best)}: {after:.4f} ms, {before / after:.2f}x",
+        file=sys.stderr,
+    )
+
+
+def _words(config: Config) -> str:
+    return " ".join(f"{name}={value}" for name, value in config.launch_options().items())
+
+
+def tuner_from_environment() -> Tuner | None:
+    """A tuner if VOT_AUTOTUNE is "1", over $VOT_TUNING_DIR or ~/.cache/vot-kernels/tuning; else None."""
+    if os.environ.get("VOT_AUTOTUNE") != "1":
+        return None
+    folder = os.environ.get("VOT_TUNING_DIR") or os.path.expanduser("~/.cache/vot-kernels/tuning")
+    return Tuner(Path(folder), gpu_milliseconds)
+
+
+TUNER = tuner_from_environment()  # a plain global: what torch.compile traces may not read the environment
