@@ -12,6 +12,7 @@ a projection of linear attention to all of them.
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -106,7 +107,7 @@ class Near(Protocol):
         """Gradients of q, k, v for this output and this log-sum-exp."""
 
 
-class _Gathered:
+class _Gathered(ABC):
     """Kernels for packed sequences: the windows overlap, so that the keys are laid end to end first."""
 
     def forward(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,11 +125,13 @@ class _Gathered:
         )
         return dq, dk, dv
 
+    @abstractmethod
     def _attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Output and log-sum-exp `[heads, tokens]` for keys and values laid end to end."""
 
+    @abstractmethod
     def _gradients(self, plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """Gradients of q and of such keys and values, given grad, q, k, v, out and log-sum-exp."""
 
 
 class VarlenNear(_Gathered):
