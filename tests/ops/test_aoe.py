@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vot_kernels.ops import _experts
 from vot_kernels.ops import aoe as op
 from vot_kernels.ops.aoe import AoEAux, aoe
 from vot_kernels.reference import aoe as reference
@@ -44,7 +45,10 @@ def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=out
         y, *rest = reference.aoe(*tensors, top_k, weighting=weighting, bias=bias, indices=aux.indices)
         return outputs(y, AoEAux(*rest))
 
-    check_against_reference(tested, oracle, inputs)
+    # In float64 the reference is compared with itself, and its error of 0 grants nothing.
+    check_against_reference(
+        tested, oracle, inputs, roundings=8.0 if inputs[0].dtype == torch.float64 else 4.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -192,7 +196,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
 
     whole = run()
     for tokens_per_block in (1, 7, 49):
-        monkeypatch.setitem(op._BLOCK_ELEMENTS, "cpu", 6 * 8 * tokens_per_block)
+        monkeypatch.setitem(_experts.BLOCK_ELEMENTS, "cpu", 6 * 8 * tokens_per_block)
         for a, b in zip(run(), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -201,14 +205,15 @@ def test_memory_is_bounded_by_the_selected_experts():
     """Neither the blocks nor what is kept for the backward grow with tokens * experts * rank."""
     tokens, experts, rank, hidden, top_k = 4096, 32, 64, 8, 2
     x, *weights = make_inputs(tokens, 16, experts, rank, hidden)
-    assert max(cache.numel() for *_, cache in op._cache_blocks(x, weights[0])) <= op._BLOCK_ELEMENTS["cpu"]
+    blocks = _experts.cache_blocks(x, weights[0], x.dtype)
+    assert max(cache.numel() for _, cache in blocks) <= _experts.BLOCK_ELEMENTS["cpu"]
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         aoe(x.requires_grad_(), *weights, top_k)
     kept = sum(t.nbytes for t in saved.values()) - sum(w.nbytes for w in weights)
-    per_token = 4 * 16 + 4 * top_k * (hidden + rank) + 4 * experts + top_k * (8 + 4 + 8)
+    per_token = 4 * 16 + 4 * top_k * (hidden + rank) + 4 * experts + top_k * (8 + 4 + 4)
     assert tokens * 4 * experts * rank > 10 * kept  # what a kept cache would cost
-    assert kept <= tokens * per_token + 8 * experts
+    assert kept <= tokens * per_token + 4 * (experts + 1)
 
 
 def test_repeats_bitwise():
@@ -238,15 +243,15 @@ def test_a_token_does_not_depend_on_the_others():
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_opcheck(weighting, tokens):
     inputs = make_inputs(tokens=tokens, dtype=torch.bfloat16)
-    torch.library.opcheck(op.aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False))
+    torch.library.opcheck(op.aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op.aoe_fwd, (*inputs, None, 2, weighting, True))
+    torch.library.opcheck(op.aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
 
 
 def test_opcheck_backward():
     inputs = make_inputs()
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
-    y, norms, indices, weights, *saved = op.aoe_fwd(*inputs, None, 2, "topk_softmax", True)
+    y, norms, indices, weights, *saved = op.aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
     for grads in (
         (y, None, None),
         (y, norms, weights),
@@ -254,7 +259,7 @@ def test_opcheck_backward():
         (y[:1].expand_as(y), None, None),
     ):
         for weighting in WEIGHTINGS:
-            arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting)
+            arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, "torch")
             torch.library.opcheck(op.aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -1,0 +1,159 @@
+"""What the backends of `aoe` and `moe` share: slots, expert bodies one after the other, the gradient of norms."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a block of caches
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The choices of all tokens, grouped by expert.
+
+    Slot `t * top_k + j` is the j-th choice of token t. Sorted by expert, and for one expert by slot, it has a
+    *place*.
+
+    Attributes:
+        order: int32 `[slots]`, the slot at each place; undefined from offsets[-1] on.
+        places: int32 `[slots]`, the place of each slot; -1 where its expert does not exist. No entries where
+            nobody asks for it (the `torch` backend).
+        offsets: int32 `[experts + 1]`: expert e has the places offsets[e] to before offsets[e + 1].
+        top_k: slots of a token.
+    """
+
+    order: Tensor
+    places: Tensor
+    offsets: Tensor
+    top_k: int
+
+    def by_expert(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """(expert, its places, their slots) of each expert that has any. Reads the offsets on the host."""
+        bounds = self.offsets.tolist()
+        for expert in range(len(bounds) - 1):
+            if bounds[expert] < bounds[expert + 1]:
+                places = slice(bounds[expert], bounds[expert + 1])
+                yield expert, places, self.order[places]
+
+
+class Experts(NamedTuple):
+    """The weights of `aoe`; see there."""
+
+    w_down: Tensor
+    w_up: Tensor
+    w_p: Tensor
+    w_o: Tensor
+
+
+class Saved(NamedTuple):
+    """What the forward of `aoe` finds and its backward reads.
+
+    Attributes:
+        norms, indices, weights: as in `vot_kernels.ops.aoe.AoEAux`.
+        cache: `[slots, rank]`, C of the selected experts in the order of places.
+        value: `[slots, hidden]`, x W_pᵀ in the order of places.
+        slots: which slot has which place.
+    """
+
+    norms: Tensor
+    indices: Tensor
+    weights: Tensor
+    cache: Tensor
+    value: Tensor
+    slots: Slots
+
+
+def group_slots(indices: Tensor, experts: int) -> Slots:
+    """Slots of `indices` `[tokens, top_k]`, by a stable sort; ids that no expert has come last."""
+    flat = indices.flatten()
+    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    counts = torch.bincount(flat, minlength=experts + 1)[:experts]
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    order = torch.argsort(flat, stable=True).to(torch.int32)
+    return Slots(order, order.new_empty(0), offsets, indices.shape[1])
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def swiglu_backward(
+    gate: Tensor, value: Tensor, grad: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of h = weight · SiLU(gate) · value, given the gradient `grad` of h; overwrites `grad`.
+
+    Args:
+        gate, value, grad: `[rows, hidden]`.
+        weight: `[rows, 1]`.
+
+    Returns:
+        Gradients of gate, value and weight (`[rows]`), and h.
+    """
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    hidden = silu * value
+    grad_weight = (grad * hidden).sum(-1)
+    grad.mul_(weight)
+    grad_value = grad * silu
+    # d silu(u) / du = s + silu(u) (1 - s), with s = sigmoid(u)
+    grad_gate = grad.mul_(value).mul_(sigmoid + silu * (1 - sigmoid))
+    return grad_gate, grad_value, grad_weight, hidden.mul_(weight)
+
+
+def softmax_backward(probabilities: Tensor, grad: Tensor) -> Tensor:
+    return probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
+
+
+def over_norm(grad: Tensor, norms: Tensor) -> Tensor:
+    """grad / norms, and the subgradient 0 where the norm is 0."""
+    return torch.where(norms > 0, grad / norms, torch.zeros_like(grad))
+
+
+def norm_gradient(
+    norms: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    grad_mix: Tensor,
+    grad_norms: Tensor | None,
+    weighting: str,
+) -> Tensor:
+    """Gradient of every norm `[tokens, experts]`, through the mixing weights and from outside."""
+    if weighting == "topk_softmax":
+        grad = torch.zeros_like(norms).scatter_(1, indices, softmax_backward(weights, grad_mix))
+    else:
+        grad = softmax_backward(norms.softmax(-1), torch.zeros_like(norms).scatter_(1, indices, grad_mix))
+    return grad if grad_norms is None else grad.add_(grad_norms)
+
+
+def cache_blocks(x: Tensor, w_down: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size."""
+    experts, rank, dim = w_down.shape
+    block = max(1, BLOCK_ELEMENTS.get(x.device.type, 2**26) // (experts * rank))
+    matrix = w_down.reshape(experts * rank, dim).to(dtype).T
+    for start in range(0, x.shape[0], block):
+        tokens = slice(start, min(start + block, x.shape[0]))
+        yield tokens, (x[tokens].to(dtype) @ matrix).view(-1, experts, rank)
+
+
+def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What dC = scale · C of all experts adds to the gradients of x and w_down; products are computed in `dtype`.
+
+    Args:
+        x: `[tokens, dim]`.
+        w_down: `[experts, rank, dim]`.
+        scale: `[tokens, experts]`, the gradient of each norm over that norm.
+
+    Returns:
+        Both in the dtype of `scale`. No more than a block of caches is held at a time.
+    """
+    matrix = w_down.reshape(-1, w_down.shape[2]).to(dtype)
+    grad_x = x.new_empty(x.shape, dtype=scale.dtype)
+    grad_down = scale.new_zeros(matrix.shape)
+    for tokens, cache in cache_blocks(x, w_down, dtype):
+        grad = cache.mul_(scale[tokens, :, None]).flatten(1)
+        grad_x[tokens] = grad @ matrix
+        grad_down += grad.T @ x[tokens].to(dtype)
+    return grad_x, grad_down.view_as(w_down)
