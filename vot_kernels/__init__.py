@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func
     from vot_kernels.ops.hybrid_attention import hybrid_attention, hybrid_attention_step
     from vot_kernels.ops.linear_attention import linear_attention
+    from vot_kernels.ops.moe import moe
     from vot_kernels.ops.pack_patches import pack_patches
     from vot_kernels.ops.packed_attention import packed_attention
     from vot_kernels.ops.rope_qk_norm import rope_qk_norm
@@ -30,6 +31,7 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_step",
     "linear_attention",
+    "moe",
     "pack_patches",
     "packed_attention",
     "plan_packing",

@@ -4,7 +4,6 @@ Routing, sorting and index building happen inside `run`: they depend on the data
 """
 
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from benchmarks.core import Provider
 from benchmarks.problems.experts import AoE, MoE
 from vot_kernels.ops.aoe import aoe
-from vot_kernels.ops.dispatch import OPS, describe_backends
+from vot_kernels.ops.dispatch import describe_backends
+from vot_kernels.ops.moe import moe
 from vot_kernels.reference.aoe import aoe as aoe_reference
 from vot_kernels.reference.moe import moe as moe_reference
 
@@ -27,15 +27,12 @@ def _ours_aoe(backend: str, problem: AoE, prepared: None, *inputs: Tensor) -> Te
 
 
 def _ours_moe(backend: str, problem: MoE, prepared: None, *inputs: Tensor) -> Tensor:
-    moe = import_module("vot_kernels.ops.moe").moe  # refused until the op is there
     return moe(*inputs, backend=backend)
 
 
 def _refuses(
     backend: str, problem: AoE | MoE, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    if problem.op not in OPS:
-        return f"vot-kernels has no op {problem.op} yet"
     backends = describe_backends(device, dtype)[problem.op]
     if backend == "auto":
         return None if any(not reasons for reasons in backends.values()) else "no backend serves it"

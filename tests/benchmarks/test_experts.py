@@ -16,7 +16,6 @@ from benchmarks.problems.experts import CLEAR, AoE, MoE, equal_width
 from benchmarks.providers import experts, experts_peers, providers_of
 from benchmarks.verify import verify, verify_on
 from benchmarks.workloads import experts as workloads_experts
-from vot_kernels.ops.dispatch import OPS
 from vot_kernels.reference.moe import moe
 from vot_kernels.testing import ToleranceError, make_tensor
 
@@ -237,20 +236,12 @@ def test_compiled_reference_agrees_and_refuses_many_experts(monkeypatch):
         experts._compiled.cache_clear()
 
 
-def test_ours_appears_with_the_op_and_refuses_without(monkeypatch):
+def test_ours_serves_both_suites():
     providers = [p for p in providers_of("moe") if p.ours]
     assert [p.name for p in providers] == ["vot-kernels triton", "vot-kernels torch"]
-    triton = named("vot-kernels triton", "aoe")
-    assert triton.refuses(SMALL_AOE, torch.float64, CPU, "forward")
-    if "moe" not in OPS:
-        assert "no op moe" in providers[1].refuses(SMALL_MOE, torch.float32, CPU, "forward")
-        module = ModuleType("vot_kernels.ops.moe")
-        module.moe = lambda *inputs, backend: moe(*inputs)
-        monkeypatch.setitem(sys.modules, "vot_kernels.ops.moe", module)
-        monkeypatch.setattr(experts, "OPS", (*OPS, "moe"))
-        backends = {"moe": {"triton": ["no kernel"], "torch": [], "reference": []}}
-        monkeypatch.setattr(experts, "describe_backends", lambda *_: backends)
-        assert providers[0].refuses(SMALL_MOE, torch.float32, CPU, "forward") == "no kernel"
+    for problem in (SMALL_AOE, SMALL_MOE):
+        triton = named("vot-kernels triton", problem.op)
+        assert "float64" in triton.refuses(problem, torch.float64, CPU, "forward")
     assert providers[1].refuses(SMALL_MOE, torch.float32, CPU, "forward") is None
     verify_on(providers[1], SMALL_MOE, SMALL_MOE.inputs(torch.float32, CPU), gradients=True)
     context = named("equal-parameter MoE (vot-kernels)", "aoe")

@@ -19,6 +19,7 @@ OPS = (
     "packed_attention",
     "linear_attention",
     "aoe",
+    "moe",
     "dense_residual",
     "rope_qk_norm",
     "size_aware_embedding",
@@ -59,13 +60,19 @@ def _floating(inputs: Inputs) -> list[str]:
     return [f"dtype {inputs.dtype} is not one of float16, bfloat16, float32, float64"]
 
 
-def _attention_kernel(inputs: Inputs) -> list[str]:
-    """Triton: half or single precision, head_dim 16 to 256, on CUDA (or interpreted)."""
+def _kernel(inputs: Inputs) -> list[str]:
+    """Triton: half or single precision, on CUDA (or interpreted)."""
     reasons = why_not_triton(inputs.device)
     if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
     if inputs.dtype == torch.bfloat16 and is_interpreted(inputs.device):
         reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    return reasons
+
+
+def _attention_kernel(inputs: Inputs) -> list[str]:
+    """`_kernel`, with a head_dim of 16 to 256."""
+    reasons = _kernel(inputs)
     if inputs.head_dim is not None and not 16 <= inputs.head_dim <= 256:
         reasons.append(f"head_dim {inputs.head_dim} is not from 16 to 256")
     if inputs.width is not None and not 16 <= inputs.width <= 256:
