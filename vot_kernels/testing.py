@@ -63,6 +63,75 @@ def make_tensor(
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
 
 
+def make_experts(
+    tokens: int = 33,
+    dim: int = 24,
+    experts: int = 6,
+    rank: int = 8,
+    hidden: int = 20,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Tensor]:
+    """x, w_down, w_up, w_p and w_o of `vot_kernels.aoe`, scaled so that every activation is of order one."""
+    shapes = (
+        ((tokens, dim), 1),
+        ((experts, rank, dim), dim),
+        ((experts, hidden, rank), rank),
+        ((experts, hidden, dim), dim),
+        ((experts, hidden, dim), hidden),
+    )
+    return [
+        (make_tensor(*shape, seed=seed + i) * fan_in**-0.5).to(device, dtype)
+        for i, (shape, fan_in) in enumerate(shapes)
+    ]
+
+
+def make_moe(
+    tokens: int = 33,
+    dim: int = 24,
+    experts: int = 6,
+    hidden: int = 20,
+    top_k: int = 2,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Tensor]:
+    """x, w_gate_up, w_down, topk_idx and topk_weights of `vot_kernels.moe`, activations of order one."""
+    x = make_tensor(tokens, dim, seed=seed)
+    w_gate_up = make_tensor(experts, 2 * hidden, dim, seed=seed + 1) * dim**-0.5
+    w_down = make_tensor(experts, dim, hidden, seed=seed + 2) * hidden**-0.5
+    best = make_tensor(tokens, experts, seed=seed + 3).topk(top_k, dim=-1)
+    tensors = (x, w_gate_up, w_down, best.values.softmax(-1))
+    x, w_gate_up, w_down, weights = (t.to(device, dtype) for t in tensors)
+    return [x, w_gate_up, w_down, best.indices.to(device), weights]
+
+
+def check_selection(
+    x: Tensor, w_down: Tensor, norms: Tensor, indices: Tensor, bias: Tensor | None = None
+) -> None:
+    """The parity rule of Autonomy-of-Experts: near-ties may fall either way, anything else may not.
+
+    Norms come from a wide accumulator, each token chose different experts, and whoever was chosen has one of
+    the largest scores, to 1e-5 of the norms.
+
+    Raises:
+        ToleranceError: one of these does not hold.
+    """
+    exact = torch.einsum("td,nrd->tnr", x.double(), w_down.double()).norm(dim=-1)
+    score = exact if bias is None else exact + bias.double()
+    if not ((norms - exact).abs() <= 1e-5 * exact).all():
+        raise ToleranceError("the norms do not come from a float32 accumulator")
+    slack = 1e-5 * torch.maximum(exact, score.abs()).amax(1, keepdim=True)
+    best = score.sort(1, descending=True).values[:, : indices.shape[1]]
+    if not (score.gather(1, indices) >= best - slack).all():
+        raise ToleranceError("an expert was chosen before one with a larger score")
+    if indices.shape[1] > 1 and (indices.sort(1).values.diff(dim=1) == 0).any():
+        raise ToleranceError("a token chose one expert twice")
+
+
 def with_slack(x: Tensor, rows: int, value: float = float("nan")) -> Tensor:
     """`x` with `rows` more rows of `value` at its end: poison past the packed tokens."""
     return torch.cat([x, x.new_full((rows, *x.shape[1:]), value)])

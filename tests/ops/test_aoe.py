@@ -7,24 +7,16 @@ from vot_kernels.ops import _experts
 from vot_kernels.ops import aoe as op
 from vot_kernels.ops.aoe import AoEAux, aoe
 from vot_kernels.reference import aoe as reference
-from vot_kernels.testing import ToleranceError, assert_close_to_exact, check_against_reference, make_tensor
+from vot_kernels.testing import (
+    ToleranceError,
+    assert_close_to_exact,
+    check_against_reference,
+    check_selection,
+    make_experts,
+    make_tensor,
+)
 
 WEIGHTINGS = ("topk_softmax", "softmax_topk")
-
-
-def make_inputs(tokens=33, dim=24, experts=6, rank=8, hidden=20, dtype=torch.float32, seed=0):
-    """x and the four weights, scaled so that every activation is of order one."""
-    shapes = (
-        ((tokens, dim), 1),
-        ((experts, rank, dim), dim),
-        ((experts, hidden, rank), rank),
-        ((experts, hidden, dim), dim),
-        ((experts, hidden, dim), hidden),
-    )
-    return [
-        (make_tensor(*shape, seed=seed + i, dtype=torch.float64) * fan_in**-0.5).to(dtype)
-        for i, (shape, fan_in) in enumerate(shapes)
-    ]
 
 
 def outputs(y, aux):
@@ -35,6 +27,7 @@ def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=out
     """The parity rule: the backend's own choice is handed to the reference before anything is compared."""
     with torch.no_grad():
         _, aux = aoe(*inputs, top_k, weighting=weighting, bias=bias, return_aux=True, backend="torch")
+    check_selection(*inputs[:2], aux.norms, aux.indices, bias)
 
     def tested(*tensors):
         return outputs(
@@ -55,13 +48,13 @@ def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=out
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_outputs_and_gradients_match_the_reference(dtype, weighting, top_k):
-    check_parity(make_inputs(dtype=dtype), top_k, weighting, bias=make_tensor(6, seed=9))
+    check_parity(make_experts(dtype=dtype), top_k, weighting, bias=make_tensor(6, seed=9))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_gradients_of_y_alone(weighting):
     """Under topk_softmax this takes the sparse path, which the test above never does."""
-    check_parity(make_inputs(), 2, weighting, outputs=lambda y, aux: (y,))
+    check_parity(make_experts(), 2, weighting, outputs=lambda y, aux: (y,))
 
 
 @pytest.mark.parametrize(
@@ -81,13 +74,13 @@ def test_gradients_of_y_alone(weighting):
 def test_shapes(shape, aux):
     shape = dict(shape)
     top_k = shape.pop("top_k", 2)
-    check_parity(make_inputs(**shape), top_k, outputs=outputs if aux else lambda y, _: (y,))
+    check_parity(make_experts(**shape), top_k, outputs=outputs if aux else lambda y, _: (y,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_selection_follows_the_exact_norms(dtype):
     top_k = 4
-    x, w_down, *rest = make_inputs(tokens=512, dim=64, experts=16, rank=16, dtype=dtype)
+    x, w_down, *rest = make_experts(tokens=512, dim=64, experts=16, rank=16, dtype=dtype)
     _, aux = aoe(x, w_down, *rest, top_k, return_aux=True)
     exact = torch.linalg.vector_norm(torch.einsum("td,nrd->tnr", x.double(), w_down.double()), dim=-1)
     torch.testing.assert_close(aux.norms.double(), exact, rtol=1e-5, atol=0)
@@ -100,7 +93,7 @@ def test_selection_follows_the_exact_norms(dtype):
 
 
 def test_ties_go_to_the_lowest_id():
-    x, w_down, *rest = make_inputs(experts=5)
+    x, w_down, *rest = make_experts(experts=5)
     w_down = w_down[[0, 1, 1, 0, 1]]
     for backend in ("torch", "reference"):
         _, aux = aoe(x, w_down, *rest, 4, return_aux=True, backend=backend)
@@ -111,7 +104,7 @@ def test_ties_go_to_the_lowest_id():
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_bias_changes_the_selection_alone(weighting):
-    inputs = make_inputs(tokens=64)
+    inputs = make_experts(tokens=64)
     plain = aoe(*inputs, 2, weighting=weighting, return_aux=True)[1]
     bias = torch.zeros(6)
     bias[4] = 1e6
@@ -127,7 +120,7 @@ def test_bias_changes_the_selection_alone(weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_gradcheck(weighting, top_k):
-    inputs = [x.requires_grad_() for x in make_inputs(5, 4, 4, 3, 4, torch.float64)]
+    inputs = [x.requires_grad_() for x in make_experts(5, 4, 4, 3, 4, dtype=torch.float64)]
     assert torch.autograd.gradcheck(
         lambda *tensors: outputs(
             *aoe(*tensors, top_k, weighting=weighting, return_aux=True, backend="torch")
@@ -139,12 +132,12 @@ def test_gradcheck(weighting, top_k):
 
 @pytest.mark.parametrize("output", ["norms", "weights", "balance_loss"])
 def test_each_differentiable_output_alone(output):
-    check_parity(make_inputs(), 2, outputs=lambda y, aux: (getattr(aux, output)[None],))
-    check_parity(make_inputs(), 2, "softmax_topk", outputs=lambda y, aux: (getattr(aux, output)[None],))
+    check_parity(make_experts(), 2, outputs=lambda y, aux: (getattr(aux, output)[None],))
+    check_parity(make_experts(), 2, "softmax_topk", outputs=lambda y, aux: (getattr(aux, output)[None],))
 
 
 def test_load_counts_tokens_and_has_no_gradient():
-    inputs = [x.requires_grad_() for x in make_inputs(tokens=40)]
+    inputs = [x.requires_grad_() for x in make_experts(tokens=40)]
     _, aux = aoe(*inputs, 2, return_aux=True)
     counts = torch.stack([(aux.indices == i).sum() for i in range(6)])
     torch.testing.assert_close(aux.load, counts / 40)
@@ -152,7 +145,7 @@ def test_load_counts_tokens_and_has_no_gradient():
 
 
 def test_only_selected_experts_get_gradient():
-    inputs = [x.requires_grad_() for x in make_inputs(tokens=40)]
+    inputs = [x.requires_grad_() for x in make_experts(tokens=40)]
     bias = torch.tensor([0.0, 0, 0, -1e6, 0, -1e6])
     for weight in torch.autograd.grad(aoe(*inputs, 2, bias=bias).square().sum(), inputs[1:]):
         assert (weight[[3, 5]] == 0).all()
@@ -160,12 +153,12 @@ def test_only_selected_experts_get_gradient():
 
 
 def test_all_tokens_to_one_expert():
-    check_parity(make_inputs(), 1, bias=torch.tensor([0.0, 0, 1e6, 0, 0, 0]))
+    check_parity(make_experts(), 1, bias=torch.tensor([0.0, 0, 1e6, 0, 0, 0]))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting):
-    inputs = make_inputs(tokens=6)
+    inputs = make_experts(tokens=6)
     inputs[0][2:4] = 0
     inputs = [x.requires_grad_() for x in inputs]
     y, aux = aoe(*inputs, 3, weighting=weighting, return_aux=True)
@@ -176,7 +169,7 @@ def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting)
 
 
 def test_non_contiguous_inputs():
-    inputs = make_inputs()
+    inputs = make_experts()
     strided = [
         inputs[0].T.contiguous().T,
         *(w.transpose(1, 2).contiguous().transpose(1, 2) for w in inputs[1:]),
@@ -188,7 +181,7 @@ def test_non_contiguous_inputs():
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
-    inputs = [x.requires_grad_() for x in make_inputs(tokens=50, dtype=torch.float64)]
+    inputs = [x.requires_grad_() for x in make_experts(tokens=50, dtype=torch.float64)]
 
     def run():
         y, aux = aoe(*inputs, 2, weighting="softmax_topk", return_aux=True)
@@ -204,7 +197,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
 def test_memory_is_bounded_by_the_selected_experts():
     """Neither the blocks nor what is kept for the backward grow with tokens * experts * rank."""
     tokens, experts, rank, hidden, top_k = 4096, 32, 64, 8, 2
-    x, *weights = make_inputs(tokens, 16, experts, rank, hidden)
+    x, *weights = make_experts(tokens, 16, experts, rank, hidden)
     blocks = _experts.cache_blocks(x, weights[0], x.dtype)
     assert max(cache.numel() for _, cache in blocks) <= _experts.BLOCK_ELEMENTS["cpu"]
     saved = {}
@@ -217,7 +210,7 @@ def test_memory_is_bounded_by_the_selected_experts():
 
 
 def test_repeats_bitwise():
-    inputs = [x.requires_grad_() for x in make_inputs(tokens=100)]
+    inputs = [x.requires_grad_() for x in make_experts(tokens=100)]
     runs = []
     for _ in range(2):
         y, aux = aoe(*inputs, 2, return_aux=True)
@@ -227,7 +220,7 @@ def test_repeats_bitwise():
 
 def test_a_token_does_not_depend_on_the_others():
     """To rounding: the CPU's matrix product may sum in another order for another number of rows."""
-    inputs = make_inputs(tokens=40, dtype=torch.float64)
+    inputs = make_experts(tokens=40, dtype=torch.float64)
     together, aux = aoe(*inputs, 2, return_aux=True)
     for part in (slice(0, 1), slice(3, 17), slice(39, 40)):
         alone, alone_aux = aoe(inputs[0][part], *inputs[1:], 2, return_aux=True)
@@ -242,14 +235,14 @@ def test_a_token_does_not_depend_on_the_others():
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_opcheck(weighting, tokens):
-    inputs = make_inputs(tokens=tokens, dtype=torch.bfloat16)
+    inputs = make_experts(tokens=tokens, dtype=torch.bfloat16)
     torch.library.opcheck(op.aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
     inputs = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(op.aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
 
 
 def test_opcheck_backward():
-    inputs = make_inputs()
+    inputs = make_experts()
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
     y, norms, indices, weights, *saved = op.aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
     for grads in (
@@ -272,7 +265,7 @@ def test_one_compiled_graph_for_any_number_of_tokens():
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     for tokens in (5, 64, 17):
-        inputs = [x.requires_grad_() for x in make_inputs(tokens=tokens)]
+        inputs = [x.requires_grad_() for x in make_experts(tokens=tokens)]
         torch._dynamo.mark_dynamic(inputs[0], 0)
         expected, actual = step(*inputs), compiled(*inputs)
         torch.testing.assert_close(actual, expected)
@@ -285,7 +278,7 @@ def test_one_compiled_graph_for_any_number_of_tokens():
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_autocast_does_not_reach_inside(weighting):
-    inputs = [x.requires_grad_() for x in make_inputs()]
+    inputs = [x.requires_grad_() for x in make_experts()]
 
     def run():
         y, aux = aoe(*inputs, 2, weighting=weighting, return_aux=True)
@@ -327,13 +320,13 @@ def detached_norms(*inputs, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [dropped_expert, swapped_weights, zeros, dropped_token, detached_norms])
 def test_canary_the_comparison_rejects(wrong, dtype):
-    inputs = make_inputs(dtype=dtype)
+    inputs = make_experts(dtype=dtype)
     with pytest.raises(ToleranceError):
         check_parity(inputs, 2, run=wrong, outputs=lambda y, aux: (y,))
 
 
 def test_canary_half_precision_norms_are_rejected():
-    x, w_down, *_ = make_inputs(tokens=64, dtype=torch.bfloat16)
+    x, w_down, *_ = make_experts(tokens=64, dtype=torch.bfloat16)
     exact = torch.linalg.vector_norm(torch.einsum("td,nrd->tnr", x.double(), w_down.double()), dim=-1)
     rounded = torch.einsum("td,nrd->tnr", x, w_down).float().norm(dim=-1)
     with pytest.raises(AssertionError):
@@ -345,7 +338,7 @@ def test_canary_half_precision_norms_are_rejected():
 
 def test_reference_is_the_formula_of_the_paper():
     """A few tokens, one at a time, straight from the equations."""
-    x, w_down, w_up, w_p, w_o = make_inputs(tokens=4, dtype=torch.float64)
+    x, w_down, w_up, w_p, w_o = make_experts(tokens=4, dtype=torch.float64)
     y = reference.aoe(x, w_down, w_up, w_p, w_o, 2)[0]
     for t in range(4):
         caches = [w @ x[t] for w in w_down]
@@ -379,7 +372,7 @@ def test_reference_is_the_formula_of_the_paper():
 )
 def test_a_bad_argument_is_named(change, message):
     names = ("x", "w_down", "w_up", "w_p", "w_o")
-    arguments = {**dict(zip(names, make_inputs(), strict=True)), "top_k": 2} | change
+    arguments = {**dict(zip(names, make_experts(), strict=True)), "top_k": 2} | change
     with pytest.raises((ValueError, TypeError), match=message) as error:
         aoe(**arguments)
     assert "\n" not in str(error.value)

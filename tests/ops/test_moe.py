@@ -6,17 +6,7 @@ import torch
 from vot_kernels.ops import moe as op
 from vot_kernels.ops.moe import moe
 from vot_kernels.reference.moe import moe as reference
-from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor
-
-
-def make_inputs(tokens=33, dim=24, experts=6, hidden=20, top_k=2, dtype=torch.float32, seed=0):
-    """x, w_gate_up, w_down, topk_idx, topk_weights; activations of order one."""
-    x = make_tensor(tokens, dim, seed=seed)
-    w_gate_up = make_tensor(experts, 2 * hidden, dim, seed=seed + 1) * dim**-0.5
-    w_down = make_tensor(experts, dim, hidden, seed=seed + 2) * hidden**-0.5
-    best = make_tensor(tokens, experts, seed=seed + 3).topk(top_k, dim=-1)
-    tensors = [t.to(dtype) for t in (x, w_gate_up, w_down, best.values.softmax(-1))]
-    return *tensors[:3], best.indices, tensors[3]
+from vot_kernels.testing import ToleranceError, check_against_reference, make_moe
 
 
 def check(inputs, run=moe):
@@ -31,7 +21,7 @@ def check(inputs, run=moe):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_outputs_and_gradients_match_the_reference(top_k, dtype):
-    check(make_inputs(top_k=top_k, dtype=dtype))
+    check(make_moe(top_k=top_k, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -46,18 +36,18 @@ def test_outputs_and_gradients_match_the_reference(top_k, dtype):
     ],
 )
 def test_shapes(shape):
-    check(make_inputs(**shape))
+    check(make_moe(**shape))
 
 
 def test_gradcheck():
-    x, a, b, idx, w = make_inputs(tokens=5, dim=4, experts=3, hidden=3, dtype=torch.float64)
+    x, a, b, idx, w = make_moe(tokens=5, dim=4, experts=3, hidden=3, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, a, b, w)]
     assert torch.autograd.gradcheck(lambda x, a, b, w: moe(x, a, b, idx, w, backend="torch"), leaves)
 
 
 def test_ids_of_no_expert_add_nothing():
     """What another rank's experts are asked for, and -1."""
-    x, a, b, idx, w = make_inputs()
+    x, a, b, idx, w = make_moe()
     idx = idx.to(torch.int32)
     idx[::3, 0], idx[1::3, 1] = 6, -1
     check((x, a, b, idx, w))
@@ -66,13 +56,13 @@ def test_ids_of_no_expert_add_nothing():
 
 
 def test_one_expert_twice_counts_twice():
-    x, a, b, idx, w = make_inputs()
+    x, a, b, idx, w = make_moe()
     idx[:, 1] = idx[:, 0]
     check((x, a, b, idx, w))
 
 
 def test_weights_of_another_dtype_and_non_contiguous_inputs():
-    x, a, b, idx, w = make_inputs(dtype=torch.bfloat16)
+    x, a, b, idx, w = make_moe(dtype=torch.bfloat16)
     idx, w = (t.repeat(1, 2)[:, :2] for t in (idx, w.float()))
     strided = (x.T.contiguous().T, a.transpose(1, 2).contiguous().transpose(1, 2), b, idx, w)
     assert not strided[0].is_contiguous() and not idx.is_contiguous()
@@ -80,7 +70,7 @@ def test_weights_of_another_dtype_and_non_contiguous_inputs():
 
 
 def test_experts_without_tokens_get_zero_gradients():
-    x, a, b, idx, w = make_inputs()
+    x, a, b, idx, w = make_moe()
     idx[:] = torch.tensor([1, 4])
     leaves = [t.requires_grad_() for t in (x, a, b, w)]
     grads = torch.autograd.grad(moe(x, a, b, idx, w).square().sum(), leaves)
@@ -89,7 +79,7 @@ def test_experts_without_tokens_get_zero_gradients():
 
 
 def test_a_token_does_not_depend_on_the_others():
-    x, a, b, idx, w = make_inputs()
+    x, a, b, idx, w = make_moe()
     y = moe(x, a, b, idx, w)
     poisoned = x.clone()
     poisoned[7] = float("nan")
@@ -100,7 +90,7 @@ def test_a_token_does_not_depend_on_the_others():
 
 
 def test_repeats_bitwise():
-    x, a, b, idx, w = make_inputs(tokens=200)
+    x, a, b, idx, w = make_moe(tokens=200)
     leaves = [t.requires_grad_() for t in (x, a, b, w)]
 
     def run():
@@ -113,14 +103,14 @@ def test_repeats_bitwise():
 @pytest.mark.parametrize("tokens", [0, 9])
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck(save, tokens):
-    x, a, b, idx, w = make_inputs(tokens=tokens)
+    x, a, b, idx, w = make_moe(tokens=tokens)
     if save:
         x, a, b, w = (t.requires_grad_() for t in (x, a, b, w))
     torch.library.opcheck(op.moe_fwd, (x, a, b, idx, w, save, "torch"))
 
 
 def test_opcheck_backward():
-    x, a, b, idx, w = make_inputs()
+    x, a, b, idx, w = make_moe()
     y, *saved = op.moe_fwd(x, a, b, idx, w, True, "torch")
     arguments = (y, x, a, b, w, *saved, "torch")
     torch.library.opcheck(op.moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -130,7 +120,7 @@ def test_one_compiled_graph_for_any_number_of_tokens():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moe, backend=counter, fullgraph=True)
     for tokens in (5, 64, 17):
-        x, a, b, idx, w = make_inputs(tokens=tokens)
+        x, a, b, idx, w = make_moe(tokens=tokens)
         for t in (x, idx, w):
             torch._dynamo.mark_dynamic(t, 0)
         leaves = [t.requires_grad_() for t in (x, a, b, w)]
@@ -142,7 +132,7 @@ def test_one_compiled_graph_for_any_number_of_tokens():
 
 
 def test_autocast_does_not_reach_inside():
-    inputs = make_inputs()
+    inputs = make_moe()
     expected = moe(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(moe(*inputs), expected)
@@ -168,7 +158,7 @@ def zeros(x, a, b, idx, w):
 @pytest.mark.parametrize("wrong", [unweighted, swapped_halves, dropped_expert, zeros])
 def test_canary_the_comparison_rejects(wrong, dtype):
     with pytest.raises(ToleranceError):
-        check(make_inputs(dtype=dtype), run=wrong)
+        check(make_moe(dtype=dtype), run=wrong)
 
 
 @pytest.mark.parametrize(
@@ -190,5 +180,5 @@ def test_canary_the_comparison_rejects(wrong, dtype):
 def test_a_bad_argument_is_named(change, message):
     names = ("x", "w_gate_up", "w_down", "topk_idx", "topk_weights")
     with pytest.raises((ValueError, TypeError), match=message) as error:
-        moe(**(dict(zip(names, make_inputs(), strict=True)) | change))
+        moe(**(dict(zip(names, make_moe(), strict=True)) | change))
     assert "\n" not in str(error.value)

@@ -10,6 +10,8 @@ from vot_kernels.testing import (
     ToleranceError,
     assert_close_to_exact,
     check_against_reference,
+    check_selection,
+    make_experts,
     make_qkv,
     max_error,
     poison_segment,
@@ -148,3 +150,33 @@ def test_packings_hold_the_hard_cases():
         assert case in lengths
     assert any(len(case) > 1 and not any(case) for case in lengths)
     assert any(case and max(case) > 20 * sorted(case)[len(case) // 2] for case in lengths)
+
+
+def selection(dtype=torch.float32):
+    """x, w_down, and what a right kernel would find: norms and the two best experts."""
+    x, w_down, *_ = make_experts(64, dtype=dtype)
+    norms = torch.einsum("td,nrd->tnr", x.double(), w_down.double()).norm(dim=-1)
+    return x, w_down, norms.float(), norms.topk(2).indices
+
+
+def test_a_right_selection_passes():
+    check_selection(*selection())
+    check_selection(*selection(torch.bfloat16))
+    x, w_down, norms, _ = selection()
+    bias = torch.tensor([0.0, 1e6, 0, 0, -1e6, 0])
+    check_selection(x, w_down, norms, (norms + bias).topk(2).indices, bias)
+
+
+@pytest.mark.parametrize("wrong", ["norms", "order", "worst", "twice"])
+def test_canary_a_wrong_selection_is_rejected(wrong):
+    x, w_down, norms, indices = selection(torch.bfloat16)
+    if wrong == "norms":  # of caches that were rounded
+        norms = torch.einsum("td,nrd->tnr", x, w_down).float().norm(dim=-1)
+    elif wrong == "order":
+        indices = indices.flip(1)
+    elif wrong == "worst":
+        indices = torch.cat([indices[:, :1], norms.argmin(1, keepdim=True)], 1)
+    else:
+        indices = indices[:, :1].expand(-1, 2)
+    with pytest.raises(ToleranceError):
+        check_selection(x, w_down, norms, indices)
