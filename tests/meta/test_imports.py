@@ -23,6 +23,7 @@ ALLOWED = {
     "ops": BELOW_OPS,
     "nn": NN,
     "models": MODELS,
+    "integrations": MODELS,
     "data": DATA,
     "train": TOP,
     "vot": TOP,

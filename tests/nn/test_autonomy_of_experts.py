@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from vot_kernels.nn import autonomy_of_experts
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts, matched_hidden
+from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.reference import aoe as reference
 from vot_kernels.testing import make_tensor
 
@@ -68,6 +71,84 @@ def test_one_step_of_the_bias_rule():
     assert torch.equal(layer.selection_bias, torch.tensor([0.5, 0.0, -0.5, 0.0]))
 
 
+def test_the_bias_takes_the_load_of_a_whole_step():
+    layer = AutonomyOfExperts(16, 4, 1, hidden=8, rank=8, bias_rate=0.5)
+    loads = torch.tensor([[0.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]])  # two micro-batches
+    layer.update_selection_bias(loads.mean(0))
+    assert torch.equal(layer.selection_bias, torch.tensor([-0.5, 0.0, 0.0, 0.5]))
+    with pytest.raises(ValueError, match=r"load must have the shape \[4\]"):
+        layer.update_selection_bias(loads)
+
+
+def test_usage_counts_imbalance_and_idle_experts():
+    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8)
+    layer.selection_bias.copy_(torch.tensor([0.0, 1e6, 0.0, -1e6]))
+    layer(make_tensor(50, 16))
+    load, imbalance, idle = layer.usage()
+    assert load[1] == 1 and load[3] == 0 and load.sum() == pytest.approx(2)
+    assert imbalance == pytest.approx(2.0)  # every token, where half of them would be even
+    assert idle == 1 and idle.dtype == torch.int64 and not load.requires_grad
+
+
+def test_forward_usage_and_bias_wait_for_no_number():
+    """Fake tensors have a device and no contents: asking one for a number is an error."""
+    with FakeTensorMode():
+        layer, x = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, shared_hidden=8), torch.randn(9, 16)
+        assert layer(x).shape == (9, 16)
+        assert [value.shape for value in layer.usage()] == [(4,), (), ()]
+        layer.update_selection_bias()
+        with pytest.raises(DataDependentOutputException):
+            layer.usage().idle.item()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_shared_expert_is_a_swiglu_that_is_added(autocast):
+    torch.manual_seed(0)
+    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, shared_hidden=12)
+    x = make_tensor(3, 9, 16)
+    routed = copy.deepcopy(layer)
+    routed.shared = None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y, parts = layer(x), (routed(x), layer.shared(x))
+    assert isinstance(layer.shared, SwiGLU) and parts[1].std() > 0.1
+    assert torch.equal(y, parts[0] + parts[1])
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.shared.parameters())
+
+
+def test_without_a_shared_expert_its_parameters_do_not_exist():
+    sizes = {"num_experts": 4, "top_k": 2, "rank": 8, "d_ffn": 24}
+    plain, shared = AutonomyOfExperts(16, **sizes), AutonomyOfExperts(16, **sizes, shared_hidden=12)
+    assert list(plain.state_dict()) == ["w_down", "w_up", "w_p", "w_o", "selection_bias"]
+    assert shared.state_dict().keys() - plain.state_dict().keys() == {
+        "shared.gate_up.weight",
+        "shared.down.weight",
+    }
+    assert plain.w_p.shape == shared.w_p.shape, "d_ffn matches the routed experts alone"
+    plain.load_state_dict(plain.state_dict())
+    before = shared.shared.gate_up.weight.clone()
+    shared.reset_parameters()
+    assert not torch.equal(shared.shared.gate_up.weight, before)
+    assert shared.shared.gate_up.weight.std().item() == pytest.approx(0.25, rel=0.2)
+
+
+def test_the_backend_is_that_of_the_op(monkeypatch):
+    seen = []
+
+    def spied(*arguments, **options):
+        seen.append(options["backend"])
+        return op(*arguments, **options)
+
+    op = autonomy_of_experts.aoe
+    monkeypatch.setattr(autonomy_of_experts, "aoe", spied)
+    layer, x = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, backend="reference"), make_tensor(9, 16)
+    y = layer(x)
+    layer.backend = "torch"
+    torch.testing.assert_close(layer(x), y)
+    assert seen == ["reference", "torch"] and "backend='torch'" in repr(layer)
+
+
 @pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
 def test_trains(weighting):
     """Without the balance loss unselected experts stay as they are; with it every w_down learns."""
@@ -112,8 +193,9 @@ def test_can_be_copied_after_a_forward():
     assert torch.equal(twin(x), y)
 
 
-def test_compiles_in_one_graph():
-    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8)
+@pytest.mark.parametrize("shared_hidden", [0, 8])
+def test_compiles_in_one_graph(shared_hidden):
+    layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, shared_hidden=shared_hidden)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = make_tensor(9, 16)
     torch.testing.assert_close(compiled(x), layer(x))
@@ -131,5 +213,9 @@ def test_a_bad_argument_is_named():
         AutonomyOfExperts(16, 4, 2, hidden=0)
     with pytest.raises(ValueError, match="weighting must be one of"):
         AutonomyOfExperts(16, 4, 2, hidden=8, weighting="sum")
-    with pytest.raises(RuntimeError, match="none has run yet"):
+    with pytest.raises(ValueError, match="shared_hidden must be >= 0, got -1"):
+        AutonomyOfExperts(16, 4, 2, hidden=8, shared_hidden=-1)
+    with pytest.raises(RuntimeError, match="update_selection_bias needs .* none has run yet"):
         AutonomyOfExperts(16, 4, 2, hidden=8).update_selection_bias()
+    with pytest.raises(RuntimeError, match="usage needs .* none has run yet"):
+        AutonomyOfExperts(16, 4, 2, hidden=8).usage()

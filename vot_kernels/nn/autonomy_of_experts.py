@@ -1,18 +1,34 @@
 """A feed-forward layer whose experts select themselves."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vot_kernels.ops._validation import check_choice
+from vot_kernels.nn.mlp import SwiGLU
+from vot_kernels.ops._validation import check_choice, check_tensor
 from vot_kernels.ops.aoe import WEIGHTINGS, aoe
+
+
+class ExpertUsage(NamedTuple):
+    """How evenly a forward used the experts; tensors on its device, which nothing waited for.
+
+    Attributes:
+        load: `[num_experts]`, share of the tokens that chose each expert; sums to `top_k`.
+        imbalance: scalar, the largest load over the mean load; 1 is balanced, num_experts / top_k the worst.
+        idle: int64 scalar, experts without a token.
+    """
+
+    load: Tensor
+    imbalance: Tensor
+    idle: Tensor
 
 
 def matched_hidden(dim: int, d_ffn: int, rank: int, multiple_of: int = 8) -> int:
     """Hidden width at which an AoE expert has the parameters of a SwiGLU expert of width `d_ffn`.
 
-    D = (3 d d_ffn - r d) / (r + 2 d), rounded to the nearest multiple, at least one multiple.
+    D = (3 d d_ffn - r d) / (r + 2 d), rounded to the nearest multiple, at least one multiple. It matches
+    one expert to one expert: a shared expert comes on top, with the parameters of its own width.
     """
     exact = (3 * dim * d_ffn - rank * dim) / (rank + 2 * dim)
     return max(multiple_of, round(exact / multiple_of) * multiple_of)
@@ -26,6 +42,9 @@ class AutonomyOfExperts(nn.Module):
     of it) and `last_load` (share of the tokens per expert) describe the selection. Adding the loss to the
     objective makes every expert's W_down receive gradient; `update_selection_bias` balances without that.
 
+    A shared expert is an ordinary SwiGLU that every token passes and whose output is added unweighted. It
+    has no say in the selection, and its parameters, `shared.*`, exist only where its width is not 0.
+
     Args:
         dim: width of the tokens.
         num_experts: experts.
@@ -35,14 +54,20 @@ class AutonomyOfExperts(nn.Module):
         hidden: width of an expert.
         weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
         bias_rate: step of `update_selection_bias`, in units of the cache norm.
+        shared_hidden: width of the shared expert, 0 for none; not part of what `d_ffn` matches.
+        backend: of the op.
 
     Attributes:
         selection_bias: float32 buffer `[num_experts]`, added to the norms for selection alone; saved.
         last_load: `[num_experts]` of the last forward, or None before the first.
         balance_loss: scalar of the last forward, or None before the first.
 
+    Raises:
+        ValueError: sizes or options that do not fit.
+
     Source: Lv et al., Autonomy-of-Experts Models, ICML 2025 (arXiv 2501.13074); bias rule of Wang et al.,
-    Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1.
+    Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1; shared expert of Dai et al.,
+    DeepSeekMoE (arXiv 2401.06066), section 3.2.
     """
 
     selection_bias: Tensor
@@ -57,6 +82,8 @@ class AutonomyOfExperts(nn.Module):
         hidden: int | None = None,
         weighting: str = "topk_softmax",
         bias_rate: float = 1e-3,
+        shared_hidden: int = 0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
@@ -69,11 +96,14 @@ class AutonomyOfExperts(nn.Module):
             raise ValueError(f"Give exactly one of d_ffn and hidden, got d_ffn={d_ffn} and hidden={hidden}.")
         if min(dim, rank, hidden) < 1:
             raise ValueError(f"dim, rank and hidden must be >= 1, got {dim}, {rank} and {hidden}.")
-        self.top_k, self.weighting, self.bias_rate = top_k, weighting, bias_rate
+        if shared_hidden < 0:
+            raise ValueError(f"shared_hidden must be >= 0, got {shared_hidden}.")
+        self.top_k, self.weighting, self.bias_rate, self.backend = top_k, weighting, bias_rate, backend
         self.w_down = nn.Parameter(torch.empty(num_experts, rank, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden, rank))
         self.w_p = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w_o = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.shared = SwiGLU(dim, shared_hidden) if shared_hidden else None
         self.register_buffer("selection_bias", torch.zeros(num_experts))
         self.last_load: Tensor | None = None
         self.balance_loss: Tensor | None = None
@@ -90,6 +120,8 @@ class AutonomyOfExperts(nn.Module):
             (self.w_o, hidden),
         ):
             nn.init.normal_(weight, std=fan_in**-0.5)
+        for linear in () if self.shared is None else (self.shared.gate_up, self.shared.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         # E‖C‖² = ‖W_down‖² for white input: equal Frobenius norms make the expected cache norms equal.
         self.w_down.mul_(rank**0.5 / torch.linalg.vector_norm(self.w_down, dim=(1, 2), keepdim=True))
         self.selection_bias.zero_()
@@ -112,33 +144,54 @@ class AutonomyOfExperts(nn.Module):
             weighting=self.weighting,
             bias=self.selection_bias,
             return_aux=True,
+            backend=self.backend,
         )
         self.balance_loss = aux.balance_loss
         self.last_load = aux.load
-        return y.view(x.shape)
+        y = y.view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
 
     def __getstate__(self) -> dict[str, Any]:
         # What one forward left behind belongs to its graph, which can be neither copied nor pickled.
         return self.__dict__ | {"balance_loss": None, "last_load": None}
 
     @torch.no_grad()
-    def update_selection_bias(self) -> None:
-        """Raise the bias of experts below the mean load by `bias_rate`, lower it above; once per step.
-
-        No gradient is involved: the bias changes who is selected, never the mixing weights.
+    def usage(self) -> ExpertUsage:
+        """How evenly the last forward used the experts.
 
         Raises:
             RuntimeError: nothing was forwarded yet.
         """
+        load = self._load_of_last_forward("usage")
+        return ExpertUsage(load, load.max() / load.mean(), (load == 0).sum())
+
+    @torch.no_grad()
+    def update_selection_bias(self, load: Tensor | None = None) -> None:
+        """Raise the bias of experts below the mean load by `bias_rate`, lower it above; once per step.
+
+        No gradient is involved: the bias changes who is selected, never the mixing weights.
+
+        Args:
+            load: `[num_experts]`, where a step has several forwards or ranks: the mean of their `last_load`;
+                None is that of the last forward. All ranks must be given the same.
+
+        Raises:
+            ValueError: a load of another shape.
+            RuntimeError: no load is given and nothing was forwarded yet.
+        """
+        if load is None:
+            load = self._load_of_last_forward("update_selection_bias")
+        check_tensor("load", load, [self.w_down.shape[0]])
+        self.selection_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_rate)
+
+    def _load_of_last_forward(self, caller: str) -> Tensor:
         if self.last_load is None:
-            raise RuntimeError(
-                "update_selection_bias needs the load of a forward pass, and none has run yet."
-            )
-        self.selection_bias.add_(torch.sign(self.last_load.mean() - self.last_load), alpha=self.bias_rate)
+            raise RuntimeError(f"{caller} needs the load of a forward pass, and none has run yet.")
+        return self.last_load
 
     def extra_repr(self) -> str:
         experts, rank, dim = self.w_down.shape
         return (
             f"dim={dim}, num_experts={experts}, top_k={self.top_k}, rank={rank}, "
-            f"hidden={self.w_up.shape[1]}, weighting={self.weighting!r}"
+            f"hidden={self.w_up.shape[1]}, weighting={self.weighting!r}, backend={self.backend!r}"
         )

@@ -14,6 +14,7 @@ GRIDS = [(1, 3, 4), (4, 2, 3), (1, 1, 1), (3, 4, 2)]
 SWITCHES = {
     "no aoe": {"aoe_every": 0},
     "all aoe": {"aoe_every": 1},
+    "shared expert": {"aoe_every": 1, "shared_expert_size": 16},
     "softmax": {"attention": "softmax"},
     "linear": {"attention": "linear"},
     "no full layer": {"full_attention_every": 0},
@@ -126,7 +127,7 @@ def test_positions_restart_and_matter():
 
 
 def test_every_parameter_learns():
-    model = make(tiny(aoe_every=1))
+    model = make(tiny(aoe_every=1, shared_expert_size=16))
     pixels, grid, fps = inputs(GRIDS)
     out = model(pixels, grid, fps)
     (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
@@ -198,7 +199,7 @@ def test_streaming_is_refused_where_memory_would_grow():
 
 
 def test_save_and_load(tmp_path):
-    model = make(tiny(aoe_every=1)).float()
+    model = make(tiny(aoe_every=1, shared_expert_size=16)).float()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     again = VotEncoder.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -229,6 +230,31 @@ def test_cost_of_attention_counts_pairs():
     assert cost.dense_attention_flops == 4 * 8 * 8 * 32
 
 
+def test_cost_of_experts_counts_the_chosen_and_the_shared():
+    """Per token 2 FLOPs a weight: W_down of all experts, the rest of the chosen, the whole shared expert."""
+    plain, shared = (tiny(num_hidden_layers=1, aoe_every=1, shared_expert_size=size) for size in (0, 16))
+    costs = [encoder_cost(config, (4, 1, 2)) for config in (plain, shared)]
+    hidden = [VotEncoder(config).blocks[0].mlp.w_p.shape[1] for config in (plain, shared)]
+    assert hidden[0] > hidden[1]  # together they weigh what a dense block does
+    chosen = [2 * width * (8 + 32 + 32) for width in hidden]  # rank, and twice the width of a token
+    change = 3 * 32 * 16 + chosen[1] - chosen[0]
+    assert costs[1].linear_flops - costs[0].linear_flops == 2 * 8 * change
+    experts = [4 * width * (8 + 32 + 32) for width in hidden]
+    assert costs[1].parameters - costs[0].parameters == 3 * 32 * 16 + experts[1] - experts[0]
+
+
+def test_the_backend_of_the_experts_reaches_every_layer():
+    model = make(tiny(aoe_every=1))
+    pixels, grid, fps = inputs(GRIDS)
+    before = model(pixels, grid, fps).last_hidden_state
+    model.set_experts_backend("reference")
+    assert {block.mlp.backend for block in model.blocks} == {"reference"}
+    assert {block.attention.backend for block in model.blocks} == {"auto"}
+    torch.testing.assert_close(model(pixels, grid, fps).last_hidden_state, before)
+    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'gpu'"):
+        model.set_experts_backend("gpu")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -237,6 +263,10 @@ def test_cost_of_attention_counts_pairs():
         ({"causal": "token"}, "causal must be"),
         ({"causal": "frame", "group": 4}, 'group="frame"'),
         ({"window": [1, 1]}, "window lists 2"),
+        (
+            {"shared_expert_size": 48},
+            "shared_expert_size must be from 0 to intermediate_size - 1, 47, got 48",
+        ),
     ],
 )
 def test_bad_configurations(overrides, message):

@@ -69,6 +69,8 @@ class VotEncoderConfig(PreTrainedConfig):
         qk_norm, rope_theta, rope: RMS norm of queries and keys, and 3-D rotary positions.
         aoe_every: every n-th block is Autonomy-of-Experts instead of dense; 0 switches AoE off.
         num_experts, num_experts_per_tok, expert_rank, aoe_weighting: see `vot_kernels.aoe`.
+        shared_expert_size: width of a SwiGLU expert that every token of an AoE block passes; 0 for none. Its
+            share of `intermediate_size` is taken from the experts that are chosen.
         dense_residual, residual_dilation, residual_period: DenseFormer averaging of past blocks.
         size_embedding: add a function of (height, width, aspect, frames, fps) to every token.
         pooling_heads: heads of the attention pooling.
@@ -102,6 +104,7 @@ class VotEncoderConfig(PreTrainedConfig):
         num_experts_per_tok: int = 2,
         expert_rank: int = 32,
         aoe_weighting: Literal["topk_softmax", "softmax_topk"] = "topk_softmax",
+        shared_expert_size: int = 0,
         dense_residual: bool = True,
         residual_dilation: int = 1,
         residual_period: int = 1,
@@ -135,6 +138,7 @@ class VotEncoderConfig(PreTrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.expert_rank = expert_rank
         self.aoe_weighting = aoe_weighting
+        self.shared_expert_size = shared_expert_size
         self.dense_residual = dense_residual
         self.residual_dilation = residual_dilation
         self.residual_period = residual_period
@@ -189,5 +193,10 @@ class VotEncoderConfig(PreTrainedConfig):
             raise ValueError(f'causal="frame" needs group="frame", got {self.group!r}.')
         if self.causal and self.attention == "linear":
             raise ValueError('attention="linear" has no frame-causal form; use "hybrid" with window=0.')
+        if not 0 <= self.shared_expert_size < self.intermediate_size:
+            raise ValueError(
+                f"shared_expert_size must be from 0 to intermediate_size - 1, {self.intermediate_size - 1}, "
+                f"got {self.shared_expert_size}."
+            )
         if isinstance(self.window, list) and len(self.window) != self.num_hidden_layers:
             raise ValueError(f"window lists {len(self.window)} layers; there are {self.num_hidden_layers}.")

@@ -64,7 +64,10 @@ def describe_preset(name: str) -> dict[str, Any]:
 
 
 def _linear_flops(module: nn.Module) -> int:
-    """Per token. Norms of all experts are taken; the rest of an expert runs for the chosen ones alone."""
+    """Per token. Norms of all experts are taken; the rest of an expert runs for the chosen ones alone.
+
+    A shared expert is made of linear layers, which `modules` lists on their own.
+    """
     if isinstance(module, AutonomyOfExperts):
         experts = {name: 2 * p[0].numel() for name, p in module.named_parameters(recurse=False)}
         chosen = sum(n for name, n in experts.items() if name != "w_down") * module.top_k

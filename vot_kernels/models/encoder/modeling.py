@@ -56,8 +56,9 @@ class VotEncoderBlock(nn.Module):
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
                 rank=config.expert_rank,
-                d_ffn=config.intermediate_size // config.num_experts_per_tok,
+                d_ffn=(config.intermediate_size - config.shared_expert_size) // config.num_experts_per_tok,
                 weighting=config.aoe_weighting,
+                shared_hidden=config.shared_expert_size,
             )
         else:
             self.mlp = SwiGLU(width, config.intermediate_size)
@@ -193,9 +194,20 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
+        self._set_backend(HybridAttention, backend)
+
+    def set_experts_backend(self, backend: str) -> None:
+        """Choose what computes the experts, as `set_attention_backend` does for the attention.
+
+        Raises:
+            ValueError: an unknown backend.
+        """
+        self._set_backend(AutonomyOfExperts, backend)
+
+    def _set_backend(self, kind: type[HybridAttention] | type[AutonomyOfExperts], backend: str) -> None:
         check_choice("backend", backend, ("auto", *BACKENDS))
         for module in self.modules():
-            if isinstance(module, HybridAttention):
+            if isinstance(module, kind):
                 module.backend = backend
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:

@@ -1,0 +1,552 @@
+"""An ordinary SwiGLU feed-forward as Autonomy-of-Experts: its neurons are grouped, its gates factored.
+
+A SwiGLU layer is a sum over neurons, so any partition of them makes experts whose plain sum is the layer:
+
+    y = Σ_i (SiLU(x G_iᵀ) ⊙ x U_iᵀ) O_i        G_i, U_i, O_i: the rows of group i, `[hidden, dim]`
+
+W_p = U_i and W_o = O_i are copies. The gate needs the cache, so G_i ≈ W_up W_down of rank r: with the left
+singular vectors B of S G_i M^½ (M: second moment of the inputs, S: a diagonal that rates the neurons),
+
+    W_up = S⁻¹ B_r        W_down = B_rᵀ S G_i        ‖C_i‖ = ‖B_rᵀ S G_i x‖ ≈ ‖S G_i x‖
+
+is the factor with the least E‖S (G_i - W_up W_down) x‖² (Eckart and Young), and the norm that selects the
+expert is the rated energy of its gates. Three things then differ from the dense layer, each measured in the
+report: gates are of rank r, only top_k experts answer, and their weights are a softmax that sums to 1. The
+last is repaired by scale: W_down · c, W_up / c is the same expert with c times the norm, so that a small c
+makes the weights nearly equal, and W_o carries the factor (top_k, or fitted) that a plain sum wants.
+
+Some neurons contribute to every token. As a shared expert they are kept exactly and need not be chosen, which
+lowers the error and evens out the load of the others.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
+from vot_kernels.nn.mlp import SwiGLU
+from vot_kernels.ops._validation import check_alike, check_choice, check_device, check_floating, check_tensor
+
+SCORES = ("output", "gate")
+_PROFILE_WIDTH = 1024
+_BEGINNINGS = 4
+_BLOCK_ELEMENTS = 2**23
+
+
+@dataclass(frozen=True, eq=False)
+class ConversionReport:
+    """What a conversion did and the errors it made; errors are relative Frobenius norms.
+
+    All but `factor_error` are measured on the calibration tokens in float64 (`output_error` in the dtype of
+    the layer), and None without. Each isolates one step, so they do not add up to `output_error`.
+
+    Attributes:
+        groups: int64 `[num_experts, hidden]`, the neuron in each place of each expert; -1 is a zero neuron.
+        shared: int64 `[shared_hidden]`, the neurons of the shared expert.
+        output_scale: `[num_experts]`, the factor in each expert's W_o.
+        load: `[num_experts]`, share of the tokens that chose each expert; sums to top_k.
+        factor_error: of the gate matrices of all experts (but the shared one, which is exact).
+        gate_error: of their pre-activations x Gᵀ.
+        low_rank_error: of the output, were only the gates of rank r.
+        selection_error: of the output, did only the top_k experts answer, with exact gates, plainly summed.
+        best_selection_error: the same if the experts with the largest outputs answered: what a perfect score
+            could reach with this grouping.
+        mixing_error: what the softmax and `output_scale` change in the plain sum of the experts that answer,
+            over the dense output.
+        output_error: of the layer that was returned.
+    """
+
+    groups: Tensor
+    shared: Tensor
+    output_scale: Tensor
+    factor_error: float
+    load: Tensor | None = None
+    gate_error: float | None = None
+    low_rank_error: float | None = None
+    selection_error: float | None = None
+    best_selection_error: float | None = None
+    mixing_error: float | None = None
+    output_error: float | None = None
+
+    def __str__(self) -> str:
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_error")]
+        known = [(name, value) for name in names if (value := getattr(self, name)) is not None]
+        return ", ".join(f"{name} {value:.3g}" for name, value in known)
+
+
+def convert_swiglu(
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    num_experts: int,
+    top_k: int,
+    rank: int,
+    *,
+    calibration: Tensor | None = None,
+    shared_hidden: int = 0,
+    score: str = "output",
+    sharpness: float = 0.1,
+    weighting: str = "topk_softmax",
+) -> tuple[AutonomyOfExperts, ConversionReport]:
+    """An AoE layer that approximates (SiLU(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, and how well it does.
+
+    With `rank = dim` and `top_k = num_experts` the experts add up to the dense layer exactly; what is left
+    is that their weights are not quite equal, which `sharpness` bounds. Otherwise it is a start for training.
+
+    Neurons are divided by balanced k-means into groups whose sizes differ by one at most (the places left
+    over are zero neurons): with calibration tokens by when they are active, the direction of |hidden| over the
+    tokens, else by the direction of their gate rows. The same inputs give the same layer on the same machine.
+
+    Args:
+        w_gate, w_up: `[hidden, dim]`, floating.
+        w_down: `[dim, hidden]`, dtype and device of `w_gate`.
+        num_experts: experts, at most hidden - shared_hidden.
+        top_k: experts per token.
+        rank: width of the cache, 1 to dim; beyond the hidden width of an expert nothing is gained.
+        calibration: `[tokens, dim]`, inputs of the layer, floating, on its device: some thousands of tokens of
+            what the layer will see. They choose groups and factors, and W_o is fitted to them by least squares
+            (one factor per expert); without them inputs count as white, and the factor is that of a plain sum.
+        shared_hidden: width of a shared expert, 0 for none. It gets the neurons that contribute most on average,
+            by the mean square of hidden times ‖column of W_down‖ (without calibration by the product of the
+            norms of their three vectors).
+        score: what a selecting norm estimates. "output": gates count by what they contribute, S = ‖column of
+            W_down‖ · rms(hidden) / rms(gate) (without calibration ‖column of W_down‖ · ‖row of W_up‖), and are
+            factored accordingly. "gate": all count alike, ‖C‖² is the energy of the gate pre-activations.
+        sharpness: root mean square of the norms after scaling; 0.1 leaves the mixing weights within about a
+            tenth of each other. W_down is proportional to it, W_up inversely: train them with learning rates to
+            match, or with a sharpness of 1 and more, which lets the norms have a say from the start.
+        weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
+
+    Returns:
+        The layer, dtype and device of `w_gate`, and the report. Computed in float64.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit.
+
+    Source: the layer of Lv et al. (arXiv 2501.13074); grouping by co-activation as in Zhang et al.,
+    MoEfication, Findings of ACL 2022 (arXiv 2110.01786).
+    """
+    _validate(w_gate, w_up, w_down, num_experts, rank, calibration, shared_hidden, score, sharpness)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+    ):  # what it is filled with at first is not kept
+        layer = AutonomyOfExperts(
+            w_gate.shape[1],
+            num_experts,
+            top_k,
+            rank=rank,
+            hidden=-(-(w_gate.shape[0] - shared_hidden) // num_experts),
+            weighting=weighting,
+            shared_hidden=shared_hidden,
+        )
+    dense = _Dense(*(w.detach().double() for w in (w_gate, w_up, w_down.T)))
+    tokens = None if calibration is None else calibration.detach()
+    data = None if tokens is None else _observe(dense, tokens)
+    ranking = torch.argsort(_contribution(dense, data), descending=True, stable=True)
+    shared, routed = ranking[:shared_hidden], ranking[shared_hidden:].sort().values
+    profiles = dense.gate if data is None else data.profiles
+    groups = _group(F.normalize(profiles[routed]), num_experts, routed)
+    experts = _factor_experts(dense, groups, _importance(dense, data, score), data, rank, sharpness)
+    plain = torch.full_like(experts.gate[:, 0, 0], top_k if weighting == "topk_softmax" else num_experts)
+    scale, errors = (
+        (plain, {}) if tokens is None else _measure(experts, dense, tokens, top_k, weighting, plain)
+    )
+    _fill(layer, experts, scale, dense.take(shared), w_gate.dtype)
+    if tokens is not None:
+        errors["output_error"] = _output_error(layer, dense, tokens)
+    change = experts.gate - experts.w_up @ experts.w_down
+    factor_error = _ratio(change.square().sum(), experts.gate.square().sum())
+    return layer, ConversionReport(groups, shared, scale, factor_error, **errors)
+
+
+def convert_mlp(
+    module: nn.Module, num_experts: int, top_k: int, rank: int, **options: Any
+) -> tuple[AutonomyOfExperts, ConversionReport]:
+    """`convert_swiglu` of a module's weights.
+
+    Args:
+        module: a `vot_kernels.nn.mlp.SwiGLU`, or one with linear layers `gate_proj`, `up_proj` and `down_proj`
+            without biases and, if it has an `act_fn`, that is SiLU: the feed-forward of transformers' Llama,
+            Qwen, Mistral and their kin.
+        num_experts, top_k, rank, options: see `convert_swiglu`.
+
+    Raises:
+        TypeError: a module of another kind.
+        ValueError: biases, another activation, or what `convert_swiglu` refuses.
+    """
+    if isinstance(module, SwiGLU):
+        gate, up = module.gate_up.weight.chunk(2)
+        return convert_swiglu(gate, up, module.down.weight, num_experts, top_k, rank, **options)
+    linears = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    if not all(isinstance(getattr(linear, "weight", None), Tensor) for linear in linears):
+        raise TypeError(
+            "module must be a SwiGLU or have gate_proj, up_proj and down_proj with weights, "
+            f"got {type(module).__name__}."
+        )
+    if any(getattr(linear, "bias", None) is not None for linear in linears):
+        raise ValueError(f"An AoE layer has no biases, but the projections of {type(module).__name__} have.")
+    activation = getattr(module, "act_fn", F.silu)
+    probe = torch.linspace(-4, 4, 17)
+    if not torch.allclose(activation(probe), F.silu(probe), atol=1e-6):
+        raise ValueError(f"act_fn must be SiLU, got {activation!r}.")
+    gate, up, down = (linear.weight for linear in linears)  # type: ignore[union-attr]
+    return convert_swiglu(gate, up, down, num_experts, top_k, rank, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """The dense layer in float64, every matrix `[hidden, dim]`."""
+
+    gate: Tensor
+    up: Tensor
+    out: Tensor
+
+    def take(self, neurons: Tensor) -> "_Dense":
+        return _Dense(self.gate[neurons], self.up[neurons], self.out[neurons])
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(gate pre-activations, hidden activations) `[tokens, hidden]`."""
+        gate = x @ self.gate.T
+        return gate, F.silu(gate) * (x @ self.up.T)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.hidden(x)[1] @ self.out
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What the calibration tokens say: second moment of x, mean squares per neuron, profiles of neurons."""
+
+    moment: Tensor
+    gate_square: Tensor
+    hidden_square: Tensor
+    profiles: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Experts:
+    """Grouped matrices: gate (exact), w_up, w_p, w_o `[experts, hidden, ...]`, w_down `[experts, rank, dim]`."""
+
+    gate: Tensor
+    w_down: Tensor
+    w_up: Tensor
+    w_p: Tensor
+    w_o: Tensor
+
+
+def _blocks(tokens: Tensor, width: int) -> Iterator[Tensor]:
+    """Float64 blocks of tokens of which an intermediate of `width` numbers each stays small."""
+    for block in tokens.split(max(1, _BLOCK_ELEMENTS // width)):
+        yield block.double()
+
+
+def _observe(dense: _Dense, tokens: Tensor) -> _Data:
+    neurons, dim = dense.gate.shape
+    count = tokens.shape[0]
+    moment = dense.gate.new_zeros(dim, dim)
+    gate_square, hidden_square = dense.gate.new_zeros(2, neurons)
+    profiles = dense.gate.new_zeros(neurons, min(count, _PROFILE_WIDTH))
+    generator, start = torch.Generator().manual_seed(0), 0
+    for x in _blocks(tokens, neurons):
+        gate, hidden = dense.hidden(x)
+        moment.addmm_(x.T, x)
+        gate_square += gate.square().sum(0)
+        hidden_square += hidden.square().sum(0)
+        # Many tokens are mixed at random into few: that keeps the distances which k-means asks for.
+        if count > _PROFILE_WIDTH:
+            mix = torch.randn(x.shape[0], _PROFILE_WIDTH, generator=generator, dtype=torch.float64)
+        else:
+            mix = torch.eye(count, dtype=torch.float64)[start : start + x.shape[0]]
+        profiles.addmm_(hidden.abs().T, mix.to(x.device))
+        start += x.shape[0]
+    return _Data(moment / count, gate_square / count, hidden_square / count, profiles)
+
+
+def _contribution(dense: _Dense, data: _Data | None) -> Tensor:
+    """How much each neuron adds to the output on average `[hidden]`; without data, to no scale."""
+    norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (dense.gate, dense.up, dense.out)]
+    return norms[0] * norms[1] * norms[2] if data is None else norms[2] * data.hidden_square.sqrt()
+
+
+def _importance(dense: _Dense, data: _Data | None, score: str) -> Tensor:
+    """The diagonal S `[hidden]`, positive, the largest 1."""
+    if score == "gate":
+        return torch.ones_like(dense.gate[:, 0])
+    importance = torch.linalg.vector_norm(dense.out, dim=1)
+    if data is None:
+        importance = importance * torch.linalg.vector_norm(dense.up, dim=1)
+    else:
+        tiny = torch.finfo(importance.dtype).tiny
+        importance = importance * (data.hidden_square / data.gate_square.clamp_min(tiny)).sqrt()
+    largest = importance.max()
+    # A neuron that contributes nothing needs no gate, but S is divided by.
+    return (importance / largest).clamp_min(1e-4) if largest > 0 else torch.ones_like(importance)
+
+
+def _factor_experts(
+    dense: _Dense, groups: Tensor, importance: Tensor, data: _Data | None, rank: int, sharpness: float
+) -> _Experts:
+    def grouped(rows: Tensor, pad: float = 0.0) -> Tensor:
+        return torch.cat([rows, torch.full_like(rows[:1], pad)])[groups]
+
+    gate, importances = grouped(dense.gate), grouped(importance, 1.0)
+    moment = torch.eye(gate.shape[2], dtype=gate.dtype, device=gate.device) if data is None else data.moment
+    root = _root(moment)
+    pairs = [_factor(g, s[:, None], root, rank) for g, s in zip(gate, importances, strict=True)]
+    down, up = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
+    square = (down @ moment * down).sum() / len(down)  # E‖C‖², mean over the experts
+    factor = sharpness / square.sqrt() if square > 0 else 1.0
+    return _Experts(gate, down * factor, up / factor, grouped(dense.up), grouped(dense.out))
+
+
+def _root(moment: Tensor) -> Tensor:
+    """A matrix whose product with its transpose is `moment`; directions without data get a little weight."""
+    values, vectors = torch.linalg.eigh(moment)
+    mean = values.mean()
+    return vectors * torch.maximum(values, 1e-9 * torch.where(mean > 0, mean, 1.0)).sqrt()
+
+
+def _factor(gate: Tensor, importance: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(W_down `[rank, dim]`, W_up `[hidden, rank]`), best for inputs of second moment root rootᵀ."""
+    rated = importance * gate
+    basis = torch.linalg.svd(rated @ root, full_matrices=False).U[:, :rank]
+    missing = rank - basis.shape[1]
+    down, up = basis.T @ rated, basis / importance
+    return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+
+
+def _measure(
+    experts: _Experts, dense: _Dense, tokens: Tensor, top_k: int, weighting: str, plain: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """The output scale fitted to the tokens, and every error but that of the finished layer."""
+    number, hidden, dim = experts.gate.shape
+    gram, right, cross, load = plain.new_zeros(number, number), *plain.new_zeros(3, number)
+    squares: dict[str, Tensor] = {}
+    for x in _blocks(tokens, number * max(hidden, dim)):
+        gate_square, gate_change, exact, factored, norms = _run_experts(experts, x)
+        chosen = _largest(norms, top_k)
+        logits = norms.masked_fill(~chosen, -torch.inf) if weighting == "topk_softmax" else norms
+        parts = factored * (logits.softmax(-1) * chosen)[..., None]
+        routed, answer = exact.sum(1), (factored * chosen[..., None]).sum(1)
+        best = _largest(torch.linalg.vector_norm(exact, dim=2), top_k)
+        found = {
+            "dense": dense(x).square().sum(),
+            "answer": answer.square().sum(),
+            "gate": gate_square,
+            "gate_change": gate_change,
+            "low_rank": (factored - exact).sum(1).square().sum(),
+            "selection": (exact * ~chosen[..., None]).sum(1).square().sum(),
+            "best_selection": (exact * ~best[..., None]).sum(1).square().sum(),
+        }
+        squares = {name: value + squares.get(name, 0) for name, value in found.items()}
+        gram += torch.einsum("tid,tjd->ij", parts, parts)
+        right += torch.einsum("tid,td->i", parts, routed)
+        cross += torch.einsum("tid,td->i", parts, answer)
+        load += chosen.sum(0)
+    # An expert that no token chose keeps the plain factor.
+    ridged = _with_ridge(gram, 1e-6)
+    scale = torch.linalg.solve(ridged, right + (ridged - gram) @ plain)
+    mixing = (scale @ gram @ scale - 2 * scale @ cross + squares["answer"]).clamp_min(0)
+    whole = squares["dense"]
+    return scale, {
+        "load": load / tokens.shape[0],
+        "gate_error": _ratio(squares["gate_change"], squares["gate"]),
+        "mixing_error": _ratio(mixing, whole),
+        **{
+            f"{name}_error": _ratio(squares[name], whole)
+            for name in ("low_rank", "selection", "best_selection")
+        },
+    }
+
+
+def _with_ridge(square: Tensor, share: float) -> Tensor:
+    """A positive semidefinite matrix plus `share` of its mean diagonal, or of 1 if it is 0."""
+    mean = square.diagonal().mean()
+    diagonal = torch.full_like(square[0], share) * torch.where(mean > 0, mean, 1.0)
+    return square + torch.diag(diagonal)
+
+
+def _run_experts(experts: _Experts, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums of squares of the gates and of their change, outputs with exact and factored gates, norms.
+
+    The outputs are `[tokens, experts, dim]`, unweighted; the norms `[tokens, experts]`.
+    """
+    gate_square, gate_change = x.new_zeros(2)
+    exact, factored, norms = [], [], []
+    for expert in range(experts.gate.shape[0]):
+        gate, value = x @ experts.gate[expert].T, x @ experts.w_p[expert].T
+        cache = x @ experts.w_down[expert].T
+        approximation = cache @ experts.w_up[expert].T
+        gate_square += gate.square().sum()
+        gate_change += (gate - approximation).square().sum()
+        exact.append((F.silu(gate) * value) @ experts.w_o[expert])
+        factored.append((F.silu(approximation) * value) @ experts.w_o[expert])
+        norms.append(torch.linalg.vector_norm(cache, dim=1))
+    return gate_square, gate_change, torch.stack(exact, 1), torch.stack(factored, 1), torch.stack(norms, 1)
+
+
+def _largest(scores: Tensor, top_k: int) -> Tensor:
+    """Mask of the top_k largest scores of each token, ties to the lowest id."""
+    indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
+
+
+def _fill(
+    layer: AutonomyOfExperts, experts: _Experts, scale: Tensor, shared: _Dense, dtype: torch.dtype
+) -> None:
+    layer.w_down, layer.w_up, layer.w_p, layer.w_o = (
+        nn.Parameter(weight.to(dtype))
+        for weight in (experts.w_down, experts.w_up, experts.w_p, experts.w_o * scale[:, None, None])
+    )
+    layer.selection_bias = torch.zeros(len(scale), device=scale.device)
+    if layer.shared is not None:
+        layer.shared.gate_up.weight = nn.Parameter(torch.cat([shared.gate, shared.up]).to(dtype))
+        layer.shared.down.weight = nn.Parameter(shared.out.T.to(dtype).contiguous())
+
+
+@torch.no_grad()
+def _output_error(layer: AutonomyOfExperts, dense: _Dense, tokens: Tensor) -> float:
+    change, square = dense.gate.new_zeros(2)
+    for x in _blocks(tokens, dense.gate.shape[0]):
+        y = dense(x)
+        change += (layer(x.to(layer.w_p.dtype)).double() - y).square().sum()
+        square += y.square().sum()
+    layer.last_load = layer.balance_loss = None
+    return _ratio(change, square)
+
+
+def _ratio(change: Tensor, square: Tensor) -> float:
+    """Root of a ratio of sums of squares; 0 / 0 is 0."""
+    return float((change / square).sqrt()) if change > 0 else 0.0
+
+
+def _group(profiles: Tensor, number: int, names: Tensor) -> Tensor:
+    """Balanced k-means: the names of the rows in each group `[number, ceil(rows / number)]`, -1 to fill.
+
+    The best of all assignments met from several beginnings: with equal sizes k-means is easily stuck, and
+    the sum of squares need not fall in every round.
+    """
+    points = profiles.float().cpu()
+    sizes = torch.full((number,), len(points) // number)
+    sizes[: len(points) % number] += 1
+    generator = torch.Generator().manual_seed(0)
+    runs = [
+        _balanced_kmeans(points, sizes, _beginning(points, number, generator)) for _ in range(_BEGINNINGS)
+    ]
+    labels = _swapped(points, min(runs, key=lambda run: run[0])[1], sizes)
+    rows = names[torch.argsort(labels, stable=True).to(names.device)].split(sizes.tolist())
+    return torch.stack([F.pad(row, (0, int(sizes.max()) - len(row)), value=-1) for row in rows])
+
+
+def _balanced_kmeans(points: Tensor, sizes: Tensor, centres: Tensor) -> tuple[float, Tensor]:
+    """(sum of squares, label of every point) of the best round."""
+    best = (torch.inf, torch.zeros(0, dtype=torch.int64))
+    for _ in range(30):
+        labels = _assign(_distances(points, centres), sizes)
+        centres = _centres(points, labels, sizes)
+        spread = float((points - centres[labels]).square().sum())
+        if spread >= best[0] * (1 - 1e-6):
+            break
+        best = (spread, labels)
+    return best
+
+
+def _beginning(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """k-means++: points drawn by their squared distance from the nearest of those before (Arthur, 2007)."""
+    odds = torch.ones(len(points))
+    chosen = []
+    for _ in range(number):
+        chosen.append(int(torch.multinomial(odds, 1, generator=generator)))
+        distances = (points - points[chosen[-1]]).square().sum(1)
+        odds = distances if len(chosen) == 1 else torch.minimum(odds, distances)
+        odds = odds if odds.sum() > 0 else torch.ones_like(odds)  # fewer different points than groups
+    return points[chosen]
+
+
+def _centres(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    return points.new_zeros(len(sizes), points.shape[1]).index_add_(0, labels, points) / sizes[:, None]
+
+
+def _distances(points: Tensor, centres: Tensor) -> Tensor:
+    """Squared, less the square of the point, which no comparison for a point needs."""
+    return centres.square().sum(1) - 2 * points @ centres.T
+
+
+def _swapped(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """Points change places between two groups as long as that lowers the sum of squares."""
+    for _ in range(20):
+        before, labels = labels, labels.clone()
+        distances = _distances(points, _centres(points, labels, sizes))
+        for one, other in combinations(range(len(sizes)), 2):
+            pair = []
+            for here, there in ((one, other), (other, one)):
+                rows = (labels == here).nonzero()[:, 0]
+                gain, order = (distances[rows, here] - distances[rows, there]).sort(
+                    descending=True, stable=True
+                )
+                pair.append((gain, rows[order]))
+            (gains, rows), (other_gains, other_rows) = pair
+            least = min(len(rows), len(other_rows))
+            swaps = int((gains[:least] + other_gains[:least] > 1e-6).sum())
+            labels[rows[:swaps]], labels[other_rows[:swaps]] = other, one
+        if torch.equal(labels, before):
+            break
+    return labels
+
+
+def _assign(distances: Tensor, sizes: Tensor) -> Tensor:
+    """A centre for every point: each takes the nearest with room, which takes its nearest points first."""
+    labels, room = torch.full((len(distances),), -1), sizes.clone()
+    rows = torch.arange(len(distances))
+    while len(rows):
+        nearest, choice = distances[rows].masked_fill(room == 0, torch.inf).min(1)
+        for centre in choice.unique().tolist():
+            mine = choice == centre
+            taken = rows[mine][torch.argsort(nearest[mine], stable=True)][: room[centre]]
+            labels[taken] = centre
+            room[centre] -= len(taken)
+        rows = rows[labels[rows] < 0]
+    return labels
+
+
+def _validate(
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    num_experts: int,
+    rank: int,
+    calibration: Tensor | None,
+    shared_hidden: int,
+    score: str,
+    sharpness: float,
+) -> None:
+    check_tensor("w_gate", w_gate, ["hidden", "dim"])
+    check_floating("w_gate", w_gate)
+    hidden, dim = w_gate.shape
+    check_tensor("w_up", w_up, [hidden, dim])
+    check_tensor("w_down", w_down, [dim, hidden])
+    check_alike("w_gate", w_gate, w_up=w_up, w_down=w_down)
+    if not 0 <= shared_hidden < hidden:
+        raise ValueError(f"shared_hidden must be from 0 to {hidden - 1}, got {shared_hidden}.")
+    if not 1 <= num_experts <= hidden - shared_hidden:
+        left = f"the {hidden - shared_hidden} neurons that are not shared"
+        raise ValueError(f"num_experts must be from 1 to {left}, got {num_experts}.")
+    if not 1 <= rank <= dim:
+        raise ValueError(f"rank must be from 1 to dim, {dim}, got {rank}.")
+    check_choice("score", score, SCORES)
+    if not 0 < sharpness < float("inf"):
+        raise ValueError(f"sharpness must be positive and finite, got {sharpness}.")
+    if calibration is not None:
+        check_tensor("calibration", calibration, ["tokens", dim])
+        check_floating("calibration", calibration)
+        check_device("w_gate", w_gate, calibration=calibration)
+        if not len(calibration):
+            raise ValueError("calibration must have at least one token, got none.")
+        if not calibration.isfinite().all():
+            raise ValueError("calibration must be finite, got NaN or infinity.")
