@@ -40,7 +40,9 @@ def test_few_tokens(tokens, backend, device, dtype):
     check(make_inputs(device, dtype, tokens=tokens), 2, "topk_softmax", backend)
 
 
-@pytest.mark.parametrize(("dim", "rank", "hidden"), [(100, 40, 70), (768, 256, 1024)])
+@pytest.mark.parametrize(
+    ("dim", "rank", "hidden"), [(100, 40, 70), (768, 256, 1024), (1280, 400, 512), (64, 16, 6470)]
+)
 def test_odd_and_large_widths(dim, rank, hidden, backend, device, dtype):
     inputs = make_inputs(device, dtype, tokens=1000, dim=dim, rank=rank, hidden=hidden)
     check(inputs, 2, "topk_softmax", backend)
@@ -66,6 +68,28 @@ def test_zero_rows_tie_to_the_first_experts(backend, device, dtype):
     assert (aux.indices[::3] == torch.arange(2, device=device)).all()
     grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_many_experts(backend, device, dtype):
+    check(make_inputs(device, dtype, tokens=1000, experts=64, rank=16), 8, "topk_softmax", backend)
+
+
+@pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
+def test_gradients_through_the_auxiliary_outputs(weighting, backend, device, dtype):
+    """The dense path: every expert's norm has a gradient."""
+    inputs = make_inputs(device, dtype)
+    with torch.no_grad():
+        _, aux = aoe(*inputs, 2, weighting=weighting, return_aux=True, backend=backend)
+
+    def run(*tensors):
+        y, found = aoe(*tensors, 2, weighting=weighting, return_aux=True, backend=backend)
+        return y, found.norms, found.balance_loss[None]
+
+    def oracle(*tensors):
+        y, norms, *_, balance_loss = reference.aoe(*tensors, 2, weighting=weighting, indices=aux.indices)
+        return y, norms, balance_loss[None]
+
+    check_against_reference(run, oracle, inputs)
 
 
 def test_runs_repeat_bit_for_bit(backend, device, dtype):

@@ -1,12 +1,12 @@
-"""CUDA graphs and torch.compile: forward and backward of the attention ops without a host sync or a recompile."""
+"""CUDA graphs and torch.compile: forward and backward of the ops without a host sync or a recompile."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vot_kernels import PackedLayout, hybrid_attention, linear_attention, packed_attention
+from vot_kernels import PackedLayout, aoe, hybrid_attention, linear_attention, moe, packed_attention
 from vot_kernels.ops.dispatch import describe_backends
-from vot_kernels.testing import make_qkv, make_tensor
+from vot_kernels.testing import make_experts, make_moe, make_qkv, make_tensor
 
 OP = "hybrid_attention"
 pytestmark = pytest.mark.gpu
@@ -37,29 +37,66 @@ def results(call, leaves, grad, layout, backend):
     return [out, *torch.autograd.grad(out, leaves, grad, materialize_grads=True)]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_captured_step_replays_on_new_numbers(name, device):
-    """Only kernels are captured: no host sync, and new contents of the same buffers are honoured."""
-    if device.type != "cuda" or describe_backends(device, torch.bfloat16)[OP]["triton"]:
-        pytest.skip("there is no Triton kernel to capture")
-    layout = PackedLayout.from_lengths((300, 0, 45), group_size=64, device=device)
-    leaves = make_leaves(345, device)
-    grad = make_tensor(345, 4, 64, seed=7, dtype=torch.bfloat16, device=device)
-    step = (CALLS[name], leaves, grad, layout, "triton")
+def check_replay(step, buffers):
+    """Capture `step()`, put new numbers into the `buffers` it reads, and replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled here, not while capturing
-        results(*step)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = results(*step)
+        captured = step()
     with torch.no_grad():
-        for x in (*leaves, grad):
+        for x in buffers:
             x.normal_()
     graph.replay()
-    for a, b in zip(captured, results(*step), strict=True):
+    for a, b in zip(captured, step(), strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
+
+
+def skip_without_kernels(op, device):
+    if device.type != "cuda" or describe_backends(device, torch.bfloat16)[op]["triton"]:
+        pytest.skip("there is no Triton kernel to capture")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_captured_step_replays_on_new_numbers(name, device):
+    """Only kernels are captured: no host sync, and new contents of the same buffers are honoured."""
+    skip_without_kernels(OP, device)
+    layout = PackedLayout.from_lengths((300, 0, 45), group_size=64, device=device)
+    leaves = make_leaves(345, device)
+    grad = make_tensor(345, 4, 64, seed=7, dtype=torch.bfloat16, device=device)
+    check_replay(lambda: results(CALLS[name], leaves, grad, layout, "triton"), [*leaves, grad])
+
+
+@pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_a_captured_aoe_replays_on_new_numbers(top_k, weighting, device):
+    """New tokens choose other experts: the loads of the captured grid are not those it was captured with."""
+    skip_without_kernels("aoe", device)
+    x, *weights = make_experts(345, 96, 8, 32, 112, dtype=torch.bfloat16, device=device)
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+
+    def step():
+        y, aux = aoe(*leaves, top_k, weighting=weighting, return_aux=True, backend="triton")
+        loss = y.float().square().mean() + aux.balance_loss
+        return [y, aux.load, *torch.autograd.grad(loss, leaves)]
+
+    check_replay(step, leaves[:1])
+
+
+def test_a_captured_moe_replays_on_new_numbers(device):
+    skip_without_kernels("moe", device)
+    x, a, b, idx, w = make_moe(345, 96, 8, 112, dtype=torch.bfloat16, device=device)
+    scores = make_tensor(345, 8, seed=11, device=device)
+    leaves = [t.requires_grad_() for t in (x, a, b, w)]
+
+    def step():
+        y = moe(x, a, b, scores.topk(2).indices, w, backend="triton")
+        return [y, *torch.autograd.grad(y.float().square().mean(), leaves)]
+
+    check_replay(step, [x, scores])
 
 
 @pytest.mark.parametrize("name", ["hybrid", "linear causal"])

@@ -1,0 +1,1 @@
+"""Device code of Autonomy-of-Experts and plain mixtures of experts."""
