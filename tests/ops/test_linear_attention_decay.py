@@ -1,21 +1,20 @@
-"""Causal linear attention that forgets, a decay per head: the torch backend and the reference by the definition."""
+"""Causal linear attention that forgets, a decay per head: the torch backend and the reference by the definition.
+
+The Triton kernels with a decay are tested with the others, in `test_linear_attention_triton.py`.
+"""
 
 import math
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
 
 from vot_kernels.ops import linear_attention as module
-from vot_kernels.ops._launch import record_launches
-from vot_kernels.ops.dispatch import CAPABILITIES, Inputs, select
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.reference import attention as reference
 from vot_kernels.testing import (
     PACKINGS,
-    assert_close_to_exact,
     check_against_reference,
     make_qkv,
     make_tensor,
@@ -244,7 +243,8 @@ def test_opcheck():
     arguments = (q, k, v, layout.cu_seqlens, layout.host_cu_seqlens, "elu", True, "torch", decay)
     out, inverse = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
-    torch.library.opcheck(backward, (torch.ones_like(out), out, inverse, *arguments))
+    for wanted in (False, True):
+        torch.library.opcheck(backward, (torch.ones_like(out), out, inverse, *arguments, wanted))
     for x in (q, k, v, decay):
         x.requires_grad_()
     torch.library.opcheck(torch.ops.vot_kernels.linear_attention_fwd.default, arguments)
@@ -271,23 +271,19 @@ def test_compiles_once_for_all_packings():
     assert counter.frame_count == 1
 
 
-def test_dispatch():
-    """No kernel takes a decay: "triton" says so, "auto" goes on to torch, also where the kernel would run."""
-    accepts, cuda = CAPABILITIES["linear_attention"]["triton"], torch.device("cuda")
-    reason = "no Triton kernel takes a log_decay in this version"
-    assert accepts(Inputs(cuda, torch.float32, 64, decay=True)) == [reason]
-    with FakeTensorMode():  # looks like a GPU's, needs none
-        on_gpu = torch.empty(40, 2, 64, device=cuda)
-        assert select("linear_attention", "auto", on_gpu) == "triton"
-        assert select("linear_attention", "auto", on_gpu, decay=True) == "torch"
-    layout, inputs, decay = PackedLayout.from_lengths((40,)), make_qkv(40), log_decays(0.9, 0.5)
-    with pytest.raises(ValueError, match=reason):
-        linear_attention(*inputs, layout, causal=True, log_decay=decay, backend="triton")
-    with record_launches("sm_90") as launches:
-        out = linear_attention(*inputs, layout, causal=True, log_decay=decay)
-    expected = reference.linear_attention(*inputs, layout, causal=True, log_decay=decay)[0]
-    assert not launches
-    assert_close_to_exact(out, expected, expected.double(), roundings=16.0)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_fixed_decay_has_no_gradient():
+    """And that of the tokens is the same bits."""
+    layout, grad = PackedLayout.from_lengths((19, 5)), make_tensor(24, 2, 16)
+    inputs = make_qkv(24, requires_grad=True)
+    results = []
+    for learned in (False, True):
+        decay = log_decays(0.9, 0.5).requires_grad_(learned)
+        out = linear_attention(*inputs, layout, causal=True, log_decay=decay, backend="torch")
+        results.append(torch.autograd.grad(out, inputs, grad, retain_graph=True))
+        if learned:
+            assert (torch.autograd.grad(out, decay, grad)[0] != 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,22 @@ def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) ->
 
 
 def running_states(
-    rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str, *, reverse: bool = False
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    *,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
-    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it."""
-    partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, None)
-    return scan_states(partials, bounds, reverse=reverse, tile=tile)
+    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it.
+
+    log_decay: float32 `[kv_heads]`; then kv_heads counts query heads, and several may read one head of `rows`.
+    """
+    partials, tile = _tile_states(
+        rows, bounds, kv_heads, feature_map, None, log_decay, reverse=reverse and log_decay is not None
+    )
+    return scan_states(partials, bounds, reverse=reverse, tile=tile, log_decay=log_decay)
 
 
 def scan_states(
@@ -77,6 +88,7 @@ def scan_states(
     reverse: bool = False,
     tile: int = 0,
     out: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> Tensor:
     """Sums of the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
 
@@ -85,11 +97,12 @@ def scan_states(
         bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
             slots being tiles of as many rows.
         out: add to this instead of writing a new tensor.
+        log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
     """
     from vot_kernels.kernels.attention.states import _scan_states_kernel
 
     kv_heads, size = states.shape[1:]
-    config = _config("scan_states", states)
+    config = _config("scan_states", states, decay=int(log_decay is not None))
     sums = torch.empty_like(states) if out is None else out
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
@@ -101,6 +114,7 @@ def scan_states(
         config,
         states_ptr=states,
         sums_ptr=sums,
+        log_decay_ptr=log_decay,
         bounds_ptr=bounds,
         kv_heads=kv_heads,
         lag=lag,
@@ -120,10 +134,11 @@ def linear_attention_forward(
     host_cu_seqlens: Tensor,
     feature_map: str,
     causal: bool,
+    log_decay: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
     q, k, v = map(_addressable, (q, k, v))
-    pass_ = _Pass(cu_seqlens, host_cu_seqlens, feature_map, causal, k.shape[1])
+    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     rows = Rows(k, v)
     return pass_.values(q, rows, pass_.states(rows), normalise=True)
 
@@ -139,28 +154,59 @@ def linear_attention_backward(
     host_cu_seqlens: Tensor,
     feature_map: str,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv. The states of k and v are made again: they may outweigh the inputs."""
+    log_decay: Tensor | None,
+    decay_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, and float32 that of log_decay if wanted.
+
+    The states of k and v are made again: they may outweigh the inputs.
+    """
     grad, q, k, v = map(_addressable, (grad, q, k, v))
-    pass_ = _Pass(cu_seqlens, host_cu_seqlens, feature_map, causal, k.shape[1])
-    rows = Rows(k, v)
+    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    keys = Rows(k, v)
     last = torch.empty_like(inverse)  # -do.out, written with dq
-    dq = pass_.features(grad, q, rows, inverse, last, out, None, pass_.states(rows))
-    rows = Rows(q, grad, inverse, last)
-    states = pass_.states(rows, reverse=True)
-    dv, dv_last = pass_.values(k, rows, states, reverse=True)
-    return dq, pass_.features(v, k, rows, inverse, last, dv, dv_last, states), dv
+    before = pass_.states(keys)
+    dq = pass_.features(grad, q, keys, inverse, last, out, None, before)
+    queries = Rows(q, grad, inverse, last)
+    after = pass_.states(queries, reverse=True)
+    dv, dv_last = pass_.values(k, queries, after, reverse=True)
+    dk = pass_.features(v, k, queries, inverse, last, dv, dv_last, after)
+    d_decay = pass_.decay(queries, keys, before, after) if decay_gradient else None
+    return dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """What all launches of one forward or backward share."""
+    """What all launches of one forward or backward share.
+
+    Attributes:
+        state_heads: heads that have states: those of k, or with a decay, which tells heads of one key apart, of q.
+        log_decay: float32 `[state_heads]`, side by side, or None.
+    """
 
     cu_seqlens: Tensor
     host_cu_seqlens: Tensor
     feature_map: str
     causal: bool
-    kv_heads: int
+    state_heads: int
+    log_decay: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        cu_seqlens: Tensor,
+        host_cu_seqlens: Tensor,
+        feature_map: str,
+        causal: bool,
+        log_decay: Tensor | None,
+    ) -> "_Pass":
+        """Of these queries and keys; log_decay in any floating dtype."""
+        if log_decay is None:
+            return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, k.shape[1], None)
+        log_decay = log_decay.to(torch.float32).contiguous()
+        return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, q.shape[1], log_decay)
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """What each tile begins with; None if every segment is one tile, which finds it on its own."""
@@ -168,16 +214,24 @@ class _Pass:
         if not lengths.numel() or int(lengths.max()) <= _states_config(rows).blocks["TILE"]:
             return None
         if self.causal:
-            return running_states(rows, self.cu_seqlens, self.kv_heads, self.feature_map, reverse=reverse)
-        return group_states(rows, self.cu_seqlens, self.kv_heads, self.feature_map)
+            return running_states(
+                rows,
+                self.cu_seqlens,
+                self.state_heads,
+                self.feature_map,
+                log_decay=self.log_decay,
+                reverse=reverse,
+            )
+        return group_states(rows, self.cu_seqlens, self.state_heads, self.feature_map)
 
     def values(
         self, x: Tensor, rows: Rows, states: Tensor | None, *, normalise: bool = False, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """phi(x) applied to S, and to z."""
+        """phi(x) applied to S, and to z; heads that share one of x are apart."""
         from vot_kernels.kernels.attention.linear_rows import _linear_values_kernel
 
-        out, out_last = x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+        out = self._new_rows(x)
+        out_last = x.new_empty(out.shape[:2], dtype=torch.float32)
         config = self._config("linear_values", x)
         launch(
             _linear_values_kernel,
@@ -187,6 +241,7 @@ class _Pass:
             **_pointers(rows),
             weights_ptr=rows.weights,
             last_ptr=rows.last,
+            log_decay_ptr=self.log_decay,
             states_ptr=states,
             bounds_ptr=self.cu_seqlens,
             out_ptr=out,
@@ -209,10 +264,10 @@ class _Pass:
         out_last: Tensor | None,
         states: Tensor | None,
     ) -> Tensor:
-        """The gradient of `own`, q or k; `out_last` is given on the side of k."""
+        """The gradient of `own`, q or k, as `values` has it; `out_last` is given on the side of k."""
         from vot_kernels.kernels.attention.linear_rows import _linear_features_kernel
 
-        gradient = own.new_empty(own.shape)
+        gradient = self._new_rows(own)
         config = self._config("linear_features", x)
         launch(
             _linear_features_kernel,
@@ -223,6 +278,7 @@ class _Pass:
             **_pointers(rows),
             weights_ptr=weights,
             last_ptr=last,
+            log_decay_ptr=self.log_decay,
             out_ptr=out.contiguous(),
             out_last_ptr=out_last,
             states_ptr=states,
@@ -235,23 +291,83 @@ class _Pass:
         )
         return gradient
 
+    def decay(self, queries: Rows, keys: Rows, before: Tensor | None, after: Tensor | None) -> Tensor:
+        """The gradient of log_decay, float32 `[heads]`."""
+        from vot_kernels.kernels.attention import linear_decay
+
+        tokens, heads, head_dim = queries.features.shape
+        tile = _states_config(keys).blocks["TILE"]
+        tiles = tokens // tile + self.cu_seqlens.shape[0] - 1
+        arguments = {
+            "query_ptr": queries.features,
+            "grad_ptr": queries.values,
+            "key_ptr": keys.features,
+            "value_ptr": keys.values,
+            "weights_ptr": queries.weights,
+            "last_ptr": queries.last,
+            "log_decay_ptr": self.log_decay,
+            "bounds_ptr": self.cu_seqlens,
+            **_strides("query", queries.features),
+            **_strides("grad", queries.values),
+            **_strides("key", keys.features),
+            **_strides("value", keys.values),
+            "num_segments": self.cu_seqlens.shape[0] - 1,
+            "heads": heads,
+            "shared": heads // keys.values.shape[1],
+            "HEAD_DIM": head_dim,
+            "FEATURE_MAP": self.feature_map,
+            "TILE": tile,
+        }
+        config = _config("decay_pairs", keys.values, head_dim=_padded(head_dim))
+        sums = keys.values.new_empty((tiles, heads, 1), dtype=torch.float32)
+        launch(
+            linear_decay._decay_pairs_kernel, lambda _: (tiles * heads,), config, out_ptr=sums, **arguments
+        )
+        if before is None:
+            return sums.sum((0, 2))
+        config = _config("decay_states", keys.values, head_dim=_padded(head_dim))
+        others = sums.new_empty((tiles, heads, _blocks(head_dim, config.blocks["BLOCK_V"])))
+        launch(
+            linear_decay._decay_states_kernel,
+            (others.numel(),),
+            config,
+            before_ptr=before,
+            after_ptr=after,
+            out_ptr=others,
+            **arguments,
+        )
+        return sums.sum((0, 2)) + others.sum((0, 2))
+
     def _config(self, kernel: str, x: Tensor) -> Config:
-        return _config(kernel, x, head_dim=_padded(x.shape[2]), causal=int(self.causal))
+        key = {"causal": int(self.causal), "decay": int(self.log_decay is not None)}
+        return _config(kernel, x, head_dim=_padded(x.shape[2]), **key)
+
+    def _heads(self, x: Tensor) -> int:
+        """Heads of x, those that share one counted each."""
+        return max(x.shape[1], self.state_heads)
+
+    def _new_rows(self, x: Tensor) -> Tensor:
+        """Room for rows like those of x, float32 where heads that share one are yet to be added up."""
+        heads = self._heads(x)
+        dtype = x.dtype if heads == x.shape[1] else torch.float32
+        return x.new_empty((x.shape[0], heads, x.shape[2]), dtype=dtype)
 
     def _grid(self, x: Tensor, rows: Rows, block: int) -> tuple[int]:
         """One program per tile, head and block of columns; the slack is one more segment."""
         tiles = x.shape[0] // _states_config(rows).blocks["TILE"] + self.cu_seqlens.shape[0]
-        return (tiles * x.shape[1] * _blocks(x.shape[2], block),)
+        return (tiles * self._heads(x) * _blocks(x.shape[2], block),)
 
     def _sizes(self, x: Tensor, rows: Rows) -> dict[str, int | bool | str]:
+        heads, other_heads = self._heads(x), self._heads(rows.values)
         return {
             **_strides("features", rows.features),
             **_strides("values", rows.values),
             "num_tokens": x.shape[0],
             "num_segments": self.cu_seqlens.shape[0] - 1,
-            "heads": x.shape[1],
-            "other_heads": rows.values.shape[1],
-            "repeats": max(rows.values.shape[1] // x.shape[1], 1),
+            "heads": heads,
+            "other_heads": other_heads,
+            "repeats": max(other_heads // heads, 1),
+            "shared": self.state_heads // min(x.shape[1], rows.values.shape[1]),
             "HEAD_DIM": x.shape[2],
             "FEATURE_MAP": self.feature_map,
             "CAUSAL": self.causal,
@@ -260,7 +376,13 @@ class _Pass:
 
 
 def _tile_states(
-    rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str, states: Tensor | None
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    states: Tensor | None,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, int]:
     """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
     from vot_kernels.kernels.attention.states import _group_states_kernel
@@ -276,6 +398,7 @@ def _tile_states(
         **_pointers(rows),
         weights_ptr=rows.weights,
         last_ptr=rows.last,
+        log_decay_ptr=log_decay,
         bounds_ptr=bounds,
         states_ptr=states,
         partials_ptr=partials,
@@ -283,10 +406,12 @@ def _tile_states(
         **_strides("values", rows.values),
         num_groups=bounds.shape[0] - 1,
         kv_heads=kv_heads,
-        repeats=heads // kv_heads,
+        repeats=max(heads // kv_heads, 1),
+        shared=max(kv_heads // heads, 1),
         WIDTH=width,
         HEAD_DIM=rows.values.shape[2],
         FEATURE_MAP=feature_map,
+        REVERSE=reverse,
     )
     return partials, config.blocks["TILE"]
 
@@ -306,6 +431,11 @@ def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:
 
 def _state_size(rows: Rows) -> int:
     return rows.features.shape[2] * (rows.values.shape[2] + 1)
+
+
+def _fold_heads(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, the heads that share one of `like` added up."""
+    return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
 
 
 def _pointers(rows: Rows) -> dict[str, Tensor]:

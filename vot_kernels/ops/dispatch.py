@@ -36,14 +36,12 @@ class Inputs:
         dtype: of the tensors that are computed on.
         head_dim: size of the last dimension; None where it is not known yet, which refuses nothing.
         width: size of the last dimension of given features, None where there are none.
-        decay: is a decay of linear attention given?
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
     width: int | None = None
-    decay: bool = False
 
 
 Predicate = Callable[[Inputs], list[str]]
@@ -77,8 +75,6 @@ def _attention_kernel(inputs: Inputs) -> list[str]:
         reasons.append(f"head_dim {inputs.head_dim} is not from 16 to 256")
     if inputs.width is not None and not 16 <= inputs.width <= 256:
         reasons.append(f"feature width {inputs.width} is not from 16 to 256")
-    if inputs.decay:
-        reasons.append("no Triton kernel takes a log_decay in this version")
     return reasons
 
 
@@ -87,11 +83,11 @@ CAPABILITIES: dict[str, dict[str, Predicate]] = {
 }
 for _op in ("hybrid_attention", "packed_attention", "linear_attention"):
     CAPABILITIES[_op]["triton"] = _attention_kernel
+for _op in ("aoe", "moe"):
+    CAPABILITIES[_op]["triton"] = _kernel
 
 
-def select(
-    op: str, backend: str, tensor: Tensor, features: Tensor | None = None, *, decay: bool = False
-) -> str:
+def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
     """The backend that serves `op` for inputs like `tensor`.
 
     Args:
@@ -100,7 +96,6 @@ def select(
             the interpreter of Triton, which is for tests.
         tensor: the op's main input; its device, dtype and last dimension decide.
         features: features that are given in place of a feature map, if any.
-        decay: whether a decay is given (linear attention).
 
     Raises:
         ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
@@ -111,7 +106,7 @@ def select(
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
     width = None if features is None else features.shape[-1]
-    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width, decay)
+    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width)
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)

@@ -73,7 +73,7 @@ def linear_attention(
     check_choice("causal", causal, (False, True))
     if log_decay is not None:
         _check_decay(log_decay, q, causal)
-    chosen = select("linear_attention", backend, q, decay=log_decay is not None)
+    chosen = select("linear_attention", backend, q)
     if chosen == "reference":
         return reference.linear_attention(
             q, k, v, layout, feature_map=feature_map, causal=causal, log_decay=log_decay
@@ -109,7 +109,7 @@ def _linear_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The output, and for the backward 1 / Z `[tokens, heads]`, 0 where Z is 0."""
     if backend == "triton":
-        return linear_attention_forward(q, k, v, cu_seqlens, host_cu_seqlens, feature_map, causal)
+        return linear_attention_forward(q, k, v, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
     out = q.new_empty(q.shape)
     inverse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -177,15 +177,18 @@ def _linear_attention_bwd(
     causal: bool,
     backend: str = "torch",
     log_decay: Tensor | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and that of log_decay, empty without one.
+    """dq, dk, dv and that of log_decay, empty without one or if not wanted.
 
     With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold.
     """
-    d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
+    wanted = log_decay is not None and decay_gradient
+    d_decay = _new_decay_gradient(q, log_decay, decay_gradient)
     if backend == "triton":
         tensors = (grad, out, inverse, q, k, v, cu_seqlens, host_cu_seqlens)
-        return *linear_attention_backward(*tensors, feature_map, causal), d_decay
+        dq, dk, dv, found = linear_attention_backward(*tensors, feature_map, causal, log_decay, wanted)
+        return dq, dk, dv, d_decay if found is None else found.to(d_decay.dtype)
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     for heads, kv_heads in _head_chunks(plan, q, k, log_decay):
@@ -201,9 +204,16 @@ def _linear_attention_bwd(
         *parts, d_log = _backward(plan, *inputs, feature_map, causal, decay)
         for part, rows in zip(parts, (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads]), strict=True):
             to_tokens(part, rows)
-        if d_log is not None:
+        if d_log is not None and wanted:
             d_decay[heads] = d_log.to(d_decay.dtype)
     return dq, dk, dv, d_decay
+
+
+def _new_decay_gradient(q: Tensor, log_decay: Tensor | None, wanted: bool) -> Tensor:
+    """Room for it, empty if there is none."""
+    if log_decay is None or not wanted:
+        return q.new_empty(0)
+    return log_decay.new_empty(log_decay.shape)
 
 
 def _backward(
@@ -300,8 +310,9 @@ def _(
     causal: bool,
     backend: str = "torch",
     log_decay: Tensor | None = None,
+    decay_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
+    d_decay = _new_decay_gradient(q, log_decay, decay_gradient)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_decay
 
 
@@ -316,8 +327,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     if grad is None:
         return (None,) * 9
     *tensors, log_decay = ctx.saved_tensors
-    *grads, d_decay = _linear_attention_bwd(grad, *tensors, *ctx.options, log_decay)
-    return (*grads, *(None,) * 5, None if log_decay is None else d_decay)
+    wanted = log_decay is not None and ctx.needs_input_grad[8]
+    *grads, d_decay = _linear_attention_bwd(grad, *tensors, *ctx.options, log_decay, wanted)
+    return (*grads, *(None,) * 5, d_decay if wanted else None)
 
 
 _linear_attention_fwd.register_autograd(_differentiate, setup_context=_save)

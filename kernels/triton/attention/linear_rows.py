@@ -11,13 +11,25 @@ over all rows of the segment, or j <= i. A program walks the rows of one tile by
 the state from block to block, backwards for the key side, and adds the triangle of its own block. S is split by
 columns in the first kernel and by rows in the second, so that a block of it fits into registers.
 Rows past the last segment are slack, a segment of its own that is set to 0.
+
+With a decay the carried state counts from the start of the block (on the way back: from its end): a row reads it times
+exp(log_decay * distance), a row adds itself likewise to the next one, and the triangle decays from row to row.
 """
 
 import triton
 import triton.language as tl
 
 from ..common.tiles import locate_tile
-from .states import dot, load_block, load_column, load_features, load_state, store_block, tile_state
+from .states import (
+    decay_over,
+    dot,
+    load_block,
+    load_column,
+    load_features,
+    load_state,
+    store_block,
+    tile_state,
+)
 
 
 @triton.jit
@@ -36,6 +48,21 @@ def _triangle(scores, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
     row = tl.arange(0, BLOCK_T)[:, None]
     other = tl.arange(0, BLOCK_T)[None, :]
     return tl.where((row <= other) if REVERSE else (row >= other), scores, 0.0)
+
+
+@triton.jit
+def _block_decays(log_decay, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Factors of a block: of the state as a row reads it and of a row in the next state, both `[BLOCK_T]`, of the
+    state from block to block, and between two rows `[BLOCK_T, BLOCK_T]`."""
+    place = tl.arange(0, BLOCK_T)
+    from_start = decay_over(log_decay, place)
+    to_end = decay_over(log_decay, BLOCK_T - place)
+    between = decay_over(log_decay, tl.abs(place[:, None] - place[None, :]))
+    across = decay_over(log_decay, tl.full([], BLOCK_T, tl.int32))
+    if REVERSE:
+        return to_end, from_start, across, between
+    else:
+        return from_start, to_end, across, between
 
 
 @triton.jit
@@ -88,6 +115,7 @@ def _first_state(
             other_heads,
             head * other_heads // heads,
             repeats,
+            None,
             first,
             end,
             row,
@@ -95,6 +123,8 @@ def _first_state(
             HEAD_DIM,
             HEAD_DIM,
             FEATURE_MAP,
+            False,
+            False,
             BLOCK_T,
             ROWS,
             COLUMNS,
@@ -109,6 +139,7 @@ def _linear_values_kernel(
     values_ptr,
     weights_ptr,
     last_ptr,
+    log_decay_ptr,
     states_ptr,
     bounds_ptr,
     out_ptr,
@@ -124,6 +155,7 @@ def _linear_values_kernel(
     heads,
     other_heads,
     repeats,
+    shared,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -138,7 +170,9 @@ def _linear_values_kernel(
     x `[tokens, heads, HEAD_DIM]`; features, values `[tokens, other_heads, HEAD_DIM]` with weights, last float32
     `[tokens, other_heads]` or None: the rows that make S. states: a slot per segment, or per tile if CAUSAL; None
     where every segment is one tile, whose state is then summed here. out `[tokens, heads, HEAD_DIM]`,
-    out_last float32 `[tokens, heads]`. Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
+    out_last float32 `[tokens, heads]`. log_decay: float32 `[heads]` or None, causal alone. With it heads and
+    other_heads both count query heads, and `shared` of them read one head of keys: of features and values, or
+    (REVERSE) of x; without it `shared` is 1. Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
     BLOCK_F: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -198,17 +232,26 @@ def _linear_values_kernel(
         BLOCK_V,
     )
 
-    x_ptr += head * x_head_stride
+    if log_decay_ptr is not None:
+        log_decay = tl.load(log_decay_ptr + head)
+        x_decay, y_decay, across, between = _block_decays(log_decay, REVERSE, BLOCK_T)
+    x_ptr += (head // shared if REVERSE else head) * x_head_stride
     for i in range(blocks):
         row = first + (blocks - 1 - i if REVERSE else i) * BLOCK_T
         x = load_features(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
         sums = dot(x, state, TYPE)
         last = tl.sum(x * normaliser[None, :], 1)
+        if log_decay_ptr is not None:
+            sums *= x_decay[:, None]
+            last *= x_decay
+            state *= across
+            normaliser *= across
         if CAUSAL:
             for repeat in range(repeats):
                 other = other_head + repeat
+                source = other if REVERSE else other // shared
                 y = load_features(
-                    features_ptr + other * features_head_stride,
+                    features_ptr + source * features_head_stride,
                     row,
                     stop,
                     features_token_stride,
@@ -219,7 +262,7 @@ def _linear_values_kernel(
                     BLOCK_F,
                 )
                 values = load_block(
-                    values_ptr + other * values_head_stride,
+                    values_ptr + source * values_head_stride,
                     row,
                     stop,
                     values_token_stride,
@@ -231,6 +274,9 @@ def _linear_values_kernel(
                 if weights_ptr is not None:
                     y *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
                 scores = _triangle(dot(x, tl.trans(y), TYPE), REVERSE, BLOCK_T)
+                if log_decay_ptr is not None:
+                    scores *= between
+                    y *= y_decay[:, None]
                 sums += dot(scores, values, TYPE)
                 state += dot(tl.trans(y), values, TYPE)
                 if last_ptr is not None:
@@ -255,6 +301,7 @@ def _linear_features_kernel(
     values_ptr,
     weights_ptr,
     last_ptr,
+    log_decay_ptr,
     out_ptr,
     out_last_ptr,
     states_ptr,
@@ -273,6 +320,7 @@ def _linear_features_kernel(
     heads,
     other_heads,
     repeats,
+    shared,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     KEY_SIDE: tl.constexpr,
@@ -289,8 +337,8 @@ def _linear_features_kernel(
 
     x, own, out, grad `[tokens, heads, HEAD_DIM]`, features, values `[tokens, other_heads, HEAD_DIM]`, out and grad
     contiguous; weights, last: float32 `[tokens, query heads]`; out_last: float32 `[tokens, heads]`, the column
-    that the values kernel wrote (key side). states as in the values kernel. Grid: (tokens // TILE + num_segments
-    + 1) * heads * feature blocks.
+    that the values kernel wrote (key side). states, log_decay and shared as in the values kernel, key side for REVERSE.
+    Grid: (tokens // TILE + num_segments + 1) * heads * feature blocks.
     """
     FEATURE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_F)
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -346,8 +394,12 @@ def _linear_features_kernel(
         BLOCK_D,
     )
 
-    x_ptr += head * x_head_stride
-    own_ptr += head * own_head_stride
+    if log_decay_ptr is not None:
+        log_decay = tl.load(log_decay_ptr + head)
+        x_decay, y_decay, across, between = _block_decays(log_decay, KEY_SIDE, BLOCK_T)
+    own_head = head // shared if KEY_SIDE else head
+    x_ptr += own_head * x_head_stride
+    own_ptr += own_head * own_head_stride
     out_ptr += head * HEAD_DIM
     for i in range(blocks):
         row = first + (blocks - 1 - i if KEY_SIDE else i) * BLOCK_T
@@ -362,11 +414,16 @@ def _linear_features_kernel(
             pointers = last_ptr + head + index.to(tl.int64) * heads
             tl.store(pointers, x_last, (index < stop) & (column == 0))
         grad += x_last[:, None] * normaliser[None, :]
+        if log_decay_ptr is not None:
+            grad *= x_decay[:, None]
+            state *= across
+            normaliser *= across
         if CAUSAL:
             for repeat in range(repeats):
                 other = other_head + repeat
+                source = other if KEY_SIDE else other // shared
                 features = load_features(
-                    features_ptr + other * features_head_stride,
+                    features_ptr + source * features_head_stride,
                     row,
                     stop,
                     features_token_stride,
@@ -377,7 +434,7 @@ def _linear_features_kernel(
                     BLOCK_F,
                 )
                 values = load_block(
-                    values_ptr + other * values_head_stride,
+                    values_ptr + source * values_head_stride,
                     row,
                     stop,
                     values_token_stride,
@@ -389,14 +446,21 @@ def _linear_features_kernel(
                 scores = dot(x, tl.trans(values), TYPE)
                 if KEY_SIDE:
                     features *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
+                carried = features
+                if log_decay_ptr is not None:
+                    carried = features * y_decay[:, None]
+                if KEY_SIDE:
                     y_last = load_column(last_ptr + other, row, stop, other_heads, BLOCK_T)
                     scores += y_last[None, :]
-                    normaliser += tl.sum(features * y_last[:, None], 0)
+                    normaliser += tl.sum(carried * y_last[:, None], 0)
                 else:
                     scores += x_last[:, None]
-                    normaliser += tl.sum(features, 0)
-                grad += dot(_triangle(scores, KEY_SIDE, BLOCK_T), features, TYPE)
-                state += dot(tl.trans(features), values, TYPE)
+                    normaliser += tl.sum(carried, 0)
+                scores = _triangle(scores, KEY_SIDE, BLOCK_T)
+                if log_decay_ptr is not None:
+                    scores *= between
+                grad += dot(scores, features, TYPE)
+                state += dot(tl.trans(carried), values, TYPE)
         if not KEY_SIDE:
             grad *= load_column(weights_ptr + head, row, stop, heads, BLOCK_T)[:, None]
         own = load_features(

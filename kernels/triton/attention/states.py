@@ -9,6 +9,10 @@ fixed order into one state per group (`_reduce_states_kernel`) or into running s
 the same bits in every run, and whatever else is packed. One partial state of 4 * width * (head_dim + 1) bytes is
 written and read once per TILE rows of 4 * TILE * head_dim bytes (k and v of 16 bits): with TILE = 8 head_dim, as
 configured, it is 1/8 of them. Running sums are as many bytes again.
+
+With a decay, the rows of a tile weigh exp(log_decay * distance): to the start of the next tile, for the rows after
+it, or (REVERSE) from the start of the tile, for the rows before it. Running sums shrink from tile to tile. Only the
+last tile of a segment is short, and none reads its state on the way forwards, nor one beyond it on the way back.
 """
 
 import triton
@@ -87,6 +91,12 @@ def dot(a, b, TYPE: tl.constexpr):
 
 
 @triton.jit
+def decay_over(log_decay, distance):
+    """exp(log_decay * distance), at most 1; 1 over no distance, where -inf * 0 would be NaN."""
+    return tl.exp(tl.where(distance > 0, log_decay * distance, 0.0))
+
+
+@triton.jit
 def load_features(
     pointer,
     first,
@@ -156,6 +166,7 @@ def tile_state(
     heads,
     first_head,
     repeats,
+    log_decay,
     first,
     end,
     row,
@@ -163,11 +174,17 @@ def tile_state(
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    MOMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` of tokens first to end of `repeats` heads."""
+    """The block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` of tokens first to end of `repeats` heads.
+
+    log_decay: a number or None. With it a token weighs exp(log_decay * distance), from it to `end` or (REVERSE) from
+    `first` to it; MOMENT: times the distance, which makes the derivative by log_decay.
+    """
     state = tl.zeros([ROWS, COLUMNS], tl.float32)
     normaliser = tl.zeros([ROWS], tl.float32)
     blocks = tl.cdiv(end - first, BLOCK_T)
@@ -197,6 +214,13 @@ def tile_state(
         )
         if weights_ptr is not None:
             features *= load_column(weights_ptr + head, token, end, heads, BLOCK_T)[:, None]
+        if log_decay is not None:
+            place = token + tl.arange(0, BLOCK_T)
+            distance = place - first if REVERSE else end - place
+            weight = decay_over(log_decay, distance)
+            if MOMENT:
+                weight *= distance
+            features *= weight[:, None]
         state += dot(tl.trans(features), values, values_ptr.dtype.element_ty)
         if last_ptr is not None:
             features *= load_column(last_ptr + head, token, end, heads, BLOCK_T)[:, None]
@@ -210,6 +234,7 @@ def _group_states_kernel(
     values_ptr,
     weights_ptr,
     last_ptr,
+    log_decay_ptr,
     bounds_ptr,
     states_ptr,
     partials_ptr,
@@ -220,9 +245,11 @@ def _group_states_kernel(
     num_groups,
     kv_heads,
     repeats,
+    shared,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
+    REVERSE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -232,6 +259,8 @@ def _group_states_kernel(
     features `[tokens, kv_heads * repeats, WIDTH]`, values `[tokens, kv_heads * repeats, HEAD_DIM]`; weights, last:
     float32 `[tokens, kv_heads * repeats]` or None for 1. bounds: int32 `[num_groups + 1]`. states: a slot per
     group, written for groups of at most TILE rows, the empty ones too; or None. partials: a slot per tile.
+    log_decay: float32 `[kv_heads]` or None. With it query heads have states of their own: kv_heads counts them,
+    repeats is 1, and `shared` of them read one head of features and values (else 1).
     Grid: (tokens // TILE + num_groups) * kv_heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
@@ -248,6 +277,9 @@ def _group_states_kernel(
     if (first >= end) & (first > begin):
         return
 
+    log_decay = None
+    if log_decay_ptr is not None:
+        log_decay = tl.load(log_decay_ptr + kv_head)
     state, normaliser = tile_state(
         features_ptr,
         values_ptr,
@@ -258,8 +290,9 @@ def _group_states_kernel(
         values_token_stride,
         values_head_stride,
         kv_heads * repeats,
-        kv_head * repeats,
+        kv_head * repeats // shared,
         repeats,
+        log_decay,
         first,
         tl.minimum(first + TILE, end),
         0,
@@ -267,6 +300,8 @@ def _group_states_kernel(
         WIDTH,
         HEAD_DIM,
         FEATURE_MAP,
+        REVERSE,
+        False,
         BLOCK_T,
         BLOCK_W,
         BLOCK_V,
@@ -318,10 +353,25 @@ def _reduce_states_kernel(
     tl.store(target + element, total, element < SIZE)
 
 
+@triton.jit
+def _decayed_sums(state, running, log_step, COUNT: tl.constexpr):
+    """y_i = state_i + exp(log_step) y_(i-1) of `state` `[COUNT, ...]` with y_(-1) = `running`, and the last y.
+
+    The factor of each term is an exponential itself, not a product of rounded ones.
+    """
+    place = tl.arange(0, COUNT)
+    distance = place[:, None] - place[None, :]
+    weights = tl.where(distance >= 0, decay_over(log_step, distance), 0.0)
+    sums = tl.sum(weights[:, :, None] * state[None, :, :], 1)
+    sums += decay_over(log_step, place + 1)[:, None] * running[None, :]
+    return sums, tl.sum(tl.where(place[:, None] == COUNT - 1, sums, 0.0), 0)
+
+
 @triton.jit(do_not_specialize=["kv_heads", "lag"])
 def _scan_states_kernel(
     states_ptr,
     sums_ptr,
+    log_decay_ptr,
     bounds_ptr,
     kv_heads,
     lag,
@@ -335,8 +385,9 @@ def _scan_states_kernel(
     """sums[i] = sum of states[j] over j <= i - lag within each segment; REVERSE: over j >= i + lag.
 
     TILE > 0: the slots are tiles and bounds holds rows (cu_seqlens). TILE == 0: the slots are groups and bounds
-    holds groups (segment_groups). ACCUMULATE adds to what `sums` holds. Grid: segments * kv_heads *
-    cdiv(SIZE, BLOCK).
+    holds groups (segment_groups). ACCUMULATE adds to what `sums` holds. log_decay: float32 `[kv_heads]` or None, of
+    tiles alone: a state n slots farther than the nearest in the sum counts exp(n * TILE * log_decay) times.
+    Grid: segments * kv_heads * cdiv(SIZE, BLOCK).
     """
     BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)
     program = tl.program_id(0)
@@ -361,8 +412,12 @@ def _scan_states_kernel(
         inside = (element < SIZE)[None, :]
         mask = ((place >= lag) & (place < count))[:, None] & inside
         state = tl.load(states_ptr + offset + source[:, None] * stride + element[None, :], mask, other=0.0)
-        sums = tl.cumsum(state, 0) + running[None, :]
-        running += tl.sum(state, 0)
+        if log_decay_ptr is not None:
+            log_step = tl.load(log_decay_ptr + kv_head) * TILE
+            sums, running = _decayed_sums(state, running, log_step, BLOCK_TILES)
+        else:
+            sums = tl.cumsum(state, 0) + running[None, :]
+            running += tl.sum(state, 0)
         pointers = sums_ptr + offset + target[:, None] * stride + element[None, :]
         mask = (place < count)[:, None] & inside
         if ACCUMULATE:
