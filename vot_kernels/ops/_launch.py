@@ -36,6 +36,7 @@ class Launch:
 # Read once, as Triton itself does, and plain globals: torch.compile traces through the dispatch.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
+_OLDEST_GPU = (8, 0)  # older ones have no bfloat16 and too little shared memory for the shipped blocks
 _recording: tuple[str, list[Launch]] | None = None
 
 
@@ -120,8 +121,21 @@ def why_not_triton(device: torch.device) -> list[str]:
     """Reasons why no Triton kernel can run on tensors of `device`; empty if one can."""
     if not _HAS_TRITON:
         return ["triton is not installed (it comes with vot-kernels on Linux x86-64)"]
-    if device.type == "cuda" or (device.type == "cpu" and (INTERPRETING or _recording is not None)):
+    if device.type == "cuda":
+        return _why_too_old(device)
+    if device.type == "cpu" and (INTERPRETING or _recording is not None):
         return []
     if device.type == "cpu":
         return ["no Triton kernel runs on CPU tensors, unless TRITON_INTERPRET=1 is set to test them"]
     return [f"no Triton kernel runs on {device.type} tensors"]
+
+
+def _why_too_old(device: torch.device) -> list[str]:
+    """Of a GPU that is not there nothing bad is known."""
+    if not torch.cuda.is_available():
+        return []
+    gpu = torch.cuda.get_device_properties(device)  # unlike get_device_capability, torch.compile can trace it
+    if (gpu.major, gpu.minor) >= _OLDEST_GPU:
+        return []
+    oldest = ".".join(map(str, _OLDEST_GPU))
+    return [f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, Triton kernels need {oldest}"]

@@ -61,7 +61,8 @@ def hybrid_attention_step(
     """The next group of one stream: the rows `hybrid_attention(causal="group")` gives for it.
 
     Feeding a segment group by group gives the result of the whole segment at once. The state is not changed;
-    the returned one replaces it. For inference only.
+    the returned one replaces it. For inference only. Computed in PyTorch on every device: there is no kernel of
+    one step, and so no choice of a backend.
 
     Args:
         q, k, v: one group, shaped as for `hybrid_attention`.

@@ -1,0 +1,66 @@
+"""Which backend is chosen, and what is said of those that are not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vot_kernels.ops import _launch
+from vot_kernels.ops._launch import why_not_triton
+from vot_kernels.ops.dispatch import BACKENDS, describe_backends, select
+
+GPU = torch.device("cuda")
+REFUSAL = "Tesla T4 has compute capability 7.5, Triton kernels need 8.0"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that puts a GPU of some capability in place of those of this machine."""
+
+    def put(name, major, minor):
+        properties = SimpleNamespace(name=name, major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+    monkeypatch.setattr(_launch, "_HAS_TRITON", True)
+    return put
+
+
+def on_gpu(dtype=torch.float16):
+    """What `select` looks at of a tensor."""
+    return SimpleNamespace(device=GPU, dtype=dtype, ndim=3, shape=(8, 2, 64))
+
+
+@pytest.mark.parametrize("name, major, minor", [("Tesla V100", 7, 0), ("Tesla T4", 7, 5), ("Tesla P4", 6, 1)])
+def test_old_gpus_get_no_kernels(gpu, name, major, minor):
+    gpu(name, major, minor)
+    assert why_not_triton(GPU) == [f"{name} has compute capability {major}.{minor}, Triton kernels need 8.0"]
+    assert select("hybrid_attention", "auto", on_gpu()) == "torch"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_others_do(gpu, capability):
+    gpu("a GPU", *capability)
+    assert why_not_triton(GPU) == []
+    assert select("hybrid_attention", "auto", on_gpu()) == "triton"
+
+
+def test_a_refusal_says_which_gpu_it_is(gpu):
+    gpu("Tesla T4", 7, 5)
+    with pytest.raises(ValueError, match=f"No backend can serve packed_attention .*{REFUSAL}"):
+        select("packed_attention", "triton", on_gpu())
+    assert describe_backends("cuda")["linear_attention"]["triton"] == [REFUSAL]
+
+
+def test_a_gpu_that_is_not_there_is_not_called_old(monkeypatch):
+    monkeypatch.setattr(_launch, "_HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not_triton(GPU) == []
+
+
+def test_backends_stand_in_order_of_preference():
+    assert all(tuple(reasons) == BACKENDS for reasons in describe_backends("cpu").values())
+    cpu = torch.zeros(8, 2, 64)
+    assert select("hybrid_attention", "auto", cpu) == "torch"
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', 'reference'"):
+        select("hybrid_attention", "cuda", cpu)
