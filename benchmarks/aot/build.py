@@ -223,6 +223,7 @@ def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[
         "wgmma": found.matrix == "wgmma",
         "tcgen05": found.matrix == "tcgen05",
         "tma": found.tma,
+        "warp_specialized": found.warp_specialized,
     }
     broken = []
     for name, limit in {"spill_bytes": 0, **limits}.items():

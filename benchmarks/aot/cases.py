@@ -3,14 +3,15 @@
 The launchers decide what a call compiles; see `vot_kernels.ops._launch.record_launches`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks.problems.attention import Attention
-from vot_kernels import hybrid_attention, linear_attention, packed_attention
+from benchmarks.problems.experts import AoE, MoE
+from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
 from vot_kernels.ops._launch import record_launches
 from vot_kernels.ops._range_triton import prefer_tma
 from vot_kernels.ops.dispatch import describe_backends
@@ -46,6 +47,11 @@ PAIR_PRODUCTS = {
     "_range_attention_dq_kernel": 3,  # scores, dp, dq
     "_range_attention_dkdv_kernel": 4,  # scores, dv, dp, dk
 }
+FUSED_PAIR_PRODUCTS = {
+    **PAIR_PRODUCTS,
+    "_range_attention_dq_kernel": 0,
+    "_range_attention_dkdv_kernel": 5,  # scores, dv, dp, dk, dq
+}
 # Each of 2 * head_dim ** 2 operations per row and head; the small triangles of the causal form are left out.
 STATE_PRODUCTS = {"_group_states_kernel": 1, "_linear_values_kernel": 1, "_linear_features_kernel": 1}
 
@@ -56,6 +62,8 @@ def cases() -> list[Case]:
         "linear_attention": _linear_attention,
         "packed_attention": _packed_attention,
         "hybrid_attention": _hybrid_attention,
+        "aoe": _aoe,
+        "moe": _moe,
     }
     return [case for op in kernel_ops() for case in makers[op]()]
 
@@ -69,28 +77,37 @@ def kernel_ops() -> list[str]:
 
 def _linear_attention() -> Iterator[Case]:
     base = Attention("linear_attention", LONG)
+    decay: dict[str, Any] = {"causal": True, "log_decay": torch.zeros(base.heads, requires_grad=True)}
     for name, dtype, problem in _sizes(base):
         quick = name == "bf16 d64"
         yield _attention(linear_attention, name, dtype, problem, quick=quick)
         causal = replace(problem, causal=True)
         yield _attention(linear_attention, f"{name} causal", dtype, causal, quick=quick, causal=True)
+        yield _attention(linear_attention, f"{name} decay", dtype, causal, quick=quick, **decay)
     for feature_map in ("elu", "relu"):
         yield _attention(linear_attention, f"bf16 d64 {feature_map}", BFLOAT16, base, feature_map=feature_map)
+    elu = replace(base, causal=True)
+    yield _attention(linear_attention, "bf16 d64 elu decay", BFLOAT16, elu, feature_map="elu", **decay)
     short = replace(base, lengths=SHORT)
     yield _attention(linear_attention, "bf16 d64 short", BFLOAT16, short)
     short = replace(short, causal=True)
     yield _attention(linear_attention, "bf16 d64 short causal", BFLOAT16, short, causal=True)
+    yield _attention(linear_attention, "bf16 d64 short decay", BFLOAT16, short, **decay)
 
 
 def _packed_attention() -> Iterator[Case]:
     base = Attention("packed_attention", LONG)
     for name, dtype, problem in _sizes(base):
         yield _attention(packed_attention, name, dtype, problem, quick=name == "bf16 d64")
+    yield from _fused_backward(packed_attention, base)
     causal = replace(base, causal=True)
     yield _attention(packed_attention, "bf16 d64 causal", BFLOAT16, causal, causal=True)
     for head_dim in (64, 128):
         problem = replace(base, head_dim=head_dim)
         yield _preferring_tma(_attention(packed_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
+        name = f"bf16 d{head_dim} warp-specialized"
+        case = _attention(packed_attention, name, BFLOAT16, problem, quick=head_dim == 64)
+        yield _preferring_tma(case, warp_specialize=True)
 
 
 def _hybrid_attention() -> Iterator[Case]:
@@ -98,6 +115,7 @@ def _hybrid_attention() -> Iterator[Case]:
     beta = torch.zeros(base.heads, requires_grad=True)
     for name, dtype, problem in _sizes(base):
         yield _attention(hybrid_attention, name, dtype, problem, quick=name == "bf16 d64", beta=beta)
+    yield from _fused_backward(hybrid_attention, base, beta=beta)
     for causal in ("group", "token"):
         yield _attention(hybrid_attention, f"bf16 d64 {causal} causal", BFLOAT16, base, causal=causal)
     yield _attention(hybrid_attention, "bf16 d64 lse", BFLOAT16, base, beta=beta, return_lse=True)
@@ -111,11 +129,104 @@ def _hybrid_attention() -> Iterator[Case]:
         yield _preferring_tma(_attention(hybrid_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
 
 
-def _preferring_tma(case: Case) -> Case:
+def _aoe() -> Iterator[Case]:
+    """The shapes of the paper, one of small experts, one whose rows are not aligned, and all dtypes of some."""
+    small = AoE(1024, dim=64, experts=4, top_k=2, rank=16, d_ffn=64)
+    stored = AoE(1024, dim=64, experts=4, top_k=4, rank=256, d_ffn=256)
+    shapes = {
+        "d768 n8 r256": AoE(4096, dim=768, experts=8, top_k=2, rank=256, d_ffn=3072),
+        "d1280 n8 r400": AoE(4096, dim=1280, experts=8, top_k=2, rank=400, d_ffn=5120),
+        "d1536 n64 r512": AoE(4096, dim=1536, experts=64, top_k=8, rank=512, d_ffn=768),
+        "d1536 n64 r128": AoE(4096, dim=1536, experts=64, top_k=8, rank=128, d_ffn=768),
+        "d384 n8 r16": AoE(1024, dim=384, experts=8, top_k=2, rank=16, d_ffn=384),
+        "d64 n4 r16": small,
+        "d100 n8 r40": AoE(1024, dim=100, experts=8, top_k=2, rank=40, d_ffn=100),
+        "d512 n512 r16": AoE(1024, dim=512, experts=512, top_k=16, rank=16, d_ffn=64),
+        "d64 all chosen": stored,
+    }
+    for name, problem in shapes.items():
+        yield _experts(f"bf16 {name}", problem, BFLOAT16, quick=problem in (small, stored))
+    for dtype in ("fp16", "fp32"):
+        for name in ("d768 n8 r256", "d1280 n8 r400", "d64 n4 r16", "d100 n8 r40", "d64 all chosen"):
+            yield _experts(f"{dtype} {name}", shapes[name], DTYPES[dtype])
+    yield _experts("bf16 d64 n4 r16 softmax_topk", small, BFLOAT16, weighting="softmax_topk", forward=True)
+    yield _experts("bf16 d64 n4 r16 bias", small, BFLOAT16, bias=torch.zeros(4))
+
+
+def _moe() -> Iterator[Case]:
+    """The experts of Qwen3-30B-A3B and Mixtral, small ones, and some whose rows are not aligned."""
+    small = MoE(1024, dim=64, hidden=64, experts=4, top_k=2)
+    shapes = {
+        "d2048 h768 n128": MoE(4096, dim=2048, hidden=768, experts=128, top_k=8),
+        "d2048 h4096 n8": MoE(4096, dim=2048, hidden=4096, experts=8, top_k=2),
+        "d64 h64 n4": small,
+        "d100 h70 n8": MoE(1024, dim=100, hidden=70, experts=8, top_k=2),
+    }
+    for dtype_name, dtype in DTYPES.items():
+        for name, problem in shapes.items():
+            quick = problem is small and dtype == BFLOAT16
+            yield _experts(f"{dtype_name} {name}", problem, dtype, quick=quick)
+
+
+def _experts(
+    name: str,
+    problem: AoE | MoE,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    forward: bool = False,
+    **options: Any,
+) -> Case:
+    """A case of an op of tokens and experts; forward: without its backward."""
+
+    def run() -> None:
+        d, h, slots = problem.dim, problem.hidden, (problem.tokens, problem.top_k)
+        sizes = [(problem.tokens, d)]
+        if isinstance(problem, AoE):
+            sizes += [(problem.rank, d), (h, problem.rank), (h, d), (h, d)]
+        else:
+            sizes += [(2 * h, d), (d, h)]
+        shapes = sizes[:1] + [(problem.experts, *size) for size in sizes[1:]]
+        leaves = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        if isinstance(problem, AoE):
+            out, _ = aoe(*leaves, problem.top_k, backend="triton", return_aux=True, **options)
+        else:
+            leaves.append(torch.empty(slots, dtype=dtype, requires_grad=True))
+            chosen = torch.empty(slots, dtype=torch.int64)
+            out = moe(*leaves[:3], chosen, leaves[3], backend="triton")
+        if not forward:
+            torch.autograd.grad(out, leaves, torch.empty_like(out))
+
+    return Case(problem.op, name, run, _expert_flops(problem), quick)
+
+
+def _expert_flops(problem: AoE | MoE) -> Callable[[str], int]:
+    """Of the products that one launch of a kernel does; those of different shapes have one name and count 0."""
+    slots = problem.tokens * problem.top_k
+    if isinstance(problem, AoE):
+        body = 2 * slots * problem.hidden * (problem.dim + problem.rank)
+        norms = 2 * problem.tokens * problem.experts * problem.rank * problem.dim
+        products = {"_cache_norms_kernel": norms}
+        products |= {"_expert_hidden_kernel": body, "_expert_hidden_bwd_kernel": body}
+    else:
+        product = 2 * slots * problem.hidden * problem.dim
+        products = {"_expert_hidden_kernel": 2 * product, "_expert_hidden_bwd_kernel": product}
+    return lambda kernel: products.get(kernel, 0)
+
+
+def _fused_backward(op: Callable[..., Any], base: Attention, **options: Any) -> Iterator[Case]:
+    """The backward that adds to dq from the kernel of dk and dv, at every size."""
+    for name, dtype, problem in _sizes(base):
+        fused = {"deterministic": False, **options}
+        case = _attention(op, f"{name} fused", dtype, problem, quick=name == "bf16 d64", **fused)
+        yield replace(case, flops=_attention_flops(problem, FUSED_PAIR_PRODUCTS))
+
+
+def _preferring_tma(case: Case, *, warp_specialize: bool = False) -> Case:
     """The same call, with tensor descriptors where the configs have an entry for them."""
 
     def run() -> None:
-        with prefer_tma():
+        with prefer_tma(warp_specialize=warp_specialize):
             case.run()
 
     return replace(case, run=run)
@@ -152,12 +263,14 @@ def _sizes(base: Attention) -> Iterator[tuple[str, torch.dtype, Attention]]:
     yield "bf16 d64 grouped", BFLOAT16, replace(base, kv_heads=4)
 
 
-def _attention_flops(problem: Attention) -> Callable[[str], int]:
+def _attention_flops(
+    problem: Attention, pair_products: Mapping[str, int] = PAIR_PRODUCTS
+) -> Callable[[str], int]:
     pairs = problem.near_pairs() * problem.head_dim
     rows = problem.size * problem.head_dim**2
 
     def flops(kernel: str) -> int:
-        products = pairs * PAIR_PRODUCTS.get(kernel, 0) + rows * STATE_PRODUCTS.get(kernel, 0)
+        products = pairs * pair_products.get(kernel, 0) + rows * STATE_PRODUCTS.get(kernel, 0)
         return 2 * problem.heads * products
 
     return flops

@@ -68,6 +68,7 @@ class Resources:
         matrix: "wgmma", "tcgen05", "mma" or "none": the instructions of its matrix products.
         unit: "half", "tf32" or "fma": what these multiply, the slowest of them.
         tma: bulk tensor copies are used.
+        warp_specialized: warps differ in what they do. A loop may ask for it and be compiled as any other.
     """
 
     registers: int
@@ -78,6 +79,7 @@ class Resources:
     matrix: str
     unit: str
     tma: bool
+    warp_specialized: bool
 
 
 def specialize(launch: Launch, arch: str) -> Specialization:
@@ -118,8 +120,14 @@ def compile_kernel(what: Specialization) -> Resources:
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         matrix=matrix,
         unit=unit,
-        tma="cp.async.bulk.tensor" in ptx,
+        tma="async.bulk.tensor" in ptx,  # cp.async loads and stores, cp.reduce.async adds
+        warp_specialized=is_warp_specialized(compiled.asm["ttgir"]),
     )
+
+
+def is_warp_specialized(ttgir: str) -> bool:
+    """Whether the operation is there; the attribute of a loop that asks for it may remain without it."""
+    return re.search(r"\bttg\.warp_specialize\(", ttgir) is not None
 
 
 def matrix_instructions(ptx: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.core import Provider
 from benchmarks.problems.attention import Attention
+from vot_kernels.ops._range_triton import prefer_tma
 from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.ops.hybrid_attention import _plan as _hybrid_plan
 from vot_kernels.ops.hybrid_attention import hybrid_attention
@@ -31,13 +32,23 @@ def _layout(problem: Attention, dtype: torch.dtype, device: torch.device) -> Pac
     return problem.layout(device)
 
 
-def _attention(backend: str, problem: Attention, layout: PackedLayout, *inputs: Tensor) -> Tensor:
+def _attention(
+    backend: str, problem: Attention, layout: PackedLayout, *inputs: Tensor, **options: Any
+) -> Tensor:
     q, k, v, *beta = inputs
     if problem.kind == "packed_attention":
-        return packed_attention(q, k, v, layout, causal=problem.causal, backend=backend)
+        return packed_attention(q, k, v, layout, causal=problem.causal, backend=backend, **options)
     if problem.kind == "linear_attention":
-        return linear_attention(q, k, v, layout, causal=problem.causal, backend=backend)
-    return hybrid_attention(q, k, v, layout, window=problem.window, beta=beta[0], backend=backend)
+        return linear_attention(q, k, v, layout, causal=problem.causal, backend=backend, **options)
+    options |= {"window": problem.window, "beta": beta[0]}
+    return hybrid_attention(q, k, v, layout, backend=backend, **options)
+
+
+def _with_descriptors(
+    warp_specialize: bool, problem: Attention, layout: PackedLayout, *inputs: Tensor
+) -> Tensor:
+    with prefer_tma(warp_specialize=warp_specialize):
+        return _attention("triton", problem, layout, *inputs)
 
 
 def _refuses(
@@ -48,7 +59,28 @@ def _refuses(
     return "; ".join(describe_backends(device, dtype)[problem.op][backend]) or None
 
 
-PROVIDERS = tuple(
+def _refuses_other_than(
+    directions: tuple[str, ...],
+    reason: str,
+    problem: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: str,
+) -> str | None:
+    """A variant of the Triton backend: where it does nothing of its own it is not measured again."""
+    return _refuses("triton", problem, dtype, device, direction) or (
+        None if direction in directions else f"{reason}: vot-kernels triton is the same"
+    )
+
+
+def _no_gpu(capability: tuple[int, int] = (0, 0)) -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability:
+        return None
+    least = f" of compute capability {capability[0]}.{capability[1]} or later" if any(capability) else ""
+    return f"there is no GPU{least}"
+
+
+BACKENDS = tuple(
     Provider(
         name=f"vot-kernels {backend}",
         suites=("softmax", "linear", "hybrid"),
@@ -59,3 +91,29 @@ PROVIDERS = tuple(
     )
     for backend in ("triton", "torch")
 )
+
+FUSED = Provider(
+    name="vot-kernels triton, fused backward",
+    suites=("softmax", "hybrid"),
+    prepare=_layout,
+    run=partial(_attention, "triton", deterministic=False),
+    missing=_no_gpu,
+    refuses=partial(_refuses_other_than, ("backward", "both"), "only the backward differs"),
+    ours=True,
+)
+
+DESCRIPTORS = tuple(
+    Provider(
+        name=f"vot-kernels triton, {name}",
+        suites=("softmax", "hybrid"),
+        prepare=_layout,
+        run=partial(_with_descriptors, warp_specialize),
+        missing=partial(_no_gpu, (9, 0)),
+        refuses=partial(_refuses_other_than, ("forward",), "only the forward differs"),
+        ours=True,
+    )
+    for name, warp_specialize in (("TMA", False), ("TMA, warp-specialized", True))
+)
+
+PROVIDERS = (*BACKENDS, FUSED, *DESCRIPTORS)
+"""Variants that the config tables leave out of ordinary calls stand beside the ordinary one, to be judged by."""

@@ -41,21 +41,24 @@ from vot_kernels.tuning import Config
 
 
 @triton.jit
-def _product_kernel(a_ptr, b_ptr, out_ptr, k, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _product_kernel(
+    a_ptr, b_ptr, out_ptr, k, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, WARP_SPECIALIZE: tl.constexpr
+):
     tl.static_assert(M != 48, "forty-eight rows")
     i, j, step = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
     sums = tl.zeros([M, N], tl.float32)
-    for first in range(0, k, BLOCK_K):
+    for first in tl.range(0, k, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
         a = tl.load(a_ptr + i[:, None] * k + first + step[None, :])
         b = tl.load(b_ptr + (first + step)[:, None] * N + j[None, :])
         sums = tl.dot(a, b, sums)
     tl.store(out_ptr + i[:, None] * N + j[None, :], sums)
 
 
-def case(name, m, n, block, stages=2, **limits):
+def case(name, m, n, block, stages=2, warps=4, **limits):
     def run():
         a = torch.empty(m, 1024, dtype=torch.bfloat16)
-        config = Config({"BLOCK_K": block}, 4, stages, limits)
+        asked = limits.get("warp_specialized", False)
+        config = Config({"BLOCK_K": block, "WARP_SPECIALIZE": asked}, warps, stages, limits)
         arguments = {"a_ptr": a, "b_ptr": a.new_empty(1024, n), "out_ptr": torch.empty(m, n)}
         launch(_product_kernel, (1,), config, **arguments, k=1024, M=m, N=n)
 
@@ -73,6 +76,7 @@ sys.exit(main(sys.argv[1:], [
     case("allowed", 128, 256, 64, spill_bytes=65536),
     case("no wgmma", 16, 16, 64, wgmma=True),
     case("no tma", 16, 16, 64, tma=True),
+    case("not specialized", 64, 64, 64, warps=8, warp_specialized=True),  # the compiler says nothing
     case("shared", 64, 64, 512, stages=4, registers=255),
     case("unknown", 16, 16, 64, regs=1),
     case("wrong", 48, 16, 64),
@@ -138,6 +142,8 @@ def test_a_kernel_on_other_gpus(environment, tmp_path):
     check_kernels(document)
     assert {row["arch"] for row in document["kernels"]} == {"sm_80", "sm_100"}
     assert {row["resources"]["matrix"] for row in document["kernels"] if row["arch"] == "sm_80"} == {"mma"}
+    specialized = [row["arch"] for row in document["kernels"] if row["resources"]["warp_specialized"]]
+    assert specialized == ["sm_100"]
 
 
 # Kernels that break limits.
@@ -163,6 +169,7 @@ def test_broken_limits_fail_the_command(broken):
         ("spills", "the limit is 0."),
         ("no wgmma", "does not use wgmma"),
         ("no tma", "does not use tma"),
+        ("not specialized", "does not use warp_specialized, and its config demands it"),
         ("shared", "bytes of shared memory, a block has 232448"),
         ("unknown", "limit 'regs' is unknown, known are registers, spill_bytes"),
         ("wrong", "does not compile"),
@@ -204,7 +211,7 @@ def test_ctrl_c_leaves_valid_json(environment, script, tmp_path):
     assert process.returncode == 130 and "Interrupted" in errors
     document = json.loads(path.read_text())
     assert not document["complete"] and document["triton"]
-    assert 1 <= len(document["kernels"]) < 9
+    assert 1 <= len(document["kernels"]) < 10
 
 
 # What the user may do wrong.
@@ -354,6 +361,19 @@ def test_matrix_instructions(ptx, expected):
 
 
 @pytest.mark.parametrize(
+    ("ttgir", "expected"),
+    [
+        ("ttg.warp_specialize(%arg0, %1) attributes {", True),
+        ("scf.for %i = %a to %b step %c : i32 {\n} {tt.warp_specialize}", False),
+        ("} {ttg.warp_specialize.tag = 0 : i32}", False),
+        ("", False),
+    ],
+)
+def test_warp_specialization(ttgir, expected):
+    assert compiler.is_warp_specialized(ttgir) == expected
+
+
+@pytest.mark.parametrize(
     ("arch", "block", "expected"),
     [
         # 65,536 registers: 128 threads of 128 take 16,384
@@ -389,7 +409,8 @@ def test_roofline():
 
 def resources(**changes):
     kept = {"registers": 100, "spill_bytes": 0, "shared_bytes": 1000, "threads": 128, "tensor_memory": 0}
-    return compiler.Resources(**{**kept, "matrix": "wgmma", "unit": "half", "tma": False, **changes})
+    used = {"matrix": "wgmma", "unit": "half", "tma": False, "warp_specialized": False}
+    return compiler.Resources(**{**kept, **used, **changes})
 
 
 @pytest.mark.parametrize(
@@ -404,6 +425,8 @@ def resources(**changes):
         ({}, {"shared_bytes": 999}, 1),
         ({}, {"tcgen05": True, "tma": True}, 2),
         ({"tma": True}, {"tma": True}, 0),
+        ({"tma": True}, {"tma": True, "warp_specialized": True}, 1),
+        ({"warp_specialized": True}, {"warp_specialized": True}, 0),
         ({"matrix": "mma"}, {"wgmma": True}, 1),
         ({}, {"wgmma": True, "regs": 4}, 1),
     ],

@@ -5,17 +5,27 @@ import torch
 
 from vot_kernels import PackedLayout, packed_attention
 from vot_kernels.reference import attention as reference
-from vot_kernels.testing import PACKINGS, check_against_reference, make_qkv
+from vot_kernels.testing import (
+    PACKINGS,
+    check_against_reference,
+    make_qkv,
+    max_error,
+    poison_segment,
+    with_slack,
+)
 
 OP = "packed_attention"
 pytestmark = pytest.mark.gpu
 
 
-def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, causal=False):
+def check(
+    layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, causal=False, deterministic=None
+):
     inputs = make_qkv(layout.num_tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, device=device)
 
     def run(q, k, v):
-        return packed_attention(q, k, v, layout, causal=causal, return_lse=True, backend=backend)
+        options = {"causal": causal, "backend": backend, "deterministic": deterministic}
+        return packed_attention(q, k, v, layout, return_lse=True, **options)
 
     def oracle(q, k, v):
         return reference.packed_attention(q, k, v, layout, causal=causal)
@@ -41,6 +51,37 @@ def test_head_dims_and_dtypes_at_lengths_around_blocks(size, causal, backend, de
 def test_large(kv_heads, backend, device):
     layout = PackedLayout.from_lengths((4096, 777), device=device)
     check(layout, backend, device, torch.bfloat16, heads=8, kv_heads=kv_heads, head_dim=128)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_backward_at_lengths_around_blocks(size, causal, backend, device):
+    dtype, head_dim = size
+    layout = PackedLayout.from_lengths((127, 128, 129, 1, 0, 640), device=device)
+    options = {"head_dim": head_dim, "causal": causal, "deterministic": False}
+    check(layout, backend, device, dtype, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fused_backward_of_many_tiles(head_dim, backend, device):
+    """Many programs add to the same rows of dq."""
+    layout = PackedLayout.from_lengths((8192, 777), device=device)
+    options = {"heads": 4, "kv_heads": 1, "head_dim": head_dim, "deterministic": False}
+    check(layout, backend, device, torch.bfloat16, **options)
+
+
+def test_fused_backward_neither_leaks_nor_touches_slack(backend, device):
+    layout = PackedLayout.from_lengths((100, 129, 64), device=device)
+    q, k, v = make_qkv(layout.num_tokens, 4, 128, kv_heads=2, dtype=torch.bfloat16, device=device)
+    poisoned = [with_slack(poison_segment(x, layout, 1), 70) for x in (q, k, v)]
+    results = []
+    for tensors in ((q, k, v), poisoned):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = packed_attention(*leaves, layout, backend=backend, deterministic=False)
+        results.append(torch.autograd.grad(out, leaves, out.detach()))
+    for name, a, b in zip(("dq", "dk", "dv"), *results, strict=True):
+        for own in (slice(0, 100), slice(229, 293)):
+            assert max_error(b[own], a[own]) <= 0.02 * float(a[own].abs().max()), name
+        assert (b[293:] == 0).all(), name
 
 
 def test_strides_beyond_two_to_the_31(backend, device):

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vot_kernels.ops import _range_attention
 from vot_kernels.ops import flash_attention as op
 from vot_kernels.ops._launch import INTERPRETING
 from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func
@@ -147,6 +149,58 @@ def test_batches():
     assert torch.equal(flash_attn_func(*batch, 0.0, None, True, backend=BACKEND), out), "by position"
 
 
+LONG_ROWS, LONG_KEYS = (300, 40, 300, 150), (340, 700, 340, 20)  # several blocks of rows that share a mask
+
+
+@compiled
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 30), (20, 10), (600, -1), (2**40, 2**40)])
+def test_long_segments(window, fused, monkeypatch):
+    """Also by the matmuls of devices without the fused kernel."""
+    if not fused:
+        monkeypatch.setattr(_range_attention, "_attend", _range_attention._attend_matmul)
+        monkeypatch.setattr(_range_attention, "_attend_backward", _range_attention._attend_matmul_backward)
+    segments = (LONG_ROWS, LONG_KEYS)
+    with uninitialized_is_nan():
+        check_against_reference(
+            lambda *x: [call(*x, *segments, window_size=window, backend="torch")],
+            lambda *x: [call(*x, *segments, window_size=window, backend="reference")],
+            make_inputs(*segments, head_dim=8),
+            roundings=16,
+            floor=1.0,
+        )
+
+
+class LargestResult(TorchDispatchMode):
+    """How many numbers the largest tensor has that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(x, torch.Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return found
+
+
+@compiled
+@pytest.mark.parametrize("sides", [(None, None), (None, 0), (40, 0), (20, 20)])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
+    rows, keys = (1000,) * segments, (1500,) * segments
+    inputs = [*make_inputs(rows, keys, 1, 1, 16), bounds(rows), bounds(keys)]
+    with LargestResult() as seen:
+        out, lse = op._batched_forward(*inputs, *sides, 0.25)
+        op._batched_backward(out, out, lse, *inputs, *sides, 0.25)
+    assert 1000 * 16 <= seen.numbers <= 2 * inputs[1].numel() < 1000 * 1500
+    with LargestResult() as seen:
+        op._by_reference(*inputs, *sides, 0.25)
+    assert seen.numbers >= 1000 * 1500, "all pairs would be noticed"
+
+
 @compiled
 @pytest.mark.parametrize("causal", [False, True])
 def test_opcheck_and_compile(causal):
@@ -204,6 +258,14 @@ def test_bad_tensors():
         flash_attn_varlen_func(q, k, v, cu[0].long(), cu[1], 9, 9)
     with pytest.raises(ValueError, match="got 7 and 6 entries"):
         flash_attn_varlen_func(q, k, v, cu[0], cu[1][:-1], 9, 9)
+    for wrong, message in (
+        ([0, 5, 3], "got 3 after 5"),
+        ([0, 99, 99], "got 99 after 0"),
+        ([-1, 2, 2], "got -1"),
+    ):
+        cu_wrong = torch.tensor(wrong, dtype=torch.int32)
+        with pytest.raises(ValueError, match=f"cu_seqlens_k must ascend .* the 64 rows of k, {message}"):
+            flash_attn_varlen_func(q, k, v, cu_wrong.clamp(0, 0), cu_wrong, 9, 9, backend="torch")
     with pytest.raises(ValueError, match="multiple"):
         flash_attn_varlen_func(q, *(x.repeat(1, 3, 1) for x in (k, v)), *cu, 9, 9)
     with pytest.raises(TypeError, match="v must have the dtype of q"):

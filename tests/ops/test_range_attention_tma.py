@@ -1,4 +1,4 @@
-"""The descriptor path of the range attention forward: when it is taken, and that it changes no bit.
+"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit.
 
 Triton reads TRITON_INTERPRET when it is imported, so the tests that run kernels do so in a process of their own:
 the first one starts it, and they skip themselves outside of it.
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,55 +70,74 @@ def run_hybrid(layout, q, k, v, window, causal=None):
         return hybrid_attention_forward(q, k, v, beta, None, None, geometry, "softmax", q.shape[-1] ** -0.5)
 
 
+POINTERS, DESCRIPTORS, SPECIALIZED = "pointers", "descriptors", "warp-specialized descriptors"
+
+
+def path(config):
+    """How a forward of this config loads keys and values."""
+    if not config.blocks.get("USE_TMA", 0):
+        return POINTERS
+    return SPECIALIZED if config.blocks.get("WARP_SPECIALIZE", 0) else DESCRIPTORS
+
+
 @pytest.fixture
 def uses(monkeypatch):
-    """Of each forward kernel launched so far, whether it loads through descriptors."""
+    """Of each forward kernel launched so far, how it loads."""
     seen = []
     inner = _launch_with_workspace
 
     def launch(kernel, grid, config, **arguments):
-        seen.append(bool(config.blocks.get("USE_TMA", 0)))
+        seen.append(path(config))
         inner(kernel, grid, config, **arguments)
 
     monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
     return seen
 
 
-def both_ways(uses, function, *arguments, **options):
-    """The results by pointers and by descriptors, once it is sure that they came about so."""
+def every_way(uses, function, *arguments, far=False, **options):
+    """The results by each path, once it is sure that they came about so; no far part is warp-specialized."""
     uses.clear()
-    pointers = function(*arguments, **options)
-    with prefer_tma():
-        descriptors = function(*arguments, **options)
-    assert uses == [False, True]
-    return pointers, descriptors
+    results = [function(*arguments, **options)]
+    for warp_specialize in (True,) if far else (False, True):
+        with prefer_tma(warp_specialize=warp_specialize):
+            results.append(function(*arguments, **options))
+    assert uses == ([POINTERS, DESCRIPTORS] if far else [POINTERS, DESCRIPTORS, SPECIALIZED])
+    return results
 
 
 def same_bits(results):
-    for name, x, y in zip(("out", "lse"), *results, strict=True):
-        assert x.isnan().equal(y.isnan()), name
-        assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
+    for other in results[1:]:
+        for name, x, y in zip(("out", "lse"), results[0], other, strict=True):
+            assert x.isnan().equal(y.isnan()), name
+            assert torch.equal(x.nan_to_num(), y.nan_to_num()), name
 
 
 @interpreted
-@pytest.mark.parametrize("lengths", [(1,), (0,), (1, 0, 15, 16, 17), (3, 33, 2)])
+@pytest.mark.parametrize("lengths", [(1,), (1, 0, 15, 16, 17), (3, 33, 2), (0, 0, 1, 0, 2, 0, 0)])
 def test_packings(uses, lengths):
     layout = PackedLayout.from_lengths(lengths, group_size=7)
-    same_bits(both_ways(uses, run, layout, *make_qkv(sum(lengths), 1, 16)))
+    same_bits(every_way(uses, run, layout, *make_qkv(sum(lengths), 1, 16)))
+
+
+@interpreted
+def test_no_rows_launch_nothing(uses):
+    with prefer_tma(warp_specialize=True):
+        out, lse = run(PackedLayout.from_lengths((0, 0)), *make_qkv(0, 1, 16))
+    assert out.shape == (0, 1, 16) and lse.shape == (0, 1) and uses == []
 
 
 @interpreted
 @pytest.mark.parametrize("window, causal", [(0, "token"), ((2, 0), None), ((2, 0), "group")])
 def test_windows(uses, window, causal):
     layout = PackedLayout.from_lengths((21,), group_size=6)
-    same_bits(both_ways(uses, run, layout, *make_qkv(21, 1, 16), window=window, causal=causal))
+    same_bits(every_way(uses, run, layout, *make_qkv(21, 1, 16), window=window, causal=causal))
 
 
 @interpreted
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 64), (torch.float16, 16), (torch.float16, 128)])
 def test_grouped_heads_of_other_sizes_and_dtypes(uses, dtype, head_dim):
     layout = PackedLayout.from_lengths((18,), group_size=4)
-    same_bits(both_ways(uses, run, layout, *make_qkv(18, 2, head_dim, kv_heads=1, dtype=dtype), window=2))
+    same_bits(every_way(uses, run, layout, *make_qkv(18, 2, head_dim, kv_heads=1, dtype=dtype), window=2))
 
 
 @interpreted
@@ -125,18 +145,19 @@ def test_grouped_heads_of_other_sizes_and_dtypes(uses, dtype, head_dim):
 def test_far_groups(uses, window, causal):
     layout = PackedLayout.from_lengths((3, 0, 15), group_size=5)
     inputs = make_qkv(18, 1, 16)
-    results = both_ways(uses, run_hybrid, layout, *inputs, window=window, causal=causal)
+    results = every_way(uses, run_hybrid, layout, *inputs, far=True, window=window, causal=causal)
     same_bits(results)
     assert not torch.equal(results[1][0], run(layout, *inputs, window=window, causal=causal)[0])
 
 
 @interpreted
-def test_neither_a_neighbour_nor_slack_is_read():
+@pytest.mark.parametrize("warp_specialize", [False, True])
+def test_neither_a_neighbour_nor_slack_is_read(warp_specialize):
     """Not even times a weight of 0: that of NaN would be NaN."""
     layout = PackedLayout.from_lengths((18, 7, 20), group_size=6)
     inputs = make_qkv(45, 1, 16)
     poisoned = [with_slack(poison_segment(x, layout, 1), 20) for x in inputs]
-    with prefer_tma():
+    with prefer_tma(warp_specialize=warp_specialize):
         clean, dirty = run(layout, *inputs), run(layout, *poisoned)
     for x, y, nothing in zip(clean, dirty, (0, -torch.inf), strict=True):
         assert torch.equal(x[:18], y[:18]) and torch.equal(x[25:], y[25:45])
@@ -150,16 +171,16 @@ def test_rows_and_keys_of_different_lengths(uses, lengths):
     ranges = KeyRanges.of_segments(cu_rows, cu_keys, 4, 2)
     q = make_tensor(sum(lengths[0]), 2, 16)
     k, v = (make_tensor(sum(lengths[1]) + 1, 1, 16, seed=seed) for seed in (1, 2))
-    same_bits(both_ways(uses, range_attention_forward, q, k, v, ranges, 0.25))
+    same_bits(every_way(uses, range_attention_forward, q, k, v, ranges, 0.25))
 
 
 @interpreted
 def test_strides(uses):
     layout = PackedLayout.from_lengths((17,), group_size=7)
     inputs = make_tensor(17, 3, 2, 32).unbind(1)
-    same_bits(both_ways(uses, run, layout, *inputs, window=1))
+    same_bits(every_way(uses, run, layout, *inputs, window=1))
     inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    same_bits(both_ways(uses, run, layout, *inputs, window=1))
+    same_bits(every_way(uses, run, layout, *inputs, window=1))
 
 
 @interpreted
@@ -167,11 +188,22 @@ def test_strides(uses):
 def test_inputs_that_fit_no_descriptor_take_pointers(uses, make):
     layout = PackedLayout.from_lengths((17, 2), group_size=7)
     inputs = make(19)
-    with prefer_tma():
-        out, lse = run(layout, *inputs)
-    assert uses == [False]
+    for warp_specialize in (False, True):
+        with prefer_tma(warp_specialize=warp_specialize):
+            out, lse = run(layout, *inputs)
+    assert uses == [POINTERS] * 2
     wanted = run(layout, *(x.clone(memory_format=torch.contiguous_format) for x in inputs))
     assert torch.equal(out, wanted[0]) and torch.equal(lse, wanted[1])
+
+
+@interpreted
+@pytest.mark.parametrize("unfit", range(3))
+def test_one_input_that_fits_no_descriptor_is_enough(uses, unfit):
+    inputs = list(make_qkv(19, 1, 16))
+    inputs[unfit] = unaligned(19, 16)[unfit]
+    with prefer_tma():
+        run(PackedLayout.from_lengths((17, 2)), *inputs)
+    assert uses == [POINTERS]
 
 
 def unaligned(rows, head_dim):
@@ -233,21 +265,39 @@ def chosen(arch, head_dim=64, dtype=torch.bfloat16, offset=0):
 def test_shipped_entries_use_descriptors_where_preferred_and_possible(arch, head_dim):
     pytest.importorskip("triton")
     ordinary = chosen(arch, head_dim)
-    assert not ordinary.blocks.get("USE_TMA", 0)
-    with prefer_tma():
-        preferred = chosen(arch, head_dim)
-        assert preferred.blocks["USE_TMA"] and preferred.limits["tma"] and not preferred.limits["spill_bytes"]
-        assert preferred.limits["registers"] <= ordinary.limits["registers"]
-        assert chosen(arch, head_dim, offset=4) == ordinary
+    assert path(ordinary) == POINTERS
+    for warp_specialize, wanted in ((False, DESCRIPTORS), (True, SPECIALIZED)):
+        with prefer_tma(warp_specialize=warp_specialize):
+            preferred = chosen(arch, head_dim)
+            assert path(preferred) == wanted and preferred.limits["tma"]
+            assert preferred.limits.get("warp_specialized", False) == warp_specialize
+            assert not preferred.limits["spill_bytes"]
+            assert preferred.limits["registers"] <= ordinary.limits["registers"]
+            assert chosen(arch, head_dim, offset=4) == ordinary
     assert chosen(arch, head_dim) == ordinary
+
+
+@compiled
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_warp_specialization_is_for_what_has_an_entry_alone(arch):
+    """Without one, as with float32 or a far part, the next best path is taken."""
+    pytest.importorskip("triton")
+    q, k, v = make_qkv(64, 1, 64, dtype=torch.bfloat16)
+    layout = PackedLayout.from_lengths((64,), group_size=16)
+    with prefer_tma(warp_specialize=True), record_launches(arch) as launches:
+        run_hybrid(layout, q, k, v, window=0)
+        run(layout, *(x.float() for x in (q, k, v)))
+    forwards = [x.config for x in launches if x.kernel.__name__ == "_range_attention_fwd_kernel"]
+    assert [path(config) for config in forwards] == [DESCRIPTORS, POINTERS]
 
 
 @compiled
 def test_older_gpus_never_use_descriptors():
     pytest.importorskip("triton")
     ordinary = chosen("sm_80")
-    with prefer_tma():
-        assert chosen("sm_80") == ordinary and not ordinary.blocks.get("USE_TMA", 0)
+    for warp_specialize in (False, True):
+        with prefer_tma(warp_specialize=warp_specialize):
+            assert chosen("sm_80") == ordinary and path(ordinary) == POINTERS
     for arch in (arch for arch in tuning.known_archs("range_attention") if int(arch[3:]) < 90):
         assert not any(
             entry["blocks"].get("USE_TMA", 0) for entry in tuning.tables(arch)["range_attention"]["fwd"]
@@ -255,14 +305,15 @@ def test_older_gpus_never_use_descriptors():
 
 
 @compiled
-def test_an_entry_switches_descriptors_on(monkeypatch, tmp_path):
-    """As the module says: `"tma": [1, 2]` in place of 2, and ordinary calls use them where they can."""
+@pytest.mark.parametrize("switched", [DESCRIPTORS, SPECIALIZED])
+def test_an_entry_switches_descriptors_on(switched, monkeypatch, tmp_path):
+    """As the module says: let an entry begin at `"tma": 1`, and ordinary calls use it where they can."""
     pytest.importorskip("triton")
     table = tuning.tables("sm_90")["range_attention"]
     entries = json.loads(json.dumps(table["fwd"]))
     for entry in entries:
-        if entry["blocks"].get("USE_TMA", 0):
-            entry["when"]["tma"] = [1, 2]
+        if path(SimpleNamespace(**entry)) == switched:
+            entry["when"]["tma"] = [1, 3]
     (tmp_path / "sm_90").mkdir()
     (tmp_path / "sm_90" / "range_attention.json").write_text(json.dumps({**table, "fwd": entries}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
@@ -270,8 +321,8 @@ def test_an_entry_switches_descriptors_on(monkeypatch, tmp_path):
     try:
         for cache in caches:
             cache.cache_clear()
-        assert chosen("sm_90").blocks["USE_TMA"]
-        assert not chosen("sm_90", offset=4).blocks.get("USE_TMA", 0)
+        assert path(chosen("sm_90")) == switched
+        assert path(chosen("sm_90", offset=4)) == POINTERS
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -305,8 +356,8 @@ def test_the_workspace_is_there_on_every_thread_and_the_callers_allocator_stays(
 def test_preferring_ends_with_its_block():
     pytest.importorskip("triton")
     with pytest.raises(KeyError), prefer_tma():
-        with prefer_tma():
-            assert chosen("sm_90").blocks["USE_TMA"]
-        assert chosen("sm_90").blocks["USE_TMA"]
+        with prefer_tma(warp_specialize=True):
+            assert path(chosen("sm_90")) == SPECIALIZED
+        assert path(chosen("sm_90")) == DESCRIPTORS
         raise KeyError
-    assert not chosen("sm_90").blocks.get("USE_TMA", 0)
+    assert path(chosen("sm_90")) == POINTERS

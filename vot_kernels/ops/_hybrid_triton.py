@@ -9,6 +9,7 @@ from vot_kernels.ops._linear_triton import Rows, _addressable, group_states, sca
 from vot_kernels.ops._range_triton import (
     FarPart,
     KeyRanges,
+    fuses_backward,
     range_attention_backward,
     range_attention_forward,
     range_attention_keys_backward,
@@ -101,6 +102,7 @@ def hybrid_attention_backward(
     geometry: Geometry,
     feature_map: str,
     scale: float,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, q_features and k_features; None for these where there is no far part.
 
@@ -108,18 +110,21 @@ def hybrid_attention_backward(
     """
     ranges = geometry.ranges
     if not geometry.has_far:
-        return *range_attention_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale), None, None, None
+        inputs = (q, k, v, ranges, scale, deterministic)
+        return *range_attention_backward(grad, grad_lse, out, lse, *inputs), None, None, None
     grad, v = _addressable(grad), _addressable(v)  # a gradient may be expanded, as that of a sum is
     near = (q, k, v, ranges, scale)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
     far = FarPart(states, queries, name, beta)
-    rows = range_attention_rows_backward(grad, grad_lse, out, lse, *near, far)
+    fused = fuses_backward(q, deterministic, far=True)
+    rows = range_attention_rows_backward(grad, grad_lse, out, lse, *near, far, fused=fused)
     gradients = Rows(queries, grad, rows.far_weight, -rows.delta)
     states = geometry.far_states(gradients, k.shape[1], name, mirrored=True)
-    dk, dv, d_keys = range_attention_keys_backward(grad, lse, rows.delta, *near, FarPart(states, keys, name))
+    far, dq = FarPart(states, keys, name), rows.dq if fused else None
+    dk, dv, d_keys = range_attention_keys_backward(grad, lse, rows.delta, *near, far, dq=dq)
     d_beta = None if beta is None or rows.d_beta is None else rows.d_beta.sum(0).to(beta.dtype)
-    return rows.dq, dk, dv, d_beta, rows.d_features, d_keys
+    return rows.dq.to(q.dtype), dk, dv, d_beta, rows.d_features, d_keys
 
 
 def _features(

@@ -14,15 +14,28 @@ from torch import Tensor
 from vot_kernels.ops._blocks import Blocks, bucket
 
 _MAX_SCORES = 2**25  # entries of a score tile of the matmul path: 128 MiB in float32
+_WINDOW_ROWS = 128  # queries that share a mask
 
 
 @dataclass(frozen=True, eq=False)
 class RangeBlocks:
-    """Query runs and the key run of each, of one shape; causal aligns both and hides later keys."""
+    """Query runs and the key run of each, of one shape; causal aligns both and hides later keys.
+
+    With a band (low, high) query i of a run sees its keys i + low to i + high alone.
+    """
 
     queries: Blocks
     keys: Blocks
     causal: bool
+    band: tuple[int, int] | None = None
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """`[queries, keys]` to add to the scores, None without a band."""
+        if self.band is None:
+            return None
+        low, high = self.band
+        hidden = like.new_full((self.queries.length, self.keys.length), -torch.inf)
+        return hidden.triu(high + 1).add_(hidden.tril(low - 1))
 
 
 Pass = tuple[RangeBlocks, ...]
@@ -52,6 +65,34 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
     )
 
 
+def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> Pass:
+    """Blocks of `ranges` `[n, 4]` in which a query sees the keys from `left` before to `right` after its place.
+
+    The places of the last query and the last key of a range are one. Long ranges are cut into blocks of few
+    queries and the keys that these see, so that a mask is as large as a window, not as a range.
+    """
+    found = []
+    for owner, (begin, end, key_begin, key_end) in enumerate(ranges.tolist()):
+        everything, offset = end - begin + key_end - key_begin, key_end - end
+        behind, ahead = min(left, everything), everything if right is None else min(right, everything)
+        for first in range(max(begin, key_begin - ahead - offset), end, _WINDOW_ROWS):
+            rows = min(_WINDOW_ROWS, end - first)
+            low = max(key_begin, first + offset - behind)
+            keys = min(key_end, first + rows + offset + ahead) - low
+            # Blocks of one range are evenly spaced, so views; those of several are copied: only short ones.
+            apart = owner if keys > 4 * _WINDOW_ROWS else -1
+            place = first + offset - low
+            found.append((first, low, rows, keys, place - behind, place + ahead, apart))
+    plan = np.array(found, dtype=np.int64).reshape(-1, 7)
+    plan = plan[plan[:, 3] > 0]
+    blocks = []
+    for members in bucket(plan[:, 2:]):
+        rows, keys, *band = plan[members[0], 2:6].tolist()
+        runs = Blocks(plan[members, 0], rows, device), Blocks(plan[members, 1], keys, device)
+        blocks.append(RangeBlocks(*runs, False, (band[0], band[1])))
+    return tuple(blocks)
+
+
 def range_attention(
     q: Tensor, k: Tensor, v: Tensor, passes: Sequence[Pass], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +104,7 @@ def range_attention(
     for blocks in passes:
         out, lse = _nothing(q, complete=sum(item.queries.num_rows for item in blocks) == q.shape[1])
         for item in blocks:
-            o, part = _attend(*_operands(item, q, k, v), item.causal, scale)
+            o, part = _attend(*_operands(item, q, k, v), item.causal, scale, item.mask(q))
             item.queries.put(out, o.transpose(0, 1))
             item.queries.put(lse, part.transpose(0, 1)[..., None])
         results.append((out, lse))
@@ -104,6 +145,7 @@ def range_attention_backward(
             item.queries.take(lse).transpose(0, 1)[..., 0],
             item.causal,
             scale,
+            item.mask(q),
         )
         for runs, total, part in zip((item.queries, item.keys, item.keys), (dq, dk, dv), grads, strict=True):
             runs.add(total, part.transpose(0, 1))
@@ -136,11 +178,15 @@ def _widen(x: Tensor, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, 1), value=value)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and lse `[runs, heads, length]` of a batch of equal ranges."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return _attend_matmul(q, k, v, causal, scale)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    return _attend_matmul(q, k, v, causal, scale, mask)
 
 
 def _attend_backward(
@@ -152,18 +198,21 @@ def _attend_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
-    return _attend_matmul_backward(grad, q, k, v, out, lse, causal, scale)
+    return _attend_matmul_backward(grad, q, k, v, out, lse, causal, scale, mask)
 
 
-def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_matmul(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for runs, rows in _tiles(q, k):
-        scores = _scores(q, k, runs, rows, causal, scale)
+        scores = _scores(q, k, runs, rows, causal, scale, mask)
         lse[runs, :, rows] = part = scores.logsumexp(-1)
         out[runs, :, rows] = scores.sub_(part[..., None]).exp_() @ v[runs]
     return out, lse
@@ -178,10 +227,11 @@ def _attend_matmul_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for runs, rows in _tiles(q, k):
-        p = _scores(q, k, runs, rows, causal, scale).sub_(lse[runs, :, rows, None]).exp_()
+        p = _scores(q, k, runs, rows, causal, scale, mask).sub_(lse[runs, :, rows, None]).exp_()
         do = grad[runs, :, rows]
         delta = (do * out[runs, :, rows]).sum(-1, keepdim=True)
         ds = (do @ v[runs].transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
@@ -191,8 +241,12 @@ def _attend_matmul_backward(
     return dq, dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, runs: slice, rows: slice, causal: bool, scale: float) -> Tensor:
+def _scores(
+    q: Tensor, k: Tensor, runs: slice, rows: slice, causal: bool, scale: float, mask: Tensor | None
+) -> Tensor:
     scores = (q[runs, :, rows] @ k[runs].transpose(-1, -2)).mul_(scale)
+    if mask is not None:
+        scores += mask[rows]
     if causal:
         index = torch.arange(k.shape[2], device=q.device)
         scores.masked_fill_(index > index[rows, None], -torch.inf)

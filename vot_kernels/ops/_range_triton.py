@@ -6,14 +6,20 @@ causal mode runs the same compiled kernel. A window that covers a segment gives 
 attention.
 
 The forward can load keys and values through tensor descriptors, on sm_90 and newer. An entry "fwd" of
-`tuning/configs/<arch>/range_attention.json` whose blocks say `"USE_TMA": 1` does, and the key `tma` says when:
-0 where the inputs or the GPU allow none, 1 where they do, 2 where they do inside of `prefer_tma()`. The shipped
-entries say `"when": {"tma": 2}`, for no GPU has timed them, and so take no part in ordinary calls. To switch one
-on, let it say `"tma": [1, 2]`; to measure both ways without touching a file, call the op inside of `prefer_tma()`.
+`tuning/configs/<arch>/range_attention.json` whose blocks say `"USE_TMA": 1` does, and with `"WARP_SPECIALIZE": 1`
+warps of their own do the loading. The key `tma` says when: 0 where the inputs or the GPU allow no descriptors, 1
+where they do, 2 where they do inside of `prefer_tma()`, 3 inside of `prefer_tma(warp_specialize=True)`. The shipped
+entries begin at 2 or 3, for no GPU has timed them, and so take no part in ordinary calls. To switch one on, let it
+begin at 1, `"tma": [1, 3]`; to measure all ways without touching a file, call the op inside of `prefer_tma`.
+
+The backward is a pair of kernels, or with an entry "bwd_dkdv" of `"ADD_DQ": 1` the fused form, see `range_bwd.py`.
+The key `fused` says when: 0 where the bits must repeat, 2 where they need not, 1 where the caller has no wish. The
+shipped entries say 2, for no GPU has timed them either; `"fused": [1, 2]` makes one the default. Where its blocks say
+`"USE_TMA": 1` the adding is done through descriptors, and the key `tma` is 1 where these can be had.
 """
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,19 +155,19 @@ class FarPart:
     beta: Tensor | None = None
 
 
-_tma_preferred = False
+_tma_preference = 1
 
 
 @contextmanager
-def prefer_tma() -> Iterator[None]:
-    """Inside of it, forwards take the config entries of `"tma": 2` where they can; results are the same."""
-    global _tma_preferred
-    before = _tma_preferred
-    _tma_preferred = True
+def prefer_tma(*, warp_specialize: bool = False) -> Iterator[None]:
+    """Inside of it, forwards take the config entries of `"tma": 2` or 3 where they can; results are the same."""
+    global _tma_preference
+    before = _tma_preference
+    _tma_preference = 3 if warp_specialize else 2
     try:
         yield
     finally:
-        _tma_preferred = before
+        _tma_preference = before
 
 
 def range_attention_forward(
@@ -191,9 +197,9 @@ def range_attention_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
     segments = ranges.cu_rows.shape[0] - 1
-    if not segments:
+    if not segments or not rows:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = _config("fwd", q, far=int(far is not None), tma=_tma_key(k, v))
+    config = _config("fwd", q, far=int(far is not None), tma=_tma_key(q, k, v))
     _launch_with_workspace(
         _range_attention_fwd_kernel,
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
@@ -228,20 +234,55 @@ def range_attention_backward(
     v: Tensor,
     ranges: KeyRanges,
     scale: float,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
-
-    The same inputs give the same bits: nothing is summed by atomics.
 
     Args:
         grad: gradient of out, `[rows, heads, head_dim]`.
         grad_lse: gradient of lse, `[rows, heads]`, or None.
         out, lse: what the forward returned, or those merged with other keys.
         q, k, v, ranges, scale: as in the forward.
+        deterministic: see `fuses_backward`.
     """
-    rows = range_attention_rows_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale)
-    dk, dv, _ = range_attention_keys_backward(grad, lse, rows.delta, q, k, v, ranges, scale)
-    return rows.dq, dk, dv
+    fused = fuses_backward(q, deterministic)
+    rows = range_attention_rows_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale, fused=fused)
+    dq = rows.dq if fused else None
+    dk, dv, _ = range_attention_keys_backward(grad, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
+    return rows.dq.to(q.dtype), dk, dv
+
+
+def fuses_backward(q: Tensor, deterministic: bool | None, *, far: bool = False) -> bool:
+    """Whether the backward runs in the fused form, in which the second half adds to dq too, in no fixed order.
+
+    Args:
+        q: as in the forward.
+        deterministic: True for the pair of kernels, of which the same inputs give the same bits; False for the
+            fused form, where there is an entry for it; None for what the entry says, and the pair where PyTorch
+            is told to use deterministic algorithms alone.
+        far: whether there is a far part.
+    """
+    return bool(_keys_config(q, far, _fused_key(deterministic)).blocks.get("ADD_DQ", 0))
+
+
+_PAIR, _EITHER, _FUSED = range(3)
+
+
+def _fused_key(deterministic: bool | None) -> int:
+    if deterministic is None:
+        return _PAIR if torch.are_deterministic_algorithms_enabled() else _EITHER
+    return _PAIR if deterministic else _FUSED
+
+
+def _keys_config(q: Tensor, far: bool, fused: int) -> Config:
+    descriptors = _adds_through_descriptors(target_arch(q.device), q.shape[2])
+    return _config("bwd_dkdv", q, far=int(far), fused=fused, tma=int(descriptors))
+
+
+def _adds_through_descriptors(arch: str, head_dim: int) -> bool:
+    """Whether kernels on `arch` can add to blocks of a float32 `[rows, heads, head_dim]` through descriptors."""
+    known = arch != INTERPRETER and int(arch.removeprefix("sm_")) >= 90
+    return known and head_dim * torch.float32.itemsize % _DESCRIPTOR_BYTES == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +291,7 @@ class RowGradients:
 
     Attributes:
         dq: in the dtype of q. It has the gradient through the feature map, unless the features were given.
+            In the fused form float32, and without the near part, which the second half adds.
         delta: float32 `[rows, heads]`, D = do.o - dlse; uninitialized in slack rows.
         far_weight: float32 `[rows, heads]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
             states; None without a far part.
@@ -275,8 +317,10 @@ def range_attention_rows_backward(
     ranges: KeyRanges,
     scale: float,
     far: FarPart | None = None,
+    *,
+    fused: bool = False,
 ) -> RowGradients:
-    """The first half of the backward; `far` is that of the forward."""
+    """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
     from vot_kernels.kernels.attention.range_bwd import _range_attention_dq_kernel
 
     grad, out, q, k, v = (_rows_contiguous(x) for x in (grad, out, q, k, v))
@@ -285,7 +329,7 @@ def range_attention_rows_backward(
     numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
     given = far is not None and far.feature_map == "none"
     found = RowGradients(
-        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device),
         numbers[0],
         None if far is None else numbers[1],
         None if far is None else numbers[2],
@@ -297,7 +341,7 @@ def range_attention_rows_backward(
             if x is not None:
                 x.zero_()
         return found
-    config = _config("bwd_dq", q, far=int(far is not None))
+    config = _config("bwd_start" if fused else "bwd_dq", q, far=int(far is not None))
     launch(
         _range_attention_dq_kernel,
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
@@ -311,7 +355,7 @@ def range_attention_rows_backward(
         v_ptr=v,
         dq_ptr=found.dq,
         delta_ptr=found.delta,
-        ranges_ptr=ranges.write(rows),
+        ranges_ptr=None if fused else ranges.write(rows),
         cu_rows_ptr=ranges.cu_rows,
         **_far_arguments(far, features, head_dim),
         beta_ptr=None if far is None or far.beta is None else far.beta.float(),
@@ -326,6 +370,7 @@ def range_attention_rows_backward(
         scale=scale,
         **_strides(grad=grad, out=out, q=q, k=k, v=v, features=features),
         BLOCK_W=_padded(features.shape[2]),
+        **({"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}),
     )
     return found
 
@@ -340,6 +385,8 @@ def range_attention_keys_backward(
     ranges: KeyRanges,
     scale: float,
     far: FarPart | None = None,
+    *,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The second half of the backward.
 
@@ -347,6 +394,7 @@ def range_attention_keys_backward(
         delta: as the first half returned it.
         far: the key side: for each group the gradient states of the groups far from which it is, summed over
             the heads of each kv head, and the features of k, `[keys, kv_heads, width]`. Its beta is not used.
+        dq: that of the first half in the fused form; the near part is added to it.
 
     Returns:
         dk, dv, and the gradient of given features of k, else None.
@@ -363,10 +411,14 @@ def range_attention_keys_backward(
     segments = ranges.cu_rows.shape[0] - 1
     if not segments:
         return dk.zero_(), dv.zero_(), None if d_features is None else d_features.zero_()
-    config = _config("bwd_dkdv", k, far=int(far is not None))
-    launch(
+    config = _keys_config(q, far is not None, _PAIR if dq is None else _FUSED)
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int, ...]:
+        return keys // blocks["BLOCK_K"] + segments, kv_heads
+
+    _launch_with_workspace(
         _range_attention_dkdv_kernel,
-        lambda blocks: (keys // blocks["BLOCK_K"] + segments, kv_heads),
+        grid if dq is None else grid(config.blocks),  # numbers: to time it, tuning would add to dq again
         config,
         grad_ptr=grad,
         lse_ptr=lse.contiguous(),
@@ -376,6 +428,7 @@ def range_attention_keys_backward(
         v_ptr=v,
         dk_ptr=dk,
         dv_ptr=dv,
+        dq_ptr=dq,
         ranges_ptr=ranges.mirrored().write(keys),
         cu_keys_ptr=ranges.cu_keys,
         **_far_arguments(far, features, head_dim),
@@ -402,10 +455,8 @@ def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict
     return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
 
 
-def _tma_key(k: Tensor, v: Tensor) -> int:
-    if not _takes_descriptors(target_arch(k.device), k, v):
-        return 0
-    return 2 if _tma_preferred else 1
+def _tma_key(q: Tensor, k: Tensor, v: Tensor) -> int:
+    return _tma_preference if _takes_descriptors(target_arch(k.device), q, k, v) else 0
 
 
 def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:

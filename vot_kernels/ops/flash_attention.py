@@ -5,17 +5,23 @@ ALiBi, paged keys) is refused in words, never ignored. q and k may be of differe
 windows are aligned at the last tokens, as flash-attn 2.1 and later have it.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vot_kernels.ops._blocks import fold_heads, head_chunks, repeat_heads, to_heads, to_tokens
+from vot_kernels.ops._range_attention import Pass, plan_pass, plan_windows, range_attention
+from vot_kernels.ops._range_attention import range_attention_backward as passes_backward
 from vot_kernels.ops._range_triton import KeyRanges, range_attention_backward, range_attention_forward
 from vot_kernels.ops._validation import check_alike, check_choice, check_device, check_floating, check_tensor
 from vot_kernels.ops.dispatch import select
-from vot_kernels.reference.attention import aligned_mask, cross_attention
+from vot_kernels.reference.attention import cross_attention
 
 Window = tuple[int, int]
 
@@ -52,7 +58,8 @@ def flash_attn_varlen_func(
         softmax_scale: factor on q.k, by default head_dim ** -0.5.
         causal: query i of a segment sees no key after i + (its keys - its queries).
         window_size: keys seen before and after that place; -1 is no limit.
-        deterministic: taken for compatibility; the gradients always are.
+        deterministic: the gradients have the same bits whenever the inputs have; if False, they have unless the
+            table of the GPU says otherwise, as with None in `packed_attention`.
         return_attn_probs: also return lse and None in place of the probabilities.
         backend: "auto", "triton", "torch" or "reference". All but "triton" read the lengths on the host.
 
@@ -92,9 +99,9 @@ def flash_attn_varlen_func(
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale)
     chosen = select("packed_attention", backend, q)
     if chosen == "reference":
-        out, lse = _by_segment(cross_attention, *arguments)
+        out, lse = _by_reference(*arguments)
     else:
-        out, lse = _flash_attention_fwd(*arguments, chosen)
+        out, lse = _flash_attention_fwd(*arguments, chosen, True if deterministic else None)
     return (out, lse.t(), None) if return_attn_probs else out
 
 
@@ -189,12 +196,13 @@ def _flash_attention_fwd(
     right: int | None,
     scale: float,
     backend: str,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and lse `[total_q, heads]`."""
     if backend == "triton":
         ranges = KeyRanges.of_segments(cu_seqlens_q, cu_seqlens_k, left, right)
         return range_attention_forward(q, k, v, ranges, scale)
-    return _by_segment(_sdpa, q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale)
+    return _batched_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, left, right, scale)
 
 
 @_flash_attention_fwd.register_fake
@@ -217,16 +225,14 @@ def _flash_attention_bwd(
     right: int | None,
     scale: float,
     backend: str,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv."""
     if backend == "triton":
         ranges = KeyRanges.of_segments(cu_seqlens_q, cu_seqlens_k, left, right)
-        return range_attention_backward(grad, None, out, lse, q, k, v, ranges, scale)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, keys in _segments(cu_seqlens_q, cu_seqlens_k):
-        parts = (grad[rows], out[rows], lse[rows], q[rows], k[keys], v[keys])
-        dq[rows], dk[keys], dv[keys] = _sdpa_backward(*parts, left, right, scale)
-    return dq, dk, dv
+        return range_attention_backward(grad, None, out, lse, q, k, v, ranges, scale, deterministic)
+    saved = (grad, out, lse, q, k, v)
+    return _batched_backward(*saved, cu_seqlens_q, cu_seqlens_k, left, right, scale)
 
 
 @_flash_attention_bwd.register_fake
@@ -246,23 +252,126 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
-    return (*_flash_attention_bwd(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6)
+        return (None,) * 10
+    return (*_flash_attention_bwd(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
 
 
 _flash_attention_fwd.register_autograd(_differentiate, setup_context=_save)
 
 
-def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and keys of every segment that has both."""
-    rows, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(rows) - 1):
-        if rows[i] < rows[i + 1] and keys[i] < keys[i + 1]:
-            yield slice(rows[i], rows[i + 1]), slice(keys[i], keys[i + 1])
+def _batched_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    left: int | None,
+    right: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The torch backend: equal segments as one batch, a few heads at a time."""
+    plan = _make_plan(q, k, cu_seqlens_q, cu_seqlens_k, left, right)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for heads, kv_heads in head_chunks(q, k, 0):
+        query = to_heads(q[:, heads], plan.rows)
+        key, value = (to_heads(x[:, kv_heads], plan.keys) for x in (k, v))
+        repeats = query.shape[0] // key.shape[0]
+        key, value = repeat_heads(key, repeats), repeat_heads(value, repeats)
+        part, part_lse = range_attention(query, key, value, plan.passes, scale)
+        to_tokens(part, out[:, heads])
+        to_tokens(part_lse, lse[:, heads, None], fill=-math.inf)
+    return out, lse
 
 
-def _by_segment(
-    attend: Callable[..., tuple[Tensor, Tensor]],
+def _batched_backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    left: int | None,
+    right: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = _make_plan(q, k, cu_seqlens_q, cu_seqlens_k, left, right)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for heads, kv_heads in head_chunks(q, k, 0):
+        do, o, query = (to_heads(x[:, heads], plan.rows) for x in (grad, out, q))
+        joint = to_heads(lse[:, heads, None], plan.rows)
+        key, value = (to_heads(x[:, kv_heads], plan.keys) for x in (k, v))
+        repeats = query.shape[0] // key.shape[0]
+        key, value = repeat_heads(key, repeats), repeat_heads(value, repeats)
+        parts = passes_backward(do, None, query, key, value, o, joint, plan.passes, scale)
+        to_tokens(parts[0], dq[:, heads])
+        for part, total in zip(parts[1:], (dk, dv), strict=True):
+            to_tokens(fold_heads(part, repeats), total[:, kv_heads])
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Packed rows and keys, and what the rows see: each pass has at most one key range per row."""
+
+    rows: int
+    keys: int
+    passes: tuple[Pass, ...]
+
+
+def _make_plan(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, left: int | None, right: int | None
+) -> _Plan:
+    """The plan of a packing, remembered by its contents: layers of one model share a packing."""
+    rows = _host_bounds("cu_seqlens_q", cu_seqlens_q, "q", q)
+    keys = _host_bounds("cu_seqlens_k", cu_seqlens_k, "k", k)
+    return _plan(tuple(rows), tuple(keys), left, right, q.device)
+
+
+@lru_cache(maxsize=32)
+def _plan(
+    rows: tuple[int, ...],
+    keys: tuple[int, ...],
+    left: int | None,
+    right: int | None,
+    device: torch.device,
+) -> _Plan:
+    """Ranges of rows and keys that need no mask, unless there is a limit on the left.
+
+    In the frame of a segment row i sees the keys before i + shift + 1. So the rows that see some but not all
+    keys are a causal square whose first key is the one they start at, and see all keys before that.
+    """
+    row, row_end, key, key_end = segments = np.array([rows[:-1], rows[1:], keys[:-1], keys[1:]], np.int64)
+    if left is not None:
+        passes = [plan_windows(segments.T, left, right, device)]
+        return _Plan(rows[-1], keys[-1], tuple(blocks for blocks in passes if blocks))
+    shift = key_end - key if right is None else key_end - key - (row_end - row) + right
+    first = np.clip(row - shift, row, row_end)
+    last = np.clip(row + key_end - key - shift, first, row_end)
+    offset = key - row + shift
+    squares = np.stack([first, last, first + offset, last + offset], axis=1)
+    before = np.stack([first, last, key, first + offset], axis=1)
+    whole = np.stack([last, row_end, key, key_end], axis=1)
+    others = np.stack([before, whole], axis=1).reshape(-1, 4)
+    passes = [plan_pass(squares, True, device), plan_pass(others, False, device)]
+    return _Plan(rows[-1], keys[-1], tuple(blocks for blocks in passes if blocks))
+
+
+def _host_bounds(name: str, bounds: Tensor, owner: str, x: Tensor) -> list[int]:
+    """The cumulative lengths as numbers."""
+    numbers = bounds.tolist()
+    for before, number in pairwise([0, *numbers]):
+        if not before <= number <= x.shape[0]:
+            raise ValueError(
+                f"{name} must ascend from 0 to at most the {x.shape[0]} rows of {owner}, "
+                f"got {number} after {before}."
+            )
+    return numbers
+
+
+def _by_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -275,58 +384,9 @@ def _by_segment(
     """The output and lse of all segments; 0 and -inf in rows that belong to none or see nothing."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for rows, keys in _segments(cu_seqlens_q, cu_seqlens_k):
-        out[rows], lse[rows] = attend(q[rows], k[keys], v[keys], left, right, scale)
+    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for row, row_end, key, key_end in zip(*(x[i:] for x in bounds for i in (0, 1)), strict=False):
+        if row < row_end and key < key_end:
+            rows, keys = slice(row, row_end), slice(key, key_end)
+            out[rows], lse[rows] = cross_attention(q[rows], k[keys], v[keys], left, right, scale)
     return out, lse
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """One segment by PyTorch's attention, and lse from the scores."""
-    mask = aligned_mask(q.shape[0], k.shape[0], left, right, q.device)
-    seen = mask.any(1)
-    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-    # A row that sees nothing would be NaN: let it see everything, and drop what comes of it.
-    allowed = None if left is None and right is None else mask | ~seen[:, None]
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=gqa)
-    out = torch.where(seen[:, None, None], out[0].transpose(0, 1), 0)
-    return out, torch.cat(
-        [_scores(q, k, head, mask, scale).logsumexp(1)[:, None] for head in range(q.shape[1])], 1
-    )
-
-
-def _sdpa_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    left: int | None,
-    right: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one segment, a head at a time: no more than one matrix of scores is held."""
-    mask = aligned_mask(q.shape[0], k.shape[0], left, right, q.device)
-    dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-    for head in range(q.shape[1]):
-        kv_head = head * k.shape[1] // q.shape[1]
-        do, o, key, value = (
-            x.to(lse.dtype) for x in (grad[:, head], out[:, head], k[:, kv_head], v[:, kv_head])
-        )
-        pivot = lse[:, head, None].masked_fill(lse[:, head, None] == -torch.inf, 0)
-        weights = (_scores(q, k, head, mask, scale) - pivot).exp_()
-        d_scores = weights * (do @ value.T - (do * o).sum(1, keepdim=True)) * scale
-        dq[:, head] = d_scores @ key
-        dk[:, kv_head] += d_scores.T @ q[:, head].to(lse.dtype)
-        dv[:, kv_head] += weights.T @ do
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _scores(q: Tensor, k: Tensor, head: int, mask: Tensor, scale: float) -> Tensor:
-    """`[rows, keys]` of one head, -inf where the mask hides the key; float32 at least."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    key = k[:, head * k.shape[1] // q.shape[1]].to(compute)
-    return (q[:, head].to(compute) @ key.T * scale).masked_fill(~mask, -torch.inf)

@@ -68,6 +68,7 @@ def hybrid_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention to the groups in the window and linear attention to the rest of the segment.
 
@@ -89,6 +90,10 @@ def hybrid_attention(
         scale: factor on q.k of near tokens, by default head_dim ** -0.5.
         return_lse: also return lse, which is differentiable: results over disjoint keys can be merged.
         backend: "auto", "triton", "torch" or "reference".
+        deterministic: whether the same inputs must give the same bits in the backward too. True: yes. False: no;
+            the Triton backend then takes the form of 5 matrix products per block in place of 7, where it has
+            one, which sums dq in no fixed order. None: True under `torch.use_deterministic_algorithms`, else as
+            the config table of the GPU says. Everything else is deterministic always.
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse
@@ -100,6 +105,7 @@ def hybrid_attention(
     check_qkv(q, k, v, layout)
     check_options(q, k, beta, feature_map, q_features, k_features)
     check_choice("causal", causal, CAUSAL_MODES)
+    check_choice("deterministic", deterministic, (None, False, True))
     chosen = select("hybrid_attention", backend, q, features=q_features)
     out, lse = attend(
         q,
@@ -114,6 +120,7 @@ def hybrid_attention(
         causal=causal,
         scale=scale,
         backend=chosen,
+        deterministic=deterministic,
     )
     return (out, lse) if return_lse else out
 
@@ -132,6 +139,7 @@ def attend(
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of checked inputs on a chosen backend; `packed_attention` enters here too."""
     left, right = window_sides(window, causal)
@@ -168,6 +176,7 @@ def attend(
         feature_map,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         backend,
+        deterministic,
     )
 
 
@@ -195,6 +204,7 @@ def _hybrid_attention_fwd(
     feature_map: str,
     scale: float,
     backend: str = "torch",
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
@@ -277,13 +287,14 @@ def _hybrid_attention_bwd(
     feature_map: str,
     scale: float,
     backend: str = "torch",
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
     if backend == "triton":
         bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
         geometry = Geometry(*bounds, window_left, window_right, causal)
         tensors = (grad, grad_lse, out, lse, q, k, v, beta, q_features, k_features)
-        found = hybrid_attention_backward(*tensors, geometry, feature_map, scale)
+        found = hybrid_attention_backward(*tensors, geometry, feature_map, scale, deterministic)
         d_beta, d_q_features, d_k_features = (
             q.new_empty(0) if x is None else torch.zeros_like(x) if found_grad is None else found_grad
             for x, found_grad in zip((beta, q_features, k_features), found[3:], strict=True)

@@ -44,7 +44,8 @@ class Config:
     Attributes:
         blocks: its BLOCK_* and other tuned constexprs.
         num_warps, num_stages: as Triton means them.
-        limits: what the compiled kernel must keep to: "registers", "spill_bytes", "wgmma", "tma".
+        limits: what the compiled kernel must keep to: "registers", "spill_bytes", "wgmma", "tma",
+            "warp_specialized".
         request: what it was looked up for; None if it was not.
     """
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.ranges import masked_block, tile_ranges
-from ..common.rows import load_rows, load_source, row_source, store_rows
+from ..common.rows import load_source, row_source, store_rows
 from ..common.softmax import LN_2, LOG2_E, softmax_step
 from ..common.tiles import locate_tile
 from .far import add_far_values, far_total, tile_groups
@@ -23,6 +23,7 @@ def _attend_block(
     v_stride,
     first_key,
     end,
+    first_index,
     low,
     high,
     factor,
@@ -35,12 +36,15 @@ def _attend_block(
     MASKED: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Sums, peak and total after BLOCK_K more keys; keys and values are a `row_source` each."""
+    """Sums, peak and total after BLOCK_K more keys; keys and values are a `row_source` each.
+
+    low and high count the keys so that first_key is `first_index`.
+    """
     key = load_source(keys, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     value = load_source(values, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
-        index = first_key + tl.arange(0, BLOCK_K)
+        index = first_index + tl.arange(0, BLOCK_K)
         seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     weights, peak, total, decay = softmax_step(scores, factor, peak, total)
@@ -90,6 +94,20 @@ def _add_far(
     return sums, raised, total * decay + far * weight
 
 
+@triton.jit
+def _locate_tile_by_steps(bounds_ptr, count, tile, BLOCK: tl.constexpr):
+    """`locate_tile` without a while loop, which warp specialization does not take; steps too many change nothing."""
+    low = 0
+    high = count
+    for _ in range(tl.log2(count.to(tl.float32)).to(tl.int32) + 2):
+        middle = (low + high) // 2
+        below = tl.load(bounds_ptr + middle) // BLOCK + middle <= tile
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    begin = tl.load(bounds_ptr + low)
+    return low, begin + (tile - begin // BLOCK - low) * BLOCK
+
+
 @triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
 def _range_attention_fwd_kernel(
     q_ptr,
@@ -125,6 +143,7 @@ def _range_attention_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     USE_TMA: tl.constexpr = False,
+    WARP_SPECIALIZE: tl.constexpr = False,
 ):
     """One tile of rows of a segment and one head; `common/ranges.py` says what `ranges` holds.
 
@@ -137,11 +156,18 @@ def _range_attention_fwd_kernel(
     row_groups: int32 `[groups + 1]`.
 
     USE_TMA: load keys and values through descriptors made on the device, on sm_90 and newer. The results are the
-    same to the bit. It asks that the bases and the strides of k and v are multiples of 16 bytes.
+    same to the bit. It asks that the bases and the strides of q, k and v are multiples of 16 bytes.
+
+    WARP_SPECIALIZE, with USE_TMA and without a far part: a group of warps loads what the others multiply, one for
+    each half of the rows. On sm_90 the compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps; it
+    says nothing where it leaves the loop as it is, so that configs have the limit `warp_specialized`.
     """
     # Late rows see the most keys when attention is causal: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
+    if WARP_SPECIALIZE:
+        segment, first_row = _locate_tile_by_steps(cu_rows_ptr, segments, tile, BLOCK_Q)
+    else:
+        segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     end_row = tl.load(cu_rows_ptr + segment + 1)
@@ -156,24 +182,46 @@ def _range_attention_fwd_kernel(
     v_stride *= STRIDE_UNIT
     keys = row_source(k_ptr, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
     values = row_source(v_ptr, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
-    query = load_rows(q_ptr, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+    queries = row_source(q_ptr, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, WARP_SPECIALIZE)
+    query = load_source(
+        queries, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True, WARP_SPECIALIZE
+    )
     factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf of a masked score, 0 would be NaN
 
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for block in range(count - (end_full - first_full)):
-        first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
-        sums, peak, total = _attend_block(
-            query, keys, values, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
-            HEAD_DIM, BLOCK_D, BLOCK_K, True, USE_TMA,
-        )  # fmt: skip
-    for block in range(first_full, end_full):
-        first_key = begin + block * BLOCK_K
-        sums, peak, total = _attend_block(
-            query, keys, values, k_stride, v_stride, first_key, end, low, high, factor, sums, peak, total,
-            HEAD_DIM, BLOCK_D, BLOCK_K, False, USE_TMA,
-        )  # fmt: skip
+    masked = count - (end_full - first_full)
+    if WARP_SPECIALIZE:
+        # One loop for all blocks, in the same order. It carries low and high, counted from the block's first key:
+        # if it took them from outside, the compiler would have the producer load them, who knows descriptors alone.
+        origin = begin
+        low -= begin
+        high -= begin
+        for block in tl.range(count, warp_specialize=True):
+            full = first_full + block - masked
+            place = tl.where(block < masked, masked_block(block, first_full, end_full), full)
+            first_key = begin + place * BLOCK_K
+            low -= first_key - origin
+            high -= first_key - origin
+            origin = first_key
+            sums, peak, total = _attend_block(
+                query, keys, values, k_stride, v_stride, first_key, end, 0, low, high, factor, sums, peak, total,
+                HEAD_DIM, BLOCK_D, BLOCK_K, True, USE_TMA,
+            )  # fmt: skip
+    else:
+        for block in range(masked):
+            first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
+            sums, peak, total = _attend_block(
+                query, keys, values, k_stride, v_stride, first_key, end, first_key, low, high, factor, sums, peak,
+                total, HEAD_DIM, BLOCK_D, BLOCK_K, True, USE_TMA,
+            )  # fmt: skip
+        for block in range(first_full, end_full):
+            first_key = begin + block * BLOCK_K
+            sums, peak, total = _attend_block(
+                query, keys, values, k_stride, v_stride, first_key, end, first_key, low, high, factor, sums, peak,
+                total, HEAD_DIM, BLOCK_D, BLOCK_K, False, USE_TMA,
+            )  # fmt: skip
 
     if far_ptr is not None:
         log2_beta = 0.0 if beta_ptr is None else tl.load(beta_ptr + head) * LOG2_E
