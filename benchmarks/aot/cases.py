@@ -30,7 +30,7 @@ class Case:
         op: a public op, or a launcher below one.
         name: unique within the op.
         run: calls it with `backend="triton"` on CPU tensors, and its backward; their values do not matter.
-        flops: multiplications and additions in matrix products that a kernel of that name must do.
+        flops: multiplications and additions in matrix products that a kernel of that name must do at least.
         quick: part of the subset that the tests compile.
     """
 
@@ -53,7 +53,14 @@ FUSED_PAIR_PRODUCTS = {
     "_range_attention_dkdv_kernel": 5,  # scores, dv, dp, dk, dq
 }
 # Each of 2 * head_dim ** 2 operations per row and head; the small triangles of the causal form are left out.
-STATE_PRODUCTS = {"_group_states_kernel": 1, "_linear_values_kernel": 1, "_linear_features_kernel": 1}
+STATE_PRODUCTS = {
+    "_group_states_kernel": 1,
+    "_linear_values_kernel": 1,
+    "_linear_features_kernel": 1,
+    "_decay_pairs_kernel": 1,
+    "_decay_states_kernel": 1,
+}
+FAR_STATE_PRODUCTS = {**STATE_PRODUCTS, "_range_attention_dq_kernel": 1}  # where it leaves the keys out
 
 
 def cases() -> list[Case]:
@@ -201,25 +208,26 @@ def _experts(
 
 
 def _expert_flops(problem: AoE | MoE) -> Callable[[str], int]:
-    """Of the products that one launch of a kernel does; those of different shapes have one name and count 0."""
-    slots = problem.tokens * problem.top_k
+    """Of the smallest launch of each kernel: some multiply matrices of several shapes."""
+    d, h = problem.dim, problem.hidden
     if isinstance(problem, AoE):
-        body = 2 * slots * problem.hidden * (problem.dim + problem.rank)
-        norms = 2 * problem.tokens * problem.experts * problem.rank * problem.dim
-        products = {"_cache_norms_kernel": norms}
-        products |= {"_expert_hidden_kernel": body, "_expert_hidden_bwd_kernel": body}
+        r = problem.rank
+        products = {"_expert_hidden_kernel": h * (d + r), "_expert_hidden_bwd_kernel": h * (d + r)}
+        products |= {"_grouped_matmul_kernel": min(d, h) * r, "_weight_gradient_kernel": min(d, h) * r}
+        products["_cache_norms_kernel"] = problem.experts * r * d // problem.top_k
     else:
-        product = 2 * slots * problem.hidden * problem.dim
-        products = {"_expert_hidden_kernel": 2 * product, "_expert_hidden_bwd_kernel": product}
-    return lambda kernel: products.get(kernel, 0)
+        products = {"_expert_hidden_kernel": 2 * h * d, "_expert_hidden_bwd_kernel": h * d}
+        products |= {"_grouped_matmul_kernel": h * d, "_weight_gradient_kernel": h * d}
+    return lambda kernel: 2 * problem.tokens * problem.top_k * products.get(kernel, 0)
 
 
 def _fused_backward(op: Callable[..., Any], base: Attention, **options: Any) -> Iterator[Case]:
     """The backward that adds to dq from the kernel of dk and dv, at every size."""
+    state_products = FAR_STATE_PRODUCTS if op is hybrid_attention else STATE_PRODUCTS
     for name, dtype, problem in _sizes(base):
         fused = {"deterministic": False, **options}
         case = _attention(op, f"{name} fused", dtype, problem, quick=name == "bf16 d64", **fused)
-        yield replace(case, flops=_attention_flops(problem, FUSED_PAIR_PRODUCTS))
+        yield replace(case, flops=_attention_flops(problem, FUSED_PAIR_PRODUCTS, state_products))
 
 
 def _preferring_tma(case: Case, *, warp_specialize: bool = False) -> Case:
@@ -264,13 +272,15 @@ def _sizes(base: Attention) -> Iterator[tuple[str, torch.dtype, Attention]]:
 
 
 def _attention_flops(
-    problem: Attention, pair_products: Mapping[str, int] = PAIR_PRODUCTS
+    problem: Attention,
+    pair_products: Mapping[str, int] = PAIR_PRODUCTS,
+    state_products: Mapping[str, int] = STATE_PRODUCTS,
 ) -> Callable[[str], int]:
     pairs = problem.near_pairs() * problem.head_dim
     rows = problem.size * problem.head_dim**2
 
     def flops(kernel: str) -> int:
-        products = pairs * pair_products.get(kernel, 0) + rows * STATE_PRODUCTS.get(kernel, 0)
+        products = pairs * pair_products.get(kernel, 0) + rows * state_products.get(kernel, 0)
         return 2 * problem.heads * products
 
     return flops
