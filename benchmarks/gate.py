@@ -1,18 +1,22 @@
-"""`python -m benchmarks.gate OUT.json [--seconds N] [--keep-going]`: the GPU tests, op by op.
+"""`python -m benchmarks.gate OUT.json [--seconds N] [--jobs N] [--keep-going]`: the GPU tests, op by op.
 
 Writes what became of every op's tests, and stops at the first that is not green. `pytest benchmarks/ --gate
 OUT.json` obeys it: an op of ours gets a figure only if its own tests passed, on this very source. What did not
-run, was skipped or has no tests is not green.
+run, was skipped or has no tests is not green. Most of the time goes into compiling, so the tests of an op are
+divided into shards (`VOT_GPU_TESTS_SHARD` of `tests/gpu/conftest.py`), each a process of its own.
 """
 
 import argparse
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vot_kernels.data.files import atomic_write
@@ -20,42 +24,183 @@ from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "gpu"
-TARGETS = (*OPS, "encoder")  # the encoder is all ops together
-PASSED = "passed"
+# The encoder is all ops together; what comes after it holds no op back.
+TARGETS = (*OPS, "encoder", "flash_attention", "graphs", "range_attention_tma", "video_qa")
+GOOD = PASSED, SKIPPED, NONE = "passed", "all skipped", "there are none"  # of a shard; an op must have passed
+PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu")
+MOST = 16  # processes unless told, for each takes GPU memory too
+FEWEST = 8  # tests in one of several shards, for a process takes seconds to start
 Gate = Callable[[str], str | None]
 """Why an op may not be timed, None if it may."""
 
 
-def run_tests(op: str, log: Path, seconds: float, tests: Path = TESTS) -> str:
-    """ "passed", or why the tests of `op` do not count as passed; their output goes to `log`."""
-    path = tests / f"test_{op}.py"
-    if not path.exists():
-        return "there are none"
-    report = log.with_suffix(".xml")
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(path), "-m", "gpu", "-x", f"--junitxml={report}"]
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of the `count` into which the tests of an op are divided.
+
+    Attributes:
+        tests: the folder of the tests.
+        logs: the folder of what they print, `gpu-tests-<op>-<number>.log`.
+    """
+
+    op: str
+    number: int
+    count: int
+    tests: Path
+    logs: Path
+
+    @property
+    def path(self) -> Path:
+        return self.tests / f"test_{self.op}.py"
+
+    @property
+    def log(self) -> Path:
+        return self.logs / f"gpu-tests-{self.op}-{self.number}.log"
+
+    @property
+    def report(self) -> Path:
+        return self.log.with_suffix(".xml")
+
+    def start(self, environment: dict[str, str]) -> subprocess.Popen:
+        self.report.unlink(missing_ok=True)
+        command = [*PYTEST, str(self.path), "-x", f"--junitxml={self.report}"]
+        environment = environment | {"VOT_GPU_TESTS_SHARD": f"{self.number}/{self.count}"}
+        with self.log.open("w") as output:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def judge(self, status: int) -> str:
+        """From pytest's exit status and its JUnit report: "passed", or why this does not count as passed."""
+        if status == 5 or not self.path.exists():
+            return NONE
+        if status != 0:
+            return "failed" if status == 1 else f"pytest ended with status {status}"
+        suites = list(ElementTree.parse(self.report).getroot().iter("testsuite"))
+        total = {
+            key: sum(int(suite.get(key, 0)) for suite in suites)
+            for key in ("tests", "skipped", "failures", "errors")
+        }
+        if total["failures"] or total["errors"]:
+            return "failed"
+        return PASSED if total["tests"] > total["skipped"] else SKIPPED
+
+
+def judge_op(shards: Sequence[str]) -> str:
+    """The first of its shards' states that is bad, else "passed" if a test of any of them ran."""
+    bad = [state for state in shards if state not in GOOD]
+    return (bad or [state for state in GOOD if state in shards])[0]
+
+
+class Pool:
+    """Runs the shards in `waiting`, at most `jobs` at a time, in their order, until `seconds` are over.
+
+    A context manager: no process outlives it.
+    """
+
+    def __init__(self, jobs: int, seconds: float):
+        self.waiting: list[Shard] = []
+        self.running: dict[Shard, subprocess.Popen] = {}
+        self.jobs, self.seconds, self.deadline = jobs, seconds, time.monotonic() + seconds
+        self.environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})  # they share the cores
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop({shard.op for shard in self.running})
+
+    def __iter__(self) -> Iterator[tuple[Shard, str]]:
+        """Every shard that is not dropped meanwhile, and what became of it, as soon as that is known."""
+        late = f"not finished in {self.seconds:.0f} s"
+        while self.waiting or self.running:
+            over = time.monotonic() >= self.deadline
+            while self.waiting and not over and len(self.running) < self.jobs:
+                shard = self.waiting.pop(0)
+                self.running[shard] = shard.start(self.environment)
+            for shard, process in list(self.running.items()):
+                status = process.poll()
+                if shard in self.running and (over or status is not None):
+                    self._end(shard)
+                    yield shard, late if status is None else shard.judge(status)
+            while self.waiting and over:
+                yield self.waiting.pop(0), late
+            time.sleep(0.02)
+
+    def drop(self, ops: Collection[str]) -> None:
+        """Forget these ops, and end those of their shards that run."""
+        self.waiting = [shard for shard in self.waiting if shard.op not in ops]
+        for shard in [shard for shard in self.running if shard.op in ops]:
+            self._end(shard)
+
+    def _end(self, shard: Shard) -> None:
+        process = self.running.pop(shard)
+        process.kill()
+        process.wait()
+
+
+def count_tests(ops: Sequence[str], seconds: float, tests: Path = TESTS) -> dict[str, int]:
+    """How many tests each op has, where they can be collected at all in `seconds`."""
+    paths = [str(path) for op in ops if (path := tests / f"test_{op}.py").exists()]
+    command = [*PYTEST, *paths, "--collect-only", "-qq"]
+    environment = os.environ | {"VOT_GPU_TESTS_SHARD": "1/1"}
     try:
-        with log.open("w") as output:
-            status = subprocess.run(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
-        return f"not finished in {seconds:.0f} s"
-    return judge(status, report)
+        return {}
+    return {op: int(count) for op, count in re.findall(r"\btest_(\w+)\.py: (\d+)$", run.stdout, re.MULTILINE)}
 
 
-def judge(status: int, report: Path) -> str:
-    """From pytest's exit status and its JUnit report: all skipped is not passed."""
-    if status != 0:
-        return "failed" if status == 1 else f"pytest ended with status {status}"
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total = {
-        key: sum(int(suite.get(key, 0)) for suite in suites)
-        for key in ("tests", "skipped", "failures", "errors")
-    }
-    if total["failures"] or total["errors"]:
-        return "failed"
-    return PASSED if total["tests"] > total["skipped"] else "all skipped"
+def divide(ops: Sequence[str], counts: dict[str, int], jobs: int, tests: Path, logs: Path) -> list[Shard]:
+    """The shards of all ops: up to `jobs` for each, unless it has few tests."""
+    shards = []
+    for op in ops:
+        count = max(1, min(jobs, counts.get(op, 0) // FEWEST))
+        shards += [Shard(op, number, count, tests, logs) for number in range(1, count + 1)]
+    for shard in shards:
+        shard.log.unlink(missing_ok=True)  # of an earlier run
+    return shards
+
+
+def run_gate(
+    out: Path,
+    jobs: int,
+    seconds: float,
+    keep_going: bool = False,
+    ops: Sequence[str] = TARGETS,
+    tests: Path = TESTS,
+) -> dict[str, str]:
+    """What became of the tests of every op; `out` is rewritten whenever that of one is known.
+
+    Without `keep_going` a red op ends those after it; those before it, and what has passed already, count.
+    """
+    results, states = dict.fromkeys(ops, "not run"), {op: list[str]() for op in ops}
+    started = time.monotonic()
+    with Pool(jobs, seconds) as pool:
+        counts = count_tests(ops, seconds, tests) if jobs > 1 else {}
+        pool.waiting = divide(ops, counts, jobs, tests, out.parent)
+        for shard, state in pool:
+            op = shard.op
+            states[op].append(state)
+            if state in GOOD and len(states[op]) < shard.count:
+                continue
+            results[op] = judge_op(states[op])
+            with atomic_write(out) as path:
+                path.write_text(json.dumps({"source": source_hash(), "ops": results}, indent=2) + "\n")
+            print(f"{op:<24} {results[op]:<24} after {time.monotonic() - started:6.1f} s", flush=True)
+            if results[op] == PASSED:
+                continue
+            if shard.log.exists():
+                print("\n".join(shard.log.read_text().splitlines()[-40:]))
+            pool.drop([op] if keep_going else ops[ops.index(op) :])
+            if not keep_going:
+                print(
+                    f"stopped at {op}: what is not done after it is left (--keep-going tests it too)",
+                    flush=True,
+                )
+    return results
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -89,29 +234,24 @@ def read_gate(path: Path) -> Gate:
     return gate
 
 
+def positive(text: str) -> int:
+    """A number of processes, for argparse."""
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main() -> int:
     """Exit status 0 if every op is green."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="where the results go; logs lie beside it")
     parser.add_argument("--seconds", type=float, default=600, help="for all tests together (default 600)")
+    jobs = min(os.cpu_count() or 1, MOST)
+    parser.add_argument("--jobs", type=positive, default=jobs, help=f"processes at a time (default {jobs})")
     parser.add_argument("--keep-going", action="store_true", help="test the other ops too after a red one")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
-    results = dict.fromkeys(TARGETS, "not run")
-    for op in TARGETS:
-        started = time.monotonic()
-        log = options.out.parent / f"gpu-tests-{op}.log"
-        results[op] = run_tests(op, log, max(1.0, deadline - started))
-        with atomic_write(options.out) as path:
-            path.write_text(json.dumps({"source": source_hash(), "ops": results}, indent=2) + "\n")
-        print(f"{op:<24} {results[op]:<24} {time.monotonic() - started:6.1f} s", flush=True)
-        if results[op] != PASSED:
-            if log.exists():
-                print("\n".join(log.read_text().splitlines()[-40:]))
-            if not options.keep_going:
-                print(f"stopped at {op}: no op after it gets a figure (--keep-going tests them too)")
-                break
+    results = run_gate(options.out, options.jobs, options.seconds, options.keep_going)
     return 0 if all(state == PASSED for state in results.values()) else 1
 
 

@@ -1,9 +1,11 @@
 """Fixtures of the tests on a GPU: one file per op, `OP` in each names it.
 
 `VOT_GPU_TESTS_DEVICE=cpu` runs them on the CPU, to try the tests themselves where there is no GPU.
+`VOT_GPU_TESTS_SHARD=2/6` runs the second of six parts.
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +13,35 @@ import torch
 from vot_kernels.ops.dispatch import describe_backends
 
 DEVICE = os.environ.get("VOT_GPU_TESTS_DEVICE", "cuda")
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise pytest.UsageError(f"VOT_GPU_TESTS_SHARD must be K/N with 1 <= K <= N, like 2/6, got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every N-th case, for neighbours take about equally long.
+
+    Tests that differ in the backend alone are one case: only one of them compiles, and those that need most of the
+    GPU's memory are not run side by side. Every shard begins elsewhere in the list, because neighbours often share
+    kernels, and what another process has compiled already comes from Triton's cache.
+    """
+    if "VOT_GPU_TESTS_SHARD" not in os.environ:
+        return
+    shard, count = _parse_shard(os.environ["VOT_GPU_TESTS_SHARD"])
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.replace("triton", "torch"), []).append(item)
+    mine = list(cases.values())[shard - 1 :: count]
+    first = len(mine) * (shard - 1) // count
+    kept = [item for case in mine[first:] + mine[:first] for item in case]
+    others = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in others])
+    items[:] = kept
 
 
 @pytest.fixture

@@ -22,4 +22,5 @@ def test_matches_the_reference(grid, width, backend, device, dtype):
     def oracle(*inputs):
         return run(*inputs, backend="reference")
 
-    check_against_reference(run, oracle, inputs)
+    # Gradients of the weights are sums over all tokens, whose terms mostly cancel.
+    check_against_reference(run, oracle, inputs, roundings=16.0)
