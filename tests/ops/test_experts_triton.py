@@ -210,22 +210,22 @@ def test_aoe_a_token_does_not_depend_on_the_others():
 @interpreted
 @WEIGHTINGS
 def test_opcheck(weighting):
-    inputs = [x.requires_grad_() for x in make_experts()]
-    torch.library.opcheck(aoe_fwd, (*inputs, torch.ones(6), 2, weighting, True, "triton"))
-    x, a, b, idx, w = make_moe()
+    inputs = [x.requires_grad_() for x in make_experts(5, 8, 3, 4, 8)]
+    torch.library.opcheck(aoe_fwd, (*inputs, torch.ones(3), 2, weighting, True, "triton"))
+    x, a, b, idx, w = make_moe(5, 8, 3, 8)
     torch.library.opcheck(moe_fwd, (x.requires_grad_(), a, b, idx, w, True, "triton"))
 
 
 @interpreted
 def test_opcheck_backward():
     tests = ("test_schema", "test_faketensor")
-    inputs = make_experts()
+    inputs = make_experts(5, 8, 3, 4, 8)
     y, *saved = aoe_fwd(*inputs, None, 2, "topk_softmax", True, "triton")
     norms, _, weights = saved[:3]
     for grads in ((y, None, None), (y, norms, weights), (None, None, weights)):
         arguments = (*grads, *inputs, *saved, "topk_softmax", "triton")
         torch.library.opcheck(aoe_bwd, arguments, test_utils=tests)
-    x, a, b, idx, w = make_moe()
+    x, a, b, idx, w = make_moe(5, 8, 3, 8)
     y, *saved = moe_fwd(x, a, b, idx, w, True, "triton")
     torch.library.opcheck(moe_bwd, (y, x, a, b, w, *saved, "triton"), test_utils=tests)
 
