@@ -78,10 +78,11 @@ def _decay_pairs_kernel(
                 key_ptr, other, stop, key_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D
             )
             value = load_block(value_ptr, other, stop, value_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-            pairs = dot(query, tl.trans(key), TYPE) * (dot(grad, tl.trans(value), TYPE) + last[:, None])
+            # One product after the other: side by side, float32 operands do not fit into registers.
+            pairs = dot(grad, tl.trans(value), TYPE) + last[:, None]
             distance = (i - j) * BLOCK_T + place[:, None] - place[None, :]
-            weights = tl.where(distance > 0, decay_over(log_decay, distance) * distance, 0.0)
-            total += tl.sum(pairs * weights, 1)
+            pairs *= tl.where(distance > 0, decay_over(log_decay, distance) * distance, 0.0)
+            total += tl.sum(pairs * dot(query, tl.trans(key), TYPE), 1)
     tl.store(out_ptr + program, tl.sum(total))
 
 
