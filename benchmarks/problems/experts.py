@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks import counters
 from benchmarks.core import Work
+from vot_kernels.nn.autonomy_of_experts import matched_hidden
 from vot_kernels.reference.aoe import aoe as aoe_reference
 from vot_kernels.reference.moe import moe as moe_reference
 
@@ -16,15 +17,6 @@ ROWS = 128  # rows of the output that are verified at full size
 CANDIDATES = 512  # tokens among which rows with a clear selection are looked for
 CLEAR = 0.02  # the norm of the last expert chosen must exceed that of the first one left out by this share
 TOPIC = 0.6  # length of a topic in a token, relative to the token's noise
-
-
-def equal_width(dim: int, d_ffn: int, rank: int, multiple: int = 8) -> int:
-    """Hidden width of an AoE expert with as many parameters as a SwiGLU expert of width `d_ffn`.
-
-    3 · dim · d_ffn = rank · dim + hidden · (rank + 2 · dim), to the nearest multiple of `multiple`.
-    """
-    exact = (3 * dim * d_ffn - rank * dim) / (rank + 2 * dim)
-    return max(multiple, round(exact / multiple) * multiple)
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class AoE:
     @property
     def hidden(self) -> int:
         """Width of the expert bodies, D of the paper."""
-        return equal_width(self.dim, self.d_ffn, self.rank)
+        return matched_hidden(self.dim, self.d_ffn, self.rank)
 
     def describe(self) -> str:
         return (

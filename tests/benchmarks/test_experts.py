@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from benchmarks import counters
 from benchmarks.core import Provider
-from benchmarks.problems.experts import CLEAR, AoE, MoE, equal_width
+from benchmarks.problems.experts import CLEAR, AoE, MoE
 from benchmarks.providers import experts, experts_peers, providers_of
 from benchmarks.verify import verify, verify_on
 from benchmarks.workloads import experts as workloads_experts
+from vot_kernels.nn.autonomy_of_experts import matched_hidden
 from vot_kernels.reference.moe import moe
 from vot_kernels.testing import ToleranceError, make_tensor
 
@@ -80,7 +81,7 @@ def test_moe_reference_without_tokens_and_with_half_precision():
     [(768, 3072, 256, 3840), (1280, 5120, 400, 6472), (1536, 768, 512, 768), (1536, 768, 128, 1048)],
 )
 def test_width_gives_equal_parameters(dim, d_ffn, rank, hidden):
-    assert equal_width(dim, d_ffn, rank) == hidden
+    assert matched_hidden(dim, d_ffn, rank) == hidden
     parameters = rank * dim + hidden * (rank + 2 * dim)
     assert abs(parameters / (3 * dim * d_ffn) - 1) < 4e-3
 

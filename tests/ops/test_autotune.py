@@ -23,7 +23,12 @@ from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.reference import attention as reference
-from vot_kernels.testing import check_against_reference, make_qkv, uninitialized_is_nan
+from vot_kernels.testing import (
+    check_against_reference,
+    make_qkv,
+    rerun_on_the_interpreter,
+    uninitialized_is_nan,
+)
 from vot_kernels.tuning import Config, Request, lookup
 from vot_kernels.tuning.autotune import (
     Tuner,
@@ -355,11 +360,7 @@ def test_the_environment_is_read_at_import(tmp_path):
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_on_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "results", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__, "-k", "results")
 
 
 def linear(q, k, v, layout, **options):

@@ -4,10 +4,6 @@ Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in
 test starts it. On the interpreter a tile has 16 rows and 32 columns and is stored in two pieces, see the configs.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +11,12 @@ import torch.nn.functional as F
 from vot_kernels.ops._experts import Slots
 from vot_kernels.ops._hidden_triton import expert_hidden, hidden_backward
 from vot_kernels.ops._launch import INTERPRETING, record_launches
-from vot_kernels.testing import assert_close_to_exact, make_tensor, uninitialized_is_nan
+from vot_kernels.testing import (
+    assert_close_to_exact,
+    make_tensor,
+    rerun_on_the_interpreter,
+    uninitialized_is_nan,
+)
 from vot_kernels.tuning.autotune import shape_candidates
 
 pytest.importorskip("triton")
@@ -40,11 +41,7 @@ EXPERTS = 4
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def group(choices, experts=EXPERTS):

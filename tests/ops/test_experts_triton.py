@@ -5,10 +5,6 @@ test_expert_hidden_triton.py. Triton reads TRITON_INTERPRET when it is imported,
 process of their own: the first test starts it.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -26,6 +22,7 @@ from vot_kernels.testing import (
     make_experts,
     make_moe,
     make_tensor,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 
@@ -39,11 +36,7 @@ compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRI
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def y_alone(y, aux):

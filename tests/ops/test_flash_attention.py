@@ -1,9 +1,6 @@
 """flash_attn_varlen_func and flash_attn_func: the semantics of flash-attn, on every backend."""
 
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from vot_kernels.testing import (
     assert_close_to_exact,
     check_against_reference,
     make_tensor,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 
@@ -65,11 +63,7 @@ def by_hand(q, k, v, rows=ROWS, keys=KEYS, *, causal=False, window=(-1, -1), sca
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -4,9 +4,6 @@ Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in
 test starts it. On the interpreter blocks have 16 or 32 rows, columns and depth, see the configs.
 """
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
@@ -15,7 +12,12 @@ import torch
 from vot_kernels.ops._experts import Slots
 from vot_kernels.ops._grouped_triton import combine, grouped_matmul, weight_gradient
 from vot_kernels.ops._launch import INTERPRETING, record_launches
-from vot_kernels.testing import check_against_reference, make_tensor, uninitialized_is_nan
+from vot_kernels.testing import (
+    check_against_reference,
+    make_tensor,
+    rerun_on_the_interpreter,
+    uninitialized_is_nan,
+)
 from vot_kernels.tuning import lookup
 
 pytest.importorskip("triton")
@@ -39,11 +41,7 @@ CHOICES = {
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def make_slots(experts, indices):

@@ -6,9 +6,6 @@ of their own: the first one starts it, and the others skip themselves outside of
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     max_error,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -42,11 +40,7 @@ LENGTHS = (9, 0, 2)  # groups of 4: three, none and one
 
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def check(layout, inputs, **options):

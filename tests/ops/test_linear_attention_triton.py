@@ -5,9 +5,6 @@ test starts it. On the interpreter a tile has 32 rows, a block 16 rows and 64 co
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +22,7 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -39,11 +37,7 @@ compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRI
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def check(lengths, inputs, *, log_decay=None, **options):

@@ -6,10 +6,7 @@ the first one starts it, and they skip themselves outside of it.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -37,6 +34,7 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -51,11 +49,7 @@ BETA = torch.tensor([0.5, -math.inf])
 @compiled
 def test_on_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 @pytest.fixture

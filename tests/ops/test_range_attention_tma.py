@@ -5,9 +5,6 @@ the first one starts it, and they skip themselves outside of it.
 """
 
 import json
-import os
-import subprocess
-import sys
 from threading import Thread
 from types import SimpleNamespace
 
@@ -32,6 +29,7 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -44,11 +42,7 @@ compiled = pytest.mark.skipif(INTERPRETING, reason="needs no interpreter")
 @compiled
 def test_on_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def near(layout, window=None, causal=None):

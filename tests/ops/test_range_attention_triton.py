@@ -5,9 +5,6 @@ starts it, and the others skip themselves outside of it.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +22,7 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
+    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -36,11 +34,7 @@ interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process wit
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_on_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 class RangeAttention(torch.autograd.Function):

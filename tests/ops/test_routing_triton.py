@@ -5,10 +5,6 @@ test starts it. On the interpreter a tile of caches has 16 tokens and 128 column
 16 to 64 numbers, and slots are ranked in tiles of 16, see the configs.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -20,7 +16,13 @@ from vot_kernels.ops._routing_triton import (
     select_experts,
     sum_partials,
 )
-from vot_kernels.testing import ToleranceError, assert_close_to_exact, make_tensor, uninitialized_is_nan
+from vot_kernels.testing import (
+    ToleranceError,
+    assert_close_to_exact,
+    make_tensor,
+    rerun_on_the_interpreter,
+    uninitialized_is_nan,
+)
 from vot_kernels.tuning import INTERPRETER, known_archs, lookup
 
 pytest.importorskip("triton")
@@ -33,11 +35,7 @@ NAN = float("nan")
 
 @compiled
 def test_on_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 # Norms of the caches.

@@ -10,7 +10,7 @@ from torch import Tensor
 from vot_kernels.ops._experts import Experts, Saved, Slots, norm_gradient, norms_backward, over_norm
 from vot_kernels.ops._grouped_triton import combine, grouped_matmul, weight_gradient
 from vot_kernels.ops._hidden_triton import expert_hidden, hidden_backward
-from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.ops._launch import ceil_div, find_config, launch
 from vot_kernels.ops._routing_triton import (
     cache_norms,
     group_slots,
@@ -115,7 +115,7 @@ def _gather_caches(caches: Tensor, slots: Slots) -> Tensor:
     out = caches.new_empty(count, rank)
     launch(
         _gather_caches_kernel,
-        lambda blocks: (count // blocks["BLOCK_M"] + experts, -(-rank // blocks["BLOCK_R"])),
+        lambda blocks: (count // blocks["BLOCK_M"] + experts, ceil_div(rank, blocks["BLOCK_R"])),
         find_config("experts", "gather_caches", caches.device),
         caches_ptr=caches,
         out_ptr=out,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vot_kernels.ops._experts import Slots
-from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.ops._launch import ceil_div, find_config, launch, matrices_contiguous, rows_contiguous
 from vot_kernels.tuning import Config
 
 OP = "grouped_gemm"
@@ -43,11 +43,9 @@ def grouped_matmul(
 
     experts, depth, columns = w.shape
     places = slots.order.shape[0]
-    a, w = _rows_contiguous(a), _matrices_contiguous(w)
-    a2, w2 = (
-        (None, None) if second is None else (_rows_contiguous(second[0]), _matrices_contiguous(second[1]))
-    )
-    scale, rows = (None, None) if addend is None else (addend[0].contiguous(), _rows_contiguous(addend[1]))
+    a, w = rows_contiguous(a), matrices_contiguous(w)
+    a2, w2 = (None, None) if second is None else (rows_contiguous(second[0]), matrices_contiguous(second[1]))
+    scale, rows = (None, None) if addend is None else (addend[0].contiguous(), rows_contiguous(addend[1]))
     out = a.new_empty(places, columns)
     if not places:
         return out
@@ -65,7 +63,7 @@ def grouped_matmul(
     )
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return ((places // blocks["BLOCK_M"] + experts) * _blocks(columns, blocks["BLOCK_N"]),)
+        return ((places // blocks["BLOCK_M"] + experts) * ceil_div(columns, blocks["BLOCK_N"]),)
 
     launch(
         _grouped_matmul_kernel,
@@ -109,13 +107,13 @@ def weight_gradient(
     from vot_kernels.kernels.experts.grouped_gemm import _weight_gradient_kernel
 
     experts, (rows, columns) = slots.offsets.shape[0] - 1, (a.shape[1], b.shape[1])
-    a, b = _rows_contiguous(a), _rows_contiguous(b)
+    a, b = rows_contiguous(a), rows_contiguous(b)
     out = a.new_empty(experts, rows, columns)
     strides = _strides((rows, columns), a=_row_stride(a), b=_row_stride(b))
     gather = gather_a or gather_b
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return (experts * _blocks(rows, blocks["BLOCK_M"]) * _blocks(columns, blocks["BLOCK_N"]),)
+        return (experts * ceil_div(rows, blocks["BLOCK_M"]) * ceil_div(columns, blocks["BLOCK_N"]),)
 
     launch(
         _weight_gradient_kernel,
@@ -152,12 +150,12 @@ def combine(rows: Tensor, slots: Slots, tokens: int, weights: Tensor | None) -> 
     columns = rows.shape[1]
     if not slots.places.shape[0]:
         return rows.new_zeros(tokens, columns)
-    rows = _rows_contiguous(rows)
+    rows = rows_contiguous(rows)
     out = rows.new_empty(tokens, columns)
     strides = _strides((columns,), rows=_row_stride(rows))
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return (_blocks(tokens, blocks["BLOCK_T"]) * _blocks(columns, blocks["BLOCK_N"]),)
+        return (ceil_div(tokens, blocks["BLOCK_T"]) * ceil_div(columns, blocks["BLOCK_N"]),)
 
     launch(
         _combine_kernel,
@@ -179,19 +177,6 @@ def _config(kernel: str, x: Tensor, strides: Mapping[str, int], **key: int) -> C
     """`vector`: whether loads are wide; where they are not, a thread needs more addresses."""
     key |= {"bits": 8 * x.dtype.itemsize, "vector": strides["STRIDE_UNIT"]}
     return find_config(OP, kernel, x.device, **key)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _matrices_contiguous(w: Tensor) -> Tensor:
-    """`w`, if the rows or the columns of its matrices are contiguous."""
-    return w if 1 in w.stride()[1:] else w.contiguous()
 
 
 def _row_stride(x: Tensor | None) -> int:

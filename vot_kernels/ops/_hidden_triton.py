@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops._experts import Slots
-from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.ops._launch import ceil_div, find_config, launch, matrices_contiguous, rows_contiguous
 from vot_kernels.tuning import Config
 
 OP = "expert_hidden"
@@ -38,8 +38,8 @@ def expert_hidden(
     from vot_kernels.kernels.experts.hidden import _expert_hidden_kernel
 
     cache, w_gate = gate if isinstance(gate, tuple) else (None, gate)
-    x, cache = _rows_contiguous(x), None if cache is None else _rows_contiguous(cache)
-    w_value, w_gate = _addressable(w_value), _addressable(w_gate)
+    x, cache = rows_contiguous(x), None if cache is None else rows_contiguous(cache)
+    w_value, w_gate = matrices_contiguous(w_value), matrices_contiguous(w_gate)
     places, (experts, width, dim) = slots.order.shape[0], w_value.shape
     hidden = x.new_empty(places, width)
     saved = x.new_empty(places, 2 * width if cache is None else width) if save else None
@@ -105,8 +105,8 @@ def hidden_backward(
     """
     from vot_kernels.kernels.experts.hidden import _expert_hidden_bwd_kernel
 
-    cache, w_up = (None, None) if gate is None else (_rows_contiguous(gate[0]), _addressable(gate[1]))
-    grad_y, w_out, saved = _rows_contiguous(grad_y), _addressable(w_out), saved.contiguous()
+    cache, w_up = (None, None) if gate is None else (rows_contiguous(gate[0]), matrices_contiguous(gate[1]))
+    grad_y, w_out, saved = rows_contiguous(grad_y), matrices_contiguous(w_out), saved.contiguous()
     places, (experts, width, dim) = slots.order.shape[0], w_out.shape
     if cache is None:
         grads = [saved.new_empty(places, 2 * width)]
@@ -117,7 +117,7 @@ def hidden_backward(
     strides = _strides({"grad": grad_y, "cache": cache}, {"w_out": w_out, "w_gate": w_up})
     config = _config("bwd", saved, cache, gcd(strides["STRIDE_UNIT"], width))
     # A tile and not a block: tuning leaves it alone, so that `partials` has the rows of any candidate.
-    partials = saved.new_empty(-(-width // config.blocks["TILE_N"]), places, dtype=torch.float32)
+    partials = saved.new_empty(ceil_div(width, config.blocks["TILE_N"]), places, dtype=torch.float32)
     launch(
         _expert_hidden_bwd_kernel,
         lambda blocks: (_programs(slots, width, blocks["BLOCK_M"], blocks["TILE_N"]),),
@@ -154,16 +154,7 @@ def _config(kernel: str, x: Tensor, cache: Tensor | None, vector: int) -> Config
 def _programs(slots: Slots, width: int, rows: int, columns: int) -> int:
     """One per tile; every expert has a tile more than it may need."""
     places, experts = slots.order.shape[0], slots.offsets.shape[0] - 1
-    return (places // rows + experts) * -(-width // columns) if places else 0
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _addressable(w: Tensor) -> Tensor:
-    """`w`, or a copy of it: of the last two dimensions one is contiguous."""
-    return w if 1 in w.stride()[1:] else w.contiguous()
+    return (places // rows + experts) * ceil_div(width, columns) if places else 0
 
 
 def _strides(rows: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> dict[str, Any]:

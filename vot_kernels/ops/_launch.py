@@ -139,3 +139,18 @@ def _why_too_old(device: torch.device) -> list[str]:
         return []
     oldest = ".".join(map(str, _OLDEST_GPU))
     return [f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}, Triton kernels need {oldest}"]
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that hold `size`."""
+    return -(-size // block)
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy of it whose last dimension lies side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def matrices_contiguous(w: torch.Tensor) -> torch.Tensor:
+    """`w` `[n, rows, columns]`, or a copy of it: the rows or the columns of its matrices lie side by side."""
+    return w if 1 in w.stride()[1:] else w.contiguous()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.ops._launch import ceil_div, find_config, launch
 from vot_kernels.tuning import Config
 
 OP = "linear_attention"
@@ -49,7 +49,7 @@ def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) ->
     config = _config("reduce_states", rows.values)
     launch(
         _reduce_states_kernel,
-        lambda blocks: (states.shape[0] * kv_heads * _blocks(size, blocks["BLOCK"]),),
+        lambda blocks: (states.shape[0] * kv_heads * ceil_div(size, blocks["BLOCK"]),),
         config,
         states_ptr=states,
         partials_ptr=partials,
@@ -106,7 +106,7 @@ def scan_states(
     sums = torch.empty_like(states) if out is None else out
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return ((bounds.shape[0] - 1) * kv_heads * _blocks(size, blocks["BLOCK"]),)
+        return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
 
     launch(
         _scan_states_kernel,
@@ -326,7 +326,7 @@ class _Pass:
         if before is None:
             return sums.sum((0, 2))
         config = _config("decay_states", keys.values, head_dim=_padded(head_dim))
-        others = sums.new_empty((tiles, heads, _blocks(head_dim, config.blocks["BLOCK_V"])))
+        others = sums.new_empty((tiles, heads, ceil_div(head_dim, config.blocks["BLOCK_V"])))
         launch(
             linear_decay._decay_states_kernel,
             (others.numel(),),
@@ -355,7 +355,7 @@ class _Pass:
     def _grid(self, x: Tensor, rows: Rows, block: int) -> tuple[int]:
         """One program per tile, head and block of columns; the slack is one more segment."""
         tiles = x.shape[0] // _states_config(rows).blocks["TILE"] + self.cu_seqlens.shape[0]
-        return (tiles * self._heads(x) * _blocks(x.shape[2], block),)
+        return (tiles * self._heads(x) * ceil_div(x.shape[2], block),)
 
     def _sizes(self, x: Tensor, rows: Rows) -> dict[str, int | bool | str]:
         heads, other_heads = self._heads(x), self._heads(rows.values)
@@ -393,7 +393,7 @@ def _tile_states(
     partials = _new_states(rows, tiles, kv_heads)
     launch(
         _group_states_kernel,
-        lambda blocks: (tiles * kv_heads * _blocks(rows.values.shape[2], blocks["BLOCK_V"]),),
+        lambda blocks: (tiles * kv_heads * ceil_div(rows.values.shape[2], blocks["BLOCK_V"]),),
         config,
         **_pointers(rows),
         weights_ptr=rows.weights,
@@ -458,7 +458,3 @@ def _addressable(x: Tensor) -> Tensor:
 def _padded(width: int) -> int:
     """Columns of a block that holds `width` of them: a power of two that tl.dot takes."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)

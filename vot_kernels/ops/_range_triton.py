@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import Grid, find_config, launch, target_arch
+from vot_kernels.ops._launch import Grid, find_config, launch, rows_contiguous, target_arch
 from vot_kernels.tuning import INTERPRETER, Config
 
 _UNLIMITED = 2**31 - 1
@@ -191,9 +191,9 @@ def range_attention_forward(
 
     if scale < 0:  # a peak of scores is one after scaling too only if the scale is positive
         q, scale = -q, -scale
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     rows, heads, head_dim = q.shape
-    features = q if far is None else _rows_contiguous(far.features)
+    features = q if far is None else rows_contiguous(far.features)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
     segments = ranges.cu_rows.shape[0] - 1
@@ -323,9 +323,9 @@ def range_attention_rows_backward(
     """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
     from vot_kernels.kernels.attention.range_bwd import _range_attention_dq_kernel
 
-    grad, out, q, k, v = (_rows_contiguous(x) for x in (grad, out, q, k, v))
+    grad, out, q, k, v = (rows_contiguous(x) for x in (grad, out, q, k, v))
     rows, heads, head_dim = q.shape
-    features = q if far is None else _rows_contiguous(far.features)
+    features = q if far is None else rows_contiguous(far.features)
     numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
     given = far is not None and far.feature_map == "none"
     found = RowGradients(
@@ -401,10 +401,10 @@ def range_attention_keys_backward(
     """
     from vot_kernels.kernels.attention.range_bwd import _range_attention_dkdv_kernel
 
-    grad, q, k, v = (_rows_contiguous(x) for x in (grad, q, k, v))
+    grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k, v))
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
-    features = k if far is None else _rows_contiguous(far.features)
+    features = k if far is None else rows_contiguous(far.features)
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     given = far is not None and far.feature_map == "none"
     d_features = torch.empty_like(features, memory_format=torch.contiguous_format) if given else None
@@ -509,10 +509,6 @@ def _padded(head_dim: int) -> int:
 
 def _limit(count: int | None) -> int:
     return _UNLIMITED if count is None else min(count, _UNLIMITED)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops._experts import Slots
-from vot_kernels.ops._launch import find_config, launch
+from vot_kernels.ops._launch import ceil_div, find_config, launch, rows_contiguous
 from vot_kernels.tuning import Config
 
 OP = "routing"
@@ -26,10 +26,10 @@ def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Te
     """
     from vot_kernels.kernels.experts.norms import _cache_norms_kernel
 
-    x, w_down = _columns_side_by_side(x), _columns_side_by_side(w_down)
+    x, w_down = rows_contiguous(x), rows_contiguous(w_down)
     tokens, (experts, rank, dim) = x.shape[0], w_down.shape
     span = _span(rank)
-    spans = _blocks(rank, span)
+    spans = ceil_div(rank, span)
     columns = experts * spans * span
     cache = x.new_empty(tokens, experts, rank) if keep_cache else None
     sums = x.new_empty((tokens, experts * spans), dtype=torch.float32)
@@ -37,7 +37,7 @@ def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Te
     key = {"bits": 8 * x.itemsize, "aligned": int(aligned), "columns": columns, "keep": int(keep_cache)}
     launch(
         _cache_norms_kernel,
-        lambda blocks: (_blocks(tokens, blocks["BLOCK_T"]) * _blocks(columns, blocks["BLOCK_C"]),),
+        lambda blocks: (ceil_div(tokens, blocks["BLOCK_T"]) * ceil_div(columns, blocks["BLOCK_C"]),),
         find_config(OP, "cache_norms", x.device, **key),
         x_ptr=x,
         w_ptr=w_down,
@@ -104,13 +104,13 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     slots = indices.numel()
     config = _config("rank_slots", indices)
     tile = config.blocks["TILE"]
-    tiles = max(_blocks(slots, tile), 1)
+    tiles = max(ceil_div(slots, tile), 1)
     counts = indices.new_zeros(experts * tiles + 1, dtype=torch.int32)
     order, places = (indices.new_empty(slots, dtype=torch.int32) for _ in range(2))
     sizes = {"slots": slots, "tiles": tiles, "experts": experts}
     launch(
         _rank_slots_kernel,
-        lambda _: (_blocks(slots, tile),),
+        lambda _: (ceil_div(slots, tile),),
         config,
         indices_ptr=indices,
         places_ptr=places,
@@ -120,7 +120,7 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     starts = torch.cumsum(counts, 0, dtype=torch.int32)
     launch(
         _place_slots_kernel,
-        (_blocks(slots, tile),),  # numbers: places are read and written
+        (ceil_div(slots, tile),),  # numbers: places are read and written
         _config("place_slots", indices),
         indices_ptr=indices,
         starts_ptr=starts,
@@ -228,10 +228,6 @@ def _span(rank: int) -> int:
     return next((span for span in _SPANS if -rank % span * 16 <= rank), 8)
 
 
-def _columns_side_by_side(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _has_aligned_rows(x: Tensor) -> bool:
     strides = [stride * x.itemsize for stride in x.stride()[:-1]]
     return _aligned(x.data_ptr(), x.shape[-1] * x.itemsize, *strides)
@@ -246,10 +242,6 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def _row_blocks(rows: int, width: int, block: int) -> int:
     """Programs for rows of `width` numbers, padded to a power of two, of which a program takes about `block`."""
-    return _blocks(rows, max(block >> (width - 1).bit_length(), 1))
+    return ceil_div(rows, max(block >> (width - 1).bit_length(), 1))

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..common.ranges import masked_block, tile_ranges
 from ..common.rows import load_source, row_source, store_rows
 from ..common.softmax import LN_2, LOG2_E, softmax_step
-from ..common.tiles import locate_tile
+from ..common.tiles import locate_tile, locate_tile_by_steps
 from .far import add_far_values, far_total, tile_groups
 
 
@@ -94,20 +94,6 @@ def _add_far(
     return sums, raised, total * decay + far * weight
 
 
-@triton.jit
-def _locate_tile_by_steps(bounds_ptr, count, tile, BLOCK: tl.constexpr):
-    """`locate_tile` without a while loop, which warp specialization does not take; steps too many change nothing."""
-    low = 0
-    high = count
-    for _ in range(tl.log2(count.to(tl.float32)).to(tl.int32) + 2):
-        middle = (low + high) // 2
-        below = tl.load(bounds_ptr + middle) // BLOCK + middle <= tile
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle)
-    begin = tl.load(bounds_ptr + low)
-    return low, begin + (tile - begin // BLOCK - low) * BLOCK
-
-
 @triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
 def _range_attention_fwd_kernel(
     q_ptr,
@@ -165,7 +151,7 @@ def _range_attention_fwd_kernel(
     # Late rows see the most keys when attention is causal: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     if WARP_SPECIALIZE:
-        segment, first_row = _locate_tile_by_steps(cu_rows_ptr, segments, tile, BLOCK_Q)
+        segment, first_row = locate_tile_by_steps(cu_rows_ptr, segments, tile, BLOCK_Q)
     else:
         segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
     head = tl.program_id(1)

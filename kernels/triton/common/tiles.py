@@ -23,3 +23,17 @@ def locate_tile(bounds_ptr, count, tile, BLOCK: tl.constexpr):
         high = tl.where(first <= tile, high, middle)
     begin = tl.load(bounds_ptr + low)
     return low, begin + (tile - begin // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def locate_tile_by_steps(bounds_ptr, count, tile, BLOCK: tl.constexpr):
+    """`locate_tile` without a while loop, which warp specialization does not take; steps too many change nothing."""
+    low = 0
+    high = count
+    for _ in range(tl.log2(count.to(tl.float32)).to(tl.int32) + 2):
+        middle = (low + high) // 2
+        below = tl.load(bounds_ptr + middle) // BLOCK + middle <= tile
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    begin = tl.load(bounds_ptr + low)
+    return low, begin + (tile - begin // BLOCK - low) * BLOCK

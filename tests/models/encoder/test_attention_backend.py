@@ -3,17 +3,13 @@
 Triton reads TRITON_INTERPRET when it is imported, so that test runs in a process of its own.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
 from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.ops._launch import INTERPRETING
-from vot_kernels.testing import make_tensor, max_error
+from vot_kernels.testing import make_tensor, max_error, rerun_on_the_interpreter
 
 GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])
 
@@ -21,11 +17,7 @@ GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])
 @pytest.mark.skipif(INTERPRETING, reason="this is that process")
 def test_on_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "--no-header", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    rerun_on_the_interpreter(__file__)
 
 
 def small_encoder(**overrides):
