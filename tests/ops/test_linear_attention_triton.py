@@ -106,6 +106,15 @@ def test_grouped_heads(causal):
 
 
 @interpreted
+@pytest.mark.parametrize("decay", [False, True], ids=["causal", "decay"])
+@pytest.mark.parametrize("name", ["softmax", "elu"])
+def test_wide_float32_heads(name, decay):
+    """From 129 on, products of rows go by parts of the columns; two query heads share one of keys."""
+    log_decay = log_decays(0.95, 0.8) if decay else None
+    check((35,), make_qkv(35, 2, 160, kv_heads=1), feature_map=name, causal=True, log_decay=log_decay)
+
+
+@interpreted
 def test_float16_does_not_overflow():
     """Sums over the segment go past 65504, their quotient does not."""
     q, k, v = (x.half() for x in make_qkv(40, 1))

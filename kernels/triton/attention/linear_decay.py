@@ -69,7 +69,7 @@ def _decay_pairs_kernel(
         query = load_features(
             query_ptr, row, stop, query_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D
         )
-        query *= load_column(weights_ptr + head, row, stop, heads, BLOCK_T)[:, None]
+        weights = load_column(weights_ptr + head, row, stop, heads, BLOCK_T)
         grad = load_block(grad_ptr, row, stop, grad_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
         last = load_column(last_ptr + head, row, stop, heads, BLOCK_T)
         for j in range(tl.maximum(i - tl.cdiv(reach, BLOCK_T), 0), i + 1):
@@ -80,6 +80,7 @@ def _decay_pairs_kernel(
             value = load_block(value_ptr, other, stop, value_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
             # One product after the other: side by side, float32 operands do not fit into registers.
             pairs = dot(grad, tl.trans(value), TYPE) + last[:, None]
+            pairs *= weights[:, None]
             distance = (i - j) * BLOCK_T + place[:, None] - place[None, :]
             pairs *= tl.where(distance > 0, decay_over(log_decay, distance) * distance, 0.0)
             total += tl.sum(pairs * dot(query, tl.trans(key), TYPE), 1)

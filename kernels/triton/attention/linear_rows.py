@@ -27,6 +27,7 @@ from .states import (
     load_column,
     load_features,
     load_state,
+    softmax_scale,
     store_block,
     tile_state,
 )
@@ -48,6 +49,39 @@ def _triangle(scores, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
     row = tl.arange(0, BLOCK_T)[:, None]
     other = tl.arange(0, BLOCK_T)[None, :]
     return tl.where((row <= other) if REVERSE else (row >= other), scores, 0.0)
+
+
+@triton.jit
+def _products(
+    x,
+    y,
+    x_ptr,
+    y_ptr,
+    row,
+    stop,
+    x_stride,
+    y_stride,
+    WIDTH: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """x y^T `[rows, rows]`; x and y are phi of the rows from `row` on.
+
+    Wide ones of float32 are read again, by parts: beside the state, no registers are left for a product of the whole.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    PART: tl.constexpr = 64
+    if TYPE.is_fp32() and x.shape[1] > 2 * PART:
+        x_scale = softmax_scale(x_ptr, row, stop, x_stride, WIDTH, ROWS)
+        y_scale = softmax_scale(y_ptr, row, stop, y_stride, WIDTH, ROWS)
+        products = tl.zeros([ROWS, ROWS], tl.float32)
+        for column in range(0, WIDTH, PART):
+            left = load_features(x_ptr, row, stop, x_stride, column, WIDTH, FEATURE_MAP, ROWS, PART, x_scale)
+            right = load_features(y_ptr, row, stop, y_stride, column, WIDTH, FEATURE_MAP, ROWS, PART, y_scale)
+            products += dot(left, tl.trans(right), TYPE)
+    else:
+        products = dot(x, tl.trans(y), TYPE)
+    return products
 
 
 @triton.jit
@@ -250,16 +284,9 @@ def _linear_values_kernel(
             for repeat in range(repeats):
                 other = other_head + repeat
                 source = other if REVERSE else other // shared
+                y_ptr = features_ptr + source * features_head_stride
                 y = load_features(
-                    features_ptr + source * features_head_stride,
-                    row,
-                    stop,
-                    features_token_stride,
-                    0,
-                    HEAD_DIM,
-                    FEATURE_MAP,
-                    BLOCK_T,
-                    BLOCK_F,
+                    y_ptr, row, stop, features_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
                 )
                 values = load_block(
                     values_ptr + source * values_head_stride,
@@ -271,9 +298,24 @@ def _linear_values_kernel(
                     BLOCK_T,
                     BLOCK_V,
                 )
+                scores = _products(
+                    x,
+                    y,
+                    x_ptr,
+                    y_ptr,
+                    row,
+                    stop,
+                    x_token_stride,
+                    features_token_stride,
+                    HEAD_DIM,
+                    FEATURE_MAP,
+                    TYPE,
+                )
+                scores = _triangle(scores, REVERSE, BLOCK_T)
                 if weights_ptr is not None:
-                    y *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
-                scores = _triangle(dot(x, tl.trans(y), TYPE), REVERSE, BLOCK_T)
+                    weights = load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)
+                    scores *= weights[None, :]
+                    y *= weights[:, None]
                 if log_decay_ptr is not None:
                     scores *= between
                     y *= y_decay[:, None]
@@ -404,16 +446,23 @@ def _linear_features_kernel(
     for i in range(blocks):
         row = first + (blocks - 1 - i if KEY_SIDE else i) * BLOCK_T
         index = row + tl.arange(0, BLOCK_T)
+        own = load_features(
+            own_ptr, row, stop, own_token_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
+        )
         x = load_block(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-        grad = dot(x, tl.trans(state), TYPE)
         if KEY_SIDE:
             x_last = tl.full([BLOCK_T], 1.0, tl.float32)
+            if FEATURE_MAP == "softmax" and BLOCK_F < HEAD_DIM:
+                # phi_j.(dS v'_j) = v'_j.dv'_j, of the whole row
+                out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+                pull = load_column(out_last_ptr + head, row, stop, heads, BLOCK_T)
+                pull += tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
         else:
             out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
             x_last = -tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
             pointers = last_ptr + head + index.to(tl.int64) * heads
             tl.store(pointers, x_last, (index < stop) & (column == 0))
-        grad += x_last[:, None] * normaliser[None, :]
+        grad = dot(x, tl.trans(state), TYPE) + x_last[:, None] * normaliser[None, :]
         if log_decay_ptr is not None:
             grad *= x_decay[:, None]
             state *= across
@@ -433,17 +482,21 @@ def _linear_features_kernel(
                     BLOCK_T,
                     BLOCK_F,
                 )
-                values = load_block(
-                    values_ptr + source * values_head_stride,
+                y_ptr = values_ptr + source * values_head_stride
+                values = load_block(y_ptr, row, stop, values_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+                scores = _products(
+                    x,
+                    values,
+                    x_ptr,
+                    y_ptr,
                     row,
                     stop,
+                    x_token_stride,
                     values_token_stride,
-                    0,
                     HEAD_DIM,
-                    BLOCK_T,
-                    BLOCK_D,
+                    "none",
+                    TYPE,
                 )
-                scores = dot(x, tl.trans(values), TYPE)
                 if KEY_SIDE:
                     features *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
                 carried = features
@@ -463,19 +516,10 @@ def _linear_features_kernel(
                 state += dot(tl.trans(carried), values, TYPE)
         if not KEY_SIDE:
             grad *= load_column(weights_ptr + head, row, stop, heads, BLOCK_T)[:, None]
-        own = load_features(
-            own_ptr, row, stop, own_token_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
-        )
         if FEATURE_MAP == "softmax":
-            if (
-                KEY_SIDE
-            ):  # on the query side phi.grad is 0, for the output does not change with the length of phi
+            if KEY_SIDE:  # the output does not change with the length of phi(q): there phi.grad is 0
                 if BLOCK_F >= HEAD_DIM:
                     pull = tl.sum(own * grad, 1)
-                else:  # of the whole row: phi_j.(dS v'_j) = v'_j.dv'_j
-                    out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-                    pull = load_column(out_last_ptr + head, row, stop, heads, BLOCK_T)
-                    pull += tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
                 grad -= pull[:, None]
             grad *= own
         elif FEATURE_MAP == "elu":  # elu(x) + 1 is its own derivative for x < 0

@@ -60,17 +60,19 @@ def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _exact_dot(a, b):
-    """a @ b without tensor cores. A thread holds whole rows of a and columns of b: at most 16 numbers of each."""
+def _dot_in_cubes(a, b, PRECISION: tl.constexpr):
+    """a @ b. Where it is much deeper than wide, each warp would hold all of a and b: it goes in parts as deep as
+    wide, which the warps share out, and these are summed."""
     ROWS: tl.constexpr = a.shape[0]
     DEPTH: tl.constexpr = a.shape[1]
     COLUMNS: tl.constexpr = b.shape[1]
-    if DEPTH > 16:
-        left, right = tl.split(tl.permute(tl.reshape(a, [ROWS, 2, DEPTH // 2]), [0, 2, 1]))
-        upper, lower = tl.split(tl.permute(tl.reshape(b, [2, DEPTH // 2, COLUMNS]), [1, 2, 0]))
-        result = _exact_dot(left, upper) + _exact_dot(right, lower)
+    WIDTH: tl.constexpr = ROWS if ROWS > COLUMNS else COLUMNS
+    if WIDTH <= 32 and DEPTH > WIDTH:
+        a = tl.permute(tl.reshape(a, [ROWS, DEPTH // WIDTH, WIDTH]), [1, 0, 2])
+        b = tl.reshape(b, [DEPTH // WIDTH, WIDTH, COLUMNS])
+        result = tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
     else:
-        result = tl.dot(a, b, input_precision="ieee")
+        result = tl.dot(a, b, input_precision=PRECISION)
     return result
 
 
@@ -82,11 +84,11 @@ def dot(a, b, TYPE: tl.constexpr):
     has its 10 bits of fraction and the range of float32.
     """
     if TYPE.is_bf16():
-        result = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        result = _dot_in_cubes(a.to(tl.bfloat16), b.to(tl.bfloat16), "tf32")
     elif TYPE.is_fp16():
-        result = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
+        result = _dot_in_cubes(a.to(tl.float32), b.to(tl.float32), "tf32")
     else:
-        result = _exact_dot(a, b)
+        result = _dot_in_cubes(a, b, "ieee")
     return result
 
 
@@ -94,6 +96,16 @@ def dot(a, b, TYPE: tl.constexpr):
 def decay_over(log_decay, distance):
     """exp(log_decay * distance), at most 1; 1 over no distance, where -inf * 0 would be NaN."""
     return tl.exp(tl.where(distance > 0, log_decay * distance, 0.0))
+
+
+@triton.jit
+def softmax_scale(pointer, first, end, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Of each of ROWS rows the largest number and 1 / sum(exp(x - largest)), both `[ROWS]`."""
+    COLUMNS: tl.constexpr = triton.next_power_of_2(WIDTH)
+    x = load_block(pointer, first, end, stride, 0, WIDTH, ROWS, COLUMNS).to(tl.float32)
+    x = tl.where((tl.arange(0, COLUMNS) < WIDTH)[None, :], x, float("-inf"))
+    largest = tl.max(x, 1)
+    return largest, 1.0 / tl.sum(tl.exp(x - largest[:, None]), 1)
 
 
 @triton.jit
@@ -107,21 +119,21 @@ def load_features(
     FEATURE_MAP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    scale=None,
 ):
     """phi of rows from `first` on, columns from `column` on, as float32 `[ROWS, COLUMNS]`; 0 outside.
 
     FEATURE_MAP: "softmax" over all WIDTH columns, "elu" (elu + 1), "relu", or "none" for given features.
+    scale: what `softmax_scale` says of these rows, where it is known.
     """
     x = load_block(pointer, first, end, stride, column, WIDTH, ROWS, COLUMNS).to(tl.float32)
     index = column + tl.arange(0, COLUMNS)
     inside = (first + tl.arange(0, ROWS) < end)[:, None] & (index < WIDTH)[None, :]
     if FEATURE_MAP == "softmax":
         if COLUMNS < WIDTH:
-            FULL: tl.constexpr = triton.next_power_of_2(WIDTH)
-            row = load_block(pointer, first, end, stride, 0, WIDTH, ROWS, FULL).to(tl.float32)
-            row = tl.where((tl.arange(0, FULL) < WIDTH)[None, :], row, float("-inf"))
-            largest = tl.max(row, 1)[:, None]
-            x = tl.exp(x - largest) * (1.0 / tl.sum(tl.exp(row - largest), 1))[:, None]
+            if scale is None:
+                scale = softmax_scale(pointer, first, end, stride, WIDTH, ROWS)
+            x = tl.exp(x - scale[0][:, None]) * scale[1][:, None]
         else:
             x = tl.where((index < WIDTH)[None, :], x, float("-inf"))
             x = tl.exp(x - tl.max(x, 1)[:, None])
