@@ -106,12 +106,11 @@ def test_grouped_heads(causal):
 
 
 @interpreted
-@pytest.mark.parametrize("decay", [False, True], ids=["causal", "decay"])
-@pytest.mark.parametrize("name", ["softmax", "elu"])
-def test_wide_float32_heads(name, decay):
+@pytest.mark.parametrize(("name", "mode"), [("softmax", "causal"), ("elu", "decay")])
+def test_wide_float32_heads(name, mode):
     """From 129 on, products of rows go by parts of the columns; two query heads share one of keys."""
-    log_decay = log_decays(0.95, 0.8) if decay else None
-    check((35,), make_qkv(35, 2, 160, kv_heads=1), feature_map=name, causal=True, log_decay=log_decay)
+    inputs = make_qkv(35, 2, 160, kv_heads=1)
+    check((35,), inputs, feature_map=name, **mode_options(mode, heads=2))
 
 
 @interpreted
