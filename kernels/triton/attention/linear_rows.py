@@ -72,6 +72,7 @@ def _products(
     ROWS: tl.constexpr = x.shape[0]
     PART: tl.constexpr = 64
     if TYPE.is_fp32() and x.shape[1] > 2 * PART:
+        # Both are left out by the compiler for other feature maps, which take no scale.
         x_scale = softmax_scale(x_ptr, row, stop, x_stride, WIDTH, ROWS)
         y_scale = softmax_scale(y_ptr, row, stop, y_stride, WIDTH, ROWS)
         products = tl.zeros([ROWS, ROWS], tl.float32)

@@ -61,8 +61,11 @@ def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def _dot_in_cubes(a, b, PRECISION: tl.constexpr):
-    """a @ b. Where it is much deeper than wide, each warp would hold all of a and b: it goes in parts as deep as
-    wide, which the warps share out, and these are summed."""
+    """a @ b in float32. PRECISION: of its factors, if these are float32.
+
+    Every warp would hold all of a narrow a and b however deep they are. So what is deeper than wide goes in parts as
+    deep as wide, which the warps share out; then the parts are summed.
+    """
     ROWS: tl.constexpr = a.shape[0]
     DEPTH: tl.constexpr = a.shape[1]
     COLUMNS: tl.constexpr = b.shape[1]
