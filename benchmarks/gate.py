@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,11 +203,21 @@ def run_gate(
     return results
 
 
+_TESTED_FOLDERS = (
+    *(
+        f"vot_kernels/{name}"
+        for name in ("ops", "tuning", "nn", "models", "data", "pipelines", "reasoning", "scene_graph")
+    ),
+    "kernels",
+    "tests/gpu",
+)
+
+
 def source_hash(root: Path = ROOT) -> str:
     """SHA-256 over the package, the kernels and the GPU tests: results hold for this source alone."""
     digest = hashlib.sha256()
-    for folder in ("vot_kernels/ops", "vot_kernels/tuning", "vot_kernels/reference", "kernels", "tests/gpu"):
-        for path in sorted((root / folder).rglob("*")):
+    for part in ("vot_kernels/packing.py", "vot_kernels/testing.py", *_TESTED_FOLDERS):
+        for path in sorted((root / part).rglob("*")) if (root / part).is_dir() else [root / part]:
             if path.suffix in (".py", ".json"):
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

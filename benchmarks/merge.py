@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.runs import BrokenResult, read_result
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 
 
 def merge(parts: Sequence[dict[str, Any]], *, command: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from benchmarks.core import Outcome, Provider, Work, Workload, anonymous
 from benchmarks.providers import providers_of
 from benchmarks.race import Rules, race
 from benchmarks.timing import measure_ceilings
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 
 SCHEMA = 1
 

@@ -140,8 +140,8 @@ def train_perception_command(
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
 ) -> None:
     """Train the nano encoder and the STSG head on DigitWorld."""
-    from vot_kernels.train.perception import PerceptionTraining
-    from vot_kernels.train.run_perception import run
+    from vot_kernels.train.perception.run import run
+    from vot_kernels.train.perception.stage import PerceptionTraining
 
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -171,8 +171,8 @@ def train_encoder_command(
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
     from vot_kernels.pipelines.video_qa import BUNDLED_CHECKPOINT
-    from vot_kernels.train.encoder import EncoderTraining
-    from vot_kernels.train.run_encoder import RANDOM_TEACHER, run
+    from vot_kernels.train.encoder.run import RANDOM_TEACHER, run
+    from vot_kernels.train.encoder.stage import EncoderTraining
 
     given = {
         "distillation": distillation,
@@ -241,7 +241,7 @@ def demo(
 
 def _video_qa(checkpoint: Path | None, llm: Path | None, skip: list[str] | None) -> "VideoQA":
     from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
-    from vot_kernels.vot.types import Switches
+    from vot_kernels.reasoning.types import Switches
 
     unknown = sorted(set(skip or ()) - set(STEPS))
     if unknown:
@@ -258,7 +258,7 @@ def _split_candidates(text: str | None) -> list[str] | None:
 
 def _write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> None:
     if trace is not None:
-        from vot_kernels.data.files import atomic_write
+        from vot_kernels.files import atomic_write
 
         with atomic_write(trace) as temporary:
             temporary.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))

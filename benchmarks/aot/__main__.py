@@ -144,7 +144,7 @@ def _uncovered(plan: Plan, archs: Sequence[str]) -> list[str]:
 def _write(path: Path, rows: Sequence[Row], problems: Sequence[str], complete: bool) -> None:
     import triton
 
-    from vot_kernels.data.files import atomic_write
+    from vot_kernels.files import atomic_write
 
     document = {
         "triton": triton.__version__,

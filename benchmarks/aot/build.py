@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.aot.cases import Case
 from benchmarks.aot.gpus import GPUS, occupancy, roofline
 from vot_kernels import tuning
-from vot_kernels.ops._launch import Launch, record_launches
+from vot_kernels.ops.launch import Launch, record_launches
 
 if TYPE_CHECKING:
     from benchmarks.aot.compiler import Resources, Specialization

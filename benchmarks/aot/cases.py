@@ -1,6 +1,6 @@
 """Calls that together reach every kernel in every shipped config, forward and backward.
 
-The launchers decide what a call compiles; see `vot_kernels.ops._launch.record_launches`.
+The launchers decide what a call compiles; see `vot_kernels.ops.launch.record_launches`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +12,9 @@ import torch
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
 from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
-from vot_kernels.ops._launch import record_launches
-from vot_kernels.ops._range_triton import prefer_tma
 from vot_kernels.ops.dispatch import describe_backends
+from vot_kernels.ops.launch import record_launches
+from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 
 BFLOAT16 = torch.bfloat16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

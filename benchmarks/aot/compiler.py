@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from vot_kernels.ops._launch import Launch
+from vot_kernels.ops.launch import Launch
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from benchmarks import counters
 from benchmarks.core import Work
+from vot_kernels.ops.hybrid_attention import reference
+from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
+from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 from vot_kernels.testing import make_tensor
 
 ROWS = 48  # rows of the output that are verified at full size
@@ -92,9 +94,9 @@ class Attention:
             return attention_rows(self, q, k, v, beta[0] if beta else None, rows)
         layout = self.layout(q.device)
         if self.kind == "packed_attention":
-            return reference.packed_attention(q, k, v, layout, causal=self.causal)[0]
+            return packed_attention_reference(q, k, v, layout, causal=self.causal)[0]
         if self.kind == "linear_attention":
-            return reference.linear_attention(q, k, v, layout, causal=self.causal)[0]
+            return linear_attention_reference(q, k, v, layout, causal=self.causal)[0]
         return reference.hybrid_attention(q, k, v, layout, window=self.window, beta=beta[0])[0]
 
     def small(self) -> "Attention":

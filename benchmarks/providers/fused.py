@@ -19,12 +19,17 @@ from torch import Tensor
 from benchmarks.core import Provider
 from benchmarks.problems.fused import DenseResidual, PackPatches, RopeQkNorm, SizeAwareEmbedding
 from vot_kernels.ops.dense_residual import dense_residual
+from vot_kernels.ops.dense_residual.reference import dense_residual as dense_residual_reference
 from vot_kernels.ops.dispatch import describe_backends
 from vot_kernels.ops.pack_patches import pack_patches
+from vot_kernels.ops.pack_patches.reference import pack_patches as pack_patches_reference
 from vot_kernels.ops.rope_qk_norm import rope_qk_norm
+from vot_kernels.ops.rope_qk_norm.reference import rope_qk_norm as rope_qk_norm_reference
 from vot_kernels.ops.size_aware_embedding import size_aware_embedding, size_features
+from vot_kernels.ops.size_aware_embedding.reference import (
+    size_aware_embedding as size_aware_embedding_reference,
+)
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import fused as reference
 
 Problem = DenseResidual | RopeQkNorm | SizeAwareEmbedding | PackPatches
 Results = Tensor | Sequence[Tensor]
@@ -76,10 +81,10 @@ def _backend_refuses(
 def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Results:
     match problem:
         case DenseResidual():
-            return reference.dense_residual(inputs[:-1], inputs[-1])
+            return dense_residual_reference(inputs[:-1], inputs[-1])
         case RopeQkNorm():
             q, k, q_weight, k_weight = inputs
-            return reference.rope_qk_norm(
+            return rope_qk_norm_reference(
                 q,
                 k,
                 layout.positions,
@@ -91,9 +96,9 @@ def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Re
             )
         case SizeAwareEmbedding():
             features = size_features(layout.sizes, octaves=problem.octaves)
-            return reference.size_aware_embedding(inputs[0], layout.cu_seqlens, features, *inputs[1:])
+            return size_aware_embedding_reference(inputs[0], layout.cu_seqlens, features, *inputs[1:])
         case PackPatches():
-            return reference.pack_patches(inputs, problem.patch_size, temporal_patch_size=1)[0]
+            return pack_patches_reference(inputs, problem.patch_size, temporal_patch_size=1)[0]
 
 
 # --- PyTorch written to be fast -----------------------------------------------------------------------------

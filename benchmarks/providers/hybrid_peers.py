@@ -25,8 +25,9 @@ from torch import Tensor
 from benchmarks.core import Provider, needs
 from benchmarks.problems.attention import Attention
 from benchmarks.providers.pytorch_attention import needs_gpu
+from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
+from vot_kernels.ops.packed_attention import reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 
 # --- the composite ---
 
@@ -368,7 +369,7 @@ class SlaProblem(Attention):
         near = PackedLayout.from_cu_seqlens(clusters.host_cu_groups, device=device)
         if rows is None:
             out = reference.packed_attention(q, k, v, near)[0]
-            return out + reference.linear_attention(q, k, v, layout)[0]
+            return out + linear_attention_reference(q, k, v, layout)[0]
         return _sla_rows(self, q, k, v, rows, layout, clusters)
 
     def small(self) -> "SlaProblem":

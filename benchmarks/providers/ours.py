@@ -8,14 +8,14 @@ from torch import Tensor
 
 from benchmarks.core import Provider
 from benchmarks.problems.attention import Attention
-from vot_kernels.ops._range_triton import prefer_tma
 from vot_kernels.ops.dispatch import OPS, describe_backends
-from vot_kernels.ops.flash_attention import _plan as _flash_plan
-from vot_kernels.ops.hybrid_attention import _plan as _hybrid_plan
+from vot_kernels.ops.flash_attention.op import _plan as _flash_plan
 from vot_kernels.ops.hybrid_attention import hybrid_attention
-from vot_kernels.ops.linear_attention import _plan as _linear_plan
+from vot_kernels.ops.hybrid_attention.op import _plan as _hybrid_plan
 from vot_kernels.ops.linear_attention import linear_attention
+from vot_kernels.ops.linear_attention.op import _plan as _linear_plan
 from vot_kernels.ops.packed_attention import packed_attention
+from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 from vot_kernels.packing import PackedLayout
 
 PLANS = (_flash_plan, _hybrid_plan, _linear_plan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.report import markdown, page, readme
 from benchmarks.report.plots import plots, slug
 from benchmarks.report.runs import BrokenResult, Section, read_sections
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.aot import __main__ as command  # noqa: E402
 from benchmarks.aot import build, compiler, gpus  # noqa: E402
 from benchmarks.aot.cases import Case, kernel_ops  # noqa: E402
-from vot_kernels.ops._launch import Launch  # noqa: E402
+from vot_kernels.ops.launch import Launch  # noqa: E402
 from vot_kernels.tuning import Config  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ import triton.language as tl
 
 from benchmarks.aot.__main__ import main
 from benchmarks.aot.cases import Case
-from vot_kernels.ops._launch import launch
+from vot_kernels.ops.launch import launch
 from vot_kernels.tuning import Config
 
 

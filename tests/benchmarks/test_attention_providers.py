@@ -21,8 +21,8 @@ from benchmarks.race import Rules, race
 from benchmarks.verify import verify
 from benchmarks.workloads import attention as workloads
 from benchmarks.workloads import packings
+from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 from vot_kernels.testing import ToleranceError
 
 CPU = torch.device("cpu")

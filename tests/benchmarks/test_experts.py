@@ -17,7 +17,7 @@ from benchmarks.providers import experts, experts_peers, providers_of
 from benchmarks.verify import verify, verify_on
 from benchmarks.workloads import experts as workloads_experts
 from vot_kernels.nn.autonomy_of_experts import matched_hidden
-from vot_kernels.reference.moe import moe
+from vot_kernels.ops.moe.reference import moe
 from vot_kernels.testing import ToleranceError, make_tensor
 
 CPU = torch.device("cpu")

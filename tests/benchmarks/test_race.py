@@ -11,7 +11,8 @@ from benchmarks.core import Outcome, Provider, Status, Work, Workload
 from benchmarks.problems.attention import Attention
 from benchmarks.providers import ours
 from benchmarks.race import Inputs, Rules, Runner, race
-from vot_kernels.ops import hybrid_attention, linear_attention
+from vot_kernels.ops.hybrid_attention import op as hybrid_attention
+from vot_kernels.ops.linear_attention import op as linear_attention
 
 
 @dataclass(frozen=True)

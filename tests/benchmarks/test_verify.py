@@ -9,8 +9,10 @@ from benchmarks.core import Provider, Status, Workload
 from benchmarks.problems.attention import Attention, attention_rows
 from benchmarks.race import Rules, race
 from benchmarks.verify import OracleError, expect, verify, verify_on
+from vot_kernels.ops.hybrid_attention import reference
+from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
+from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 from vot_kernels.testing import ToleranceError, make_tensor
 
 CPU = torch.device("cpu")
@@ -311,9 +313,9 @@ def _reference(problem, inputs):
     )
     q, k, v, *beta = inputs
     if problem.kind == "packed_attention":
-        return reference.packed_attention(q, k, v, layout, causal=problem.causal)[0]
+        return packed_attention_reference(q, k, v, layout, causal=problem.causal)[0]
     if problem.kind == "linear_attention":
-        return reference.linear_attention(q, k, v, layout, causal=problem.causal)[0]
+        return linear_attention_reference(q, k, v, layout, causal=problem.causal)[0]
     return reference.hybrid_attention(q, k, v, layout, window=problem.window, beta=beta[0])[0]
 
 

@@ -9,7 +9,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from vot_kernels.data import contact_sheet  # noqa: E402
 from vot_kernels.data.contact_sheet import MAX_CELL_PX, save_contact_sheet  # noqa: E402
-from vot_kernels.models.stsg.graph import STSG, Box, Event, Tracklet, Vocabulary  # noqa: E402
+from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet, Vocabulary  # noqa: E402
 
 VOCABULARY = Vocabulary(("digit 3", "digit 4"), ("red", "blue"), ("near",), ("hits", "bounces"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vot_kernels import aoe
-from vot_kernels.reference import aoe as reference
+from vot_kernels.ops.aoe import reference
 from vot_kernels.testing import assert_close_to_exact, check_against_reference, check_selection, make_experts
 
 OP = "aoe"

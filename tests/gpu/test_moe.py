@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vot_kernels import moe
-from vot_kernels.reference.moe import moe as reference
+from vot_kernels.ops.moe.reference import moe as reference
 from vot_kernels.testing import assert_close_to_exact, check_against_reference, make_moe
 
 OP = "moe"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vot_kernels import PackedLayout, packed_attention
-from vot_kernels.reference import attention as reference
+from vot_kernels.ops.packed_attention import reference
 from vot_kernels.testing import (
     PACKINGS,
     check_against_reference,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vot_kernels import PackedLayout, flash_attn_varlen_func, packed_attention
-from vot_kernels.ops import _range_triton
-from vot_kernels.ops._range_triton import prefer_tma
-from vot_kernels.reference import attention as reference
+from vot_kernels.ops.packed_attention import reference
+from vot_kernels.ops.parts.range_attention import triton as _range_triton
+from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 from vot_kernels.testing import check_against_reference, make_qkv, make_tensor, poison_segment
 
 OP = "packed_attention"

@@ -1,6 +1,7 @@
 """The import rule, and the calls that the package never makes, read off the source of every file."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,31 +10,32 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # What each part may import besides itself: imports go one way, from the top down.
-BELOW_OPS = {"kernels", "reference", "tuning", "packing", "testing"}
-NN = BELOW_OPS | {"ops"}
-MODELS = NN | {"nn"}
+GROUND = {"packing", "files", "scene_graph"}  # they import no other part
+OPS = {"packing", "files", "tuning", "testing", "kernels"}
+NN = OPS | {"ops"}
+MODELS = NN | {"nn", "scene_graph"}
 DATA = MODELS | {"models"}
 TOP = DATA | {"data"}
 ALLOWED = {
-    "packing": set(),
+    **{part: set() for part in GROUND},
     "kernels": set(),
-    "tuning": set(),
-    "reference": {"packing"},
-    "testing": {"packing", "reference"},
-    "ops": BELOW_OPS,
+    "tuning": {"files"},
+    "testing": {"packing"},
+    "ops": OPS,
     "nn": NN,
     "models": MODELS,
-    "integrations": MODELS,
+    "integrations": DATA,
     "data": DATA,
     "train": TOP,
-    "vot": TOP,
-    "pipelines": TOP | {"train", "vot"},  # what a command does, without its options
+    "reasoning": TOP,
+    "pipelines": TOP | {"train", "reasoning"},  # what a command does, without its options
     "info": TOP,
-    "cli": TOP | {"train", "vot", "pipelines", "info"},
+    "cli": TOP | {"train", "reasoning", "pipelines", "info"},
     "": {"packing", "ops"},  # vot_kernels/__init__.py
 }
+REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references
 # These serve users who have torch and numpy alone; a launcher imports its kernels when it needs them.
-LEAN = {"", "packing", "reference", "tuning", "testing", "ops", "nn", "info"}
+LEAN = {"", "packing", "files", "scene_graph", "tuning", "testing", "ops", "nn", "info"}
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
     *("transformers", "safetensors", "tokenizers", "gguf", "accelerate", "peft", "huggingface_hub"),
@@ -70,6 +72,8 @@ def problems(module: str, source: str, *, is_package: bool = False) -> list[str]
             for line, name in _imports_at_load(tree, module, is_package)
             if name.split(".")[0] in OPTIONAL
         ]
+    if re.fullmatch(r"vot_kernels\.ops\.\w+\.reference", module):
+        found += [f"line {line}: {text}" for line, text in _reference_problems(tree, module)]
     if part == "kernels":
         found += [f"line {line}: kernels may not use {name}" for line, name in _not_for_kernels(tree, module)]
     return found
@@ -104,6 +108,17 @@ def _layer_problems(tree: ast.AST, module: str, part: str, is_package: bool) -> 
             if other == "" and part in ("info", "cli"):
                 continue
             yield node.lineno, f"{part or 'vot_kernels'} may not import {name}"
+
+
+def _reference_problems(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
+    """A reference judges the backends, so it may share no code with them."""
+    for node in ast.walk(tree):
+        for name in imported(node, module, False):
+            independent = name.startswith(REFERENCE_IMPORTS) or re.match(
+                r"vot_kernels\.ops\.\w+\.reference\b", name
+            )
+            if name.split(".")[0] == "vot_kernels" and not independent:
+                yield node.lineno, f"a reference may not import {name}"
 
 
 def _imports_at_load(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -175,38 +190,38 @@ def test_file_keeps_the_rules(module, path):
         ("vot_kernels.ops.aoe", "from .. import nn"),
         ("vot_kernels.ops.aoe", "import_module('vot_kernels.nn')"),
         ("vot_kernels.ops.aoe", "import importlib\nimportlib.import_module('vot_kernels.data')"),
-        ("vot_kernels.reference.aoe", "from vot_kernels.ops.aoe import aoe"),
-        ("vot_kernels.reference.aoe", "from vot_kernels.tuning import lookup"),
-        ("vot_kernels.packing", "from vot_kernels.reference import attention"),
+        ("vot_kernels.ops.aoe.reference", "from vot_kernels.ops.aoe import aoe"),
+        ("vot_kernels.ops.aoe.reference", "from vot_kernels.tuning import lookup"),
+        ("vot_kernels.packing", "from vot_kernels.ops import attention_options"),
         ("vot_kernels.nn.mlp", "from vot_kernels import hybrid_attention"),
         ("vot_kernels.models.encoder", "from vot_kernels.data.video import load_video"),
-        ("vot_kernels.data.video", "from vot_kernels.vot import steps"),
-        ("vot_kernels.train.stages", "from vot_kernels.vot import steps"),
-        ("vot_kernels.vot.steps", "from vot_kernels.cli import main"),
+        ("vot_kernels.data.video", "from vot_kernels.reasoning import steps"),
+        ("vot_kernels.train.stages", "from vot_kernels.reasoning import steps"),
+        ("vot_kernels.reasoning.steps", "from vot_kernels.cli import main"),
         ("vot_kernels", "from vot_kernels.models import VotEncoder"),
         ("vot_kernels.something_new", ""),
         ("vot_kernels.ops.aoe", "import triton"),
         ("vot_kernels.ops.aoe", "try:\n    import triton\nexcept ImportError:\n    triton = None"),
         ("vot_kernels.nn.mlp", "from transformers import PreTrainedModel"),
-        ("vot_kernels.reference.aoe", "class A:\n    import scipy.special"),
+        ("vot_kernels.ops.aoe.reference", "class A:\n    import scipy.special"),
         ("vot_kernels.packing", "if True:\n    from sklearn import cluster"),
-        ("vot_kernels.data.files", "import pickle"),
-        ("vot_kernels.data.files", "def f():\n    from pickle import loads"),
-        ("vot_kernels.data.files", "import torch\ntorch.load('x')"),
-        ("vot_kernels.data.files", "from torch import load"),
-        ("vot_kernels.data.files", "eval('1')"),
-        ("vot_kernels.data.files", "exec('1')"),
-        ("vot_kernels.vot.llm", "AutoModel.from_pretrained(x, trust_remote_code=True)"),
-        ("vot_kernels.vot.llm", "AutoModel.from_pretrained(x, trust_remote_code=flag)"),
-        ("vot_kernels.vot.llm", "f(**{'trust_remote_code': True})"),
-        ("vot_kernels.data.files", "np.load(x, allow_pickle=True)"),
-        ("vot_kernels.kernels.attention", "import torch.nn as nn"),
-        ("vot_kernels.kernels.attention", "from torch import nn"),
-        ("vot_kernels.kernels.attention", "import torch\ntorch.nn.functional.silu"),
-        ("vot_kernels.kernels.attention", "import torch\ntorch.autograd.Function"),
-        ("vot_kernels.kernels.attention", "import os\nos.environ['X']"),
-        ("vot_kernels.kernels.attention", "from os import environ"),
-        ("vot_kernels.kernels.attention", "from vot_kernels.ops import aoe"),
+        ("vot_kernels.files", "import pickle"),
+        ("vot_kernels.files", "def f():\n    from pickle import loads"),
+        ("vot_kernels.files", "import torch\ntorch.load('x')"),
+        ("vot_kernels.files", "from torch import load"),
+        ("vot_kernels.files", "eval('1')"),
+        ("vot_kernels.files", "exec('1')"),
+        ("vot_kernels.reasoning.llm", "AutoModel.from_pretrained(x, trust_remote_code=True)"),
+        ("vot_kernels.reasoning.llm", "AutoModel.from_pretrained(x, trust_remote_code=flag)"),
+        ("vot_kernels.reasoning.llm", "f(**{'trust_remote_code': True})"),
+        ("vot_kernels.files", "np.load(x, allow_pickle=True)"),
+        ("vot_kernels.kernels.range_attention", "import torch.nn as nn"),
+        ("vot_kernels.kernels.range_attention", "from torch import nn"),
+        ("vot_kernels.kernels.range_attention", "import torch\ntorch.nn.functional.silu"),
+        ("vot_kernels.kernels.range_attention", "import torch\ntorch.autograd.Function"),
+        ("vot_kernels.kernels.range_attention", "import os\nos.environ['X']"),
+        ("vot_kernels.kernels.range_attention", "from os import environ"),
+        ("vot_kernels.kernels.range_attention", "from vot_kernels.ops import aoe"),
     ],
 )
 def test_the_checker_finds(module, source):
@@ -216,13 +231,13 @@ def test_the_checker_finds(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("vot_kernels.ops.aoe", "from vot_kernels.reference import aoe\nfrom . import dispatch"),
+        ("vot_kernels.ops.aoe.op", "from vot_kernels.ops.aoe import reference\nfrom .. import dispatch"),
         ("vot_kernels.ops.aoe", "def launch():\n    import triton\n    from vot_kernels.kernels import aoe"),
         ("vot_kernels.nn.mlp", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("vot_kernels.nn.mlp", "from vot_kernels.ops.aoe import aoe\nmodel.eval()"),
-        ("vot_kernels.data.video", "import av\nfrom vot_kernels.models.stsg.graph import STSG"),
-        ("vot_kernels.vot.llm", "AutoModel.from_pretrained(x, trust_remote_code=False)"),
-        ("vot_kernels.kernels.attention", "import torch\nimport triton\nimport triton.language as tl"),
+        ("vot_kernels.data.video", "import av\nfrom vot_kernels.scene_graph.graph import STSG"),
+        ("vot_kernels.reasoning.llm", "AutoModel.from_pretrained(x, trust_remote_code=False)"),
+        ("vot_kernels.kernels.range_attention", "import torch\nimport triton\nimport triton.language as tl"),
         ("vot_kernels.cli", "from vot_kernels import __version__\nimport typer"),
     ],
 )

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from vot_kernels.nn import autonomy_of_experts
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts, matched_hidden
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.reference import aoe as reference
+from vot_kernels.ops.aoe import reference
 from vot_kernels.testing import make_tensor
 
 

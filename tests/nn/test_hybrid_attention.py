@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vot_kernels.nn.hybrid_attention import HybridAttention
+from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 from vot_kernels.testing import make_tensor, max_error, with_slack
 
 LAYOUT = PackedLayout.from_lengths((18, 7), group_size=4)

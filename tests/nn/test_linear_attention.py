@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vot_kernels.nn.linear_attention import LinearAttention
+from vot_kernels.ops.linear_attention import reference
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference import attention as reference
 from vot_kernels.testing import make_tensor, max_error
 
 LAYOUT = PackedLayout.from_lengths((18, 7))

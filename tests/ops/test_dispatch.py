@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vot_kernels.ops import _launch
-from vot_kernels.ops._launch import why_not_triton
+from vot_kernels.ops import launch as _launch
 from vot_kernels.ops.dispatch import BACKENDS, describe_backends, select
+from vot_kernels.ops.launch import why_not_triton
 
 GPU = torch.device("cuda")
 REFUSAL = "Tesla T4 has compute capability 7.5, Triton kernels need 8.0"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import atomic_write
+from vot_kernels.files import atomic_write
 
 try:
     from PIL import Image, ImageDraw, ImageFont
@@ -18,9 +18,8 @@ except ImportError as error:
     raise ImportError("A contact sheet needs Pillow: pip install 'vot-kernels[video]'.") from error
 
 if TYPE_CHECKING:
-    from vot_kernels.models.stsg.graph import STSG, Box, Event, Tracklet
-
-    from .video import VideoClip
+    from vot_kernels.data.video import VideoClip
+    from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet
 
 MIN_CELL_PX = 240  # shorter side of a frame on the sheet, so that 64 px frames are readable
 MAX_CELL_PX = 320  # longer side, so that a sheet of large frames stays a picture one can look at

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .files import atomic_write
+from vot_kernels.files import atomic_write
 
 try:
     import av

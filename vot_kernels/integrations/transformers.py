@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from vot_kernels.ops._validation import FLOAT_DTYPES
+from vot_kernels.ops.checks import FLOAT_DTYPES
 from vot_kernels.ops.moe import moe
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]), type(ACT2FN["swish"]))

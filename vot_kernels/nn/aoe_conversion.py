@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.ops._validation import check_alike, check_choice, check_device, check_floating, check_tensor
+from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
 
 SCORES = ("output", "gate")
 _PROFILE_WIDTH = 1024

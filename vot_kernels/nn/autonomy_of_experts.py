@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.ops._validation import check_choice, check_tensor
 from vot_kernels.ops.aoe import WEIGHTINGS, aoe
+from vot_kernels.ops.checks import check_choice, check_tensor
 
 
 class ExpertUsage(NamedTuple):

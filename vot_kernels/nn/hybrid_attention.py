@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vot_kernels.ops._validation import check_choice, check_layout, check_tensor
+from vot_kernels.ops.attention_options import CAUSAL_MODES, FEATURE_MAPS, Window, window_sides
+from vot_kernels.ops.checks import check_choice, check_layout, check_tensor
 from vot_kernels.ops.hybrid_attention import HybridAttentionState, hybrid_attention, hybrid_attention_step
 from vot_kernels.packing import PackedLayout
-from vot_kernels.reference.attention import CAUSAL_MODES, FEATURE_MAPS, Window, window_sides
 
 Rotary = Callable[[Tensor, Tensor, PackedLayout], tuple[Tensor, Tensor]]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from vot_kernels.nn.hybrid_attention import HybridAttention
-from vot_kernels.ops._validation import check_choice
+from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 

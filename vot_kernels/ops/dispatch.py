@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops._launch import is_interpreted, why_not_triton
+from vot_kernels.ops.launch import is_interpreted, why_not_triton
 
 BACKENDS = ("triton", "torch", "reference")  # in order of preference
 

@@ -10,7 +10,7 @@ from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA, load_language_m
 
 def run_demo(out: Path) -> Iterator[tuple[VideoAnswer, Path]]:
     """Answer a question about each clip and write a picture and a trace each into `out`."""
-    from vot_kernels.data.files import atomic_write
+    from vot_kernels.files import atomic_write
 
     print("Loading the perception checkpoint and the language model …", file=sys.stderr)
     video_qa = VideoQA(*load_perception(), load_language_model())

@@ -9,7 +9,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 from vot_kernels.models.perception.reading import sampled_fps
 from vot_kernels.pipelines.video_qa import Sampling, load_perception, sample_video
 

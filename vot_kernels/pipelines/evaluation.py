@@ -14,13 +14,13 @@ from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS
 from vot_kernels.data.digitworld.rules import answer_by_rules
-from vot_kernels.data.files import atomic_write
+from vot_kernels.files import atomic_write
 from vot_kernels.models.perception.reading import Detection, detect
-from vot_kernels.models.stsg.graph import STSG
 from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
-from vot_kernels.vot.llm import LanguageModel
-from vot_kernels.vot.reasoning import VideoOfThought
-from vot_kernels.vot.types import Switches
+from vot_kernels.reasoning.llm import LanguageModel
+from vot_kernels.reasoning.reasoning import VideoOfThought
+from vot_kernels.reasoning.types import Switches
+from vot_kernels.scene_graph.graph import STSG
 
 SYSTEMS = {
     "vot": "language model + VoT",

@@ -13,10 +13,10 @@ from vot_kernels.data.video import VideoClip, load_video
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
-from vot_kernels.vot.llm import HFLanguageModel, LanguageModel, quiet_transformers
-from vot_kernels.vot.reasoning import VideoOfThought
-from vot_kernels.vot.smollm2 import load_smollm2
-from vot_kernels.vot.types import Answer, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
+from vot_kernels.reasoning.reasoning import VideoOfThought
+from vot_kernels.reasoning.smollm2 import load_smollm2
+from vot_kernels.reasoning.types import Answer, EvidenceEvent, EvidenceRelation, Switches
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""

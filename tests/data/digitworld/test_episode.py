@@ -14,7 +14,7 @@ from vot_kernels.data.digitworld import (
 )
 from vot_kernels.data.digitworld.scene import HELD_OUT_SIZES, pair_is_held_out
 from vot_kernels.data.digitworld.sprites import image_split
-from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.scene_graph.graph import STSG
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from vot_kernels.data.digitworld import (
 )
 from vot_kernels.data.digitworld.baselines import Majority, QuestionOnly, last_frame_only, shuffled_frames
 from vot_kernels.data.digitworld.tracks import Tracks
-from vot_kernels.models.stsg.graph import STSG, Box
+from vot_kernels.scene_graph.graph import STSG, Box
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
 from vot_kernels.nn.hybrid_attention import HybridAttention
-from vot_kernels.ops._launch import INTERPRETING
+from vot_kernels.ops.launch import INTERPRETING
 from vot_kernels.testing import make_tensor, max_error, rerun_on_the_interpreter
 
 GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])

@@ -12,8 +12,8 @@ from vot_kernels.models.encoder import VotEncoderConfig
 from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect, to_stsg
 from vot_kernels.models.perception.head import HeadOutput, take_glimpses
 from vot_kernels.models.perception.loss import Targets, match, perception_loss
-from vot_kernels.train.digitworld_batches import TrainingBatches, dense_targets, digitworld_config
-from vot_kernels.train.perception import make_processor
+from vot_kernels.train.perception.batches import TrainingBatches, dense_targets, digitworld_config
+from vot_kernels.train.perception.stage import make_processor
 
 KINDS = {
     "labels": 10,

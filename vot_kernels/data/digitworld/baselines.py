@@ -9,7 +9,7 @@ import numpy as np
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
-from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.scene_graph.graph import STSG
 
 BASELINES = ("chance", "majority", "question_only", "single_frame", "shuffled_frames")
 

@@ -14,7 +14,7 @@ from vot_kernels.data.digitworld.scene import SPLITS, Scene, draw_scene
 from vot_kernels.data.digitworld.sprites import render
 from vot_kernels.data.digitworld.truth import frame_of, true_stsg
 from vot_kernels.data.digitworld.world import Motion
-from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.scene_graph.graph import STSG
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from vot_kernels.data.digitworld.questions import HORIZON, Question
 from vot_kernels.data.digitworld.tracks import Tracks
-from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.scene_graph.graph import STSG
 
 _NAME = r"(the \w+ digit)"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vot_kernels.data.digitworld.questions import Question
-from vot_kernels.data.files import atomic_write
-from vot_kernels.models.stsg.graph import STSG
+from vot_kernels.files import atomic_write
+from vot_kernels.scene_graph.graph import STSG
 
 if TYPE_CHECKING:
     from vot_kernels.data.digitworld.episode import Episode

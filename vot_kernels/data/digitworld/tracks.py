@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from vot_kernels.data.digitworld.world import Motion, simulate
-from vot_kernels.models.stsg.graph import STSG, Event, Tracklet
+from vot_kernels.scene_graph.graph import STSG, Event, Tracklet
 
 FIT_FRAMES = 6  # most frames a velocity is fitted to
 TOUCHING = 2.4  # radii between centres at which two discs may have hit

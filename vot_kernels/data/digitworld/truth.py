@@ -5,8 +5,8 @@ import numpy as np
 from vot_kernels.data.digitworld.scene import Scene
 from vot_kernels.data.digitworld.sprites import COLOUR_NAMES
 from vot_kernels.data.digitworld.world import Motion
-from vot_kernels.models.stsg.graph import STSG, Box, Event, Tracklet, Vocabulary
-from vot_kernels.models.stsg.relations import GEOMETRIC_PREDICATES, with_geometric_relations
+from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet, Vocabulary
+from vot_kernels.scene_graph.relations import GEOMETRIC_PREDICATES, with_geometric_relations
 
 VOCABULARY = Vocabulary(
     labels=tuple(f"digit {n}" for n in range(10)),

@@ -17,7 +17,7 @@ from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.nn.rotary import RotaryEmbedding
 from vot_kernels.nn.size_aware_embedding import SizeAwareEmbedding
-from vot_kernels.ops._validation import check_choice
+from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.dispatch import BACKENDS
 from vot_kernels.ops.hybrid_attention import HybridAttentionState
 from vot_kernels.packing import PackedLayout

@@ -12,7 +12,7 @@ from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.head import HeadOutput
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.stsg.graph import STSG, Box, Event, Relation, Tracklet, Vocabulary
+from vot_kernels.scene_graph.graph import STSG, Box, Event, Relation, Tracklet, Vocabulary
 
 _SURE = 0.5
 _CERTAIN = 0.8

@@ -1,1 +1,0 @@
-"""Device code of packed, hybrid and linear attention."""

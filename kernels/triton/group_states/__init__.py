@@ -1,0 +1,1 @@
+"""Device code of the states of groups and tiles of tokens, and of their scans."""

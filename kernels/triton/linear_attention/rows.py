@@ -1,0 +1,531 @@
+"""Linear attention of every row, given the states of its segment or, if causal, of the rows before its tile.
+
+With v' = [v, 1], g_i = [do_i, -do_i.o_i] and c_i = 1 / Z_i the four results are two sums of one shape:
+
+    values kernel     o_i    = c_i phi(q_i) S,                S = sum_j phi(k_j) v'_j^T
+                      dv_j   = phi(k_j) dS,                  dS = sum_i c_i phi(q_i) g_i^T
+    features kernel   dphi(q_i) = c_i S g_i
+                      dphi(k_j) = dS v'_j
+
+over all rows of the segment, or j <= i. A program walks the rows of one tile by blocks. If causal, it carries
+the state from block to block, backwards for the key side, and adds the triangle of its own block. S is split by
+columns in the first kernel and by rows in the second, so that a block of it fits into registers.
+Rows past the last segment are slack, a segment of its own that is set to 0.
+
+With a decay the carried state counts from the start of the block (on the way back: from its end): a row reads it times
+exp(log_decay * distance), a row adds itself likewise to the next one, and the triangle decays from row to row.
+"""
+
+from vot_kernels.kernels.group_states.states import (
+    decay_over,
+    dot,
+    load_block,
+    load_column,
+    load_features,
+    load_state,
+    softmax_scale,
+    store_block,
+    tile_state,
+)
+
+import triton
+import triton.language as tl
+
+from ..common.tiles import locate_tile
+
+
+@triton.jit
+def _locate(bounds_ptr, num_tokens, num_segments, tile, TILE: tl.constexpr):
+    """Segment, first and last row (exclusive) of `tile`; the segment past the last is the slack."""
+    segment, first = locate_tile(bounds_ptr, num_segments + 1, tile, TILE)
+    begin = tl.load(bounds_ptr + segment)
+    end = tl.load(bounds_ptr + tl.minimum(segment + 1, num_segments))
+    end = tl.where(segment < num_segments, end, num_tokens)
+    return segment, begin, end, first, tl.minimum(first + TILE, end)
+
+
+@triton.jit
+def _triangle(scores, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """`scores` `[rows, others]` where the other row is not later (REVERSE: not earlier), else 0."""
+    row = tl.arange(0, BLOCK_T)[:, None]
+    other = tl.arange(0, BLOCK_T)[None, :]
+    return tl.where((row <= other) if REVERSE else (row >= other), scores, 0.0)
+
+
+@triton.jit
+def _products(
+    x,
+    y,
+    x_ptr,
+    y_ptr,
+    row,
+    stop,
+    x_stride,
+    y_stride,
+    WIDTH: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """x y^T `[rows, rows]`; x and y are phi of the rows from `row` on.
+
+    Wide ones of float32 are read again, by parts: beside the state, no registers are left for a product of the whole.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    PART: tl.constexpr = 64
+    if TYPE.is_fp32() and x.shape[1] > 2 * PART:
+        # Both are left out by the compiler for other feature maps, which take no scale.
+        x_scale = softmax_scale(x_ptr, row, stop, x_stride, WIDTH, ROWS)
+        y_scale = softmax_scale(y_ptr, row, stop, y_stride, WIDTH, ROWS)
+        products = tl.zeros([ROWS, ROWS], tl.float32)
+        for column in range(0, WIDTH, PART):
+            left = load_features(x_ptr, row, stop, x_stride, column, WIDTH, FEATURE_MAP, ROWS, PART, x_scale)
+            right = load_features(y_ptr, row, stop, y_stride, column, WIDTH, FEATURE_MAP, ROWS, PART, y_scale)
+            products += dot(left, tl.trans(right), TYPE)
+    else:
+        products = dot(x, tl.trans(y), TYPE)
+    return products
+
+
+@triton.jit
+def _block_decays(log_decay, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Factors of a block: of the state as a row reads it and of a row in the next state, both `[BLOCK_T]`, of the
+    state from block to block, and between two rows `[BLOCK_T, BLOCK_T]`."""
+    place = tl.arange(0, BLOCK_T)
+    from_start = decay_over(log_decay, place)
+    to_end = decay_over(log_decay, BLOCK_T - place)
+    between = decay_over(log_decay, tl.abs(place[:, None] - place[None, :]))
+    across = decay_over(log_decay, tl.full([], BLOCK_T, tl.int32))
+    if REVERSE:
+        return to_end, from_start, across, between
+    else:
+        return from_start, to_end, across, between
+
+
+@triton.jit
+def _first_state(
+    features_ptr,
+    values_ptr,
+    weights_ptr,
+    last_ptr,
+    states_ptr,
+    features_token_stride,
+    features_head_stride,
+    values_token_stride,
+    values_head_stride,
+    heads,
+    other_heads,
+    repeats,
+    head,
+    slot,
+    present,
+    first,
+    end,
+    row,
+    column,
+    HEAD_DIM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The block (row, column) of the state that a tile begins with: loaded if `present`, summed, or 0."""
+    if states_ptr is not None:
+        kv_heads = tl.minimum(heads, other_heads)
+        place = slot.to(tl.int64) * kv_heads + head * kv_heads // heads
+        state_ptr = states_ptr + place * HEAD_DIM * (HEAD_DIM + 1)
+        state, normaliser = load_state(state_ptr, present, row, column, HEAD_DIM, HEAD_DIM, ROWS, COLUMNS)
+    elif CAUSAL:
+        state = tl.zeros([ROWS, COLUMNS], tl.float32)
+        normaliser = tl.zeros([ROWS], tl.float32)
+    else:
+        state, normaliser = tile_state(
+            features_ptr,
+            values_ptr,
+            weights_ptr,
+            last_ptr,
+            features_token_stride,
+            features_head_stride,
+            values_token_stride,
+            values_head_stride,
+            other_heads,
+            head * other_heads // heads,
+            repeats,
+            None,
+            first,
+            end,
+            row,
+            column,
+            HEAD_DIM,
+            HEAD_DIM,
+            FEATURE_MAP,
+            False,
+            False,
+            BLOCK_T,
+            ROWS,
+            COLUMNS,
+        )
+    return state, normaliser
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_segments"])
+def _linear_values_kernel(
+    x_ptr,
+    features_ptr,
+    values_ptr,
+    weights_ptr,
+    last_ptr,
+    log_decay_ptr,
+    states_ptr,
+    bounds_ptr,
+    out_ptr,
+    out_last_ptr,
+    x_token_stride,
+    x_head_stride,
+    features_token_stride,
+    features_head_stride,
+    values_token_stride,
+    values_head_stride,
+    num_tokens,
+    num_segments,
+    heads,
+    other_heads,
+    repeats,
+    shared,
+    HEAD_DIM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out_i = phi(x_i) S_i and out_last_i = phi(x_i) z_i; NORMALISE: out divided by it, and its inverse.
+
+    x `[tokens, heads, HEAD_DIM]`; features, values `[tokens, other_heads, HEAD_DIM]` with weights, last float32
+    `[tokens, other_heads]` or None: the rows that make S. states: a slot per segment, or per tile if CAUSAL; None
+    where every segment is one tile, whose state is then summed here. out `[tokens, heads, HEAD_DIM]`,
+    out_last float32 `[tokens, heads]`. log_decay: float32 `[heads]` or None, causal alone. With it heads and
+    other_heads both count query heads, and `shared` of them read one head of keys: of features and values, or
+    (REVERSE) of x; without it `shared` is 1. Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
+    """
+    VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
+    BLOCK_F: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    TYPE: tl.constexpr = values_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    column = program % VALUE_BLOCKS * BLOCK_V
+    head = (program // VALUE_BLOCKS % heads).to(tl.int64)
+    tile = program // (VALUE_BLOCKS * heads)
+    segment, begin, end, first, stop = _locate(bounds_ptr, num_tokens, num_segments, tile, TILE)
+    if first >= end:
+        return
+    out_ptr += head * HEAD_DIM
+    out_last_ptr += head
+    blocks = tl.cdiv(stop - first, BLOCK_T)
+    if segment == num_segments:
+        for i in range(blocks):
+            row = first + i * BLOCK_T
+            nothing = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+            index = row + tl.arange(0, BLOCK_T)
+            store_block(out_ptr, nothing, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_V)
+            mask = (index < stop) & (column == 0)
+            tl.store(out_last_ptr + index.to(tl.int64) * heads, tl.zeros([BLOCK_T], tl.float32), mask)
+        return
+
+    other_head = head * other_heads // heads
+    if CAUSAL:
+        slot = tile
+        present = (first + TILE < end) if REVERSE else (first > begin)
+    else:
+        slot = segment
+        present = True
+    state, normaliser = _first_state(
+        features_ptr,
+        values_ptr,
+        weights_ptr,
+        last_ptr,
+        states_ptr,
+        features_token_stride,
+        features_head_stride,
+        values_token_stride,
+        values_head_stride,
+        heads,
+        other_heads,
+        repeats,
+        head,
+        slot,
+        present,
+        first,
+        stop,
+        0,
+        column,
+        HEAD_DIM,
+        FEATURE_MAP,
+        CAUSAL,
+        BLOCK_T,
+        BLOCK_F,
+        BLOCK_V,
+    )
+
+    if log_decay_ptr is not None:
+        log_decay = tl.load(log_decay_ptr + head)
+        x_decay, y_decay, across, between = _block_decays(log_decay, REVERSE, BLOCK_T)
+    x_ptr += (head // shared if REVERSE else head) * x_head_stride
+    for i in range(blocks):
+        row = first + (blocks - 1 - i if REVERSE else i) * BLOCK_T
+        x = load_features(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
+        sums = dot(x, state, TYPE)
+        last = tl.sum(x * normaliser[None, :], 1)
+        if log_decay_ptr is not None:
+            sums *= x_decay[:, None]
+            last *= x_decay
+            state *= across
+            normaliser *= across
+        if CAUSAL:
+            for repeat in range(repeats):
+                other = other_head + repeat
+                source = other if REVERSE else other // shared
+                y_ptr = features_ptr + source * features_head_stride
+                y = load_features(
+                    y_ptr, row, stop, features_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
+                )
+                values = load_block(
+                    values_ptr + source * values_head_stride,
+                    row,
+                    stop,
+                    values_token_stride,
+                    column,
+                    HEAD_DIM,
+                    BLOCK_T,
+                    BLOCK_V,
+                )
+                scores = _products(
+                    x,
+                    y,
+                    x_ptr,
+                    y_ptr,
+                    row,
+                    stop,
+                    x_token_stride,
+                    features_token_stride,
+                    HEAD_DIM,
+                    FEATURE_MAP,
+                    TYPE,
+                )
+                scores = _triangle(scores, REVERSE, BLOCK_T)
+                if weights_ptr is not None:
+                    weights = load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)
+                    scores *= weights[None, :]
+                    y *= weights[:, None]
+                if log_decay_ptr is not None:
+                    scores *= between
+                    y *= y_decay[:, None]
+                sums += dot(scores, values, TYPE)
+                state += dot(tl.trans(y), values, TYPE)
+                if last_ptr is not None:
+                    y_last = load_column(last_ptr + other, row, stop, other_heads, BLOCK_T)
+                    scores *= y_last[None, :]
+                    y *= y_last[:, None]
+                last += tl.sum(scores, 1)
+                normaliser += tl.sum(y, 0)
+        if NORMALISE:
+            last = tl.where(last == 0, 0.0, 1.0 / last)
+            sums *= last[:, None]
+        store_block(out_ptr, sums, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_V)
+        index = row + tl.arange(0, BLOCK_T)
+        tl.store(out_last_ptr + index.to(tl.int64) * heads, last, (index < stop) & (column == 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_segments"])
+def _linear_features_kernel(
+    x_ptr,
+    own_ptr,
+    features_ptr,
+    values_ptr,
+    weights_ptr,
+    last_ptr,
+    log_decay_ptr,
+    out_ptr,
+    out_last_ptr,
+    states_ptr,
+    bounds_ptr,
+    grad_ptr,
+    x_token_stride,
+    x_head_stride,
+    own_token_stride,
+    own_head_stride,
+    features_token_stride,
+    features_head_stride,
+    values_token_stride,
+    values_head_stride,
+    num_tokens,
+    num_segments,
+    heads,
+    other_heads,
+    repeats,
+    shared,
+    HEAD_DIM: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    KEY_SIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """The gradient of `own`: grad phi(own_i) = S_i x'_i, taken through phi.
+
+    Query side: own = q, x = do, out = o; k (features) and v (values) make S. The weights c_i and the last column
+    -do_i.o_i, which is written to `last`, belong to the rows of x. Key side: own = k, x = v with the last column
+    1, out = dv; q (features) and do (values) with weights c and `last` make S, walking backwards.
+
+    x, own, out, grad `[tokens, heads, HEAD_DIM]`, features, values `[tokens, other_heads, HEAD_DIM]`, out and grad
+    contiguous; weights, last: float32 `[tokens, query heads]`; out_last: float32 `[tokens, heads]`, the column
+    that the values kernel wrote (key side). states, log_decay and shared as in the values kernel, key side for REVERSE.
+    Grid: (tokens // TILE + num_segments + 1) * heads * feature blocks.
+    """
+    FEATURE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_F)
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    TYPE: tl.constexpr = values_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    column = program % FEATURE_BLOCKS * BLOCK_F
+    head = (program // FEATURE_BLOCKS % heads).to(tl.int64)
+    tile = program // (FEATURE_BLOCKS * heads)
+    segment, begin, end, first, stop = _locate(bounds_ptr, num_tokens, num_segments, tile, TILE)
+    if first >= end:
+        return
+    grad_ptr += head * HEAD_DIM
+    blocks = tl.cdiv(stop - first, BLOCK_T)
+    if segment == num_segments:
+        for i in range(blocks):
+            row = first + i * BLOCK_T
+            nothing = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+            store_block(grad_ptr, nothing, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)
+        return
+
+    other_head = head * other_heads // heads
+    if CAUSAL:
+        slot = tile
+        present = (first + TILE < end) if KEY_SIDE else (first > begin)
+    else:
+        slot = segment
+        present = True
+    state, normaliser = _first_state(
+        features_ptr,
+        values_ptr,
+        weights_ptr if KEY_SIDE else None,
+        last_ptr if KEY_SIDE else None,
+        states_ptr,
+        features_token_stride,
+        features_head_stride,
+        values_token_stride,
+        values_head_stride,
+        heads,
+        other_heads,
+        repeats,
+        head,
+        slot,
+        present,
+        first,
+        stop,
+        column,
+        0,
+        HEAD_DIM,
+        FEATURE_MAP,
+        CAUSAL,
+        BLOCK_T,
+        BLOCK_F,
+        BLOCK_D,
+    )
+
+    if log_decay_ptr is not None:
+        log_decay = tl.load(log_decay_ptr + head)
+        x_decay, y_decay, across, between = _block_decays(log_decay, KEY_SIDE, BLOCK_T)
+    own_head = head // shared if KEY_SIDE else head
+    x_ptr += own_head * x_head_stride
+    own_ptr += own_head * own_head_stride
+    out_ptr += head * HEAD_DIM
+    for i in range(blocks):
+        row = first + (blocks - 1 - i if KEY_SIDE else i) * BLOCK_T
+        index = row + tl.arange(0, BLOCK_T)
+        own = load_features(
+            own_ptr, row, stop, own_token_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
+        )
+        x = load_block(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+        if KEY_SIDE:
+            x_last = tl.full([BLOCK_T], 1.0, tl.float32)
+            if FEATURE_MAP == "softmax" and BLOCK_F < HEAD_DIM:
+                # phi_j.(dS v'_j) = v'_j.dv'_j, of the whole row
+                out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+                pull = load_column(out_last_ptr + head, row, stop, heads, BLOCK_T)
+                pull += tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
+        else:
+            out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+            x_last = -tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
+            pointers = last_ptr + head + index.to(tl.int64) * heads
+            tl.store(pointers, x_last, (index < stop) & (column == 0))
+        grad = dot(x, tl.trans(state), TYPE) + x_last[:, None] * normaliser[None, :]
+        if log_decay_ptr is not None:
+            grad *= x_decay[:, None]
+            state *= across
+            normaliser *= across
+        if CAUSAL:
+            for repeat in range(repeats):
+                other = other_head + repeat
+                source = other if KEY_SIDE else other // shared
+                features = load_features(
+                    features_ptr + source * features_head_stride,
+                    row,
+                    stop,
+                    features_token_stride,
+                    column,
+                    HEAD_DIM,
+                    FEATURE_MAP,
+                    BLOCK_T,
+                    BLOCK_F,
+                )
+                y_ptr = values_ptr + source * values_head_stride
+                values = load_block(y_ptr, row, stop, values_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+                scores = _products(
+                    x,
+                    values,
+                    x_ptr,
+                    y_ptr,
+                    row,
+                    stop,
+                    x_token_stride,
+                    values_token_stride,
+                    HEAD_DIM,
+                    "none",
+                    TYPE,
+                )
+                if KEY_SIDE:
+                    features *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
+                carried = features
+                if log_decay_ptr is not None:
+                    carried = features * y_decay[:, None]
+                if KEY_SIDE:
+                    y_last = load_column(last_ptr + other, row, stop, other_heads, BLOCK_T)
+                    scores += y_last[None, :]
+                    normaliser += tl.sum(carried * y_last[:, None], 0)
+                else:
+                    scores += x_last[:, None]
+                    normaliser += tl.sum(carried, 0)
+                scores = _triangle(scores, KEY_SIDE, BLOCK_T)
+                if log_decay_ptr is not None:
+                    scores *= between
+                grad += dot(scores, features, TYPE)
+                state += dot(tl.trans(carried), values, TYPE)
+        if not KEY_SIDE:
+            grad *= load_column(weights_ptr + head, row, stop, heads, BLOCK_T)[:, None]
+        if FEATURE_MAP == "softmax":
+            if KEY_SIDE:  # the output does not change with the length of phi(q): there phi.grad is 0
+                if BLOCK_F >= HEAD_DIM:
+                    pull = tl.sum(own * grad, 1)
+                grad -= pull[:, None]
+            grad *= own
+        elif FEATURE_MAP == "elu":  # elu(x) + 1 is its own derivative for x < 0
+            grad *= tl.where(own < 1, own, 1.0)
+        elif FEATURE_MAP == "relu":
+            grad = tl.where(own > 0, grad, 0.0)
+        store_block(grad_ptr, grad, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)

@@ -1,0 +1,452 @@
+"""Backward of range attention: one kernel sums dq over keys, one sums dk and dv over rows.
+
+With p = exp(scale q.k - lse) of the joint lse and D = do.o - dlse,
+
+    dv = p^T do,   ds = p (do.v - D),   dq = scale ds k,   dk = scale ds^T q.
+
+The pair is deterministic: every sum has one owner and one order. It multiplies 7 matrices per block, for both find
+p and do.v. The fused form finds them once, which makes 5: the first kernel leaves the keys out (SKIP_NEAR), and
+the second also adds scale ds k to the float32 dq that the first began (ADD_DQ), in whatever order its programs run.
+
+The far part of hybrid attention, with c_i = exp(beta - lse_i), g_i = [do_i, -D_i] and the states F_g of the groups
+far from group g, dF_g of those that group g is far from (of c_i phi(q_i) and g_i in place of phi(k_j) and [v_j, 1]):
+
+    dphi(q_i) = c_i F_g g_i,   dphi(k_j) = dF_g [v_j, 1],   dv_j += phi(k_j) dF_g,   dbeta = sum phi(q_i).dphi(q_i).
+"""
+
+from vot_kernels.kernels.group_states.states import load_features
+
+import triton
+import triton.language as tl
+
+from ..common.ranges import masked_block, tile_ranges
+from ..common.rows import load_rows, store_rows
+from ..common.softmax import LOG2_E
+from ..common.tiles import locate_tile
+from .far import add_far_values, far_gradient, feature_map_backward, tile_groups
+
+
+@triton.jit
+def _add_keys(
+    query,
+    grad,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    first_key,
+    end,
+    low,
+    high,
+    factor,
+    dq,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """dq / scale after BLOCK_K more keys; lse is in powers of two, and +inf for rows without keys."""
+    key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = tl.exp2(scores * factor - lse[:, None])
+    if MASKED:
+        index = first_key + tl.arange(0, BLOCK_K)
+        seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
+        weights = tl.where(seen, weights, 0.0)
+    d_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+    d_scores = weights * (d_weights - delta[:, None])
+    return tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
+def _range_attention_dq_kernel(
+    grad_ptr,
+    grad_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dq_ptr,
+    delta_ptr,
+    ranges_ptr,
+    cu_rows_ptr,
+    far_ptr,
+    beta_ptr,
+    features_ptr,
+    d_features_ptr,
+    d_beta_ptr,
+    far_weight_ptr,
+    row_groups_ptr,
+    segments,
+    groups,
+    rows,
+    repeats,
+    scale,
+    grad_stride,
+    grad_head_stride,
+    out_stride,
+    out_head_stride,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    features_stride,
+    features_head_stride,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    SKIP_NEAR: tl.constexpr = False,
+):
+    """dq of one tile of rows and one head, and their delta D = do.o - dlse for the other kernel.
+
+    grad, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, grad_lse (or None), delta: float32 `[rows, heads]`.
+    Grid, slack and far part as in the forward. The latter writes c to far_weight and phi(q).dphi(q) to d_beta,
+    float32 `[rows, heads]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq where that is None.
+
+    SKIP_NEAR: dq is the far part alone, or 0. ranges, k and v are not read, and BLOCK_K is not used.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    end_row = tl.load(cu_rows_ptr + segment + 1)
+    if not SKIP_NEAR:
+        low, high, begin, end, count, first_full, end_full = tile_ranges(
+            ranges_ptr, rows, first_row, end_row, BLOCK_Q, BLOCK_K
+        )
+    grad_ptr += head.to(tl.int64) * (grad_head_stride * STRIDE_UNIT)
+    grad_stride *= STRIDE_UNIT
+    out_ptr += head.to(tl.int64) * (out_head_stride * STRIDE_UNIT)
+    out_stride *= STRIDE_UNIT
+    q_ptr += head.to(tl.int64) * (q_head_stride * STRIDE_UNIT)
+    q_stride *= STRIDE_UNIT
+    k_ptr += (head // repeats).to(tl.int64) * (k_head_stride * STRIDE_UNIT)
+    k_stride *= STRIDE_UNIT
+    v_ptr += (head // repeats).to(tl.int64) * (v_head_stride * STRIDE_UNIT)
+    v_stride *= STRIDE_UNIT
+    grad = load_rows(grad_ptr, first_row, end_row, grad_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+    out = load_rows(out_ptr, first_row, end_row, out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    row = first_row + tl.arange(0, BLOCK_Q)
+    place = row.to(tl.int64) * heads + head
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + place, row < end_row, other=0.0)
+    tl.store(delta_ptr + place, delta, row < end_row)
+    lse = tl.load(lse_ptr + place, row < end_row, other=float("-inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if not SKIP_NEAR:
+        query = load_rows(q_ptr, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+        factor = scale * LOG2_E
+        for block in range(count - (end_full - first_full)):
+            first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
+            dq = _add_keys(
+                query, grad, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
+                HEAD_DIM, BLOCK_D, BLOCK_K, True,
+            )  # fmt: skip
+        for block in range(first_full, end_full):
+            first_key = begin + block * BLOCK_K
+            dq = _add_keys(
+                query, grad, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
+                HEAD_DIM, BLOCK_D, BLOCK_K, False,
+            )  # fmt: skip
+        dq *= scale
+
+    limit = tl.where(segment == segments - 1, rows, end_row)
+    if far_ptr is not None:
+        log2_beta = 0.0 if beta_ptr is None else tl.load(beta_ptr + head) * LOG2_E
+        weight = tl.exp2(tl.minimum(log2_beta - lse, 120.0))
+        features_ptr += head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
+        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
+        first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
+        d_features = far_gradient(
+            grad_ptr, grad_stride, -delta, far_ptr, row_groups_ptr, first, end, first_row, end_row,
+            heads // repeats, WIDTH, HEAD_DIM, BLOCK_W, BLOCK_Q, BLOCK_F,
+        )  # fmt: skip
+        d_features *= weight[:, None]
+        features = load_features(
+            features_ptr,
+            first_row,
+            end_row,
+            features_stride * STRIDE_UNIT,
+            0,
+            WIDTH,
+            FEATURE_MAP,
+            BLOCK_Q,
+            BLOCK_W,
+        )
+        product = tl.sum(features * d_features, 1)
+        tl.store(far_weight_ptr + place, weight, row < limit)
+        tl.store(d_beta_ptr + place, product, row < limit)
+        if d_features_ptr is None:
+            dq += feature_map_backward(features, d_features, product, FEATURE_MAP)
+        else:
+            d_features_ptr += head * WIDTH
+            store_rows(d_features_ptr, d_features, first_row, limit, heads * WIDTH, WIDTH, BLOCK_W, BLOCK_Q)
+    dq_ptr += head * HEAD_DIM
+    store_rows(dq_ptr, dq, first_row, limit, heads * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_Q)
+
+
+@triton.jit
+def _dq_target(
+    dq_ptr,
+    end,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """What `_add_to_dq` adds to the rows before `end` of: a descriptor if USE_TMA, else `dq_ptr` itself.
+
+    The descriptor ends where the rows do: nothing is added to those of a neighbour, not even NaN times 0.
+    """
+    if USE_TMA:
+        end = tl.maximum(end, 1)  # of no rows there is no descriptor, nor is one ever added to
+        target = tl.make_tensor_descriptor(
+            dq_ptr, [end, heads, HEAD_DIM], [heads * HEAD_DIM, HEAD_DIM, 1], [BLOCK_Q, 1, BLOCK_D]
+        )
+    else:
+        target = dq_ptr
+    return target
+
+
+@triton.jit
+def _add_to_dq(
+    target,
+    block,
+    first_row,
+    end,
+    head,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """Add the rows before `end` of a `[BLOCK_Q, BLOCK_D]` block to dq of one head, each number in one step."""
+    if USE_TMA:
+        target.atomic_add([first_row, head, 0], block.reshape(BLOCK_Q, 1, BLOCK_D))
+    else:
+        row = first_row + tl.arange(0, BLOCK_Q)
+        column = tl.arange(0, BLOCK_D)
+        pointers = target + (row.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column[None, :]
+        if MASKED:
+            mask = (row < end)[:, None]
+            if HEAD_DIM != BLOCK_D:
+                mask = mask & (column < HEAD_DIM)[None, :]
+            tl.atomic_add(pointers, block, mask, sem="relaxed")
+        elif HEAD_DIM != BLOCK_D:
+            tl.atomic_add(pointers, block, (column < HEAD_DIM)[None, :], sem="relaxed")
+        else:
+            tl.atomic_add(pointers, block, sem="relaxed")
+
+
+@triton.jit
+def _add_rows(
+    key,
+    value,
+    q_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_stride,
+    grad_stride,
+    heads,
+    first_row,
+    end,
+    low,
+    high,
+    scale,
+    dk,
+    dv,
+    dq,
+    head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """dk / scale and dv after BLOCK_Q more rows of one head; if ADD_DQ, dq of these rows grows, a `_dq_target`.
+
+    Scores stand transposed: `[keys, rows]`.
+    """
+    query = load_rows(q_ptr, first_row, end, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
+    grad = load_rows(grad_ptr, first_row, end, grad_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
+    row = first_row + tl.arange(0, BLOCK_Q)
+    place = row.to(tl.int64) * heads
+    if MASKED:
+        lse = tl.load(lse_ptr + place, row < end, other=float("-inf"))
+        delta = tl.load(delta_ptr + place, row < end, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + place)
+        delta = tl.load(delta_ptr + place)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    weights = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
+    if MASKED:
+        seen = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
+        weights = tl.where(seen, weights, 0.0)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
+    d_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    d_scores = (weights * (d_weights - delta[None, :])).to(query.dtype)
+    dk = tl.dot(d_scores, query, dk, input_precision="ieee")
+    if ADD_DQ:
+        block = tl.dot(tl.trans(d_scores), key, input_precision="ieee") * scale
+        _add_to_dq(dq, block, first_row, end, head, heads, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED, USE_TMA)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["segments", "groups", "keys", "repeats", "heads"])
+def _range_attention_dkdv_kernel(
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dk_ptr,
+    dv_ptr,
+    dq_ptr,
+    ranges_ptr,
+    cu_keys_ptr,
+    far_ptr,
+    features_ptr,
+    d_features_ptr,
+    key_groups_ptr,
+    segments,
+    groups,
+    keys,
+    heads,
+    repeats,
+    scale,
+    grad_stride,
+    grad_head_stride,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    features_stride,
+    features_head_stride,
+    STRIDE_UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    ADD_DQ: tl.constexpr = False,
+    USE_TMA: tl.constexpr = False,
+):
+    """dk and dv of one tile of keys and one kv head, over the `repeats` heads that read them.
+
+    Here `ranges` int32 `[2, keys]` are the rows that see each key, and far, features `[keys, kv_heads, WIDTH]` and
+    d_features those of the key side. Grid: (tiles, kv heads).
+
+    ADD_DQ: add what these keys give to dq, float32 `[rows, heads, HEAD_DIM]`, else None. USE_TMA: through a
+    descriptor made on the device, on sm_90 and newer; HEAD_DIM is a multiple of 4 then.
+    """
+    segment, first_key = locate_tile(cu_keys_ptr, segments, tl.program_id(0), BLOCK_K)
+    kv_head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    end_key = tl.load(cu_keys_ptr + segment + 1)
+    low, high, begin, end, count, first_full, end_full = tile_ranges(
+        ranges_ptr, keys, first_key, end_key, BLOCK_K, BLOCK_Q
+    )
+    dq = None
+    if ADD_DQ:
+        dq = _dq_target(dq_ptr, end, heads, HEAD_DIM, BLOCK_D, BLOCK_Q, USE_TMA)
+        # Keys of 0 stand for those past the end. Their weights, if not masked, may be infinite: inf * 0 is NaN.
+        end_full = tl.where(first_key + BLOCK_K > end_key, first_full, end_full)
+    k_ptr += kv_head.to(tl.int64) * (k_head_stride * STRIDE_UNIT)
+    k_stride *= STRIDE_UNIT
+    v_ptr += kv_head.to(tl.int64) * (v_head_stride * STRIDE_UNIT)
+    v_stride *= STRIDE_UNIT
+    key = load_rows(k_ptr, first_key, end_key, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, True)
+    value = load_rows(v_ptr, first_key, end_key, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, True)
+
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    q_head_stride *= STRIDE_UNIT
+    grad_head_stride *= STRIDE_UNIT
+    head = kv_head * repeats
+    q_ptr += head.to(tl.int64) * q_head_stride
+    q_stride *= STRIDE_UNIT
+    grad_ptr += head.to(tl.int64) * grad_head_stride
+    grad_stride *= STRIDE_UNIT
+    lse_ptr += head
+    delta_ptr += head
+    # One loop over heads and blocks: nested ones cost some 30 registers more.
+    masked = count - (end_full - first_full)
+    for step in range(masked * repeats):
+        repeat = (step // masked).to(tl.int64)
+        first_row = begin + masked_block(step % masked, first_full, end_full) * BLOCK_Q
+        dk, dv = _add_rows(
+            key, value, q_ptr + repeat * q_head_stride, grad_ptr + repeat * grad_head_stride,
+            lse_ptr + repeat, delta_ptr + repeat, q_stride, grad_stride, heads, first_row, end,
+            low, high, scale, dk, dv, dq, head + step // masked, HEAD_DIM, BLOCK_D, BLOCK_Q, True, ADD_DQ, USE_TMA,
+        )  # fmt: skip
+    full = end_full - first_full
+    for step in range(full * repeats):
+        repeat = (step // full).to(tl.int64)
+        first_row = begin + (first_full + step % full) * BLOCK_Q
+        dk, dv = _add_rows(
+            key, value, q_ptr + repeat * q_head_stride, grad_ptr + repeat * grad_head_stride,
+            lse_ptr + repeat, delta_ptr + repeat, q_stride, grad_stride, heads, first_row, end,
+            low, high, scale, dk, dv, dq, head + step // full, HEAD_DIM, BLOCK_D, BLOCK_Q, False, ADD_DQ, USE_TMA,
+        )  # fmt: skip
+
+    limit = tl.where(segment == segments - 1, keys, end_key)
+    inside = (first_key + tl.arange(0, BLOCK_K) < end_key)[:, None]  # slack rows took part in full blocks
+    dk = tl.where(inside, dk * scale, 0.0)
+    dv = tl.where(inside, dv, 0.0)
+    if far_ptr is not None:
+        features_ptr += kv_head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
+        features_stride *= STRIDE_UNIT
+        far_ptr += kv_head.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
+        first, end = tile_groups(key_groups_ptr, groups, first_key, end_key, BLOCK_K)
+        dv = add_far_values(
+            dv, None, features_ptr, features_stride, far_ptr, key_groups_ptr, first, end, first_key, end_key,
+            kv_heads, WIDTH, FEATURE_MAP, v_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_F,
+        )  # fmt: skip
+    dv_ptr += kv_head * HEAD_DIM
+    store_rows(dv_ptr, dv, first_key, limit, kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_K)
+    if far_ptr is not None:
+        ones = tl.full([BLOCK_K], 1.0, tl.float32)
+        d_features = far_gradient(
+            v_ptr, v_stride, ones, far_ptr, key_groups_ptr, first, end, first_key, end_key, kv_heads, WIDTH,
+            HEAD_DIM, BLOCK_W, BLOCK_K, BLOCK_F,
+        )  # fmt: skip
+        if d_features_ptr is None:
+            features = load_features(
+                features_ptr, first_key, end_key, features_stride, 0, WIDTH, FEATURE_MAP, BLOCK_K, BLOCK_W
+            )
+            product = tl.sum(features * d_features, 1)
+            dk += feature_map_backward(features, d_features, product, FEATURE_MAP)
+        else:
+            d_features_ptr += kv_head * WIDTH
+            store_rows(
+                d_features_ptr, d_features, first_key, limit, kv_heads * WIDTH, WIDTH, BLOCK_W, BLOCK_K
+            )
+    dk_ptr += kv_head * HEAD_DIM
+    store_rows(dk_ptr, dk, first_key, limit, kv_heads * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_K)

@@ -1,0 +1,131 @@
+"""The weighted sum of past states against its reference."""
+
+import pytest
+import torch
+
+from vot_kernels.ops.dense_residual import dense_residual, op
+from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor
+
+
+def make_inputs(count=4, shape=(9, 12), dtype=torch.float32, weight_dtype=torch.float32):
+    weights = make_tensor(count, seed=50, dtype=weight_dtype)
+    return [weights, *(make_tensor(*shape, seed=i, dtype=dtype) for i in range(count))]
+
+
+def ours(weights, *states):
+    return (dense_residual(states, weights, backend="torch"),)
+
+
+def oracle(weights, *states):
+    return (dense_residual(states, weights, backend="reference"),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_matches_the_reference(dtype, count):
+    check_against_reference(ours, oracle, make_inputs(count, dtype=dtype))
+    check_against_reference(ours, oracle, make_inputs(count, dtype=dtype, weight_dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (6,)])
+def test_shapes(shape):
+    check_against_reference(ours, oracle, make_inputs(3, shape))
+
+
+def test_reference_is_the_sum():
+    weights, *states = make_inputs(dtype=torch.float64)
+    expected = sum(float(w) * s for w, s in zip(weights, states, strict=True))
+    torch.testing.assert_close(oracle(weights, *states)[0], expected)
+
+
+def test_gradcheck():
+    inputs = [x.requires_grad_() for x in make_inputs(3, (2, 3), torch.float64, torch.float64)]
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
+def test_sums_in_float32():
+    """A large and a tiny state of opposite weights: half precision would lose the tiny one on the way."""
+    states = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1024.0, 1.0, 1024.0)]
+    assert torch.equal(
+        dense_residual(states, torch.tensor([1.0, 1.0, -1.0])), torch.ones(4, dtype=torch.bfloat16)
+    )
+
+
+def test_keeps_only_the_states_for_the_backward():
+    weights, *states = (x.requires_grad_() for x in make_inputs(dtype=torch.bfloat16))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        dense_residual(states, weights)
+    assert set(saved) == {x.data_ptr() for x in (weights, *states)}
+
+
+def test_one_state_twice_and_strided_states():
+    state = make_tensor(6, 4).T.requires_grad_()
+    weights = torch.tensor([2.0, 3.0], requires_grad=True)
+    y = dense_residual([state, state], weights)
+    torch.testing.assert_close(y, 5 * state)
+    (gradient,) = torch.autograd.grad(y.sum(), [state])
+    torch.testing.assert_close(gradient, torch.full((4, 6), 5.0))
+
+
+def test_repeats_bitwise_and_rows_are_independent():
+    weights, *states = make_inputs(shape=(33, 16))
+    y = dense_residual(states, weights)
+    assert torch.equal(y, dense_residual(states, weights))
+    assert torch.equal(y[7:8], dense_residual([s[7:8] for s in states], weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))
+    torch.library.opcheck(op.dense_residual_fwd, (states, weights))
+    strided = [make_tensor(4, 6, seed=i, dtype=dtype).T for i in range(2)]
+    torch.library.opcheck(op.dense_residual_fwd, (strided, weights[:2].detach().requires_grad_()))
+    arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach())
+    torch.library.opcheck(op.dense_residual_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_one_compiled_graph_for_any_number_of_tokens():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *inputs: ours(*inputs)[0].square().sum(), backend=counter, fullgraph=True)
+    for tokens in (5, 40, 17):
+        inputs = [x.requires_grad_() for x in make_inputs(shape=(tokens, 8))]
+        for state in inputs[1:]:
+            torch._dynamo.mark_dynamic(state, 0)
+        actual, expected = compiled(*inputs), ours(*inputs)[0].square().sum()
+        pairs = zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda weights, *states: (ours(weights, *states)[0] * 0,),
+        lambda weights, *states: ours(weights[:-1], *states[:-1]),
+        lambda weights, *states: ours(weights, states[1], states[0], *states[2:]),
+        lambda weights, *states: ours(weights.detach(), *states),
+    ],
+    ids=["zeros", "dropped state", "swapped states", "no weight gradient"],
+)
+def test_canary_the_comparison_rejects(wrong):
+    with pytest.raises(ToleranceError):
+        check_against_reference(wrong, oracle, make_inputs())
+
+
+@pytest.mark.parametrize(
+    ("states", "weights", "message"),
+    [
+        ([], torch.ones(0), "at least one state"),
+        ([torch.ones(2, 3)], torch.ones(2), "weights must"),
+        ([torch.ones(2, 3)], torch.ones(1, dtype=torch.int64), "weights must be float"),
+        ([torch.ones(2, 3), torch.ones(2, 4)], torch.ones(2), r"states\[1\] must be \[2, 3\]"),
+        ([torch.ones(2, 3), torch.ones(2, 3).double()], torch.ones(2), r"states\[1\] must have the dtype"),
+        ([torch.ones(2, 3, dtype=torch.int32)], torch.ones(1), "must be float"),
+    ],
+)
+def test_a_bad_argument_is_named(states, weights, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dense_residual(states, weights)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dense_residual([torch.ones(2)], torch.ones(1), backend="fast")

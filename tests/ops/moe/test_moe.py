@@ -1,0 +1,183 @@
+"""A plain mixture of experts against its reference."""
+
+import pytest
+import torch
+
+from vot_kernels.ops.moe import moe, op
+from vot_kernels.ops.moe.reference import moe as reference
+from vot_kernels.testing import ToleranceError, check_against_reference, make_moe
+
+
+def check(inputs, run=moe):
+    x, w_gate_up, w_down, idx, weights = inputs
+
+    def with_ids(function):
+        return lambda x, a, b, w: (function(x, a, b, idx, w),)
+
+    check_against_reference(with_ids(run), with_ids(reference), (x, w_gate_up, w_down, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_outputs_and_gradients_match_the_reference(top_k, dtype):
+    check(make_moe(top_k=top_k, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 0},
+        {"tokens": 1},
+        {"experts": 1, "top_k": 1},
+        {"dim": 7, "hidden": 13},
+        {"hidden": 1},
+        {"tokens": 257, "experts": 16, "top_k": 5},
+    ],
+)
+def test_shapes(shape):
+    check(make_moe(**shape))
+
+
+def test_gradcheck():
+    x, a, b, idx, w = make_moe(tokens=5, dim=4, experts=3, hidden=3, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, a, b, w)]
+    assert torch.autograd.gradcheck(lambda x, a, b, w: moe(x, a, b, idx, w, backend="torch"), leaves)
+
+
+def test_ids_of_no_expert_add_nothing():
+    """What another rank's experts are asked for, and -1."""
+    x, a, b, idx, w = make_moe()
+    idx = idx.to(torch.int32)
+    idx[::3, 0], idx[1::3, 1] = 6, -1
+    check((x, a, b, idx, w))
+    idx[:] = 99
+    assert (moe(x, a, b, idx, w) == 0).all()
+
+
+def test_one_expert_twice_counts_twice():
+    x, a, b, idx, w = make_moe()
+    idx[:, 1] = idx[:, 0]
+    check((x, a, b, idx, w))
+
+
+def test_weights_of_another_dtype_and_non_contiguous_inputs():
+    x, a, b, idx, w = make_moe(dtype=torch.bfloat16)
+    idx, w = (t.repeat(1, 2)[:, :2] for t in (idx, w.float()))
+    strided = (x.T.contiguous().T, a.transpose(1, 2).contiguous().transpose(1, 2), b, idx, w)
+    assert not strided[0].is_contiguous() and not idx.is_contiguous()
+    check(strided)
+
+
+def test_experts_without_tokens_get_zero_gradients():
+    x, a, b, idx, w = make_moe()
+    idx[:] = torch.tensor([1, 4])
+    leaves = [t.requires_grad_() for t in (x, a, b, w)]
+    grads = torch.autograd.grad(moe(x, a, b, idx, w).square().sum(), leaves)
+    for grad in grads[1:3]:
+        assert (grad[[0, 2, 3, 5]] == 0).all() and (grad[[1, 4]] != 0).any()
+
+
+def test_a_token_does_not_depend_on_the_others():
+    x, a, b, idx, w = make_moe()
+    y = moe(x, a, b, idx, w)
+    poisoned = x.clone()
+    poisoned[7] = float("nan")
+    found = moe(poisoned, a, b, idx, w)
+    assert found[7].isnan().all()
+    kept = torch.arange(33) != 7
+    torch.testing.assert_close(found[kept], y[kept])
+
+
+def test_repeats_bitwise():
+    x, a, b, idx, w = make_moe(tokens=200)
+    leaves = [t.requires_grad_() for t in (x, a, b, w)]
+
+    def run():
+        y = moe(x, a, b, idx, w)
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    assert all(torch.equal(p, q) for p, q in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 9])
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck(save, tokens):
+    x, a, b, idx, w = make_moe(tokens=tokens)
+    if save:
+        x, a, b, w = (t.requires_grad_() for t in (x, a, b, w))
+    torch.library.opcheck(op.moe_fwd, (x, a, b, idx, w, save, "torch"))
+
+
+def test_opcheck_backward():
+    x, a, b, idx, w = make_moe()
+    y, *saved = op.moe_fwd(x, a, b, idx, w, True, "torch")
+    arguments = (y, x, a, b, w, *saved, "torch")
+    torch.library.opcheck(op.moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_one_compiled_graph_for_any_number_of_tokens():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moe, backend=counter, fullgraph=True)
+    for tokens in (5, 64, 17):
+        x, a, b, idx, w = make_moe(tokens=tokens)
+        for t in (x, idx, w):
+            torch._dynamo.mark_dynamic(t, 0)
+        leaves = [t.requires_grad_() for t in (x, a, b, w)]
+        results = [f(x, a, b, idx, w) for f in (moe, compiled)]
+        grads = [torch.autograd.grad(y.square().sum(), leaves) for y in results]
+        torch.testing.assert_close(results, results[:1] * 2)
+        torch.testing.assert_close(grads[1], grads[0])
+    assert counter.frame_count == 1
+
+
+def test_autocast_does_not_reach_inside():
+    inputs = make_moe()
+    expected = moe(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moe(*inputs), expected)
+
+
+def unweighted(x, a, b, idx, w):
+    return moe(x, a, b, idx, torch.ones_like(w)) * w.mean()
+
+
+def swapped_halves(x, a, b, idx, w):
+    return moe(x, a.roll(a.shape[1] // 2, 1), b, idx, w)
+
+
+def dropped_expert(x, a, b, idx, w):
+    return moe(x, a, b, torch.where(idx == 5, -1, idx), w)
+
+
+def zeros(x, a, b, idx, w):
+    return moe(x, a, b, idx, w) * 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [unweighted, swapped_halves, dropped_expert, zeros])
+def test_canary_the_comparison_rejects(wrong, dtype):
+    with pytest.raises(ToleranceError):
+        check(make_moe(dtype=dtype), run=wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3)}, "x must"),
+        ({"x": torch.zeros(33, 24, dtype=torch.int64)}, "x must be float"),
+        ({"w_gate_up": torch.zeros(6, 41, 24)}, "w_gate_up must"),
+        ({"w_down": torch.zeros(6, 23, 20)}, "w_down must"),
+        ({"w_down": torch.zeros(6, 24, 20, dtype=torch.float64)}, "w_down must have the dtype of x"),
+        ({"topk_idx": torch.zeros(32, 2, dtype=torch.int64)}, "topk_idx must"),
+        ({"topk_idx": torch.zeros(33, 2)}, "topk_idx must be int32 or int64"),
+        ({"topk_weights": torch.zeros(33, 3)}, "topk_weights must"),
+        ({"topk_weights": torch.zeros(33, 2, dtype=torch.int64)}, "topk_weights must be float"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"backend": "triton"}, "No backend can serve moe"),
+    ],
+)
+def test_a_bad_argument_is_named(change, message):
+    names = ("x", "w_gate_up", "w_down", "topk_idx", "topk_weights")
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        moe(**(dict(zip(names, make_moe(), strict=True)) | change))
+    assert "\n" not in str(error.value)

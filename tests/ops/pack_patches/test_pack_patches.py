@@ -1,0 +1,120 @@
+"""Patch packing against cutting by hand, and back again."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vot_kernels.ops.pack_patches import pack_patches, reference, unpack_patches
+from vot_kernels.packing import PackedLayout
+from vot_kernels.testing import make_tensor
+
+sizes = st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 4))  # 0 frames: a still image
+
+
+def make_images(grid, channels, patch, temporal, dtype=torch.float32):
+    images = []
+    for i, (t, y, x) in enumerate(grid):
+        frames = (t * temporal,) if t else ()
+        image = make_tensor(*frames, channels, y * patch, x * patch, seed=i)
+        images.append((image * 60).to(dtype) if dtype == torch.uint8 else image.to(dtype))
+    return images
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(sizes, min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
+)
+def test_matches_the_reference_and_returns(grid, channels, patch, temporal, dtype):
+    images = make_images(grid, channels, patch, temporal, dtype)
+    values, grid_thw = pack_patches(images, patch, temporal_patch_size=temporal)
+    expected, expected_grid = reference.pack_patches(images, patch, temporal_patch_size=temporal)
+    assert values.dtype == dtype and grid_thw.dtype == torch.int64
+    assert torch.equal(values, expected) and torch.equal(grid_thw, expected_grid)
+    clips = unpack_patches(values, grid_thw, patch, temporal_patch_size=temporal)
+    for clip, image in zip(clips, images, strict=True):
+        assert torch.equal(clip, image.expand(temporal, *image.shape) if image.ndim == 3 else image)
+
+
+def test_order_of_patches_and_of_values():
+    """Spelled out, so that the reference cannot be wrong in the same way."""
+    clip = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
+    values, grid = pack_patches([clip], 2, temporal_patch_size=2)
+    assert grid.tolist() == [[1, 2, 3]] and values.shape == (6, 3 * 2 * 2 * 2)
+    for patch in range(6):
+        y, x = divmod(patch, 3)
+        expected = [
+            float(clip[frame, channel, 2 * y + row, 2 * x + column])
+            for channel in range(3)
+            for frame in range(2)
+            for row in range(2)
+            for column in range(2)
+        ]
+        assert values[patch].tolist() == expected
+
+
+def test_rows_follow_the_positions_of_the_layout():
+    clip = torch.zeros(3, 1, 4, 6)
+    for t in range(3):
+        for y in range(2):
+            for x in range(3):
+                clip[t, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = 100 * t + 10 * y + x
+    values, grid = pack_patches([clip], 2)
+    positions = PackedLayout.from_grid_thw(grid).positions
+    assert torch.equal(values[:, 0], (positions * torch.tensor([100, 10, 1])).sum(1).float())
+
+
+def test_gradient_and_strided_images():
+    image = make_tensor(4, 6, 3).permute(2, 0, 1).requires_grad_()
+    values, grid = pack_patches([image, image[None]], 2)
+    upstream = make_tensor(*values.shape, seed=1)
+    (gradient,) = torch.autograd.grad(values, image, upstream)
+    torch.testing.assert_close(gradient, sum(c[0] for c in unpack_patches(upstream, grid, 2)))
+
+
+def test_canary_a_transposed_patch_is_rejected():
+    image = make_tensor(3, 4, 4)
+    expected, _ = reference.pack_patches([image], 2, temporal_patch_size=1)
+    assert not torch.equal(pack_patches([image.transpose(1, 2)], 2)[0], expected)
+    assert not torch.equal(pack_patches([image.flip(0)], 2)[0], expected)
+
+
+IMAGE = torch.zeros(3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "patch", "temporal", "message"),
+    [
+        ([], 4, 1, "at least one image"),
+        ([IMAGE, torch.zeros(3, 8, 10)], 4, 1, r"Image 1 is 8 x 10 pixels \(height x width\).*patch_size 4"),
+        ([torch.zeros(3, 0, 8)], 4, 1, "Image 0 is 0 x 8"),
+        (
+            [torch.zeros(3, 3, 8, 8)],
+            4,
+            2,
+            "Image 0 has 3 frames, which is not a multiple of temporal_patch_size 2",
+        ),
+        ([torch.zeros(8, 8)], 4, 1, "Image 0 must be"),
+        ([IMAGE, IMAGE.double()], 4, 1, "but image 1 has torch.float64"),
+        ([IMAGE, torch.zeros(1, 8, 8)], 4, 1, "but image 1 has torch.float32, cpu, 1"),
+        ([IMAGE.int()], 4, 1, "Image 0 must be uint8 or floating"),
+        ([IMAGE], 0, 1, "patch_size must be an int >= 1, got 0"),
+        ([IMAGE], 4.0, 1, "patch_size must be an int >= 1, got 4.0"),
+        ([IMAGE], 4, -1, "temporal_patch_size must be"),
+        (["a.png"], 4, 1, "Image 0 must be a tensor"),
+    ],
+)
+def test_a_bad_image_is_named(images, patch, temporal, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pack_patches(images, patch, temporal_patch_size=temporal)
+
+
+def test_unpack_rejects_a_grid_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"pixel_values must be \[6, a multiple of 4\]"):
+        unpack_patches(torch.zeros(5, 12), [[1, 2, 3]], 2)
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        unpack_patches(torch.zeros(6, 10), [[1, 2, 3]], 2)

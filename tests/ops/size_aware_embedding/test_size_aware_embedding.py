@@ -1,0 +1,198 @@
+"""The size-aware embedding against its reference, and what its features tell apart."""
+
+import pytest
+import torch
+
+from vot_kernels.ops.size_aware_embedding import op, size_aware_embedding, size_features
+from vot_kernels.packing import PackedLayout
+from vot_kernels.testing import (
+    PACKINGS,
+    ToleranceError,
+    check_against_reference,
+    make_tensor,
+    poison_segment,
+    with_slack,
+)
+
+LAYOUT = PackedLayout.from_grid_thw([[2, 3, 2], [0, 4, 4], [1, 1, 1], [3, 2, 4]])
+
+
+def make_inputs(tokens=LAYOUT.num_tokens, dim=10, hidden=7, octaves=3, dtype=torch.float32):
+    shapes = ((tokens, dim), (hidden, 12 * octaves), (hidden,), (dim, hidden), (dim,))
+    return [make_tensor(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def runner(backend, layout=LAYOUT, **options):
+    def run(x, *weights):
+        return (size_aware_embedding(x, layout, *weights, backend=backend, **options),)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"fps": 24.0}, {"fps": 8, "use_frames": False}])
+def test_matches_the_reference(dtype, options):
+    check_against_reference(
+        runner("torch", **options), runner("reference", **options), make_inputs(dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_packings(name):
+    layout = PackedLayout.from_lengths(PACKINGS[name])
+    check_against_reference(
+        runner("torch", layout), runner("reference", layout), make_inputs(layout.num_tokens)
+    )
+
+
+def test_gradcheck():
+    inputs = [x.requires_grad_() for x in make_inputs(25 + LAYOUT.num_tokens, 3, 2, 1, torch.float64)]
+    assert torch.autograd.gradcheck(runner("torch", fps=12.0), inputs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_slack_rows_are_zero_and_poison_stays_out(backend):
+    x, *weights = make_inputs()
+    slack = with_slack(x, 4).requires_grad_()
+    weights = [w.requires_grad_() for w in weights]
+    (y,) = runner(backend)(slack, *weights)
+    assert torch.equal(y[:-4], runner(backend)(x, *weights)[0]) and (y[-4:] == 0).all()
+    upstream = torch.full_like(y, float("nan"))
+    upstream[:-4] = 1
+    gradients = torch.autograd.grad(y, [slack, *weights], upstream)
+    assert (gradients[0][-4:] == 0).all() and all(g.isfinite().all() for g in gradients)
+
+
+def test_a_segment_does_not_depend_on_the_others():
+    x, *weights = make_inputs()
+    (packed,) = runner("torch")(x, *weights)
+    start, end = LAYOUT.cu_seqlens[3:5].tolist()
+    alone = PackedLayout.from_grid_thw([[3, 2, 4]])
+    torch.testing.assert_close(packed[start:end], runner("torch", alone)(x[start:end], *weights)[0])
+    (poisoned,) = runner("torch")(poison_segment(x, LAYOUT, 0), *weights)
+    assert torch.equal(poisoned[start:end], packed[start:end])
+    assert torch.equal(packed, runner("torch")(x, *weights)[0])
+
+
+def test_autocast_does_not_reach_inside():
+    inputs = make_inputs()
+    (expected,) = runner("torch")(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(runner("torch")(*inputs)[0], expected)
+
+
+def test_features_tell_every_size_apart():
+    sides = torch.arange(1, 65)
+    sizes = torch.stack([torch.ones(64 * 64).long(), sides.repeat_interleave(64), sides.repeat(64)], dim=1)
+    features = size_features(sizes)
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distance.fill_diagonal_(1.0).min() > 1e-3
+    assert torch.equal(features[0, :8], torch.tensor([0.0] * 4 + [1.0] * 4))  # log2(1) = 0: sin 0, cos 1
+
+
+def test_features_are_smooth_in_the_size():
+    """A size never seen lies close to its neighbours, unlike a row of a table."""
+    sizes = torch.tensor([[4.0, 30.0, 30.0], [4.0, 31.0, 30.0], [4.0, 120.0, 30.0]])
+    near, far = (size_features(sizes)[[1, 2]] - size_features(sizes)[0]).norm(dim=1)
+    assert 0 < near < 0.1 * far
+
+
+def test_unknown_quantities_are_zero():
+    sizes = torch.tensor([[2, 3, 4], [5, 3, 4]])
+    blocks = size_features(sizes, octaves=3, use_frames=False).view(2, 6, 6)
+    assert (
+        torch.equal(blocks[0], blocks[1])
+        and (blocks[:, 4:] == 0).all()
+        and (blocks[:, :4] != 0).any(-1).all()
+    )
+    rated = size_features(sizes, torch.tensor([0.0, 24.0]), octaves=3).view(2, 6, 6)
+    assert (rated[0, 5] == 0).all() and (rated[1, 5] != 0).any() and (rated[:, 4] != 0).any(-1).all()
+    assert size_features(torch.tensor([[0, 0, 7]])).isfinite().all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_every_part_of_the_size_changes_the_embedding(axis):
+    sizes = [[4, 6, 8]]
+    larger = [list(sizes[0])]
+    larger[0][axis] *= 2
+    assert not torch.allclose(size_features(torch.tensor(sizes)), size_features(torch.tensor(larger)))
+    a, b = (size_features(torch.tensor(sizes), fps) for fps in (8.0, 24.0))
+    assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segments", [0, 4])
+def test_opcheck(dtype, segments):
+    layout = LAYOUT if segments else PackedLayout.from_lengths([])
+    x = make_tensor(6, 40, dtype=dtype).T.requires_grad_()
+    embedding = make_tensor(segments, 6, seed=1).requires_grad_()
+    torch.library.opcheck(op.segment_add_fwd, (x, embedding, layout.cu_seqlens))
+    arguments = (x.detach()[:1].expand(40, 6), embedding.detach(), layout.cu_seqlens)
+    torch.library.opcheck(op.segment_add_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_one_compiled_graph_for_any_packing():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(run, layout, inputs):
+        return run(inputs[0], layout, *inputs[1:]).square().sum()
+
+    compiled = torch.compile(size_aware_embedding, backend=counter, fullgraph=True)
+    for grid in ([[2, 3, 2], [1, 4, 4]], [[1, 5, 5], [0, 1, 1], [2, 2, 2]], [[1, 2, 1]] * 4):
+        layout = PackedLayout.from_grid_thw(grid)
+        inputs = [x.requires_grad_() for x in make_inputs(layout.num_tokens)]
+        for x in (inputs[0], layout.cu_seqlens, layout.sizes, layout.positions):
+            torch._dynamo.mark_dynamic(x, 0)
+        actual, expected = (step(run, layout, inputs) for run in (compiled, size_aware_embedding))
+        for a, b in zip(
+            torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, *w: (runner("torch")(x, *w)[0] * 0,),
+        lambda x, *w: (x,),
+        lambda x, *w: (torch.cat([runner("torch")(x, *w)[0][:-1], x[-1:] * 0]),),
+        lambda x, *w: runner("torch", PackedLayout.from_grid_thw([[3, 2, 4], [1, 1, 1], [2, 3, 2]]))(x, *w),
+        lambda x, *w: runner("torch")(x, *(p.detach() for p in w)),
+    ],
+    ids=["zeros", "identity", "dropped last token", "swapped segments", "no weight gradient"],
+)
+def test_canary_the_comparison_rejects(wrong):
+    with pytest.raises(ToleranceError):
+        check_against_reference(wrong, runner("reference"), make_inputs())
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.zeros(3, 10), "x has 3 rows, fewer than"),
+        (0, torch.zeros(37, 10, dtype=torch.int32), "x must be float"),
+        (1, torch.zeros(7, 35), "w1 must"),
+        (1, torch.zeros(7, 0), "w1 must"),
+        (2, torch.zeros(8), "b1 must"),
+        (3, torch.zeros(7, 10), "w2 must"),
+        (4, torch.zeros(11), "b2 must"),
+    ],
+)
+def test_a_bad_tensor_is_named(index, value, message):
+    inputs = make_inputs()
+    inputs[index] = value
+    with pytest.raises((ValueError, TypeError), match=message):
+        runner("torch")(*inputs)
+
+
+def test_a_bad_option_is_named():
+    x, *weights = make_inputs()
+    with pytest.raises(ValueError, match="fps must be a number or"):
+        size_aware_embedding(x, LAYOUT, *weights, fps=torch.ones(3))
+    with pytest.raises(ValueError, match="sizes must be"):
+        size_features(torch.ones(3))
+    with pytest.raises(TypeError, match="layout must be a PackedLayout"):
+        size_aware_embedding(x, [5], *weights)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        size_aware_embedding(x, LAYOUT, *weights, backend="fast")

@@ -1,0 +1,169 @@
+import dataclasses
+
+import pytest
+
+from tests.reasoning.world import track
+from vot_kernels.reasoning.names import find_tracklets
+from vot_kernels.reasoning.steps import kind_of
+from vot_kernels.reasoning.types import Task
+from vot_kernels.reasoning.verification import check, confidence, part_in_question, perception_score
+from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet, Vocabulary
+
+S, C, U = "supported", "contradicted", "uncheckable"
+
+
+def judge(graph, question, answer, candidates=None):
+    asked = find_tracklets(question, graph)
+    task = Task(question, kind_of(question) or "open", "question", asked, "question" if asked else "all")
+    return check(task, answer, candidates or [answer], graph).verdict
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "verdict"),
+    [
+        # events, yes or no
+        ("Did the red digit hit the blue digit?", "yes", S),
+        ("Did the red digit hit the blue digit?", "No, it did not", C),
+        ("Does the blue digit collide with the green digit?", "no", S),
+        ("Does the blue digit collide with the green digit?", "yes", C),
+        ("Did the blue digit bounce?", "yes", S),
+        ("Did the red digit bounce?", "yes", C),
+        ("Did the red digit hit the blue digit?", "perhaps", U),
+        ("Did the red digit not hit the blue digit?", "no", U),
+        ("Did the red digit hit the blue digit before it hit the green one?", "yes", U),
+        ("Did anything hit anything?", "yes", U),
+        ("Did the red digit hit or bounce?", "yes", U),
+        # relations
+        ("Is the red digit left of the green digit?", "yes", S),
+        ("Is the red digit left of the green digit?", "no", C),
+        ("Is the green digit left of the red digit?", "yes", C),
+        ("Is the red digit left of the blue digit?", "yes", U),  # only for a while
+        ("Is the red digit above the blue digit?", "yes", U),  # not a word of this graph
+        # counts
+        ("How many times does the red digit hit something?", "2", S),
+        ("How many times does the red digit hit something?", "three", C),
+        ("How many digits does the red digit hit?", "two", S),
+        ("How many digits does the blue digit hit?", "2", C),
+        ("How many digits are there?", "3", S),
+        ("How many digits are there?", "4", C),
+        ("How many collisions are there?", "2", S),
+        ("How many times does the red digit blink?", "2", U),
+        ("How many digits are there?", "many", U),
+        ("How many hits or bounces are there?", "3", U),
+        # directions
+        ("Which direction does the red digit move?", "right", S),
+        ("Which direction does the red digit move?", "left", C),
+        ("Which direction does the red digit move?", "up", C),
+        ("Which direction does the red digit move?", "it does not move", C),
+        ("Which direction does the blue digit move?", "downwards", S),
+        ("Which direction does the green digit move?", "up", S),
+        ("Which direction does the green digit move at the end?", "up", S),
+        ("In which direction does the red digit move at the start?", "right", S),
+        ("Which direction do the red digit and the blue digit move?", "right", U),
+        ("Which direction does the red digit move?", "sideways", U),
+        # which
+        ("Which digit does the blue digit hit?", "red digit 3", S),
+        ("Which digit does the blue digit hit?", "the green one", C),
+        ("Which digit bounces?", "blue digit 7", S),
+        ("Which digit blinks?", "blue digit 7", U),
+        # existence
+        ("Which digit does the red digit hit?", "yellow digit 7", C),
+        ("Which digit does the red digit hit?", "digit 9", C),
+        # nothing to read off
+        ("Would the red digit hit the blue digit if the green one were gone?", "yes", U),
+        ("Will the red digit hit the blue digit next?", "yes", U),
+        ("Why does the blue digit bounce?", "because of the wall", U),
+        # claims in the answer itself
+        ("Describe the video.", "The red digit hits the blue digit.", S),
+        ("Describe the video.", "The green digit hits the blue digit.", C),
+        ("Describe the video.", "The green digit never hits the blue digit.", U),
+        ("Describe the video.", "It is lovely.", U),
+    ],
+)
+def test_verdicts(world, question, answer, verdict):
+    candidates = [answer, "red digit 3", "blue digit 7"]
+    assert judge(world, question, answer, candidates) == verdict
+
+
+def test_first_and_last_compare_the_candidates(world):
+    question, names = (
+        "Which digit does the red digit hit first?",
+        ["green digit 3", "blue digit 7", "red digit 3"],
+    )
+    assert [judge(world, question, name, names) for name in names] == [C, S, C]
+    last = question.replace("first", "last")
+    assert [judge(world, last, name, names) for name in names] == [S, C, C]
+    listed = "Which hits something first, the blue digit or the green digit?"
+    assert [judge(world, listed, name, names[:2]) for name in names[:2]] == [C, S]
+
+
+def test_a_draw_is_not_decided(world):
+    both = dataclasses.replace(world, events=(Event("hits", 2, ("o1", "o2")), Event("hits", 2, ("o1", "o3"))))
+    names = ["green digit 3", "blue digit 7"]
+    assert {judge(both, "Which digit does the red digit hit first?", name, names) for name in names} == {U}
+
+
+def test_no_candidate_fits(world):
+    quiet = dataclasses.replace(world, events=())
+    assert judge(quiet, "Which digit does the red digit hit?", "blue digit 7") == U
+
+
+def test_directions_of_a_slanted_and_of_a_standing_track(world):
+    slanted = dataclasses.replace(world, tracklets=(track("o1", "red", 3, (0.2, 0.2), (0.6, 0.5)),))
+    question = "Which direction does the red digit move?"
+    assert [judge(slanted, question, a) for a in ("right", "down and right", "down", "up")] == [S, S, U, C]
+    assert judge(slanted, question, "down", ["down", "right"]) == C  # the better candidate is on offer
+    assert judge(slanted, "Does it go, and in which direction: up or down, the red digit?", "down") == S
+    standing = dataclasses.replace(world, tracklets=(track("o1", "red", 3, (0.2, 0.2), (0.21, 0.2)),))
+    assert [judge(standing, question, a) for a in ("stays still", "right")] == [S, C]
+    once = dataclasses.replace(world, tracklets=(world.tracklets[0].between(2, 2),))
+    assert judge(once, question, "right") == U
+
+
+def test_confidence():
+    assert confidence(0.6, "supported", "not asked", 1.0, True) == pytest.approx(0.8)
+    assert confidence(0.6, "supported", "contradicts", 1.0, True) == pytest.approx(0.8)
+    assert confidence(0.6, "uncheckable", "agrees", 0.5, True) == pytest.approx(0.3)
+    assert confidence(0.6, "uncheckable", "contradicts", 1.0, True) == pytest.approx(0.3)
+    assert confidence(0.6, "contradicted", "agrees", 1.0, True) == pytest.approx(0.3)
+    assert confidence(1.0, "supported", "agrees", 1.0, False) == pytest.approx(0.1)
+
+
+def test_perception_score(world, empty):
+    assert perception_score(world, ["o1"]) == pytest.approx(0.9)
+    assert perception_score(world, []) == pytest.approx(2.9 / 3)
+    assert perception_score(empty, []) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("question", "frames"),
+    [
+        ("Does it move in the first half of the clip?", (0, 4)),
+        ("Does it move in the second half of the video?", (5, 9)),
+        ("Which way does it move at the start of the clip?", (0, 9)),
+        ("Which way does it move at the end of the clip?", (0, 9)),
+        ("Which way does it move?", (0, 9)),
+    ],
+)
+def test_a_part_of_the_clip_is_judged_by_its_own_graph(question, frames):
+    boxes = {k: (Box(0.1 * k, 0.2, 0.1 * k + 0.1, 0.3), 1.0) for k in range(10)}
+    events = tuple(Event("bounces", k, ("o1",)) for k in range(10))
+    graph = STSG(
+        tuple(float(k) for k in range(10)), (Tracklet("o1", "ball", (), boxes),), (), events, Vocabulary(), ""
+    )
+    part = part_in_question(question, graph)
+    assert (part.tracklets[0].frames[0], part.tracklets[0].frames[-1]) == frames
+    assert [e.t for e in part.events] == list(range(frames[0], frames[1] + 1))
+
+
+@pytest.mark.parametrize(("part", "direction"), [("start", "right"), ("end", "down")])
+def test_the_direction_at_the_start_and_at_the_end(part, direction):
+    # 2.5 % of the frame a step over 16 frames: little within two frames, enough within a quarter of the clip.
+    at = [(0.1 + 0.025 * min(k, 8), 0.1 + 0.025 * max(0, k - 8)) for k in range(16)]
+    boxes = {k: (Box(x, y, x + 0.2, y + 0.2), 1.0) for k, (x, y) in enumerate(at)}
+    ball = Tracklet("o1", "ball", ("red",), boxes)
+    graph = STSG(tuple(k / 8 for k in range(16)), (ball,), (), (), Vocabulary(), "")
+    question = f"Which way does the red ball move at the {part} of the clip?"
+    sides = ["left", "right", "up", "down"]
+    verdicts = {side: judge(graph, question, side, sides) for side in sides}
+    assert verdicts == {side: S if side == direction else C for side in sides}

@@ -1,0 +1,103 @@
+"""Training: resumable bit for bit, honest about other settings, and it learns."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vot_kernels.models.perception import VotPerceptionModel
+from vot_kernels.train.perception.batches import TrainingBatches
+from vot_kernels.train.perception.metrics import perception_metrics
+from vot_kernels.train.perception.run import format_metrics, publish
+from vot_kernels.train.perception.stage import PerceptionTraining, make_processor, train_perception
+
+SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def short_domain(monkeypatch):
+    monkeypatch.setattr("vot_kernels.train.perception.stage._DOMAIN_STEPS", 3)
+    monkeypatch.setattr("vot_kernels.train.perception.stage._DOMAIN_HELD_OUT", 1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    losses = []
+    model = train_perception(out, SETTINGS, report=lambda step, terms: losses.append(terms["loss"]))
+    return out, model, losses
+
+
+def test_resuming_gives_the_same_weights(trained, tmp_path):
+    _, straight, losses = trained
+    train_perception(tmp_path, SETTINGS, stop_at=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    seen = []
+    resumed = train_perception(
+        tmp_path, SETTINGS, report=lambda step, terms: seen.append((step, terms["loss"]))
+    )
+    assert seen == [
+        (n + 1, losses[n]) for n in range(2, 6)
+    ]  # two steps, then the two of relations and events
+    for name, value in straight.state_dict().items():
+        if not name.startswith("domain_"):
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_other_settings_are_not_resumed(trained):
+    out, _, _ = trained
+    with pytest.raises(ValueError, match="batch_size was 2, now 3"):
+        train_perception(out, PerceptionTraining(steps=4, batch_size=3, warmup=2, dynamics_steps=2))
+
+
+def test_an_interrupted_run_leaves_a_whole_checkpoint(tmp_path):
+    def interrupt(step, terms):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_perception(tmp_path, SETTINGS, report=interrupt)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "checkpoint-2"
+    assert json.loads((folder / "state.json").read_text())["step"] == 2
+    assert (
+        load_file(folder / "model.safetensors").keys()
+        == VotPerceptionModel(train_perception(tmp_path, SETTINGS, stop_at=3).config).state_dict().keys()
+    )
+
+
+def test_the_published_checkpoint_is_small_and_the_same(trained, tmp_path):
+    _, model, _ = trained
+    folder = publish(model, tmp_path / "model")
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 6_000_000
+    assert all(f.suffix in (".json", ".safetensors") for f in folder.iterdir())
+    again = VotPerceptionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(again.domain_precision, model.domain_precision)
+    batch = TrainingBatches(1, 2)[0]
+    inputs = make_processor(model)(list(batch.clips), fps=batch.fps)
+    with torch.no_grad():
+        before, after = model(**inputs).clips[0], again(**inputs).clips[0]
+    torch.testing.assert_close(before.centers, after.centers, rtol=0, atol=5e-3)
+
+
+def test_metrics_of_an_untrained_model_are_poor_and_complete(trained):
+    _, model, _ = trained
+    metrics = perception_metrics(model, make_processor(model), "test", 4)
+    expected = {
+        "presence",
+        "exact_count",
+        "center_error_px",
+        "label_accuracy",
+        "attribute_accuracy",
+        "in_domain",
+    }
+    assert expected | {"hits_f1", "bounces_f1", "relations_f1"} == metrics.keys()
+    assert metrics["label_accuracy"] < 0.6 and metrics["hits_f1"] < 0.5
+    assert "center_error_px" in format_metrics({"test": metrics})
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    first, again, other = TrainingBatches(5, 3)[7], TrainingBatches(5, 3)[7], TrainingBatches(6, 3)[7]
+    assert (first.clips == again.clips).all() and torch.equal(first.targets.centers, again.targets.centers)
+    assert first.clips.shape != other.clips.shape or (first.clips != other.clips).any()

@@ -1,0 +1,39 @@
+"""What attention may be asked for: feature maps, causal modes and windows.
+
+This file lies below the references and the backends alike, so that the references stay independent of what they judge.
+"""
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+CAUSAL_MODES = (None, "group", "token")
+
+Window = int | tuple[int, int] | None
+
+
+def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | None]:
+    """Groups that are near on the left and on the right; None means all of them.
+
+    An int counts for both sides, or for the left side alone when attention is causal.
+
+    Raises:
+        ValueError: not an int >= 0, a pair of them or None, or a causal window that looks right.
+    """
+    if window is None:
+        return None, (None if causal is None else 0)
+    if isinstance(window, bool):
+        sides: list[object] = []
+    elif isinstance(window, int):
+        sides = [window, window if causal is None else 0]
+    else:
+        sides = list(window) if isinstance(window, (tuple, list)) else []
+    left, right = sides if len(sides) == 2 else (None, None)
+    if not _is_count(left) or not _is_count(right):
+        raise ValueError(
+            f"window must be an int >= 0, a pair (left, right) of them, or None for all, got {window!r}."
+        )
+    if causal is not None and right != 0:
+        raise ValueError(f"A causal window looks left only: give an int or (left, 0), got {window!r}.")
+    return left, right  # type: ignore[return-value]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

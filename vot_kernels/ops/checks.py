@@ -1,0 +1,120 @@
+"""Checks shared by the public ops. Each failure is one sentence: what was given and what is allowed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.attention_options import FEATURE_MAPS
+from vot_kernels.packing import PackedLayout
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """`value` is one of `allowed`."""
+    if not any(value is option or value == option for option in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
+    """`value` is a tensor with the named dimensions; an int among `dims` is an exact size."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {_shape(dims)}, got {type(value).__name__}.")
+    fits = value.ndim == len(dims) and all(
+        isinstance(dim, str) or value.shape[axis] == dim for axis, dim in enumerate(dims)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have the shape {_shape(dims)}, got {list(value.shape)}.")
+
+
+def _shape(dims: Sequence[str | int]) -> str:
+    """Only for messages: a compiled graph cannot print a symbolic size."""
+    return f"[{', '.join(map(str, dims))}]"
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """`tensor` is float16, bfloat16, float32 or float64."""
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+
+
+def check_alike(reference_name: str, reference: Tensor, **others: Tensor) -> None:
+    """Every tensor of `others` has the dtype and device of `reference`."""
+    for name, tensor in others.items():
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {reference_name}, {reference.dtype}, got {tensor.dtype}."
+            )
+        check_device(reference_name, reference, **{name: tensor})
+
+
+def check_device(reference_name: str, reference: Tensor, **others: Tensor) -> None:
+    """Every tensor of `others` lies on the device of `reference`."""
+    for name, tensor in others.items():
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} must lie on the device of {reference_name}, {reference.device}, got {tensor.device}."
+            )
+
+
+def check_layout(name: str, tensor: Tensor, layout: object) -> None:
+    """`layout` lies on the device of `tensor` and its tokens fit into the rows of `tensor`.
+
+    Compares shapes only, so that it neither waits for the device nor breaks a compiled graph.
+    """
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layout must be a PackedLayout, got {type(layout).__name__}.")
+    if layout.positions.device != tensor.device:
+        raise ValueError(
+            f"layout lies on {layout.positions.device} but {name} on {tensor.device}; use layout.to(...)."
+        )
+    if tensor.shape[0] < layout.positions.shape[0]:
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows, fewer than the {layout.positions.shape[0]} tokens of layout."
+        )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | None = None) -> None:
+    """q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, alike, heads a multiple."""
+    check_tensor("q", q, ["tokens", "heads", "head_dim"])
+    check_floating("q", q)
+    check_tensor("k", k, ["tokens", "kv_heads", "head_dim"])
+    check_tensor("v", v, ["tokens", "kv_heads", "head_dim"])
+    check_alike("q", q, k=k, v=v)
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            "q, k and v must agree in tokens and head_dim, and k and v in heads, "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
+        )
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"The {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v."
+        )
+    if q.shape[2] == 0:
+        raise ValueError("head_dim must be at least 1, got 0.")
+    if layout is not None:
+        check_layout("q", q, layout)
+
+
+def check_options(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor | None,
+    feature_map: str,
+    q_features: Tensor | None,
+    k_features: Tensor | None,
+) -> None:
+    """beta `[heads]`, a known feature map, and either both features or none."""
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
+    if beta is not None:
+        check_tensor("beta", beta, [q.shape[1]])
+        check_device("q", q, beta=beta)
+        if not beta.is_floating_point():
+            raise TypeError(f"beta must be floating point, got {beta.dtype}.")
+    if (q_features is None) != (k_features is None):
+        raise ValueError("q_features and k_features must be given together, got one of them.")
+    if q_features is not None and k_features is not None:
+        check_tensor("q_features", q_features, [q.shape[0], q.shape[1], "width"])
+        check_tensor("k_features", k_features, [k.shape[0], k.shape[1], q_features.shape[2]])
+        check_alike("q", q, q_features=q_features, k_features=k_features)

@@ -1,0 +1,6 @@
+"""Softmax attention to near groups, linear attention to far ones, one normaliser: see `op.py`."""
+
+from vot_kernels.ops.hybrid_attention.op import hybrid_attention
+from vot_kernels.ops.hybrid_attention.step import HybridAttentionState, hybrid_attention_step
+
+__all__ = ["HybridAttentionState", "hybrid_attention", "hybrid_attention_step"]

@@ -1,0 +1,138 @@
+"""Hybrid attention of a stream, one group at a time, with a state of constant size."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.attention_options import window_sides
+from vot_kernels.ops.checks import check_alike, check_options, check_qkv
+from vot_kernels.ops.parts.group_states.torch import feature_map, join_far, log_weight
+from vot_kernels.ops.parts.range_attention.blocks import append_column, repeat_heads, to_heads, to_tokens
+from vot_kernels.ops.parts.range_attention.torch import plan_pass, range_attention
+
+_feature_map = feature_map  # the public function has an argument of that name
+
+
+class NearGroup(NamedTuple):
+    """A group that is still in the window: k and v as given, and its k_features if they were given."""
+
+    k: Tensor
+    v: Tensor
+    k_features: Tensor | None
+
+
+@dataclass(frozen=True)
+class HybridAttentionState:
+    """What a stream remembers: the groups in the window and the sum over all groups before them.
+
+    Attributes:
+        near: the last groups, at most as many as the window is wide.
+        far: `[kv_heads, width, head_dim + 1]`, sum of phi(k) [v, 1]^T, float32 (float64 for float64 inputs);
+            None until a group has left the window.
+    """
+
+    near: tuple[NearGroup, ...] = ()
+    far: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors held; it does not grow with the stream."""
+        tensors = [x for group in self.near for x in group if x is not None]
+        tensors += [] if self.far is None else [self.far]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def hybrid_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: HybridAttentionState | None = None,
+    *,
+    window: int | tuple[int, int] = 1,
+    beta: Tensor | None = None,
+    feature_map: str = "softmax",
+    q_features: Tensor | None = None,
+    k_features: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, HybridAttentionState]:
+    """The next group of one stream: the rows `hybrid_attention(causal="group")` gives for it.
+
+    Feeding a segment group by group gives the result of the whole segment at once. The state is not changed;
+    the returned one replaces it. For inference only. Computed in PyTorch on every device: there is no kernel of
+    one step, and so no choice of a backend.
+
+    Args:
+        q, k, v: one group, shaped as for `hybrid_attention`.
+        state: what the previous step returned, None at the beginning of a stream.
+        window, beta, feature_map, q_features, k_features, scale: as for `hybrid_attention`; the same at every
+            step of a stream. The window cannot be None: the state would grow without bound.
+
+    Returns:
+        The output `[tokens, heads, head_dim]` in the dtype of q, and the next state.
+
+    Raises:
+        TypeError, ValueError: one sentence on what was given and what is allowed.
+        RuntimeError: gradients are asked for.
+    """
+    check_qkv(q, k, v)
+    check_options(q, k, beta, feature_map, q_features, k_features)
+    if window is None:
+        raise ValueError(
+            "window must be an int >= 0 for a stream, got None, with which the state would grow."
+        )
+    left, _ = window_sides(window, "group")
+    state = HybridAttentionState() if state is None else state
+    _check_state(k, state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta)):
+        raise RuntimeError(
+            "hybrid_attention_step is for inference: call it under torch.no_grad(), "
+            'and train with hybrid_attention(causal="group").'
+        )
+    groups = (*state.near, NearGroup(k, v, k_features))
+    query = to_heads(q, q.shape[0])
+    out, lse = _near(query, groups, q.shape[-1] ** -0.5 if scale is None else scale)
+    if state.far is not None:
+        features = (
+            _feature_map(query, feature_map) if q_features is None else to_heads(q_features, q.shape[0])
+        )
+        sums = features @ repeat_heads(state.far, q.shape[1] // k.shape[1])
+        out, _ = join_far(out, lse, sums, log_weight(beta, query))
+    far = state.far
+    leaving = max(0, len(groups) - (left or 0))
+    for group in groups[:leaving]:
+        far = _absorb(far, group, feature_map)
+    rows = q.new_empty(q.shape)
+    to_tokens(out, rows)
+    return rows, HybridAttentionState(groups[leaving:], far)
+
+
+def _near(query: Tensor, groups: tuple[NearGroup, ...], scale: float) -> tuple[Tensor, Tensor]:
+    k, v = torch.cat([group.k for group in groups]), torch.cat([group.v for group in groups])
+    repeats = query.shape[0] // k.shape[1]
+    key, value = (repeat_heads(to_heads(x, x.shape[0]), repeats) for x in (k, v))
+    ranges = np.array([[0, query.shape[1], 0, key.shape[1]]])
+    return range_attention(query, key, value, [plan_pass(ranges, False, query.device)], scale)
+
+
+def _absorb(far: Tensor | None, group: NearGroup, name: str) -> Tensor:
+    """The far state with one more group in it."""
+    tokens = group.k.shape[0]
+    given = group.k_features
+    features = _feature_map(to_heads(group.k, tokens), name) if given is None else to_heads(given, tokens)
+    added = features.transpose(-1, -2) @ append_column(to_heads(group.v, tokens), 1.0)
+    return added if far is None else far + added
+
+
+def _check_state(k: Tensor, state: object) -> None:
+    if not isinstance(state, HybridAttentionState):
+        raise TypeError(f"state must be a HybridAttentionState or None, got {type(state).__name__}.")
+    for group in state.near[:1]:
+        if group.k.shape[1:] != k.shape[1:]:
+            raise ValueError(
+                f"k must have the shape [tokens, {group.k.shape[1]}, {group.k.shape[2]}] of the stream's "
+                f"earlier groups, got {list(k.shape)}."
+            )
+        check_alike("the stream's earlier k", group.k, k=k)

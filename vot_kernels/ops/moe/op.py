@@ -1,0 +1,205 @@
+"""A plain top-k mixture of SwiGLU experts whose routing is given, on the grouped matrix products of `aoe`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
+from vot_kernels.ops.dispatch import select
+from vot_kernels.ops.parts.experts.slots import Slots, accumulator, group_slots, swiglu_backward
+
+
+def moe(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over the chosen experts i of w_i · (SiLU(x W_gateᵢᵀ) ⊙ x W_upᵢᵀ) W_downᵢᵀ.
+
+    Args:
+        x: `[tokens, dim]`, float64, float32, bfloat16 or float16.
+        w_gate_up: `[experts, 2 * hidden, dim]`: the rows of W_gate, then those of W_up; dtype and device of `x`.
+        w_down: `[experts, dim, hidden]`, like `w_gate_up`.
+        topk_idx: int32 or int64 `[tokens, k]`, the experts of each token. An id that is not from 0 to experts - 1
+            adds nothing: with experts spread over ranks, that is a choice of another rank's.
+        topk_weights: `[tokens, k]`, their weights in any floating dtype, used as they are.
+        backend: "auto", "triton", "torch" or "reference". "torch" reads the experts' loads on the host.
+
+    Returns:
+        `[tokens, dim]` in the dtype of `x`, summed in float32 or wider in the order of the choices;
+        differentiable in all but `topk_idx`. An expert without tokens gets a gradient of zeros.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    The weights are laid out as the experts of transformers 5 have them (`gate_up_proj`, `down_proj`); see
+    `vot_kernels.integrations.transformers`.
+    """
+    _validate(x, w_gate_up, w_down, topk_idx, topk_weights)
+    chosen = select("moe", backend, x)
+    if chosen == "reference":
+        from vot_kernels.ops.moe.reference import moe as reference
+
+        return reference(x, w_gate_up, w_down, topk_idx, topk_weights)
+    leaves = (x, w_gate_up, w_down, topk_weights)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    return moe_fwd(x, w_gate_up, w_down, topk_idx, topk_weights, save, chosen)[0]
+
+
+@torch.library.custom_op("vot_kernels::moe_fwd", mutates_args=())
+def moe_fwd(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y and what the backward reads: (projected, order, places, offsets), the last three as in `Slots`.
+
+    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places; it has no rows unless `save`.
+    """
+    arguments = (x, w_gate_up, w_down, topk_idx, topk_weights, save)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            from vot_kernels.ops.aoe.triton import moe_forward
+
+            y, projected, slots = moe_forward(*arguments)
+        else:
+            y, projected, slots = _forward(*arguments)
+    return y, projected, slots.order, slots.places, slots.offsets
+
+
+@moe_fwd.register_fake
+def _(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slots = x.shape[0] * topk_idx.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(slots if save else 0, w_gate_up.shape[1]),
+        x.new_empty(slots, dtype=torch.int32),
+        x.new_empty(slots if backend == "triton" else 0, dtype=torch.int32),
+        x.new_empty(w_down.shape[0] + 1, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("vot_kernels::moe_bwd", mutates_args=())
+def moe_bwd(
+    grad: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    projected: Tensor,
+    order: Tensor,
+    places: Tensor,
+    offsets: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, w_gate_up, w_down, topk_weights)."""
+    slots = Slots(order, places, offsets, topk_weights.shape[1])
+    arguments = (grad, x, w_gate_up, w_down, topk_weights, projected, slots)
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            from vot_kernels.ops.aoe.triton import moe_backward
+
+            return moe_backward(*arguments)
+        return _gradients(*arguments)
+
+
+@moe_bwd.register_fake
+def _(
+    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = (t.new_empty(t.shape) for t in (x, w_gate_up, w_down, topk_weights))
+    return a, b, c, d
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_gate_up, w_down, _, topk_weights, _, backend = inputs
+    ctx.save_for_backward(x, w_gate_up, w_down, topk_weights, *output[1:])
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    x, w_gate_up, w_down, topk_weights = moe_bwd(grad, *ctx.saved_tensors, ctx.backend)
+    return x, w_gate_up, w_down, None, topk_weights, None, None
+
+
+moe_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
+) -> tuple[Tensor, Tensor, Slots]:
+    slots = group_slots(topk_idx, w_down.shape[0])
+    projected = x.new_zeros(slots.order.shape[0] if save else 0, w_gate_up.shape[1])
+    y = x.new_zeros(x.shape, dtype=accumulator(x.dtype))
+    weights = topk_weights.flatten().to(y.dtype)
+    for expert, places, chosen in slots.by_expert():
+        rows = chosen // slots.top_k
+        both = x.index_select(0, rows) @ w_gate_up[expert].T
+        gate, value = both.chunk(2, dim=1)
+        y.index_add_(0, rows, ((F.silu(gate) * value) @ w_down[expert].T) * weights[chosen, None])
+        if save:
+            projected[places] = both
+    return y.to(x.dtype), projected, slots
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    topk_weights: Tensor,
+    projected: Tensor,
+    slots: Slots,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    accumulate = accumulator(x.dtype)
+    weights = topk_weights.flatten().to(accumulate)
+    grad_x, grad_weights = x.new_zeros(x.shape, dtype=accumulate), torch.zeros_like(weights)
+    grad_gate_up, grad_down = (w.new_zeros(w.shape) for w in (w_gate_up, w_down))
+    for expert, places, chosen in slots.by_expert():
+        rows = chosen // slots.top_k
+        upstream = grad.index_select(0, rows)
+        gate, value = projected[places].to(accumulate).chunk(2, dim=1)
+        grad_hidden = (upstream @ w_down[expert]).to(accumulate)
+        *both, grad_weight, hidden = swiglu_backward(gate, value, grad_hidden, weights[chosen, None])
+        grad_weights[chosen] = grad_weight
+        grad_both = torch.cat(both, 1).to(x.dtype)
+        grad_down[expert] = upstream.T @ hidden.to(x.dtype)
+        grad_gate_up[expert] = grad_both.T @ x.index_select(0, rows)
+        grad_x.index_add_(0, rows, (grad_both @ w_gate_up[expert]).to(accumulate))
+    grad_weights = grad_weights.view(topk_weights.shape).to(topk_weights.dtype)
+    return grad_x.to(x.dtype), grad_gate_up, grad_down, grad_weights
+
+
+def _validate(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    check_tensor("x", x, ["tokens", "dim"])
+    check_floating("x", x)
+    check_tensor("w_down", w_down, ["experts", x.shape[1], "hidden"])
+    check_tensor("w_gate_up", w_gate_up, [w_down.shape[0], 2 * w_down.shape[2], x.shape[1]])
+    check_alike("x", x, w_gate_up=w_gate_up, w_down=w_down)
+    check_tensor("topk_idx", topk_idx, [x.shape[0], "k"])
+    if topk_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"topk_idx must be int32 or int64, got {topk_idx.dtype}.")
+    check_tensor("topk_weights", topk_weights, list(topk_idx.shape))
+    check_floating("topk_weights", topk_weights)
+    check_device("x", x, topk_idx=topk_idx, topk_weights=topk_weights)

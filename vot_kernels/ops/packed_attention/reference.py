@@ -1,0 +1,15 @@
+"""Exact attention within segments: hybrid attention in which everything is near."""
+
+from torch import Tensor
+
+from vot_kernels.ops.hybrid_attention import reference
+from vot_kernels.packing import PackedLayout
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, *, causal: bool = False, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact softmax attention within each segment: output and lse."""
+    return reference.hybrid_attention(
+        q, k, v, layout, window=None, causal="token" if causal else None, scale=scale
+    )

@@ -1,0 +1,1 @@
+"""What several ops are made of; nothing here is public."""

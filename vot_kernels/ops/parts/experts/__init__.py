@@ -1,0 +1,1 @@
+"""Slots, routing, grouped matrix products and expert bodies of `aoe` and `moe`."""

@@ -1,0 +1,160 @@
+"""Linear attention by states: S_g = sum over the tokens of a group of phi(k) [v, 1]^T, scanned over groups.
+
+    F_g = sum of S_g' over g' <= g - left, plus the sum over g' >= g + right, within one segment.
+
+Prefix and suffix are summed, never obtained as "all minus near", which would cancel as far becomes empty.
+Buffers are head-major `[heads, tokens, width]`; states are `[heads, slots, width, head_dim + 1]`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket
+
+
+@dataclass(frozen=True, eq=False)
+class StatePlan:
+    """Where the groups that take part lie and how their states are scanned.
+
+    Attributes:
+        groups: runs of equal length, each with the slots of its groups' states.
+        runs: (first slot, segments, groups per segment); segments of as many groups lie side by side.
+        num_slots: states in all.
+        left, right: the scan's offsets, None for no such side.
+    """
+
+    groups: tuple[tuple[Blocks, Tensor], ...]
+    runs: tuple[tuple[int, int, int], ...]
+    num_slots: int
+    left: int | None
+    right: int | None
+
+
+def plan_states(
+    segment_groups: np.ndarray,
+    cu_groups: np.ndarray,
+    left: int | None,
+    right: int | None,
+    device: torch.device,
+) -> StatePlan:
+    """The plan for segments given by their first group, groups by their first row.
+
+    Segments of too few groups for any scan to reach another are left out.
+    """
+    reach = min(side for side in (left, right) if side is not None)
+    counts = np.diff(segment_groups)
+    segments = np.flatnonzero(counts > reach)
+    slots, runs, filled = [], [], 0
+    for rows in bucket(counts[segments, None]):
+        members = segments[rows]
+        per_segment = int(counts[members[0]])
+        runs.append((filled, len(members), per_segment))
+        slots.append((segment_groups[members][:, None] + np.arange(per_segment)).reshape(-1))
+        filled += len(members) * per_segment
+    order = np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)
+    starts, lengths = cu_groups[order], cu_groups[order + 1] - cu_groups[order]
+    groups = []
+    for rows in bucket(lengths[:, None]):
+        rows = rows[np.argsort(starts[rows], kind="stable")]
+        if lengths[rows[0]]:
+            blocks = Blocks(starts[rows], int(lengths[rows[0]]), device)
+            groups.append((blocks, torch.from_numpy(rows).to(device, non_blocking=True)))
+    return StatePlan(tuple(groups), tuple(runs), filled, left, right)
+
+
+def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
+    """S_g of features `[heads, tokens, width]` and values `[heads, tokens, e]`, one per slot."""
+    shape = (features.shape[0], plan.num_slots, features.shape[2], values.shape[2])
+    states = features.new_zeros(shape)
+    for blocks, slots in plan.groups:
+        states[:, slots] = blocks.take(features).transpose(-1, -2) @ blocks.take(values)
+    return states
+
+
+def scan_states(
+    states: Tensor, plan: StatePlan, *, transposed: bool = False, log_step: Tensor | None = None
+) -> Tensor:
+    """F_g of every slot; transposed, the gradient of S_g given that of F_g.
+
+    log_step: `[heads]`, log of the factor by which a state shrinks from one group to the next; None is 0.
+    """
+    left, right = (plan.right, plan.left) if transposed else (plan.left, plan.right)
+    scanned = torch.zeros_like(states)
+    for first, segments, groups in plan.runs:
+        here = slice(first, first + segments * groups)
+        source = states[:, here].unflatten(1, (segments, groups))
+        target = scanned[:, here].unflatten(1, (segments, groups))
+        if left is not None and left < groups:
+            target[:, :, left:] += _running_sum(source[:, :, : groups - left], log_step)
+        if right is not None and right < groups:
+            target[:, :, : groups - right] += _running_sum(source[:, :, right:].flip(2), log_step).flip(2)
+    return scanned
+
+
+def _running_sum(x: Tensor, log_step: Tensor | None) -> Tensor:
+    """y_g = x_g + exp(log_step) y_(g-1) over dimension 2 of `[heads, segments, groups, ...]`.
+
+    After the step of width w every y holds its last 2 w terms: a logarithm of the groups in steps, and the
+    factor of each is exp(w log_step) itself, not a product of rounded factors.
+    """
+    if log_step is None:
+        return x.cumsum(2)
+    total, width = x.clone(), 1
+    while width < x.shape[2]:
+        factor = (width * log_step).exp()[:, None, None, None, None]
+        total[:, :, width:] += factor * total[:, :, :-width]
+        width *= 2
+    return total
+
+
+def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
+    """features_i F_g(i) `[heads, tokens, e]`; rows outside the plan are 0."""
+    heads, tokens, _ = features.shape
+    if len(plan.groups) == 1 and plan.groups[0][0].num_rows == tokens:
+        blocks, slots = plan.groups[0]
+        return (blocks.take(features) @ states[:, slots]).flatten(1, 2)
+    out = features.new_zeros(heads, tokens, states.shape[3])
+    for blocks, slots in plan.groups:
+        blocks.put(out, blocks.take(features) @ states[:, slots])
+    return out
+
+
+def feature_map(x: Tensor, name: str) -> Tensor:
+    """phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
+    if name == "softmax":
+        return x.softmax(-1)
+    if name == "elu":
+        return torch.nn.functional.elu(x) + 1
+    return x.relu()
+
+
+def feature_map_backward(x: Tensor, features: Tensor, grad: Tensor, name: str) -> Tensor:
+    """The gradient of x, given features = phi(x) and their gradient."""
+    if name == "softmax":
+        return features * (grad - (features * grad).sum(-1, keepdim=True))
+    if name == "elu":  # elu(x) + 1 is its own derivative for x < 0
+        return grad * features.clamp(max=1)
+    return grad * (x > 0)
+
+
+def log_weight(beta: Tensor | None, query: Tensor) -> Tensor:
+    """beta `[heads, 1, 1]` in the dtype of the computation."""
+    values = query.new_zeros(query.shape[0]) if beta is None else beta.to(query.dtype)
+    return values[:, None, None]
+
+
+def far_weight(beta: Tensor, lse: Tensor) -> Tensor:
+    """exp(beta - lse), bounded so that it times an absent far part is 0 and not NaN."""
+    limit = math.log(torch.finfo(lse.dtype).max) - 8
+    return (beta - lse).clamp_(max=limit).exp_()
+
+
+def join_far(out: Tensor, lse: Tensor, sums: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The near result and the far sums [numerator, normaliser] under one normaliser. Consumes `out`."""
+    joint = torch.logaddexp(lse, beta + sums[..., -1:].log())
+    out = out.mul_((lse - joint).exp_()).addcmul_(sums[..., :-1], far_weight(beta, joint))
+    return out, joint

@@ -1,0 +1,1 @@
+"""Softmax attention of ranges of queries over ranges of keys."""

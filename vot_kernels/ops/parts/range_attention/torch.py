@@ -1,0 +1,266 @@
+"""Softmax attention of ranges of queries over ranges of keys: packed, windowed and near attention alike.
+
+A *pass* gives every query at most one range of keys; several passes over disjoint keys are merged by their
+lse. Blocks of equal shape are computed together, by PyTorch's fused CPU kernel or by tiled matmuls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket
+
+_MAX_SCORES = 2**25  # entries of a score tile of the matmul path: 128 MiB in float32
+_WINDOW_ROWS = 128  # queries that share a mask
+
+
+@dataclass(frozen=True, eq=False)
+class RangeBlocks:
+    """Query runs and the key run of each, of one shape; causal aligns both and hides later keys.
+
+    With a band (low, high) query i of a run sees its keys i + low to i + high alone.
+    """
+
+    queries: Blocks
+    keys: Blocks
+    causal: bool
+    band: tuple[int, int] | None = None
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """`[queries, keys]` to add to the scores, None without a band."""
+        if self.band is None:
+            return None
+        low, high = self.band
+        hidden = like.new_full((self.queries.length, self.keys.length), -torch.inf)
+        return hidden.triu(high + 1).add_(hidden.tril(low - 1))
+
+
+Pass = tuple[RangeBlocks, ...]
+
+
+def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
+    """Blocks of `ranges` `[n, 4]`: query begin and end, key begin and end. Empty ranges fall out.
+
+    Ascending queries are expected. Adjacent queries with the same keys become one range.
+    """
+    ranges = ranges[(ranges[:, 1] > ranges[:, 0]) & (ranges[:, 3] > ranges[:, 2])]
+    if not len(ranges):
+        return ()
+    if not causal:
+        new = np.any(np.diff(ranges[:, 2:], axis=0) != 0, axis=1) | (ranges[1:, 0] != ranges[:-1, 1])
+        first = np.flatnonzero(np.concatenate([[True], new]))
+        last = np.append(first[1:], len(ranges)) - 1
+        ranges = np.stack([ranges[first, 0], ranges[last, 1], ranges[first, 2], ranges[first, 3]], axis=1)
+    lengths = np.stack([ranges[:, 1] - ranges[:, 0], ranges[:, 3] - ranges[:, 2]], axis=1)
+    return tuple(
+        RangeBlocks(
+            Blocks(ranges[rows, 0], int(lengths[rows[0], 0]), device),
+            Blocks(ranges[rows, 2], int(lengths[rows[0], 1]), device),
+            causal,
+        )
+        for rows in bucket(lengths)
+    )
+
+
+def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> Pass:
+    """Blocks of `ranges` `[n, 4]` in which a query sees the keys from `left` before to `right` after its place.
+
+    The places of the last query and the last key of a range are one. Long ranges are cut into blocks of few
+    queries and the keys that these see, so that a mask is as large as a window, not as a range.
+    """
+    found = []
+    for owner, (begin, end, key_begin, key_end) in enumerate(ranges.tolist()):
+        everything, offset = end - begin + key_end - key_begin, key_end - end
+        behind, ahead = min(left, everything), everything if right is None else min(right, everything)
+        for first in range(max(begin, key_begin - ahead - offset), end, _WINDOW_ROWS):
+            rows = min(_WINDOW_ROWS, end - first)
+            low = max(key_begin, first + offset - behind)
+            keys = min(key_end, first + rows + offset + ahead) - low
+            # Blocks of one range are evenly spaced, so views; those of several are copied: only short ones.
+            apart = owner if keys > 4 * _WINDOW_ROWS else -1
+            place = first + offset - low
+            found.append((first, low, rows, keys, place - behind, place + ahead, apart))
+    plan = np.array(found, dtype=np.int64).reshape(-1, 7)
+    plan = plan[plan[:, 3] > 0]
+    blocks = []
+    for members in bucket(plan[:, 2:]):
+        rows, keys, *band = plan[members[0], 2:6].tolist()
+        runs = Blocks(plan[members, 0], rows, device), Blocks(plan[members, 1], keys, device)
+        blocks.append(RangeBlocks(*runs, False, (band[0], band[1])))
+    return tuple(blocks)
+
+
+def range_attention(
+    q: Tensor, k: Tensor, v: Tensor, passes: Sequence[Pass], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q, k, v.
+
+    Queries without keys get the output 0 and the lse -inf.
+    """
+    results = []
+    for blocks in passes:
+        out, lse = _nothing(q, complete=sum(item.queries.num_rows for item in blocks) == q.shape[1])
+        for item in blocks:
+            o, part = _attend(*_operands(item, q, k, v), item.causal, scale, item.mask(q))
+            item.queries.put(out, o.transpose(0, 1))
+            item.queries.put(lse, part.transpose(0, 1)[..., None])
+        results.append((out, lse))
+    out, lse = results[0] if results else _nothing(q, complete=False)
+    for other, other_lse in results[1:]:
+        joint = torch.logaddexp(lse, other_lse)
+        safe = finite_pivot(joint)
+        out = out.mul_((lse - safe).exp()).add_(other.mul_((other_lse - safe).exp()))
+        lse = joint
+    return out, lse
+
+
+def range_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    passes: Sequence[Pass],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser.
+
+    A gradient on lse enters as D = grad.out - grad_lse. The fused kernel forms D itself, so the term rides
+    in one more column: v' = [v, 1], grad' = [grad, grad_lse], out' = [out, 0] give grad'.v' - grad'.out'.
+    """
+    if grad_lse is not None:
+        grad, out = torch.cat([grad, grad_lse], -1), _widen(out, 0.0)
+        q, k, v = _widen(q, 0.0), _widen(k, 0.0), _widen(v, 1.0)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for item in (item for blocks in passes for item in blocks):
+        grads = _attend_backward(
+            item.queries.take(grad).transpose(0, 1),
+            *_operands(item, q, k, v),
+            item.queries.take(out).transpose(0, 1),
+            item.queries.take(lse).transpose(0, 1)[..., 0],
+            item.causal,
+            scale,
+            item.mask(q),
+        )
+        for runs, total, part in zip((item.queries, item.keys, item.keys), (dq, dk, dv), grads, strict=True):
+            runs.add(total, part.transpose(0, 1))
+    if grad_lse is not None:
+        dq, dk, dv = (x[..., :-1] for x in (dq, dk, dv))
+    return dq, dk, dv
+
+
+def finite_pivot(lse: Tensor) -> Tensor:
+    """lse with 0 in place of -inf, so that exp(x - pivot) is 0 and not NaN where there is nothing."""
+    return lse.masked_fill(lse == -torch.inf, 0)
+
+
+def _nothing(q: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
+    """out and lse of queries without keys; uninitialized if the complete result is about to be written."""
+    out, lse = torch.empty_like(q), q.new_empty(*q.shape[:2], 1)
+    return (out, lse) if complete else (out.zero_(), lse.fill_(-torch.inf))
+
+
+def _operands(item: RangeBlocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[runs, heads, length, d]` each."""
+    return (
+        item.queries.take(q).transpose(0, 1),
+        item.keys.take(k).transpose(0, 1),
+        item.keys.take(v).transpose(0, 1),
+    )
+
+
+def _widen(x: Tensor, value: float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 1), value=value)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and lse `[runs, heads, length]` of a batch of equal ranges."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    return _attend_matmul(q, k, v, causal, scale, mask)
+
+
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    return _attend_matmul_backward(grad, q, k, v, out, lse, causal, scale, mask)
+
+
+def _attend_matmul(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+    for runs, rows in _tiles(q, k):
+        scores = _scores(q, k, runs, rows, causal, scale, mask)
+        lse[runs, :, rows] = part = scores.logsumexp(-1)
+        out[runs, :, rows] = scores.sub_(part[..., None]).exp_() @ v[runs]
+    return out, lse
+
+
+def _attend_matmul_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for runs, rows in _tiles(q, k):
+        p = _scores(q, k, runs, rows, causal, scale, mask).sub_(lse[runs, :, rows, None]).exp_()
+        do = grad[runs, :, rows]
+        delta = (do * out[runs, :, rows]).sum(-1, keepdim=True)
+        ds = (do @ v[runs].transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
+        dq[runs, :, rows] = ds @ k[runs]
+        dk[runs] += ds.transpose(-1, -2) @ q[runs, :, rows]
+        dv[runs] += p.transpose(-1, -2) @ do
+    return dq, dk, dv
+
+
+def _scores(
+    q: Tensor, k: Tensor, runs: slice, rows: slice, causal: bool, scale: float, mask: Tensor | None
+) -> Tensor:
+    scores = (q[runs, :, rows] @ k[runs].transpose(-1, -2)).mul_(scale)
+    if mask is not None:
+        scores += mask[rows]
+    if causal:
+        index = torch.arange(k.shape[2], device=q.device)
+        scores.masked_fill_(index > index[rows, None], -torch.inf)
+    return scores
+
+
+def _tiles(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Slices of runs and of query rows whose scores stay within the memory budget."""
+    runs, heads, length, _ = q.shape
+    row_size = heads * k.shape[2]
+    rows = max(1, min(length, _MAX_SCORES // row_size))
+    batch = max(1, _MAX_SCORES // (row_size * rows))
+    return [
+        (slice(b, b + batch), slice(r, r + rows))
+        for b in range(0, runs, batch)
+        for r in range(0, length, rows)
+    ]

@@ -1,0 +1,523 @@
+"""Launcher of the range attention kernels: packed, windowed, causal and near attention, forward and backward.
+
+The kernels know one thing of all these: the range of keys that each row sees. `KeyRanges` says how it comes
+about; a small kernel writes it out per call, so nothing waits for the device and every packing, window and
+causal mode runs the same compiled kernel. A window that covers a segment gives the very numbers of exact
+attention.
+
+The forward can load keys and values through tensor descriptors, on sm_90 and newer. An entry "fwd" of
+`tuning/configs/<arch>/range_attention.json` whose blocks say `"USE_TMA": 1` does, and with `"WARP_SPECIALIZE": 1`
+warps of their own do the loading. The key `tma` says when: 0 where the inputs or the GPU allow no descriptors, 1
+where they do, 2 where they do inside of `prefer_tma()`, 3 inside of `prefer_tma(warp_specialize=True)`. The shipped
+entries begin at 2 or 3, for no GPU has timed them, and so take no part in ordinary calls. To switch one on, let it
+begin at 1, `"tma": [1, 3]`; to measure all ways without touching a file, call the op inside of `prefer_tma`.
+
+The backward is a pair of kernels, or with an entry "bwd_dkdv" of `"ADD_DQ": 1` the fused form, see `range_bwd.py`.
+The key `fused` says when: 0 where the bits must repeat, 2 where they need not, 1 where the caller has no wish. The
+shipped entries say 2, for no GPU has timed them either; `"fused": [1, 2]` makes one the default. Where its blocks say
+`"USE_TMA": 1` the adding is done through descriptors, and the key `tma` is 1 where these can be had.
+"""
+
+import contextvars
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.launch import Grid, find_config, launch, rows_contiguous, target_arch
+from vot_kernels.tuning import INTERPRETER, Config
+
+_UNLIMITED = 2**31 - 1
+_VECTOR = 8  # numbers of 16 bits in the widest load
+_DESCRIPTOR_BYTES = 16  # what a tensor descriptor asks of bases and strides
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRanges:
+    """Which keys each row of a packed buffer sees: groups near its own, and tokens near its counterpart.
+
+    Rows and keys are cut into as many segments, and these into as many groups. The last row of a segment
+    and its last key are counterparts, and so on backwards from there.
+
+    Attributes:
+        cu_rows, cu_keys: int32 `[segments + 1]`, cumulative lengths of the segments.
+        row_groups, key_groups: int32 `[groups + 1]`, likewise of the groups.
+        segment_groups: int32 `[segments + 1]`, first group of each segment; None if each is one group.
+        left, right: groups seen before and after the own one; None for all of the segment.
+        tokens_left, tokens_right: tokens seen before and after the counterpart, None for all. 0 on the right
+            is causal attention.
+    """
+
+    cu_rows: Tensor
+    cu_keys: Tensor
+    row_groups: Tensor
+    key_groups: Tensor
+    segment_groups: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    tokens_left: int | None = None
+    tokens_right: int | None = None
+
+    @classmethod
+    def of_segments(
+        cls,
+        cu_rows: Tensor,
+        cu_keys: Tensor,
+        tokens_left: int | None = None,
+        tokens_right: int | None = None,
+    ) -> "KeyRanges":
+        """All keys of the own segment, or those around the counterpart."""
+        return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
+
+    @classmethod
+    def of_groups(
+        cls,
+        cu_seqlens: Tensor,
+        cu_groups: Tensor,
+        segment_groups: Tensor,
+        left: int | None,
+        right: int | None,
+        causal: str,
+    ) -> "KeyRanges":
+        """The near part of hybrid attention; causal is "none", "group" or "token"."""
+        tokens_right = 0 if causal == "token" else None
+        if left is None and causal != "group":  # everything is near: groups play no part
+            return cls.of_segments(cu_seqlens, cu_seqlens, tokens_right=tokens_right)
+        return cls(
+            cu_seqlens,
+            cu_seqlens,
+            cu_groups,
+            cu_groups,
+            segment_groups,
+            left,
+            right if causal == "none" else 0,
+            tokens_right=tokens_right,
+        )
+
+    def mirrored(self) -> "KeyRanges":
+        """Which rows see each key."""
+        return KeyRanges(
+            self.cu_keys,
+            self.cu_rows,
+            self.key_groups,
+            self.row_groups,
+            self.segment_groups,
+            self.right,
+            self.left,
+            self.tokens_right,
+            self.tokens_left,
+        )
+
+    def write(self, rows: int) -> Tensor:
+        """int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
+        from vot_kernels.kernels.common.ranges import _key_ranges_kernel
+
+        ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
+        groups = self.row_groups.shape[0] - 1
+        config = find_config("range_attention", "key_ranges", ranges.device)
+        launch(
+            _key_ranges_kernel,
+            lambda blocks: (rows // blocks["BLOCK_T"] + groups if groups else 0,),
+            config,
+            ranges_ptr=ranges,
+            row_groups_ptr=self.row_groups,
+            key_groups_ptr=self.key_groups,
+            segment_groups_ptr=self.segment_groups,
+            groups=groups,
+            segments=self.cu_rows.shape[0] - 1,
+            rows=rows,
+            left=_limit(self.left),
+            right=_limit(self.right),
+            tokens_left=_limit(self.tokens_left),
+            tokens_right=_limit(self.tokens_right),
+        )
+        return ranges
+
+
+@dataclass(frozen=True, eq=False)
+class FarPart:
+    """Linear attention of every row to the groups that it does not see, under the same normaliser.
+
+    Attributes:
+        states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
+            from each group: S `[width, head_dim]`, then z `[width]`, as `_linear_triton.group_states` has it.
+        features: `[rows, heads, width]`: q, or given features.
+        feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
+        beta: `[heads]`, log of the weight of far tokens; None is 0.
+    """
+
+    states: Tensor
+    features: Tensor
+    feature_map: str
+    beta: Tensor | None = None
+
+
+_tma_preference = 1
+
+
+@contextmanager
+def prefer_tma(*, warp_specialize: bool = False) -> Iterator[None]:
+    """Inside of it, forwards take the config entries of `"tma": 2` or 3 where they can; results are the same."""
+    global _tma_preference
+    before = _tma_preference
+    _tma_preference = 3 if warp_specialize else 2
+    try:
+        yield
+    finally:
+        _tma_preference = before
+
+
+def range_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, far: FarPart | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every row to its keys, and with `far` linear attention to the other groups.
+
+    Args:
+        q: `[rows, heads, head_dim]`, float16, bfloat16 or float32, head_dim 16 to 256. Rows past the last
+            segment are slack and never read.
+        k, v: `[keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+        ranges: which keys each row sees.
+        scale: factor on q.k.
+        far: the far part of hybrid attention; its groups are those of `ranges`.
+
+    Returns:
+        The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
+        rows that see nothing.
+    """
+    from vot_kernels.kernels.range_attention.fwd import _range_attention_fwd_kernel
+
+    if scale < 0:  # a peak of scores is one after scaling too only if the scale is positive
+        q, scale = -q, -scale
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    rows, heads, head_dim = q.shape
+    features = q if far is None else rows_contiguous(far.features)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments or not rows:
+        return out.zero_(), lse.fill_(-torch.inf)
+    config = _config("fwd", q, far=int(far is not None), tma=_tma_key(q, k, v))
+    _launch_with_workspace(
+        _range_attention_fwd_kernel,
+        lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
+        config,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        ranges_ptr=ranges.write(rows),
+        cu_rows_ptr=ranges.cu_rows,
+        **_far_arguments(far, features, head_dim),
+        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        row_groups_ptr=ranges.row_groups,
+        segments=segments,
+        groups=ranges.row_groups.shape[0] - 1,
+        rows=rows,
+        repeats=heads // k.shape[1],
+        scale=scale,
+        **_strides(q=q, k=k, v=v, features=features),
+    )
+    return out, lse
+
+
+def range_attention_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
+
+    Args:
+        grad: gradient of out, `[rows, heads, head_dim]`.
+        grad_lse: gradient of lse, `[rows, heads]`, or None.
+        out, lse: what the forward returned, or those merged with other keys.
+        q, k, v, ranges, scale: as in the forward.
+        deterministic: see `fuses_backward`.
+    """
+    fused = fuses_backward(q, deterministic)
+    rows = range_attention_rows_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale, fused=fused)
+    dq = rows.dq if fused else None
+    dk, dv, _ = range_attention_keys_backward(grad, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
+    return rows.dq.to(q.dtype), dk, dv
+
+
+def fuses_backward(q: Tensor, deterministic: bool | None, *, far: bool = False) -> bool:
+    """Whether the backward runs in the fused form, in which the second half adds to dq too, in no fixed order.
+
+    Args:
+        q: as in the forward.
+        deterministic: True for the pair of kernels, of which the same inputs give the same bits; False for the
+            fused form, where there is an entry for it; None for what the entry says, and the pair where PyTorch
+            is told to use deterministic algorithms alone.
+        far: whether there is a far part.
+    """
+    return bool(_keys_config(q, far, _fused_key(deterministic)).blocks.get("ADD_DQ", 0))
+
+
+_PAIR, _EITHER, _FUSED = range(3)
+
+
+def _fused_key(deterministic: bool | None) -> int:
+    if deterministic is None:
+        return _PAIR if torch.are_deterministic_algorithms_enabled() else _EITHER
+    return _PAIR if deterministic else _FUSED
+
+
+def _keys_config(q: Tensor, far: bool, fused: int) -> Config:
+    descriptors = _adds_through_descriptors(target_arch(q.device), q.shape[2])
+    return _config("bwd_dkdv", q, far=int(far), fused=fused, tma=int(descriptors))
+
+
+def _adds_through_descriptors(arch: str, head_dim: int) -> bool:
+    """Whether kernels on `arch` can add to blocks of a float32 `[rows, heads, head_dim]` through descriptors."""
+    known = arch != INTERPRETER and int(arch.removeprefix("sm_")) >= 90
+    return known and head_dim * torch.float32.itemsize % _DESCRIPTOR_BYTES == 0
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """What the backward finds for each row.
+
+    Attributes:
+        dq: in the dtype of q. It has the gradient through the feature map, unless the features were given.
+            In the fused form float32, and without the near part, which the second half adds.
+        delta: float32 `[rows, heads]`, D = do.o - dlse; uninitialized in slack rows.
+        far_weight: float32 `[rows, heads]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
+            states; None without a far part.
+        d_beta: float32 `[rows, heads]`, to be summed over the rows; None without a far part.
+        d_features: gradient of given features (feature_map "none"), else None.
+    """
+
+    dq: Tensor
+    delta: Tensor
+    far_weight: Tensor | None = None
+    d_beta: Tensor | None = None
+    d_features: Tensor | None = None
+
+
+def range_attention_rows_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    far: FarPart | None = None,
+    *,
+    fused: bool = False,
+) -> RowGradients:
+    """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
+    from vot_kernels.kernels.range_attention.bwd import _range_attention_dq_kernel
+
+    grad, out, q, k, v = (rows_contiguous(x) for x in (grad, out, q, k, v))
+    rows, heads, head_dim = q.shape
+    features = q if far is None else rows_contiguous(far.features)
+    numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
+    given = far is not None and far.feature_map == "none"
+    found = RowGradients(
+        torch.empty(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device),
+        numbers[0],
+        None if far is None else numbers[1],
+        None if far is None else numbers[2],
+        torch.empty_like(features, memory_format=torch.contiguous_format) if given else None,
+    )
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments:
+        for x in (found.dq, numbers, found.d_features):
+            if x is not None:
+                x.zero_()
+        return found
+    config = _config("bwd_start" if fused else "bwd_dq", q, far=int(far is not None))
+    launch(
+        _range_attention_dq_kernel,
+        lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
+        config,
+        grad_ptr=grad,
+        grad_lse_ptr=None if grad_lse is None else grad_lse.float().contiguous(),
+        out_ptr=out,
+        lse_ptr=lse.contiguous(),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        dq_ptr=found.dq,
+        delta_ptr=found.delta,
+        ranges_ptr=None if fused else ranges.write(rows),
+        cu_rows_ptr=ranges.cu_rows,
+        **_far_arguments(far, features, head_dim),
+        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        d_features_ptr=found.d_features,
+        d_beta_ptr=found.d_beta,
+        far_weight_ptr=found.far_weight,
+        row_groups_ptr=ranges.row_groups,
+        segments=segments,
+        groups=ranges.row_groups.shape[0] - 1,
+        rows=rows,
+        repeats=heads // k.shape[1],
+        scale=scale,
+        **_strides(grad=grad, out=out, q=q, k=k, v=v, features=features),
+        BLOCK_W=_padded(features.shape[2]),
+        **({"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}),
+    )
+    return found
+
+
+def range_attention_keys_backward(
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    far: FarPart | None = None,
+    *,
+    dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The second half of the backward.
+
+    Args:
+        delta: as the first half returned it.
+        far: the key side: for each group the gradient states of the groups far from which it is, summed over
+            the heads of each kv head, and the features of k, `[keys, kv_heads, width]`. Its beta is not used.
+        dq: that of the first half in the fused form; the near part is added to it.
+
+    Returns:
+        dk, dv, and the gradient of given features of k, else None.
+    """
+    from vot_kernels.kernels.range_attention.bwd import _range_attention_dkdv_kernel
+
+    grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k, v))
+    keys, kv_heads, head_dim = k.shape
+    heads = q.shape[1]
+    features = k if far is None else rows_contiguous(far.features)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    given = far is not None and far.feature_map == "none"
+    d_features = torch.empty_like(features, memory_format=torch.contiguous_format) if given else None
+    segments = ranges.cu_rows.shape[0] - 1
+    if not segments:
+        return dk.zero_(), dv.zero_(), None if d_features is None else d_features.zero_()
+    config = _keys_config(q, far is not None, _PAIR if dq is None else _FUSED)
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int, ...]:
+        return keys // blocks["BLOCK_K"] + segments, kv_heads
+
+    _launch_with_workspace(
+        _range_attention_dkdv_kernel,
+        grid if dq is None else grid(config.blocks),  # numbers: to time it, tuning would add to dq again
+        config,
+        grad_ptr=grad,
+        lse_ptr=lse.contiguous(),
+        delta_ptr=delta,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dq_ptr=dq,
+        ranges_ptr=ranges.mirrored().write(keys),
+        cu_keys_ptr=ranges.cu_keys,
+        **_far_arguments(far, features, head_dim),
+        d_features_ptr=d_features,
+        key_groups_ptr=ranges.key_groups,
+        segments=segments,
+        groups=ranges.key_groups.shape[0] - 1,
+        keys=keys,
+        heads=heads,
+        repeats=heads // kv_heads,
+        scale=scale,
+        **_strides(grad=grad, q=q, k=k, v=v, features=features),
+        BLOCK_W=_padded(features.shape[2]),
+    )
+    return dk, dv, d_features
+
+
+def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
+    """What the kernels share of a far part, or say in its absence; and the head_dim that goes with it."""
+    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim)}
+    if far is None:
+        return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
+    pointers = {"far_ptr": far.states, "features_ptr": features}
+    return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
+
+
+def _tma_key(q: Tensor, k: Tensor, v: Tensor) -> int:
+    return _tma_preference if _takes_descriptors(target_arch(k.device), q, k, v) else 0
+
+
+def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:
+    """Whether kernels on `arch` can load blocks of rows of `tensors` through tensor descriptors.
+
+    tensors: `[rows, heads, head_dim]`. Descriptors take bases and strides that are multiples of 16 bytes, and
+    the stride of a row may have 40 bits.
+    """
+
+    def fits(x: Tensor) -> bool:
+        row, head, column = x.stride()
+        starts = x.data_ptr(), row * x.itemsize, head * x.itemsize
+        aligned = column == 1 and all(start % _DESCRIPTOR_BYTES == 0 for start in starts)
+        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == _padded(x.shape[2])
+
+    known = arch == INTERPRETER or int(arch.removeprefix("sm_")) >= 90
+    return known and all(fits(x) for x in tensors)
+
+
+def _launch_with_workspace(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
+    """`launch`, for a kernel that makes tensor descriptors: these lie in memory that Triton asks PyTorch for.
+
+    Triton keeps the allocator in a context variable, which is unset on the threads of autograd. It is set in a
+    copy of the context, so that the caller's own allocator stays.
+    """
+
+    def run() -> None:
+        import triton
+
+        triton.set_allocator(_allocate_workspace)
+        launch(kernel, grid, config, **arguments)
+
+    contextvars.copy_context().run(run)
+
+
+def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Of the current device and stream, as the launch; the caching allocator reuses it in stream order."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def _config(kernel: str, q: Tensor, **key: int) -> Config:
+    key |= {"head_dim": _padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
+    return find_config("range_attention", kernel, q.device, **key)
+
+
+def _padded(head_dim: int) -> int:
+    """The next power of two, 16 at least: what the matrix units take."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _limit(count: int | None) -> int:
+    return _UNLIMITED if count is None else min(count, _UNLIMITED)
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """`NAME_stride` over rows and `NAME_head_stride` of each tensor, in units of `STRIDE_UNIT` numbers.
+
+    Triton asks of an argument whether it is a multiple of 16; that of 8 is enough for the widest loads, and
+    heads of 72 or 40 numbers have it.
+    """
+    strides = {f"{name}_stride": x.stride(0) for name, x in tensors.items()}
+    strides |= {f"{name}_head_stride": x.stride(1) for name, x in tensors.items()}
+    unit = _VECTOR if all(n % _VECTOR == 0 and n < 2**31 for n in strides.values()) else 1
+    return {name: n // unit for name, n in strides.items()} | {"STRIDE_UNIT": unit}

@@ -1,0 +1,5 @@
+"""An embedding of an image's or clip's size: see `op.py`."""
+
+from vot_kernels.ops.size_aware_embedding.op import QUANTITIES, size_aware_embedding, size_features
+
+__all__ = ["QUANTITIES", "size_aware_embedding", "size_features"]

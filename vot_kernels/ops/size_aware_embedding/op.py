@@ -1,0 +1,160 @@
+"""An embedding of a segment's size, shape and frame rate, added to each of its tokens."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vot_kernels.ops.checks import check_device, check_floating, check_layout, check_tensor
+from vot_kernels.ops.dispatch import select
+from vot_kernels.packing import PackedLayout
+
+QUANTITIES = 6
+_LONGEST_PERIOD = 32.0  # in octaves of size: no two sizes up to 2^16 tokens a side coincide
+
+
+def size_features(
+    sizes: Tensor, fps: Tensor | float | None = None, *, octaves: int = 4, use_frames: bool = True
+) -> Tensor:
+    """Fourier features of log2 height, width, height / width, height · width, frames and fps.
+
+    Each quantity v gives sin and cos of 2π v 2^o / 32, o = 0 .. octaves - 1; smooth, so a size never seen
+    lies between its neighbours. An unknown quantity (frames without `use_frames`, fps None, or any value that
+    is not positive) gives zeros, which no known value does.
+
+    Args:
+        sizes: `[segments, 3]`, (frames, height, width) in tokens.
+        fps: frames per second of each segment `[segments]`, one number for all, or None.
+        octaves: frequencies per quantity.
+        use_frames: False where the clip length is not known in advance (streaming); fps is kept.
+
+    Returns:
+        float32 `[segments, 12 · octaves]`; no gradient.
+    """
+    if sizes.ndim != 2 or sizes.shape[1] != 3:
+        raise ValueError(f"sizes must be [segments, 3], got {list(sizes.shape)}.")
+    segments = sizes.shape[0]
+    frames, height, width = sizes.to(torch.float32).unbind(1)
+    if fps is None:
+        rate = torch.zeros_like(frames)
+    else:
+        rate = torch.as_tensor(fps, dtype=torch.float32, device=sizes.device)
+        if rate.ndim > 1 or rate.ndim == 1 and rate.shape[0] != segments:
+            raise ValueError(f"fps must be a number or [{segments}], got {list(rate.shape)}.")
+        rate = rate.expand(segments)
+    length = frames if use_frames else torch.zeros_like(frames)
+    aspect = torch.where((height > 0) & (width > 0), height / width, torch.zeros_like(height))
+    values = torch.stack([height, width, aspect, height * width, length, rate], dim=1)
+    known = (values > 0)[..., None]
+    turns = 2.0 ** torch.arange(octaves, device=sizes.device) * (2 * math.pi / _LONGEST_PERIOD)
+    angles = torch.where(known, values.clamp_min(1e-30)[..., None].log2() * turns, 0.0)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1) * known
+    return waves.reshape(segments, 2 * QUANTITIES * octaves)
+
+
+def size_aware_embedding(
+    x: Tensor,
+    layout: PackedLayout,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    fps: Tensor | float | None = None,
+    use_frames: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """x + W2 SiLU(W1 f + b1) + b2 for every token, f the `size_features` of its segment.
+
+    A function of (height, width, aspect, frames, fps) rather than a table index, so it extends to sizes that
+    training never saw. Everything is computed in float32 (float64 for float64 x) and cast once.
+
+    Args:
+        x: `[tokens, dim]`, floating. Rows beyond the layout's tokens come out zero.
+        layout: its `sizes` are counted in tokens and its `cu_seqlens` say which rows they describe.
+        w1: `[hidden, 12 · octaves]`, any number of octaves.
+        b1: `[hidden]`.
+        w2: `[dim, hidden]`.
+        b2: `[dim]`.
+        fps: frames per second, `[segments]` or one number; None or entries <= 0: unknown.
+        use_frames: False leaves the clip length out.
+        backend: "auto", "torch" or "reference".
+
+    Returns:
+        `[tokens, dim]`, dtype of x.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    _validate(x, layout, w1, b1, w2, b2)
+    octaves = w1.shape[1] // (2 * QUANTITIES)
+    features = size_features(layout.sizes, fps, octaves=octaves, use_frames=use_frames)
+    if select("size_aware_embedding", backend, x) == "reference":
+        from vot_kernels.ops.size_aware_embedding import reference
+
+        return reference.size_aware_embedding(x, layout.cu_seqlens, features, w1, b1, w2, b2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    w1, b1, w2, b2 = (t.to(dtype) for t in (w1, b1, w2, b2))
+    with torch.autocast(x.device.type, enabled=False):
+        embedding = F.linear(F.silu(F.linear(features.to(dtype), w1, b1)), w2, b2)
+    return segment_add_fwd(x, embedding, layout.cu_seqlens)
+
+
+@torch.library.custom_op("vot_kernels::segment_add_fwd", mutates_args=())
+def segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x `[tokens, dim]` + the row of `embedding` `[segments, dim]` of its segment; rows beyond are 0."""
+    rows = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    if embedding.shape[0] == 0:
+        return x.new_zeros(x.shape)
+    total = (x + embedding[segment.clamp_max(embedding.shape[0] - 1)]).to(x.dtype).contiguous()
+    return total.masked_fill_((rows >= cu_seqlens[-1])[:, None], 0)
+
+
+@segment_add_fwd.register_fake
+def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vot_kernels::segment_add_bwd", mutates_args=())
+def segment_add_bwd(grad: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the embedding; a fixed order of summation, no atomics."""
+    rows = torch.arange(grad.shape[0], device=grad.device, dtype=cu_seqlens.dtype)
+    grad_x = grad.contiguous().masked_fill((rows >= cu_seqlens[-1])[:, None], 0)
+    if embedding.shape[0] == 0:
+        return grad_x, torch.zeros_like(embedding)
+    sums = torch.segment_reduce(
+        grad_x.to(embedding.dtype), "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True, initial=0
+    )
+    return grad_x, sums
+
+
+@segment_add_bwd.register_fake
+def _(grad: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), embedding.new_empty(embedding.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, embedding, cu_seqlens = inputs
+    ctx.save_for_backward(embedding, cu_seqlens)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return *segment_add_bwd(grad, *ctx.saved_tensors), None
+
+
+segment_add_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _validate(x: Tensor, layout: PackedLayout, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    check_tensor("x", x, ["tokens", "dim"])
+    check_floating("x", x)
+    check_layout("x", x, layout)
+    check_tensor("w1", w1, ["hidden", "12 * octaves"])
+    if w1.shape[1] == 0 or w1.shape[1] % (2 * QUANTITIES):
+        raise ValueError(f"w1 must be [hidden, 12 * octaves], got {list(w1.shape)}.")
+    check_tensor("b1", b1, [w1.shape[0]])
+    check_tensor("w2", w2, [x.shape[1], w1.shape[0]])
+    check_tensor("b2", b2, [x.shape[1]])
+    check_device("x", x, w1=w1, b1=b1, w2=w2, b2=b2)

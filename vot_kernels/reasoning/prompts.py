@@ -1,0 +1,127 @@
+"""Everything the language model is told. Short, because a small model on a CPU reads 600 tokens a second.
+
+The prompts of steps 3 to 5 begin with the same `context`, so a model that keeps its cache reads it once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from vot_kernels.scene_graph.graph import STSG
+
+GraphStyle = Literal["sentences", "stsg", "both"]
+GRAPH_STYLES = ("sentences", "stsg", "both")
+MAX_LINES = 48  # of one graph; a crowded scene would not fit a small model's context
+
+
+def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MAX_LINES) -> str:
+    """The graph as the model reads it: sentences with names and seconds, the STSG text form, or both."""
+    parts = []
+    if style in ("stsg", "both"):
+        parts.append(_shortened(graph.to_text().splitlines(), max_lines))
+    if style in ("sentences", "both"):
+        parts.append(_shortened(list(_sentences(graph)), max_lines))
+    return "\n".join(parts)
+
+
+def context(graph_text: str, question: str) -> str:
+    """The beginning shared by the prompts about one question."""
+    return f"What happens in the video:\n{graph_text}\n\nQuestion: {question}\n"
+
+
+def task_prompt(names: Sequence[str], question: str) -> str:
+    listed = ", ".join(names[:MAX_LINES])
+    return (
+        f"Objects: {listed}\nQuestion: {question}\n"
+        "Which of these objects is the question about? Reply with their names only."
+    )
+
+
+def kind_prompt(question: str, kinds: Sequence[str]) -> str:
+    return f"Question: {question}\nWhich kind of question is this? Reply with one of: {', '.join(kinds)}."
+
+
+def analysis_prompt(context: str) -> str:
+    return f"{context}Before answering, say in one sentence what the objects in question do and why."
+
+
+def propose_prompt(context: str) -> str:
+    return f"{context}Answer in a few words."
+
+
+def answer_prompt(context: str) -> str:
+    return f"{context}Answer with the shortest possible answer."
+
+
+def blind_prompt(question: str) -> str:
+    """The likelihood's prior: the question without the video."""
+    return answer_prompt(f"Question: {question}\n")
+
+
+def rating_prompt(context: str, analysis: str, candidate: str) -> str:
+    thought = f"Thought: {analysis}\n" if analysis else ""
+    request = "How likely is it right? Rate it from 1 to 10. Reply with the number."
+    return f"{context}{thought}Proposed answer: {candidate}\n{request}"
+
+
+def contradiction_prompt(context: str, analysis: str, answer: str) -> str:
+    request = "Does the answer contradict the thought? Reply yes or no."
+    return f"{context}Thought: {analysis}\nAnswer: {answer}\n{request}"
+
+
+def parse_rating(text: str) -> int | None:
+    """The first number from 1 to 10 in the model's words ("8/10" is 8); None without one.
+
+    The scale repeated ("from 1 to 10") and the number of a list's first item ("1. The …") are not ratings.
+    """
+    text = re.sub(r"\b1\s*(?:to|-|–)\s*10\b|^\s*1[.)]\s", " ", text)
+    for number in re.findall(r"(?<![\d.])\d+(?!\d|\.\d)", text):
+        if number.isascii() and 1 <= int(number[:9]) <= 10:
+            return int(number)
+    return None
+
+
+def parse_sentences(text: str, limit: int = 2) -> str:
+    """The first sentences of the model's words, on one line; empty for text without a letter."""
+    line = " ".join(text.split())
+    if not any(character.isalpha() for character in line):
+        return ""
+    return " ".join(re.split(r"(?<=[.!?])\s+", line)[:limit])
+
+
+def parse_proposals(text: str, limit: int = 3) -> tuple[str, ...]:
+    """Short answers out of the model's words: one per line or list item, without bullets and quotes."""
+    proposals = []
+    for line in re.split(r"[\n;]", text):
+        item = re.sub(r"^\s*(?:[-*•]|\d+[.)]|answer\s*:)\s*", "", line, flags=re.IGNORECASE)
+        item = item.strip(" \t.\"'`*")
+        if any(character.isalnum() for character in item):
+            proposals.append(item[:80].strip())
+    return tuple(dict.fromkeys(proposals))[:limit]
+
+
+def _sentences(graph: STSG) -> Iterator[str]:
+    """Who there is, how each moves, what happened, which relations hold; in that order of importance."""
+    names = {t.id: t.name for t in graph.tracklets}
+    yield "Objects: " + (", ".join(names.values()) or "none") + "."
+    for event in sorted(graph.events, key=lambda event: event.t):
+        who = [names.get(id, id) for id in event.participants]
+        yield f"{' '.join([who[0], event.kind, *who[1:]]) if who else event.kind} at {_at(graph, event.t)}."
+    motions = [r for r in graph.relations if r.subject == r.object]
+    others = [r for r in graph.relations if r.subject != r.object]
+    for r in [*sorted(motions, key=lambda r: (r.subject, r.t0)), *sorted(others, key=lambda r: r.t0 - r.t1)]:
+        object = "" if r.object == r.subject else f" {names.get(r.object, r.object)}"
+        span = f"from {_at(graph, r.t0)} to {_at(graph, r.t1)}"
+        yield f"{names.get(r.subject, r.subject)} {r.predicate}{object} {span}."
+
+
+def _at(graph: STSG, frame: int) -> str:
+    return f"{graph.frame_times_s[frame]:.1f} s" if 0 <= frame < graph.num_frames else f"frame {frame}"
+
+
+def _shortened(lines: list[str], limit: int) -> str:
+    if len(lines) > limit:
+        lines = [*lines[:limit], f"({len(lines) - limit} more lines left out)"]
+    return "\n".join(lines)

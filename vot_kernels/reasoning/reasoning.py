@@ -1,0 +1,250 @@
+"""Video-of-Thought: from a question and a scene graph to an answer with evidence, in five steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vot_kernels.reasoning import prompts, steps
+from vot_kernels.reasoning.llm import GenerateOnlyModel, LanguageModel
+from vot_kernels.reasoning.names import find_tracklets, fold
+from vot_kernels.reasoning.types import (
+    Analysis,
+    Answer,
+    Evidence,
+    EvidenceBox,
+    EvidenceEvent,
+    EvidenceRelation,
+    Ranking,
+    StepTrace,
+    Switches,
+    Task,
+    Tracking,
+    Verification,
+)
+from vot_kernels.reasoning.verification import confidence, perception_score
+from vot_kernels.scene_graph.graph import STSG
+
+NOTHING_SEEN = "nothing in it was recognised"
+
+
+class VideoOfThought:
+    """Answer questions about a video's scene graph by step-wise reasoning.
+
+    1. task definition · 2. object tracking · 3. action analysis · 4. candidate ranking · 5. verification.
+
+    Args:
+        llm: a `LanguageModel`, or any `generate(prompt) -> str`.
+        switches: which steps run.
+        graph_style: how the model reads the graph: "sentences", "stsg" (the compact text form) or "both".
+
+    Raises:
+        TypeError: `llm` is neither; ValueError: an unknown graph_style.
+    """
+
+    def __init__(
+        self,
+        llm: LanguageModel | Callable[[str], str],
+        switches: Switches | None = None,
+        *,
+        graph_style: prompts.GraphStyle = "sentences",
+    ) -> None:
+        if not isinstance(llm, LanguageModel):
+            if not callable(llm):
+                raise TypeError(
+                    f"llm is a LanguageModel or a function of a prompt, not {type(llm).__name__}."
+                )
+            llm = GenerateOnlyModel(llm)
+        if graph_style not in prompts.GRAPH_STYLES:
+            raise ValueError(f"graph_style is one of {', '.join(prompts.GRAPH_STYLES)}, not '{graph_style}'.")
+        self.llm = llm
+        self.switches = switches or Switches()
+        self.graph_style = graph_style
+
+    def run(
+        self,
+        question: str,
+        candidates: Sequence[str] | None,
+        stsg: STSG,
+        *,
+        domain_warning: str | None = None,
+    ) -> Answer:
+        """Answer `question` about the video that `stsg` describes.
+
+        Args:
+            candidates: the answers to choose from; None for an open question, whose candidates are proposed.
+            domain_warning: why the clip is outside what the perception model knows; the answer then says so
+                and its confidence is at most 0.1. A graph without tracklets counts as such a clip.
+
+        Raises:
+            ValueError: the question is empty, or the candidates are empty, blank or repeated.
+        """
+        question = " ".join(question.split())
+        if not question:
+            raise ValueError("The question is empty.")
+        given = None if candidates is None else _checked(candidates)
+        if not stsg.tracklets and domain_warning is None:
+            domain_warning = NOTHING_SEEN
+        run = _Run(self.llm)
+        on = self.switches
+        everything = Task(question, targets=tuple(t.id for t in stsg.tracklets))
+        task = run.step(
+            "task_definition", on.task_definition, lambda m: steps.define_task(m, question, stsg), everything
+        )
+        whole = Tracking(stsg, prompts.graph_text(stsg, self.graph_style))
+        tracking = run.step(
+            "tracking", on.tracking, lambda m: steps.track_objects(task, stsg, self.graph_style), whole
+        )
+        analysis = run.step(
+            "action_analysis",
+            on.action_analysis,
+            lambda m: steps.analyse_actions(m, task, tracking),
+            Analysis(),
+        )
+        ranking = run.step("ranking", True, lambda m: self._rank(m, task, tracking, analysis, given, stsg))
+        best = ranking.best.text if ranking.best else None
+        verification = run.step(
+            "verification",
+            on.verification,
+            lambda m: steps.verify(m, task, tracking, analysis, ranking, stsg),
+            Verification("off", best, best),
+        )
+        return self._answer(task, ranking, verification, stsg, run.trace, given, domain_warning)
+
+    def _rank(
+        self,
+        model: steps.Recorder,
+        task: Task,
+        tracking: Tracking,
+        analysis: Analysis,
+        given: tuple[str, ...] | None,
+        stsg: STSG,
+    ) -> Ranking:
+        candidates = given if given is not None else steps.propose_candidates(model, task, tracking, stsg)
+        ranking = steps.rank_candidates(
+            model, task, tracking, analysis, candidates, words=self.switches.ranking
+        )
+        return replace(ranking, candidates_from="given" if given is not None else "proposed")
+
+    def _answer(
+        self,
+        task: Task,
+        ranking: Ranking,
+        verification: Verification,
+        stsg: STSG,
+        trace: list[StepTrace],
+        given: tuple[str, ...] | None,
+        warning: str | None,
+    ) -> Answer:
+        choice = verification.after
+        chosen = next((c for c in ranking.candidates if c.text == choice), None)
+        mentioned = find_tracklets(choice or "", stsg)
+        ids = tuple(dict.fromkeys((*task.targets, *mentioned)))
+        sure = 0.0
+        if chosen is not None:
+            check = next((c for c in verification.checks if c.candidate == choice), None)
+            verdict = check.verdict if check else "uncheckable"
+            seen = perception_score(stsg, ids)
+            sure = confidence(chosen.score, verdict, verification.commonsense, seen, warning is None)
+        return Answer(
+            question=task.question,
+            text=_wording(choice, verification, warning),
+            choice=choice,
+            choice_before=verification.before,
+            confidence=sure,
+            decided_by=ranking.decided_by,
+            verification=verification.outcome,
+            evidence=collect_evidence(stsg, ids),
+            trace=tuple(trace),
+            candidates=given,
+            warning=warning,
+            model=self.llm.name,
+            switches=self.switches,
+        )
+
+
+def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
+    """Events, relations and boxes that concern the tracklets `ids`.
+
+    Events: any of them takes part. Relations: both ends are among them, or one end for a single tracklet.
+    Boxes: theirs where they are first and last seen, and at the events.
+    """
+    wanted = set(ids)
+    names = {t.id: t.name for t in stsg.tracklets}
+    times = stsg.frame_times_s
+    events = sorted((e for e in stsg.events if wanted & set(e.participants)), key=lambda e: e.t)
+    needed = 1 if len(wanted) == 1 else 2
+    relations = [
+        r
+        for r in stsg.relations
+        if len(wanted & {r.subject, r.object}) >= min(needed, len({r.subject, r.object}))
+    ]
+    boxes = []
+    for tracklet in stsg.tracklets:
+        if tracklet.id not in wanted or not tracklet.boxes:
+            continue
+        shown = {tracklet.frames[0], tracklet.frames[-1], *(e.t for e in events)} & set(tracklet.frames)
+        for frame in sorted(shown):
+            box, score = tracklet.boxes[frame]
+            boxes.append(EvidenceBox(tracklet.id, tracklet.name, frame, times[frame], box, score))
+    return Evidence(
+        times_s=tuple(sorted({b.time_s for b in boxes} | {times[e.t] for e in events})),
+        boxes=tuple(boxes),
+        relations=tuple(
+            EvidenceRelation(
+                names.get(r.subject, r.subject),
+                r.predicate,
+                names.get(r.object, r.object),
+                times[r.t0],
+                times[r.t1],
+                r.score,
+            )
+            for r in relations
+        ),
+        events=tuple(
+            EvidenceEvent(e.kind, tuple(names.get(id, id) for id in e.participants), e.t, times[e.t], e.score)
+            for e in events
+        ),
+    )
+
+
+class _Run:
+    """Runs steps one after another and notes what each asked, returned and took."""
+
+    def __init__(self, llm: LanguageModel) -> None:
+        self.llm = llm
+        self.trace: list[StepTrace] = []
+
+    def step(self, name: str, on: bool, work: Callable[[steps.Recorder], Any], otherwise: Any = None) -> Any:
+        recorder = steps.Recorder(self.llm)
+        start = time.perf_counter()
+        output = work(recorder) if on else otherwise
+        seconds = time.perf_counter() - start
+        self.trace.append(StepTrace(name, on, output, tuple(recorder.calls), seconds))
+        return output
+
+
+def _checked(candidates: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(candidates, str):
+        raise ValueError(f"Candidates are a sequence of answers, not the one string {candidates!r}.")
+    texts = tuple(" ".join(candidate.split()) for candidate in candidates)
+    if not texts:
+        raise ValueError("The list of candidates is empty; pass None for an open question.")
+    if not all(texts):
+        raise ValueError("A candidate is blank; every candidate needs text.")
+    if len(set(map(fold, texts))) < len(texts):
+        raise ValueError(f"Two candidates are the same: {', '.join(texts)}.")
+    return texts
+
+
+def _wording(choice: str | None, verification: Verification, warning: str | None) -> str:
+    if warning is not None:
+        outside = f"This clip is outside what the checkpoint knows ({warning})"
+        return f"{outside}; no answer." if choice is None else f"{outside}; a guess: {choice}"
+    if choice is not None:
+        return choice
+    if verification.before is None:
+        return "I cannot tell: the model proposed no answer."
+    return "I cannot tell: the scene graph contradicts every candidate."

@@ -1,0 +1,321 @@
+"""The five steps: each a function of typed inputs that returns a typed output.
+
+A step asks the language model through a `Recorder`, which notes every prompt and reply for the trace.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+from vot_kernels.reasoning import prompts
+from vot_kernels.reasoning.llm import LanguageModel, ScoreUnavailable
+from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
+from vot_kernels.reasoning.types import (
+    Analysis,
+    DecidedBy,
+    ModelCall,
+    QuestionKind,
+    Ranking,
+    ScoredCandidate,
+    Task,
+    Tracking,
+    Verification,
+)
+from vot_kernels.reasoning.verification import check
+from vot_kernels.scene_graph.graph import STSG
+
+# New tokens per request; a small model on a CPU writes about 20 a second.
+TASK_TOKENS, KIND_TOKENS, ANALYSIS_TOKENS, PROPOSE_TOKENS, RATING_TOKENS = 24, 6, 40, 24, 4
+LIKELIHOOD_SHARE = 0.8  # the likelihood's weight beside the 1-10 words
+PRIOR_WEIGHT = 0.5  # how much of the likelihood without the graph is taken off
+TEMPERATURE = 0.25  # nats per token; a difference of this much is a factor of e between candidates
+MAX_PROPOSALS = 8
+
+_KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
+    ("counterfactual", r"\bwould\b.*\b(if|without|had)\b|\b(if|without|had)\b.*\bwould\b"),
+    ("prediction", r"\bnext\b|\bwill\b|\bgoing to\b|\bwould\b"),
+    ("cause", r"\bwhy\b|\bcaus\w*|\bbecause\b|\bresponsible\b|\bwhat made\b|\breason\b"),
+    ("count", r"\bhow many\b|\bhow often\b|\bnumber of\b"),
+    (
+        "direction",
+        r"\bdirections?\b|\bwhich way\b|\bwhat way\b|\bwhere\b.*\b(go|goes|going|mov\w*|head\w*)\b",
+    ),
+    ("order", r"\b(which|who|what)\b.*\b(first|last|earli\w+|latest)\b|\bwhat order\b"),
+    (
+        "which",
+        r"^(which|who|whom)\b|^(in|on|with|by|into) (which|whom)\b|^what (object|thing|digit|colou?r)\b",
+    ),
+    ("yes/no", r"^(did|do|does|is|are|was|were|has|have|had|can|could)\b|\byes or no\b|\btrue or false\b"),
+)
+
+
+class Recorder:
+    """A language model that remembers what it was asked and what it replied."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.calls: list[ModelCall] = []
+
+    def generate(self, purpose: str, prompt: str, max_new_tokens: int) -> str:
+        reply = str(self.model.generate(prompt, max_new_tokens=max_new_tokens))
+        self.calls.append(ModelCall(purpose, prompt, reply))
+        return reply
+
+    def generate_batch(self, purpose: str, batch: Sequence[str], max_new_tokens: int) -> list[str]:
+        replies = [str(reply) for reply in self.model.generate_batch(batch, max_new_tokens=max_new_tokens)]
+        if len(replies) != len(batch):
+            raise ValueError(
+                f"The model '{self.model.name}' gave {len(replies)} replies to {len(batch)} prompts."
+            )
+        self.calls += [
+            ModelCall(purpose, prompt, reply) for prompt, reply in zip(batch, replies, strict=True)
+        ]
+        return replies
+
+    def score(self, purpose: str, prompt: str, continuations: Sequence[str]) -> list[float] | None:
+        """Mean log-likelihoods per token, or None from a model that cannot score or gives infinities."""
+        try:
+            scores = [float(score) for score in self.model.score(prompt, continuations)]
+        except ScoreUnavailable:
+            return None
+        if len(scores) != len(continuations):
+            raise ValueError(
+                f"The model '{self.model.name}' gave {len(scores)} scores for {len(continuations)} texts."
+            )
+        if not all(map(math.isfinite, scores)):
+            return None
+        self.calls.append(ModelCall(purpose, prompt, tuple(scores)))
+        return scores
+
+
+def define_task(model: Recorder, question: str, graph: STSG) -> Task:
+    """Step 1. What kind of question, about which tracklets.
+
+    Words of the question itself are certain where they match and decide; the model decides where they do not.
+    """
+    kind, kind_by = kind_of(question), "question"
+    if kind is None:
+        kind = _kind_in(
+            model.generate("kind", prompts.kind_prompt(question, get_args(QuestionKind)), KIND_TOKENS)
+        )
+        kind_by = "model" if kind else "default"
+    asked = find_tracklets(question, graph)
+    names = [t.name for t in graph.tracklets]
+    reply = model.generate("targets", prompts.task_prompt(names, question), TASK_TOKENS) if names else ""
+    said = find_tracklets(reply, graph)
+    if asked:
+        targets, targets_by = asked, "both" if set(said) == set(asked) else "question"
+    elif said:
+        targets, targets_by = said, "model"
+    else:
+        targets, targets_by = tuple(t.id for t in graph.tracklets), "all"
+    return Task(question, kind or "open", kind_by, targets, targets_by)  # type: ignore[arg-type]
+
+
+def kind_of(question: str) -> QuestionKind | None:
+    """The kind of question by its own words, None if they do not tell."""
+    folded = fold(question)
+    return next((kind for kind, cue in _KIND_CUES if re.search(cue, folded)), None)
+
+
+def _kind_in(reply: str) -> QuestionKind | None:
+    folded = fold(reply)
+    return next((kind for kind in get_args(QuestionKind) if kind in folded), None)
+
+
+def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Tracking:
+    """Step 2. The tracklets in question, everything that touches them, and whoever they meet in an event."""
+    targets = set(task.targets)
+    events = tuple(e for e in graph.events if targets & set(e.participants))
+    relations = tuple(r for r in graph.relations if targets & {r.subject, r.object})
+    involved = targets.union(*(e.participants for e in events))
+    relations = tuple(r for r in relations if {r.subject, r.object} <= involved)
+    tracklets = tuple(t for t in graph.tracklets if t.id in involved)
+    part = replace(graph, tracklets=tracklets, relations=relations, events=events)
+    return Tracking(part, prompts.graph_text(_told(part, task), style))
+
+
+def _told(part: STSG, task: Task) -> STSG:
+    """What the model is told of `part`: less to read, and no relation that nobody asked about.
+
+    A question about events or a direction is told the targets' own motion and the relations it names; any
+    other question is told everything.
+    """
+    about_events = task.kind in ("yes/no", "count", "which", "order") and find_events(
+        task.question, part.vocabulary.events
+    )
+    if not about_events and task.kind != "direction":
+        return part
+    asked, targets = fold(task.question), set(task.targets)
+    told = (
+        r
+        for r in part.relations
+        if (r.subject == r.object and r.subject in targets)
+        or re.search(rf"\b{re.escape(fold(r.predicate))}\b", asked)
+    )
+    return replace(part, relations=tuple(told))
+
+
+def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis:
+    """Step 3. What the targets do and why, as the model reads it off the graph with its commonsense."""
+    context = prompts.context(tracking.text, task.question)
+    return Analysis(
+        prompts.parse_sentences(model.generate("analysis", prompts.analysis_prompt(context), ANALYSIS_TOKENS))
+    )
+
+
+def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: STSG) -> tuple[str, ...]:
+    """Candidates for an open question: those its kind admits, then the model's own."""
+    own: tuple[str, ...] = ()
+    asks_yes_no = task.kind in ("prediction", "counterfactual") and begins_with_verb(task.question)
+    if task.kind == "yes/no" or asks_yes_no:
+        return ("yes", "no")
+    if task.kind == "direction":
+        return ("left", "right", "up", "down")
+    if task.kind == "count":
+        most = max(len(graph.tracklets), len(graph.events), 1)
+        return tuple(str(n) for n in range(min(most, MAX_PROPOSALS - 1) + 1))
+    if task.kind in ("which", "order", "cause", "prediction"):
+        named = task.targets if task.targets_by != "all" else ()
+        others = [t.name for t in graph.tracklets if t.id not in named] or [t.name for t in graph.tracklets]
+        own = tuple(others)
+    context = prompts.context(tracking.text, task.question)
+    reply = model.generate("proposals", prompts.propose_prompt(context), PROPOSE_TOKENS)
+    proposed = (*prompts.parse_proposals(reply), *own)
+    distinct: dict[str, str] = {}
+    for text in proposed:
+        distinct.setdefault(fold(text), text)
+    return tuple(distinct.values())[:MAX_PROPOSALS]
+
+
+def begins_with_verb(question: str) -> bool:
+    """Whether the question, or its clause behind a comma, begins with a verb: it asks for yes or no."""
+    verbs = "did|do|does|is|are|was|were|has|have|can|could|will|would"
+    return re.search(rf"(?:^|, ?)(?:{verbs})\b", fold(question)) is not None
+
+
+def rank_candidates(
+    model: Recorder,
+    task: Task,
+    tracking: Tracking,
+    analysis: Analysis,
+    candidates: Sequence[str],
+    *,
+    words: bool,
+) -> Ranking:
+    """Step 4. Score every candidate by the model's 1–10 words and by its likelihood, and order them.
+
+    The likelihood is the mean per token, minus half of that without the graph (how plausible the words are
+    anyway); a softmax makes it a distribution. The words are divided by their sum; ratings that are all equal
+    say nothing. Combined = 0.8 likelihood + 0.2 words, or the only one there is. Ties go to the likelihood,
+    then to the earlier candidate. A voice decided if it alone prefers the winner; both if both or neither do.
+    """
+    if not candidates:
+        return Ranking((), "none")
+    context = prompts.context(tracking.text, task.question)
+    ratings: list[int | None] = [None] * len(candidates)
+    if words:
+        batch = [prompts.rating_prompt(context, analysis.text, candidate) for candidate in candidates]
+        replies = model.generate_batch("rating", batch, RATING_TOKENS)
+        ratings = [prompts.parse_rating(reply) for reply in replies]
+    likelihoods = model.score("likelihood", prompts.answer_prompt(context), candidates)
+    priors = model.score("prior", prompts.blind_prompt(task.question), candidates) if likelihoods else None
+    by_words = _shares_of_ratings(ratings)
+    by_likelihood = _shares_of_likelihoods(likelihoods, priors)
+    if not by_words and not by_likelihood:
+        reply = model.generate("answer", prompts.answer_prompt(context), PROPOSE_TOKENS)
+        by_words = _shares_of_reply(reply, candidates)
+    combined = _combine(by_words, by_likelihood, len(candidates))
+    order = sorted(range(len(candidates)), key=lambda i: (-combined[i], -(by_likelihood or combined)[i], i))
+    scored = tuple(
+        ScoredCandidate(
+            candidates[i],
+            combined[i],
+            ratings[i],
+            likelihoods[i] if likelihoods else None,
+            priors[i] if priors else None,
+        )
+        for i in order
+    )
+    return Ranking(scored, _decider(order, by_words, by_likelihood))
+
+
+def _shares_of_ratings(ratings: Sequence[int | None]) -> list[float]:
+    """Ratings divided by their sum; empty if they do not tell candidates apart. A missing one counts 1."""
+    if len(ratings) > 1 and len(set(ratings)) == 1 or not any(ratings):
+        return []
+    values = [rating or 1 for rating in ratings]
+    return [value / sum(values) for value in values]
+
+
+def _shares_of_likelihoods(
+    likelihoods: Sequence[float] | None, priors: Sequence[float] | None
+) -> list[float]:
+    if not likelihoods:
+        return []
+    gains = [
+        a - PRIOR_WEIGHT * b for a, b in zip(likelihoods, priors or [0.0] * len(likelihoods), strict=True)
+    ]
+    powers = [math.exp((gain - max(gains)) / TEMPERATURE) for gain in gains]
+    return [power / sum(powers) for power in powers]
+
+
+def _shares_of_reply(reply: str, candidates: Sequence[str]) -> list[float]:
+    """Without ratings and likelihoods, the candidate that the model answers; empty if it names none."""
+    match = match_candidate(reply, candidates)
+    if match is None:
+        return []
+    return [float(i == match) for i in range(len(candidates))]
+
+
+def _combine(by_words: Sequence[float], by_likelihood: Sequence[float], count: int) -> list[float]:
+    if by_words and by_likelihood:
+        pairs = zip(by_words, by_likelihood, strict=True)
+        return [(1 - LIKELIHOOD_SHARE) * w + LIKELIHOOD_SHARE * p for w, p in pairs]
+    return list(by_words or by_likelihood) or [1 / count] * count
+
+
+def _decider(order: Sequence[int], by_words: Sequence[float], by_likelihood: Sequence[float]) -> DecidedBy:
+    if not (by_words or by_likelihood):
+        return "none"
+    words = bool(by_words) and by_words[order[0]] == max(by_words)
+    likelihood = bool(by_likelihood) and by_likelihood[order[0]] == max(by_likelihood)
+    if words == likelihood:
+        return "both"
+    return "words" if words else "likelihood"
+
+
+def verify(
+    model: Recorder, task: Task, tracking: Tracking, analysis: Analysis, ranking: Ranking, graph: STSG
+) -> Verification:
+    """Step 5. Keep the best candidate, take the next one the graph does not contradict, or abstain.
+
+    Grounding: a contradicted candidate gives way, once, to the best one that is not; if the graph contradicts
+    all, or shows nothing at all, there is no answer. Commonsense: the model is asked whether the answer
+    contradicts its analysis; that lowers the confidence of what the graph cannot check, and changes nothing
+    that it can.
+    """
+    best = ranking.best
+    if best is None or not graph.tracklets:
+        return Verification("abstained", best.text if best else None, None)
+    texts = [candidate.text for candidate in ranking.candidates]
+    checks = []
+    for text in texts:
+        checks.append(check(task, text, texts, graph))
+        if checks[-1].verdict != "contradicted":
+            break
+    else:
+        return Verification("abstained", best.text, None, tuple(checks))
+    after = checks[-1].candidate
+    outcome = "kept" if len(checks) == 1 else "revised"
+    commonsense = "not asked"
+    if analysis.text:
+        context = prompts.context(tracking.text, task.question)
+        prompt = prompts.contradiction_prompt(context, analysis.text, after)
+        said = find_yes_no(model.generate("contradiction", prompt, RATING_TOKENS))
+        commonsense = "unclear" if said is None else "contradicts" if said else "agrees"
+    return Verification(outcome, best.text, after, tuple(checks), commonsense)  # type: ignore[arg-type]

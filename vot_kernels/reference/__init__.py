@@ -1,1 +1,0 @@
-"""Obviously correct, differentiable PyTorch for every op: the one oracle for tests and benchmarks."""

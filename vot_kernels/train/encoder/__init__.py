@@ -1,0 +1,1 @@
+"""Training of the encoder by distillation and contrast."""

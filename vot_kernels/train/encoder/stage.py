@@ -1,0 +1,370 @@
+"""Pretraining the encoder on DigitWorld: distillation from a frozen teacher, contrast with captions."""
+
+import inspect
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import BatchFeature
+
+from vot_kernels.data.digitworld.batches import episode_batch
+from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.models.encoder.configuration import VotEncoderConfig
+from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderOutput
+from vot_kernels.models.encoder.objectives import (
+    CaptionEncoder,
+    ContrastiveHead,
+    TokenDistillation,
+    mean_tokens,
+)
+from vot_kernels.models.encoder.processing import VotImageProcessor
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.relations import MOTIONS
+from vot_kernels.train.checkpoint import load_state, save_state
+from vot_kernels.train.optimization import cosine_schedule, parameter_groups, update
+from vot_kernels.train.perception.batches import TRAIN_SIZES
+
+_MAX_PIXELS = 96 * 96
+_BALANCE_WEIGHT = 0.01
+_FIT_BATCHES = 4  # batches from which the teacher's mean and deviation are taken
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """Settings of a run; two runs with equal settings give equal weights on one machine.
+
+    steps: optimiser steps; batch_size: clips a step, of mixed sizes; learning_rate: peak, after `warmup`
+    steps, decaying to 0 along a half cosine; weight_decay: AdamW's; clip: largest gradient norm;
+    distillation, contrastive: weights of the objectives, 0 leaves one out; num_frames: of each clip;
+    caption_width, caption_layers: of the caption encoder; h264_share: share of the clips that pass through
+    H.264; seed: of weights and data.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    distillation: float = 1.0
+    contrastive: float = 1.0
+    num_frames: int = 16
+    caption_width: int = 96
+    caption_layers: int = 2
+    h264_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        weights = (self.distillation, self.contrastive)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                "The weights of distillation and contrast must be >= 0 and one of them positive, "
+                f"got {self.distillation} and {self.contrastive}."
+            )
+        if self.batch_size < 2:
+            raise ValueError(f"A batch needs at least 2 clips to tell apart, got {self.batch_size}.")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen encoder and what it is."""
+
+    name: str
+    encoder: VotEncoder
+
+    def __post_init__(self) -> None:
+        self.encoder.eval().requires_grad_(False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights."""
+        total = 0
+        for tensor in self.encoder.state_dict().values():
+            total = zlib.crc32(tensor.contiguous().float().numpy().tobytes(), total)
+        return f"{total:08x}"
+
+
+def load_teacher(folder: Path) -> Teacher:
+    """The encoder of a perception checkpoint, or an encoder checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder holds neither.
+    """
+    configuration = folder / "config.json"
+    kind = json.loads(configuration.read_text()).get("model_type") if configuration.is_file() else None
+    if kind == "vot_perception":
+        perception = VotPerceptionModel.from_pretrained(folder, local_files_only=True).float()
+        return Teacher(f"encoder of the perception checkpoint {folder.name}", perception.encoder)
+    if kind == "vot_encoder":
+        encoder = VotEncoder.from_pretrained(folder, local_files_only=True).float()
+        return Teacher(f"encoder checkpoint {folder.name}", encoder)
+    raise FileNotFoundError(
+        f"{folder} holds no teacher: it must be a perception or an encoder checkpoint with a config.json."
+    )
+
+
+def random_features(config: VotEncoderConfig, seed: int = 0, wider: int = 2) -> Teacher:
+    """A freshly initialised encoder, `wider` times as wide as `config`. It knows nothing about images."""
+    torch.manual_seed(seed)
+    wide = VotEncoderConfig(
+        **{
+            **config.to_dict(),
+            "hidden_size": wider * config.hidden_size,
+            "num_attention_heads": wider * config.num_attention_heads,
+            "num_key_value_heads": wider * config.num_key_value_heads,
+        }
+    )
+    return Teacher("random features", VotEncoder(wide))
+
+
+class EncoderPretraining(nn.Module):
+    """The encoder with the heads of its objectives; an objective of weight 0 has no head.
+
+    Args:
+        config: of the encoder.
+        teacher_width: of the teacher's tokens.
+        settings: of the run.
+    """
+
+    def __init__(self, config: VotEncoderConfig, teacher_width: int, settings: EncoderTraining):
+        super().__init__()
+        width = config.hidden_size
+        self.encoder = VotEncoder(config)
+        self.distillation = TokenDistillation(width, teacher_width) if settings.distillation else None
+        self.captions: CaptionEncoder | None = None
+        self.contrast: ContrastiveHead | None = None
+        if settings.contrastive:
+            texts, bias = settings.caption_width, -math.log(settings.batch_size)
+            self.captions = CaptionEncoder(texts, settings.caption_layers)
+            self.contrast = ContrastiveHead(width, texts, config.projection_size, bias=bias)
+
+    def embed(self, seen: VotEncoderOutput, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Clips and captions in the shared space, `[N, projection_size]` and `[M, projection_size]`."""
+        if self.captions is None or self.contrast is None:
+            raise ValueError("This model was trained without contrast and has no shared space.")
+        return self.contrast(seen.pooler_output, self.captions.encode(captions))
+
+    def distil(self, seen: VotEncoderOutput, teacher: Teacher, inputs: BatchFeature) -> dict[str, Tensor]:
+        """The distances from the teacher's tokens and from its mean token of each clip."""
+        if self.distillation is None:
+            raise ValueError("This model was trained without distillation and has no head for it.")
+        grid = inputs["image_grid_thw"]
+        tokens, pooled = teach(teacher, inputs)
+        return self.distillation(
+            seen.last_hidden_state,
+            seen.pooler_output,
+            tokens,
+            pooled,
+            self.encoder.layout(grid),
+            teacher.encoder.layout(grid),
+        )
+
+    def losses(
+        self, inputs: BatchFeature, captions: Sequence[str], teacher: Teacher, settings: EncoderTraining
+    ) -> dict[str, Tensor]:
+        """The weighted terms of the loss, scalars: their sum is minimised."""
+        seen = self.encoder(**inputs)
+        terms = {"balance": _BALANCE_WEIGHT * seen.balance_loss}
+        if self.distillation is not None:
+            distances = self.distil(seen, teacher, inputs)
+            terms |= {f"distil_{name}": settings.distillation * d for name, d in distances.items()}
+        if self.captions is not None and self.contrast is not None:
+            texts = self.captions.encode(captions)
+            terms["contrast"] = settings.contrastive * self.contrast.loss(seen.pooler_output, texts)
+        return terms
+
+
+@dataclass
+class CaptionedClips:
+    """Clips of mixed sizes, uint8 `[T, H, W, 3]` each, their frame rate, and a caption of each."""
+
+    clips: list[np.ndarray]
+    fps: float
+    captions: list[str]
+
+
+class CaptionBatches(Dataset[CaptionedClips]):
+    """Batch number `step` of the training split; the same on every machine and in every process."""
+
+    def __init__(self, settings: EncoderTraining):
+        self.settings = settings
+
+    def __getitem__(self, step: int) -> CaptionedClips:
+        settings = self.settings
+        rng = np.random.default_rng([settings.seed, step])
+        first = step * settings.batch_size
+        episodes = [
+            generate_episode(
+                "train",
+                first + i,
+                settings.seed,
+                size=TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))],
+                num_frames=settings.num_frames,
+            )
+            for i in range(settings.batch_size)
+        ]
+        return captioned(episodes, settings.h264_share)
+
+    def loader(self, start: int, stop: int) -> DataLoader[CaptionedClips]:
+        """Batches `start` … `stop - 1` in order, made ahead by one worker process."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
+
+
+def captioned(episodes: Sequence[Episode], h264_share: float = 0.0) -> CaptionedClips:
+    """Render and caption episodes, of which `h264_share` pass through H.264."""
+    clips = [episode_batch([episode], codec_fraction=h264_share).frames[0] for episode in episodes]
+    return CaptionedClips(clips, episodes[0].scene.fps, [caption(episode.stsg) for episode in episodes])
+
+
+def caption(stsg: STSG) -> str:
+    """What a graph shows, in one line: who is there, where each moves first, who hits whom.
+
+    "blue digit 7 moves up, red digit 3 moves left and down; blue digit 7 hits red digit 3". Objects come in
+    alphabetical order, hits in order of time, so the caption does not depend on the numbers of the tracks.
+    """
+    names = {tracklet.id: tracklet.name for tracklet in stsg.tracklets}
+    clauses = ", ".join(sorted(f"{name}{_first_motion(stsg, track)}" for track, name in names.items()))
+    hits = [" hits ".join(sorted(names[p] for p in e.participants)) for e in stsg.events if e.kind == "hits"]
+    return "; ".join([clauses, *hits])
+
+
+def _first_motion(stsg: STSG, track: str) -> str:
+    """ " moves left and up", or "" for what rests in the first frame."""
+    first = [
+        r.predicate for r in stsg.relations if r.subject == track and r.t0 == 0 and r.predicate in MOTIONS
+    ]
+    return " moves " + " and ".join(sorted(p.removeprefix("moves ") for p in first)) if first else ""
+
+
+def train_encoder(
+    out: Path,
+    settings: EncoderTraining,
+    config: VotEncoderConfig,
+    teacher: Teacher,
+    *,
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Callable[[int, dict[str, float]], None] = lambda step, terms: None,
+) -> EncoderPretraining:
+    """Train, or go on from the newest checkpoint under `out`; the result is saved by the caller.
+
+    Interrupted with Ctrl-C, it saves a checkpoint first. `report(step, loss terms)` is called every step.
+    `stop_at` ends the run early with a checkpoint.
+
+    Raises:
+        ValueError: the teacher cuts frames into other patches, or the checkpoint has other settings.
+        RuntimeError: something else is trained than the stage trains.
+    """
+    model = build(settings, config, teacher).train()
+    processor = make_processor(config)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
+    )
+    signature = _signature(settings, config, teacher)
+    step = load_state(out, model, optimizer, signature)
+    end = min(settings.steps, stop_at or settings.steps)
+    try:
+        for batch in CaptionBatches(settings).loader(step, end):
+            terms = model.losses(processor(batch.clips, fps=batch.fps), batch.captions, teacher, settings)
+            torch.stack(list(terms.values())).sum().backward()
+            assert_trainable(model, optimizer, teacher, settings)
+            rate = cosine_schedule(step, settings.steps, settings.learning_rate, settings.warmup)
+            update(model, optimizer, rate, settings.clip)
+            step += 1
+            values = {name: term.item() for name, term in terms.items()}
+            report(step, {"loss": sum(values.values())} | values)
+            if step % save_every == 0 and step < end:
+                save_state(out, step, model, optimizer, signature)
+    finally:  # also on Ctrl-C
+        save_state(out, step, model, optimizer, signature)
+    return model.eval()
+
+
+def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> EncoderPretraining:
+    """The model before its first step: random weights, and the teacher's statistics."""
+    if teacher.encoder.config.patch_size != config.patch_size:
+        raise ValueError(
+            f"The teacher's patches are {teacher.encoder.config.patch_size} px wide, "
+            f"the student's {config.patch_size}; they must be equal."
+        )
+    torch.manual_seed(settings.seed)
+    model = EncoderPretraining(config, teacher.encoder.config.hidden_size, settings)
+    if model.distillation is not None:
+        processor, batches = make_processor(config), CaptionBatches(settings)
+        seen = [
+            teach(teacher, processor(batch.clips, fps=batch.fps))
+            for batch in (batches[step] for step in range(_FIT_BATCHES))
+        ]
+        tokens, pooled = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        model.distillation.fit_targets(tokens, pooled)
+    return model
+
+
+def make_processor(config: VotEncoderConfig) -> VotImageProcessor:
+    """The processor that belongs to an encoder of this stage."""
+    return VotImageProcessor(
+        patch_size=config.patch_size,
+        temporal_patch_size=config.temporal_patch_size,
+        max_pixels=_MAX_PIXELS,
+    )
+
+
+@torch.no_grad()
+def teach(teacher: Teacher, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
+    """The teacher's tokens `[tokens, width]` and its mean token of each clip `[clips, width]`.
+
+    The mean, because the attention pooling of a teacher may never have been trained.
+    """
+    tokens = teacher.encoder(**inputs).last_hidden_state
+    return tokens, mean_tokens(tokens, teacher.encoder.layout(inputs["image_grid_thw"]))
+
+
+def trainable_parts(settings: EncoderTraining) -> tuple[str, ...]:
+    """The parts of `EncoderPretraining` that the stage trains, all of each and nothing else."""
+    distillation = ("distillation",) if settings.distillation else ()
+    contrast = ("captions", "contrast") if settings.contrastive else ()
+    return ("encoder", *distillation, *contrast)
+
+
+def assert_trainable(
+    model: EncoderPretraining,
+    optimizer: torch.optim.Optimizer,
+    teacher: Teacher,
+    settings: EncoderTraining,
+) -> None:
+    """Call it after a backward pass: what has a gradient, and what is optimised, is what the stage trains.
+
+    Raises:
+        RuntimeError: names the first parameters that differ.
+    """
+    parts = trainable_parts(settings)
+    wanted = {f"{part}.{n}" for part in parts for n, _ in model.get_submodule(part).named_parameters()}
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters()) | {
+        f"teacher.{name}": p for name, p in teacher.encoder.named_parameters()
+    }
+    for what, found in (
+        ("have a gradient", {name for name, p in parameters.items() if p.grad is not None}),
+        ("are optimised", {name for name, p in parameters.items() if id(p) in owned}),
+    ):
+        if found != wanted:
+            raise RuntimeError(
+                f"The stage trains {', '.join(parts)}, but of the parameters that {what} "
+                f"{sorted(wanted - found)[:4]} are missing and {sorted(found - wanted)[:4]} are too many."
+            )
+
+
+def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> dict[str, Any]:
+    """What must be equal for a run to go on."""
+    fields = set(inspect.signature(VotEncoderConfig.__init__).parameters) - {"self", "kwargs"}
+    known = {"teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint}
+    return asdict(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}

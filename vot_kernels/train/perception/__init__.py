@@ -1,0 +1,1 @@
+"""Training of the head that reads scene graphs off DigitWorld clips."""
