@@ -203,10 +203,10 @@ def run_gate(
     return results
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the package, the kernels and the GPU tests: results hold for this source alone."""
+def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
+    """SHA-256 over the package, the kernels and the folder `besides`: results hold for this source alone."""
     digest = hashlib.sha256()
-    for folder in ("vot_kernels/ops", "vot_kernels/tuning", "vot_kernels/reference", "kernels", "tests/gpu"):
+    for folder in ("vot_kernels/ops", "vot_kernels/tuning", "vot_kernels/reference", "kernels", besides):
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
