@@ -23,7 +23,7 @@ from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the GPU tests run through.
+# What the GPU tests run through, besides themselves.
 SOURCES = (
     *(
         f"vot_kernels/{name}"
@@ -31,7 +31,6 @@ SOURCES = (
     ),
     *(f"vot_kernels/{name}" for name in ("data", "pipelines", "reasoning", "scene_graph")),
     "kernels",
-    "tests/gpu",
 )
 TESTS = ROOT / "tests" / "gpu"
 # The encoder is all ops together; what comes after it holds no op back.
@@ -213,10 +212,10 @@ def run_gate(
     return results
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the package, the kernels and the GPU tests: results hold for this source alone."""
+def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
+    """SHA-256 over the package, the kernels and the folder `besides`: results hold for this source alone."""
     digest = hashlib.sha256()
-    for part in SOURCES:
+    for part in (*SOURCES, besides):
         for path in sorted([root / part, *(root / part).rglob("*")]):
             if path.suffix in (".py", ".json") and path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
