@@ -106,6 +106,35 @@ def test_rows_without_weight_are_zero_with_zero_gradients(causal, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("causal", [False, True])
+def test_a_lone_token_sees_itself_however_little_it_weighs(causal, backend):
+    """Softmax features of e^-95 make Z a subnormal number, whose inverse is none."""
+    q, k, v = make_qkv(1, 1)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0], k[..., 1] = 95, 95
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = linear_attention(*inputs, PackedLayout.from_lengths((1,)), causal=causal, backend=backend)
+    grad = make_tensor(1, 1, 16)
+    dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+    assert max_error(out, v) < 1e-6 and max_error(dv, grad) < 1e-6
+    assert float(torch.stack([dq, dk]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("log_decay", [None, -3.0])
+@pytest.mark.parametrize("size", [50.0, 95.0])
+@pytest.mark.parametrize("name", MAPS)
+def test_large_inputs_give_finite_results(name, size, log_decay):
+    q, k, v = make_qkv(106)
+    inputs = [x.requires_grad_() for x in (size * q, size * k, v)]
+    decay = None if log_decay is None else torch.full((2,), log_decay)
+    layout = PackedLayout.from_lengths((37, 0, 64, 5))
+    out = linear_attention(*inputs, layout, feature_map=name, causal=True, log_decay=decay, backend="torch")
+    grads = torch.autograd.grad(out, inputs, make_tensor(106, 2, 16))
+    assert all(x.isfinite().all() for x in (out, *grads))
+    assert out.abs().amax() <= v.abs().amax() * (1 + 1e-5)  # a weighted mean
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_and_slack_do_not_leak(causal, backend):
     layout = PackedLayout.from_lengths((9, 12, 20))
     clean = [x.requires_grad_() for x in make_qkv(41)]
