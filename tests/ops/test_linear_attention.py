@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vot_kernels.ops import linear_attention as module
+from vot_kernels.ops._group_states import feature_map
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.reference import attention as reference
@@ -117,6 +118,29 @@ def test_a_lone_token_sees_itself_however_little_it_weighs(causal, backend):
     dq, dk, dv = torch.autograd.grad(out, inputs, grad)
     assert max_error(out, v) < 1e-6 and max_error(dv, grad) < 1e-6
     assert float(torch.stack([dq, dk]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("phi", [feature_map, reference.feature_map], ids=["torch", "reference"])
+def test_elu_features_keep_their_digits(phi):
+    """Relative to each: exp(x) - 1 + 1 errs by 5e-4 at x = -12."""
+    x = torch.tensor([-80.0, -12.0, -1e-4, 0.0, 1e-4, 3.0])
+    expected = torch.where(x > 0, x.double() + 1, x.double().exp())
+    assert max_error(phi(x, "elu").double() / expected, torch.ones(6)) < 1e-6
+    assert phi(torch.tensor([torch.nan]), "elu").isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_elu_of_very_negative_inputs(backend):
+    """Small features weigh as much as large ones in a mean: output and gradients are those of float64."""
+    layout = PackedLayout.from_lengths((18, 7, 25))
+    q, k, v = make_qkv(50)
+    grad, found = make_tensor(50, 2, 16), []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q - 12, k - 12, v)]
+        out = linear_attention(*inputs, layout, feature_map="elu", causal=True, backend=backend)
+        found.append((out, *torch.autograd.grad(out, inputs, grad.to(dtype))))
+    for actual, exact in zip(*found, strict=True):
+        assert max_error(actual, exact) < 1e-5
 
 
 @pytest.mark.parametrize("log_decay", [None, -3.0])

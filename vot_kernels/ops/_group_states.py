@@ -123,6 +123,15 @@ def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
     return out
 
 
+def feature_map(x: Tensor, name: str) -> Tensor:
+    """phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
+    if name == "softmax":
+        return x.softmax(-1)
+    if name == "elu":  # exp(x) for x < 0, not (exp(x) - 1) + 1, which loses its digits
+        return x.clamp(max=0).exp_().add_(x.relu())
+    return x.relu()
+
+
 def feature_map_backward(x: Tensor, features: Tensor, grad: Tensor, name: str) -> Tensor:
     """The gradient of x, given features = phi(x) and their gradient."""
     if name == "softmax":

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops._blocks import append_column, repeat_heads, to_heads, to_tokens
-from vot_kernels.ops._group_states import join_far, log_weight
+from vot_kernels.ops._group_states import feature_map, join_far, log_weight
 from vot_kernels.ops._range_attention import plan_pass, range_attention
 from vot_kernels.ops._validation import check_alike, check_options, check_qkv
-from vot_kernels.reference.attention import feature_map, window_sides
+from vot_kernels.reference.attention import window_sides
 
 _feature_map = feature_map  # the public function has an argument of that name
 

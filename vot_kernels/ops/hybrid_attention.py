@@ -32,6 +32,7 @@ from vot_kernels.ops._group_states import (
     StatePlan,
     apply_states,
     far_weight,
+    feature_map,
     feature_map_backward,
     group_states,
     join_far,
@@ -46,7 +47,7 @@ from vot_kernels.ops._validation import check_choice, check_options, check_qkv
 from vot_kernels.ops.dispatch import select
 from vot_kernels.packing import PackedLayout
 from vot_kernels.reference import attention as reference
-from vot_kernels.reference.attention import CAUSAL_MODES, Window, feature_map, window_sides
+from vot_kernels.reference.attention import CAUSAL_MODES, Window, window_sides
 
 __all__ = ["HybridAttentionState", "hybrid_attention", "hybrid_attention_step"]
 

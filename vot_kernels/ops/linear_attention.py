@@ -20,6 +20,7 @@ from vot_kernels.ops._blocks import append_column, fold_heads, head_chunks, repe
 from vot_kernels.ops._group_states import (
     StatePlan,
     apply_states,
+    feature_map,
     feature_map_backward,
     group_states,
     plan_states,
@@ -30,7 +31,7 @@ from vot_kernels.ops._validation import check_choice, check_device, check_qkv, c
 from vot_kernels.ops.dispatch import select
 from vot_kernels.packing import PackedLayout
 from vot_kernels.reference import attention as reference
-from vot_kernels.reference.attention import FEATURE_MAPS, feature_map
+from vot_kernels.reference.attention import FEATURE_MAPS
 
 _CHUNK = 64  # tokens: triangular products cost as much as the states do at about head_dim
 _SCALE = 2.0**32  # of values and normaliser: for a subnormal Z, products would lose digits and 1 / Z overflow
