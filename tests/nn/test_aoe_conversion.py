@@ -8,7 +8,7 @@ from torch import nn
 from vot_kernels.nn import aoe_conversion
 from vot_kernels.nn.aoe_conversion import convert_mlp, convert_swiglu
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import make_tensor, shifted
 
 DIM, GROUPS, SIZE = 24, 4, 12
 
@@ -35,7 +35,7 @@ def planted(tokens=400, seed=0):
     gate = torch.cat(
         [make_tensor(SIZE, 6, seed=10 + i, dtype=torch.float64) * spectrum @ rows[i] for i in range(4)]
     )
-    shuffle = torch.randperm(GROUPS * SIZE, generator=torch.Generator().manual_seed(3))
+    shuffle = torch.randperm(GROUPS * SIZE, generator=torch.Generator().manual_seed(shifted(3)))
     weights = (
         gate[shuffle],
         make_tensor(GROUPS * SIZE, DIM, seed=20, dtype=torch.float64),
@@ -385,7 +385,7 @@ def test_degenerate_layers_and_tokens_stay_finite(calibration):
 
 
 def test_the_modules_of_the_project_and_of_transformers():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     x = make_tensor(30, 16)
     ours, theirs = SwiGLU(16, 40), llama_mlp()
     theirs.gate_proj.weight, theirs.up_proj.weight = map(nn.Parameter, ours.gate_up.weight.detach().chunk(2))
