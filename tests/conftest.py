@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from vot_kernels import testing
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -26,7 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+def _same_random_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in every run, but for VOT_TEST_SEED, from which `fixed_seed` exempts a test."""
+    if "fixed_seed" in request.keywords:
+        monkeypatch.setattr(testing, "SEED_SHIFT", 0)
+    random.seed(testing.shifted(0))
+    np.random.seed(testing.shifted(0))
+    torch.manual_seed(testing.shifted(0))

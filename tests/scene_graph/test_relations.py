@@ -16,6 +16,7 @@ from vot_kernels.scene_graph import (
     geometric_relations,
     with_geometric_relations,
 )
+from vot_kernels.testing import shifted
 
 FPS = 8.0
 SIZE = 0.2
@@ -82,7 +83,7 @@ def test_only_the_mover_approaches_and_only_while_closing_in():
 
 
 def test_hysteresis_stops_flicker():
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(shifted(0))
     edge = [(0.3 + 0.015 * math.sin(2.5 * k) + rng.normal(0, 0.002), 0.5) for k in range(24)]
     shaky = graph(edge, [(0.5, 0.5)] * 24)  # the gap wavers around 0
     flat = Threshold(on=0.0, off=0.0)
@@ -125,7 +126,7 @@ def test_derivation_replaces_geometric_relations_only():
 
 
 def test_derived_relations_are_sound_on_random_walks():
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(shifted(1))
     paths = np.clip(0.5 + np.cumsum(rng.normal(0, 0.03, (4, 32, 2)), axis=1), 0.1, 0.9)
     stsg = with_geometric_relations(graph(*paths.tolist()))
     assert len(stsg.relations) > 20

@@ -9,7 +9,7 @@ import torch
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
 from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.ops.launch import INTERPRETING
-from vot_kernels.testing import make_tensor, max_error, rerun_on_the_interpreter
+from vot_kernels.testing import make_tensor, max_error, rerun_on_the_interpreter, shifted
 
 GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])
 
@@ -21,7 +21,7 @@ def test_on_the_interpreter():
 
 
 def small_encoder(**overrides):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = VotEncoderConfig.preset("nano", **sizes, window=0, full_attention_every=2, **overrides)
     return VotEncoder(config).eval()
