@@ -17,8 +17,12 @@ help:  ## this list
 demo: $(PACKAGE)  ## answer questions about two videos with the shipped checkpoint
 	@$(BIN)/vot demo
 
+# Twice, because Triton has its kernels either on the interpreter or compiled: see tests/marks.py. Both always run.
 test: lint  ## lint and types, then every test that needs no GPU
-	@$(BIN)/python -m pytest -m "not gpu"
+	@status=0; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not gpu" || status=$$?; \
+	$(BIN)/python -m pytest -m "not interpreter and not gpu" || status=$$?; \
+	exit $$status
 
 lint: $(PACKAGE)  ## ruff and mypy
 	@$(BIN)/ruff check .

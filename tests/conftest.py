@@ -1,5 +1,6 @@
-"""Shared by all tests: no network, no display, repeatable random numbers, GPU tests skipped without a GPU."""
+"""Shared by all tests: no network, no display, repeatable random numbers, tests skipped where they cannot run."""
 
+import importlib.util
 import os
 import random
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.marks import why_skipped
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -17,12 +20,14 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ:  # see tests/gpu/conftest.py
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none")
+    here = {
+        "interpreting": os.environ.get("TRITON_INTERPRET") == "1",
+        "triton": importlib.util.find_spec("triton") is not None,
+        "gpu": torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ,  # see tests/gpu/conftest.py
+    }
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if reason := why_skipped({mark.name for mark in item.iter_markers()}, **here):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
