@@ -7,8 +7,6 @@ more is judged by its worst error on the inputs and on copies that differ by rou
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,24 +34,6 @@ SEED_SHIFT = int(os.environ.get("VOT_TEST_SEED", "0"))
 
 class ToleranceError(AssertionError):
     """Two results differ by more than the tolerance rule allows."""
-
-
-def rerun_on_the_interpreter(path: str, *options: str) -> None:
-    """Run the tests of a file once more, in a process of its own with TRITON_INTERPRET=1, which Triton reads when it
-    is imported.
-
-    Args:
-        path: of the tests; those for the interpreter are skipped without that variable.
-        options: of pytest.
-
-    Raises:
-        AssertionError: a test failed, or none passed; with what pytest printed.
-    """
-    command = [sys.executable, "-m", "pytest", path, "--no-header", "-p", "no:cacheprovider", *options]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0 or " passed" not in done.stdout:
-        raise AssertionError(done.stdout[-6000:] + done.stderr[-2000:])
 
 
 def make_qkv(
