@@ -46,6 +46,15 @@ def test_fps_within_a_range(tmp_path):
     assert (clip.info.fps, clip.info.start, clip.info.end, clip.info.num_frames) == (5.0, 1.0, 2.0, None)
 
 
+def test_max_frames_spreads_what_would_be_too_many(tmp_path):
+    path = write(tmp_path / "a.mp4", 40)
+    assert numbers(load_video(path, fps=5, max_frames=20)) == list(range(0, 40, 2))
+    few = load_video(path, fps=5, max_frames=4)
+    assert numbers(few) == numbers(load_video(path, num_frames=4)) == [5, 15, 25, 35]
+    assert (few.info.fps, few.info.max_frames) == (5.0, 4) and "max_frames 4" in few.info.describe()
+    assert numbers(load_video(path, fps=5, max_frames=10, start=1, end=3)) == list(range(10, 30, 2))
+
+
 def test_frame_on_show_at_start_may_begin_before_it(tmp_path):
     clip = load_video(write(tmp_path / "a.mp4", 40), fps=1, start=1.05, end=1.5)
     assert clip.times.tolist() == pytest.approx([1.0]) and numbers(clip) == [10]

@@ -28,11 +28,57 @@ def test_far_start_is_exact_whatever_the_key_frames(tmp_path, suffix, gop):
 
 
 def test_large_files_are_not_read_through_for_their_length(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.mkv", 40, sound=2.0)
-    whole = load_video(path, num_frames=8)
+    path = write(tmp_path / "a.mkv", 400, sound=40.0)
+    whole = load_video(path, num_frames=8, end=1.0)
+    read, packets = [0], reader._packets
+
+    def counted(*args):
+        for packet in packets(*args):
+            read[0] += 1
+            yield packet
+
+    monkeypatch.setattr(reader, "_packets", counted)
+    load_video(path, num_frames=8, end=1.0)
+    assert read[0] > 400
+    read[0] = 0
     monkeypatch.setattr(reader, "_SCAN_BYTES", 0)
-    monkeypatch.setattr(reader.Reader, "_scan", lambda self: pytest.fail("scanned"))
-    assert numbers(load_video(path, num_frames=8)) == numbers(whole)
+    assert numbers(load_video(path, num_frames=8, end=1.0)) == numbers(whole)
+    assert read[0] < 150
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often a container has been opened, as a list of one entry each."""
+    names, real = [], reader.av.open
+    monkeypatch.setattr(reader.av, "open", lambda name, *a, **k: names.append(name) or real(name, *a, **k))
+    return names
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts", "avi", "flv"])
+def test_a_file_is_opened_once(tmp_path, monkeypatch, opened, suffix, scan):
+    path = write(tmp_path / f"a.{suffix}", 120)
+    del opened[:]
+    if not scan:
+        monkeypatch.setattr(reader, "_SCAN_BYTES", 0)
+    clip = load_video(path, fps=1)
+    np.testing.assert_allclose(clip.times, range(12), atol=1e-3)
+    assert clip.info.complete and len(opened) == 1
+
+
+def test_a_format_that_cannot_seek_is_opened_twice(tmp_path, opened):
+    path = write(tmp_path / "a.h264", 25, fps=25)
+    del opened[:]
+    assert numbers(load_video(path, num_frames=25)) == list(range(25)) and len(opened) == 2
+
+
+def test_a_rewind_that_misses_the_first_packet_is_noticed(tmp_path, monkeypatch, opened):
+    path = write(tmp_path / "a.mp4", 30)
+    del opened[:]
+    real = reader._identity
+    seen = []
+    monkeypatch.setattr(reader, "_identity", lambda packet: seen.append(1) or (*real(packet), len(seen)))
+    assert numbers(load_video(path, num_frames=30)) == list(range(30)) and len(opened) == 2
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "flv"])

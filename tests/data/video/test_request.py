@@ -34,6 +34,9 @@ def test_scaled_area_never_exceeds_max_pixels(source, most):
         ({"start": 3, "end": 1}, "start must be before end"),
         ({"start": 4.0}, r"start is 4 s, but .* ends at 4\.000 s"),
         ({"max_pixels": 0}, "max_pixels must be"),
+        ({"fps": 1, "max_frames": 0}, "max_frames must be a whole number"),
+        ({"max_frames": 4}, "max_frames must come with fps"),
+        ({"num_frames": 4, "max_frames": 4}, "max_frames must come with fps"),
         ({"max_pixels": 10.0}, "max_pixels must be"),
     ],
 )

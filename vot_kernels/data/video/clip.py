@@ -26,7 +26,7 @@ class VideoInfo:
         duration_s: length as the file declares it or, if longer, as its time stamps show; 0 for an image.
         frames_sampled: number of frames that came out.
         sampled_times_s: their presentation times.
-        fps, num_frames, start, end, max_pixels: the request, with None where nothing was asked.
+        fps, max_frames, num_frames, start, end, max_pixels: the request, None where nothing was asked.
         complete: the asked-for range is all there and nothing in what was decoded was damaged.
         decoded_until_s: end of the last frame that was decoded.
         warnings: one sentence each, for whatever a user should know.
@@ -47,6 +47,7 @@ class VideoInfo:
     frames_sampled: int
     sampled_times_s: tuple[float, ...]
     fps: float | None
+    max_frames: int | None
     num_frames: int | None
     start: float | None
     end: float | None
@@ -69,6 +70,7 @@ class VideoInfo:
             f"{name} {value:g}"
             for name, value in (
                 ("fps", self.fps),
+                ("max_frames", self.max_frames),
                 ("num_frames", self.num_frames),
                 ("start", self.start),
                 ("end", self.end),
@@ -147,6 +149,7 @@ def make_clip(
         frames_sampled=len(times),
         sampled_times_s=tuple(times.tolist()),
         fps=None if request.fps is None else float(request.fps),
+        max_frames=None if request.max_frames is None else int(request.max_frames),
         num_frames=None if request.num_frames is None else int(request.num_frames),
         start=None if request.start is None else float(request.start),
         end=None if request.end is None else float(request.end),

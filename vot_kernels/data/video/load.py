@@ -25,6 +25,7 @@ def load_video(
     path: str | os.PathLike[str],
     *,
     fps: float | None = None,
+    max_frames: int | None = None,
     num_frames: int | None = None,
     start: float | None = None,
     end: float | None = None,
@@ -44,6 +45,8 @@ def load_video(
     Args:
         path: a local file.
         fps: wanted times are start, start + 1/fps, … before `end`. Not together with `num_frames`.
+        max_frames: goes with `fps`: where it asks for more frames than this, this many are spread evenly over
+            the range, as `num_frames` does.
         num_frames: wanted times are the centres of this many equal parts of the range. Default 16.
         start, end: the range in seconds from the first frame; the default is the whole file.
         max_pixels: frames with a larger area are scaled down to at most this many pixels, aspect kept, sides
@@ -53,7 +56,7 @@ def load_video(
     Raises:
         VideoError: the request makes no sense, or the file is missing, empty, no media, or has no picture.
     """
-    request = Request(fps, num_frames, start, end, max_pixels)
+    request = Request(fps, num_frames, start, end, max_pixels, max_frames)
     file = _local_file(path)
     image = open_image(file)
     if image is None:

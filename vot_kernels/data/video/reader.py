@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,22 @@ class _Damage:
 
 @dataclass
 class _Span:
-    """Time span of the packets of one file, in seconds from its first frame."""
+    """Where the packets of a whole file end, in seconds from the first frame.
 
-    end: float = 0.0  # of the video stream
-    other_end: float = 0.0  # of the other streams
-    packets: int = 0
+    Attributes:
+        end: end of the last packet of the video stream.
+        other_end: end of the last packet of the other streams.
+    """
+
+    end: float
+    other_end: float
 
 
 class Reader:
     """Decodes one video stream of a local file, in order of time, past whatever is damaged.
+
+    The file is opened once: its first packets, or all of them, are looked at undecoded, and then it is
+    rewound. Only a format that cannot seek is opened a second time.
 
     Attributes:
         stream: the libav stream that is decoded.
@@ -62,10 +69,17 @@ class Reader:
         self._position = -math.inf
         self._settling_until = -math.inf
         self._sparse = False
+        self._origin: float | None = None
+        self._span: _Span | None = None
+        self._first: tuple[object, ...] | None = None
         self._open()
-        self._origin = self._first_stamp()
-        self._seekable = self._declared() is not None
-        self._frames = self._decode()
+        try:
+            self._seekable = self._declared() is not None
+            self._survey(whole=not self._seekable or path.stat().st_size <= _SCAN_BYTES)
+            self._rewind()
+        except BaseException:
+            self.container.close()
+            raise
 
     def __enter__(self) -> "Reader":
         return self
@@ -82,20 +96,51 @@ class Reader:
             raise
         self.stream.thread_type = "AUTO"
 
-    def _first_stamp(self) -> float | None:
-        """The file's own time stamp, in seconds, of its first frame; None where frames have no stamps.
+    def _survey(self, whole: bool) -> None:
+        """Look at packets without decoding them: for the first time stamp and, if `whole`, for the length.
 
-        Looked up in the first packets, as frames may be stored out of order and headers may be off by a few.
+        The first frame's stamp is the lowest of the first packets, because frames may be stored out of order
+        and headers may be off by a few.
         """
-        with _open_container(self.path) as container:
-            stream = container.streams[self.stream.index]
-            packets = (p for p in _packets(container, lambda: None) if p.stream is stream and p.size)
-            stamps = [
-                float(packet.pts * packet.time_base)
-                for packet in itertools.islice(packets, _FIRST_PACKETS)
-                if packet.pts is not None and not packet.is_discard
-            ]
-        return min(stamps, default=None)
+        count, end, other_end, first_stamp = 0, -math.inf, -math.inf, None
+        for packet in _packets(self.container, lambda: None):
+            if not packet.size:
+                continue
+            if self._first is None:
+                self._first = _identity(packet)
+            if packet.stream is not self.stream:
+                other_end = max(other_end, _packet_end(packet))
+                continue
+            count += 1
+            if packet.pts is not None:
+                at = float(packet.pts * packet.time_base)
+                end = max(end, at + self._length(packet))
+                first_stamp = at if first_stamp is None else first_stamp
+                if count <= _FIRST_PACKETS and not packet.is_discard:
+                    self._origin = at if self._origin is None else min(self._origin, at)
+            if count == _FIRST_PACKETS and not whole:
+                return
+        if first_stamp is None:  # no time stamps at all, as in a bare H.264 stream
+            self._span = _Span(count / self.rate, other_end)
+        else:
+            origin = first_stamp if self._origin is None else self._origin
+            self._span = _Span(end - origin, other_end - (self._origin or 0.0))
+
+    def _rewind(self) -> None:
+        """Go back to the first packet: by seeking where this leads there, else by opening the file again."""
+        first = None
+        try:
+            self.container.seek(0)
+            first = next(self.container.demux())
+        except (av.FFmpegError, StopIteration):
+            pass
+        if first is not None and _identity(first) == self._first:
+            head = [first]
+        else:
+            self.container.close()
+            self._open()
+            head = []
+        self._frames = self._decode(itertools.chain(head, self._packets()))
 
     @property
     def rate(self) -> float:
@@ -144,34 +189,13 @@ class Reader:
 
     def duration(self) -> tuple[float, float | None]:
         """Seconds of video, and of these how many have packets in the file (None: not looked for)."""
-        declared = self._declared()
-        if declared is not None and self.path.stat().st_size > _SCAN_BYTES:
+        declared, span = self._declared(), self._span
+        if span is None:
+            assert declared is not None
             return declared, None
-        span = self._scan()
         if declared is None or (self._whole_file and span.other_end >= declared - self.slack):
             return span.end, span.end
         return max(declared, span.end), span.end
-
-    def _scan(self) -> _Span:
-        """Read every packet, decoding none."""
-        span, origin = _Span(), self._origin
-        with _open_container(self.path) as container:
-            stream = container.streams[self.stream.index]
-            for packet in _packets(container, lambda: None):
-                if not packet.size:
-                    continue
-                if packet.stream is not stream:
-                    span.other_end = max(span.other_end, _packet_end(packet) - (origin or 0.0))
-                    continue
-                span.packets += 1
-                if packet.pts is None:
-                    continue
-                at = float(packet.pts * packet.time_base)
-                origin = at if origin is None else origin
-                span.end = max(span.end, at - origin + self._length(packet))
-        if span.end == 0.0:  # no time stamps at all, as in a bare H.264 stream
-            span.end = span.packets / self.rate
-        return span
 
     def _length(self, item: Any) -> float:
         """Seconds for which a packet or frame is shown."""
@@ -210,7 +234,7 @@ class Reader:
             self._restart()
             return
         self._settling_until = at
-        frames = self._decode()
+        frames = self._decode(self._packets())
         first = next(frames, None)
         # An unreliable index lands late, or between key frames, where pictures are garbage.
         if first is None or not first[1].key_frame or first[0] > at:
@@ -226,13 +250,11 @@ class Reader:
         """Decode from the start, without seeking from here on."""
         self._seekable = False
         self._settling_until = -math.inf
-        self.container.close()
-        self._open()
-        self._frames = self._decode()
+        self._rewind()
 
-    def _decode(self) -> Iterator[tuple[float, Any]]:
+    def _decode(self, packets: Iterable[Any]) -> Iterator[tuple[float, Any]]:
         count = 0
-        for packet in self._all_packets():
+        for packet in packets:
             if packet.stream is not self.stream:
                 self._other_end = max(self._other_end, _packet_end(packet) - (self._origin or 0.0))
                 continue
@@ -248,7 +270,7 @@ class Reader:
                 yield self._time(frame, count), frame
                 count += 1
 
-    def _all_packets(self) -> Iterator[Any]:
+    def _packets(self) -> Iterator[Any]:
         return _packets(self.container, self._note_damage)
 
     def _time(self, frame: Any, count: int) -> float:
@@ -268,6 +290,11 @@ class Reader:
     def reached(self) -> float:
         """Seconds up to which the file goes, judged by the streams whose length its duration speaks of."""
         return max(self.end, self._other_end) if self._whole_file else self.end
+
+
+def _identity(packet: Any) -> tuple[object, ...]:
+    """What tells a packet from every other one of its file."""
+    return packet.stream_index, packet.pts, packet.dts, packet.pos, packet.size
 
 
 def _packet_end(packet: Any) -> float:

@@ -25,6 +25,7 @@ class Request:
     start: float | None
     end: float | None
     max_pixels: int | None
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.num_frames is not None:
@@ -34,6 +35,9 @@ class Request:
         check_number("fps", self.fps, lambda x: 0 < x <= MAX_FPS, f"above 0 and at most {MAX_FPS:g}")
         _check_whole("num_frames", self.num_frames, MAX_NUM_FRAMES)
         _check_whole("max_pixels", self.max_pixels, None)
+        _check_whole("max_frames", self.max_frames, MAX_NUM_FRAMES)
+        if self.max_frames is not None and self.fps is None:
+            raise VideoError(f"max_frames must come with fps, got max_frames={self.max_frames} alone.")
         check_number("start", self.start, lambda x: x >= 0, "seconds from 0 on")
         check_number("end", self.end, lambda x: x > 0, "seconds above 0")
         if self.end is not None and (self.start or 0.0) >= self.end:
@@ -53,8 +57,9 @@ class Request:
         if self.fps is not None:
             # The margin keeps rounding of the duration from adding a time at the very end.
             count = max(1, math.ceil((end - start) * self.fps - 1e-3))
-            return start + np.arange(count) / self.fps
-        count = self.num_frames or DEFAULT_NUM_FRAMES
+            if self.max_frames is None or count <= self.max_frames:
+                return start + np.arange(count) / self.fps
+        count = self.max_frames or self.num_frames or DEFAULT_NUM_FRAMES
         return start + (np.arange(count) + 0.5) * ((end - start) / count)
 
     def size(self, width: float, height: float) -> tuple[int, int]:
