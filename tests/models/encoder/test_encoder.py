@@ -129,11 +129,43 @@ def test_positions_restart_and_matter():
 def test_every_parameter_learns():
     model = make(tiny(aoe_every=1, shared_expert_size=16))
     pixels, grid, fps = inputs(GRIDS)
-    out = model(pixels, grid, fps)
+    out = model(pixels, grid, fps, output_balance=True)
     (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # The last depth-weighted average of each block's own sources is read; nothing may be left out.
     assert silent == []
+
+
+def test_balance_is_returned_in_training_or_if_asked_for():
+    model = make(tiny(aoe_every=1))
+    pixels, grid, fps = inputs(GRIDS)
+    quiet = model(pixels, grid, fps)
+    assert quiet.balance_loss is None and quiet.expert_load is None
+    for out in (model(pixels, grid, fps, output_balance=True), model.train()(pixels, grid, fps)):
+        assert out.expert_load.shape == (3, 4)
+        torch.testing.assert_close(out.expert_load.sum(1), torch.full((3,), 2.0).double())
+        assert out.balance_loss.shape == () and out.balance_loss.requires_grad
+        assert torch.equal(out.last_hidden_state, quiet.last_hidden_state)
+    assert model(pixels, grid, fps, output_balance=False).balance_loss is None
+
+
+def test_balance_without_experts_is_0():
+    model = make(tiny(aoe_every=0)).train()
+    out = model(*inputs(GRIDS))
+    assert out.balance_loss == 0 and out.expert_load is None
+
+
+def test_return_dict_false_gives_a_tuple():
+    model = make(tiny())
+    arguments = inputs(GRIDS)
+    named = model(*arguments, output_hidden_states=True)
+    found = model(*arguments, output_hidden_states=True, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == 3
+    for value, expected in zip(found, named.to_tuple(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    model.config.return_dict = False
+    assert isinstance(model(*arguments), tuple)
+    assert model(*arguments, return_dict=True).keys() == {"last_hidden_state", "pooler_output"}
 
 
 def test_a_learned_part_changes_the_output():

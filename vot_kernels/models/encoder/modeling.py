@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
@@ -30,13 +31,17 @@ class VotEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[tokens, hidden_size]`.
         pooler_output: `[clips, hidden_size]`, attention-pooled; zero for an empty clip.
-        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them).
+        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them); in training, or if
+            asked for.
+        expert_load: `[AoE blocks, num_experts]`, share of the tokens that chose each expert, no gradient; likewise,
+            but None without AoE blocks.
         hidden_states: the embedding and the output of every block, if asked for.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -63,10 +68,18 @@ class VotEncoderBlock(nn.Module):
         else:
             self.mlp = SwiGLU(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, hidden_size]` to the same."""
+    def forward(
+        self, x: Tensor, layout: PackedLayout, output_balance: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`[tokens, hidden_size]` to the same, and the balance loss and the load of its experts.
+
+        The last two are None in a dense block and without `output_balance`.
+        """
         x = x + self.attention(self.attention_norm(x), layout)
-        return x + self.mlp(self.mlp_norm(x))
+        if output_balance and isinstance(self.mlp, AutonomyOfExperts):
+            y, aux = self.mlp(self.mlp_norm(x), return_aux=True)
+            return x + y, aux.balance_loss, aux.load
+        return x + self.mlp(self.mlp_norm(x)), None, None
 
     def step(
         self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None
@@ -150,6 +163,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         self.pooling = PackedAttentionPooling(width, config.pooling_heads)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -157,8 +171,9 @@ class VotEncoder(VotEncoderPreTrainedModel):
         fps: Tensor | None = None,
         layout: PackedLayout | None = None,
         output_hidden_states: bool = False,
+        output_balance: bool | None = None,
     ) -> VotEncoderOutput:
-        """Encode packed clips.
+        """Encode packed clips. With `return_dict=False` the output is a tuple of what is not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
@@ -166,14 +181,19 @@ class VotEncoder(VotEncoderPreTrainedModel):
             fps: float `[clips]`, frames per second, 0 for images; None is all 0.
             layout: built once from the grid if the same packing is used again.
             output_hidden_states: return the embedding and every block's output too.
+            output_balance: return `balance_loss` and `expert_load` too; None is in training alone.
         """
+        output_balance = self.training if output_balance is None else output_balance
         layout = self.layout(image_grid_thw, pixel_values.device) if layout is None else layout
         self._check(pixel_values, layout)
         x = self._embed(pixel_values, layout, fps)
-        states = [x]
+        states, losses, loads = [x], [], []
         history = self._history(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, layout)
+            x, loss, load = block(x, layout, output_balance)
+            if loss is not None:
+                losses.append(loss)
+                loads.append(load)
             if self.residual is not None:
                 x = self.residual(x, i + 1, history)
             if output_hidden_states:
@@ -182,7 +202,8 @@ class VotEncoder(VotEncoderPreTrainedModel):
         return VotEncoderOutput(
             last_hidden_state=x,
             pooler_output=self.pooling(x, layout),
-            balance_loss=self._balance_loss(x),
+            balance_loss=_mean(losses, like=x) if output_balance else None,
+            expert_load=torch.stack(loads) if loads else None,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
@@ -256,11 +277,6 @@ class VotEncoder(VotEncoderPreTrainedModel):
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         return x if self.size_embedding is None else self.size_embedding(x, layout, fps)
 
-    def _balance_loss(self, like: Tensor) -> Tensor:
-        experts = [m for m in self.blocks.modules() if isinstance(m, AutonomyOfExperts)]
-        losses = [m.balance_loss for m in experts if m.balance_loss is not None]
-        return torch.stack(losses).mean() if losses else like.new_zeros(())
-
     def _check(self, pixel_values: Tensor, layout: PackedLayout) -> None:
         expected = [layout.num_tokens, self.config.patch_numbers]
         if list(pixel_values.shape) != expected:
@@ -268,3 +284,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
                 f"pixel_values must have the shape {expected} (patches of image_grid_thw, numbers in a patch), "
                 f"got {list(pixel_values.shape)}."
             )
+
+
+def _mean(losses: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(losses).mean() if losses else like.new_zeros(())
