@@ -27,7 +27,7 @@ SWITCHES = {
     "no rope": {"rope": False},
     "rows": {"group": "rows:2"},
     "blocks": {"group": 5},
-    "causal": {"causal": "frame"},
+    "causal": {"causal": "group"},
     "grouped heads": {"num_key_value_heads": 1},
     "elu": {"feature_map": "elu"},
 }
@@ -181,7 +181,7 @@ def test_a_learned_part_changes_the_output():
     "overrides", [{}, {"window": 0}, {"window": 2}, {"aoe_every": 0, "dense_residual": False}]
 )
 def test_streaming_equals_the_whole_clip(overrides):
-    model = make(tiny(causal="frame", full_attention_every=0, **overrides))
+    model = make(tiny(causal="group", full_attention_every=0, **overrides))
     pixels, grid, fps = inputs([(7, 3, 2)])
     with torch.no_grad():
         whole = model(pixels, grid, fps).last_hidden_state
@@ -194,7 +194,7 @@ def test_streaming_equals_the_whole_clip(overrides):
 
 
 def test_causal_frames_do_not_see_later_ones():
-    model = make(tiny(causal="frame"))
+    model = make(tiny(causal="group"))
     pixels, grid, fps = inputs([(5, 2, 2)])
     before = model(pixels, grid, fps).last_hidden_state
     pixels[12:] += 1.0
@@ -204,7 +204,7 @@ def test_causal_frames_do_not_see_later_ones():
 
 
 def test_stream_state_does_not_grow():
-    model = make(tiny(causal="frame", full_attention_every=0, num_hidden_layers=2)).float()
+    model = make(tiny(causal="group", full_attention_every=0, num_hidden_layers=2)).float()
 
     def numbers(value) -> int:
         if isinstance(value, torch.Tensor):
@@ -225,9 +225,11 @@ def test_stream_state_does_not_grow():
 
 def test_streaming_is_refused_where_memory_would_grow():
     with pytest.raises(ValueError, match="full_attention_every=0"):
-        VotEncoder(tiny(causal="frame")).start_stream()
-    with pytest.raises(ValueError, match='causal="frame"'):
+        VotEncoder(tiny(causal="group")).start_stream()
+    with pytest.raises(ValueError, match='causal="group"'):
         VotEncoder(tiny()).start_stream()
+    with pytest.raises(TypeError, match="needs HybridAttention, got LinearAttention"):
+        VotEncoder(tiny(attention="linear")).blocks[0].step(torch.zeros(2, 32), None, None)
 
 
 def test_save_and_load(tmp_path):
@@ -242,6 +244,17 @@ def test_save_and_load(tmp_path):
     assert torch.equal(model(*args).last_hidden_state, again(*args).last_hidden_state)
     AutoConfig.register("vot_encoder", VotEncoderConfig, exist_ok=True)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VotEncoderConfig)
+
+
+def test_a_configuration_of_an_earlier_version_says_frame(tmp_path):
+    config = tiny(causal="frame", full_attention_every=0)
+    assert config.causal == "group"
+    config.save_pretrained(tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    assert '"causal": "group"' in saved
+    (tmp_path / "config.json").write_text(saved.replace('"causal": "group"', '"causal": "frame"'))
+    assert VotEncoderConfig.from_pretrained(tmp_path).causal == "group"
+    assert VotEncoder(config).blocks[0].attention.causal == "group"
 
 
 def test_presets():
@@ -293,7 +306,7 @@ def test_the_backend_of_the_experts_reaches_every_layer():
         ({"hidden_size": 33}, "multiple"),
         ({"attention": "magic"}, "attention must be"),
         ({"causal": "token"}, "causal must be"),
-        ({"causal": "frame", "group": 4}, 'group="frame"'),
+        ({"causal": "group", "group": 4}, 'group="frame"'),
         ({"window": [1, 1]}, "window lists 2"),
         (
             {"shared_expert_size": 48},

@@ -84,13 +84,19 @@ class VotEncoderBlock(nn.Module):
     def step(
         self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None
     ) -> tuple[Tensor, HybridAttentionState]:
-        """One frame of a stream; the attention's state is carried."""
+        """One frame of a stream; the attention's state is carried.
+
+        Raises:
+            TypeError: the attention is linear, which has no stream.
+        """
+        if not isinstance(self.attention, HybridAttention):
+            raise TypeError(f"A stream needs HybridAttention, got {type(self.attention).__name__}.")
         attended, state = self.attention.step(self.attention_norm(x), layout, state)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention:
+def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention | LinearAttention:
     options: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
         "feature_map": config.feature_map,
@@ -99,13 +105,14 @@ def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention:
     }
     if config.attention == "linear":
         return LinearAttention(config.hidden_size, config.num_attention_heads, **options)
-    causal = "group" if config.causal == "frame" else None
-    attention = HybridAttention(
-        config.hidden_size, config.num_attention_heads, window=window, causal=causal, **options
+    return HybridAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        window=window,
+        causal=config.causal,
+        beta_init=0.0 if config.learned_beta else None,
+        **options,
     )
-    if not config.learned_beta:
-        attention.beta = None
-    return attention
 
 
 class VotEncoderPreTrainedModel(PreTrainedModel):
@@ -125,7 +132,7 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class VotStreamState:
-    """What a frame-causal encoder carries from frame to frame; its size does not grow.
+    """What a causal encoder carries from frame to frame; its size does not grow.
 
     Attributes:
         frame: frames seen so far.
@@ -215,7 +222,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
-        self._set_backend(HybridAttention, backend)
+        self._set_backend((HybridAttention, LinearAttention), backend)
 
     def set_experts_backend(self, backend: str) -> None:
         """Choose what computes the experts, as `set_attention_backend` does for the attention.
@@ -223,12 +230,14 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
-        self._set_backend(AutonomyOfExperts, backend)
+        self._set_backend((AutonomyOfExperts,), backend)
 
-    def _set_backend(self, kind: type[HybridAttention] | type[AutonomyOfExperts], backend: str) -> None:
+    def _set_backend(
+        self, kinds: tuple[type[HybridAttention | LinearAttention | AutonomyOfExperts], ...], backend: str
+    ) -> None:
         check_choice("backend", backend, ("auto", *BACKENDS))
         for module in self.modules():
-            if isinstance(module, kind):
+            if isinstance(module, kinds):
                 module.backend = backend
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
@@ -236,9 +245,9 @@ class VotEncoder(VotEncoderPreTrainedModel):
         return PackedLayout.from_grid_thw(image_grid_thw, self.config.group, device)
 
     def start_stream(self) -> VotStreamState:
-        """The state before the first frame of a stream; needs `causal="frame"` and no full-attention layer."""
-        if self.config.causal != "frame":
-            raise ValueError('Streaming needs an encoder with causal="frame".')
+        """The state before the first frame of a stream; needs `causal="group"` and no full-attention layer."""
+        if self.config.causal != "group":
+            raise ValueError('Streaming needs an encoder with causal="group".')
         full = [i for i, window in enumerate(self.config.layer_windows) if window is None]
         if full:
             raise ValueError(
