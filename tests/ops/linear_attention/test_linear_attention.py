@@ -37,7 +37,6 @@ def check(layout, inputs, **options):
         lambda q, k, v: [linear_attention(q, k, v, layout, backend="torch", **options)],
         lambda q, k, v: reference.linear_attention(q, k, v, layout, **options)[:1],
         inputs,
-        roundings=4.0 if inputs[0].dtype.itemsize < 8 else 16.0,  # float64 has no finer yardstick
         floor=1.0,  # the gradient of a lone token is a difference of equal terms of about 1
     )
 
@@ -116,7 +115,7 @@ def test_a_lone_token_sees_itself_however_little_it_weighs(causal, backend):
     out = linear_attention(*inputs, PackedLayout.from_lengths((1,)), causal=causal, backend=backend)
     grad = make_tensor(1, 1, 16)
     dq, dk, dv = torch.autograd.grad(out, inputs, grad)
-    assert max_error(out, v) < 1e-6 and max_error(dv, grad) < 1e-6
+    assert max_error(out, v) < 2e-6 and max_error(dv, grad) < 2e-6  # a few roundings
     assert float(torch.stack([dq, dk]).abs().max()) < 1e-5
 
 
