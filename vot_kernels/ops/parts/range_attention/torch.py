@@ -38,10 +38,10 @@ class RangeBlocks:
         return hidden.triu(high + 1).add_(hidden.tril(low - 1))
 
 
-Pass = tuple[RangeBlocks, ...]
+RangePass = tuple[RangeBlocks, ...]
 
 
-def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
+def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePass:
     """Blocks of `ranges` `[n, 4]`: query begin and end, key begin and end. Empty ranges fall out.
 
     Ascending queries are expected. Adjacent queries with the same keys become one range.
@@ -65,7 +65,7 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
     )
 
 
-def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> Pass:
+def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> RangePass:
     """Blocks of `ranges` `[n, 4]` in which a query sees the keys from `left` before to `right` after its place.
 
     The places of the last query and the last key of a range are one. Long ranges are cut into blocks of few
@@ -94,7 +94,7 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
 
 
 def range_attention(
-    q: Tensor, k: Tensor, v: Tensor, passes: Sequence[Pass], scale: float
+    q: Tensor, k: Tensor, v: Tensor, passes: Sequence[RangePass], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q, k, v.
 
@@ -125,7 +125,7 @@ def range_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    passes: Sequence[Pass],
+    passes: Sequence[RangePass],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser.
