@@ -72,31 +72,6 @@ class KeyRanges:
         """All keys of the own segment, or those around the counterpart."""
         return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
 
-    @classmethod
-    def of_groups(
-        cls,
-        cu_seqlens: Tensor,
-        cu_groups: Tensor,
-        segment_groups: Tensor,
-        left: int | None,
-        right: int | None,
-        causal: str,
-    ) -> "KeyRanges":
-        """The near part of hybrid attention; causal is "none", "group" or "token"."""
-        tokens_right = 0 if causal == "token" else None
-        if left is None and causal != "group":  # everything is near: groups play no part
-            return cls.of_segments(cu_seqlens, cu_seqlens, tokens_right=tokens_right)
-        return cls(
-            cu_seqlens,
-            cu_seqlens,
-            cu_groups,
-            cu_groups,
-            segment_groups,
-            left,
-            right if causal == "none" else 0,
-            tokens_right=tokens_right,
-        )
-
     def mirrored(self) -> "KeyRanges":
         """Which rows see each key."""
         return KeyRanges(
