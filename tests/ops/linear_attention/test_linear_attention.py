@@ -148,6 +148,14 @@ def test_compiles_once_for_all_packings(causal):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_token_and_true_are_one_and_so_are_none_and_false(backend):
+    layout, inputs = PackedLayout.from_lengths((19, 4)), make_qkv(23)
+    for causal, mode in ((True, "token"), (False, None)):
+        out = linear_attention(*inputs, layout, causal=causal, backend=backend)
+        assert torch.equal(linear_attention(*inputs, layout, causal=mode, backend=backend), out)
+
+
 def test_malformed_inputs():
     layout = PackedLayout.from_lengths((6,))
     q, k, v = make_qkv(6)
