@@ -12,7 +12,7 @@ import torch
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
 from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
-from vot_kernels.ops.dispatch import describe_backends
+from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 
@@ -79,7 +79,7 @@ def kernel_ops() -> list[str]:
     """Public ops with a Triton backend."""
     with record_launches("sm_90"):
         backends = describe_backends("cpu", BFLOAT16)
-    return [op for op, reasons in backends.items() if not reasons["triton"]]
+    return [op for op in OPS if not backends[op]["triton"]]
 
 
 def _linear_attention() -> Iterator[Case]:
@@ -225,7 +225,7 @@ def _fused_backward(op: Callable[..., Any], base: Attention, **options: Any) -> 
     """The backward that adds to dq from the kernel of dk and dv, at every size."""
     state_products = FAR_STATE_PRODUCTS if op is hybrid_attention else STATE_PRODUCTS
     for name, dtype, problem in _sizes(base):
-        fused = {"deterministic": False, **options}
+        fused = {"_variant": "fused", **options}
         case = _attention(op, f"{name} fused", dtype, problem, quick=name == "bf16 d64", **fused)
         yield replace(case, flops=_attention_flops(problem, FUSED_PAIR_PRODUCTS, state_products))
 

@@ -8,8 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.marks import compiled, interpreted
 from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func, op
-from vot_kernels.ops.flash_attention.reference import aligned_mask
+from vot_kernels.ops.flash_attention import torch as flash_torch
+from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
+from vot_kernels.ops.flash_attention.reference import aligned_mask, flash_attention
 from vot_kernels.ops.packed_attention import packed_attention
+from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.range_attention import torch as _range_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
@@ -181,13 +184,14 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("segments", [1, 3])
 def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
     rows, keys = (1000,) * segments, (1500,) * segments
-    inputs = [*make_inputs(rows, keys, 1, 1, 16), bounds(rows), bounds(keys)]
+    inputs, options = Inputs(*make_inputs(rows, keys, 1, 1, 16)), Options(scale=0.25)
+    geometry = Geometry(bounds(rows), bounds(keys), *sides)
     with LargestResult() as seen:
-        out, lse = op._batched_forward(*inputs, *sides, 0.25)
-        op._batched_backward(out, out, lse, *inputs, *sides, 0.25)
-    assert 1000 * 16 <= seen.numbers <= 2 * inputs[1].numel() < 1000 * 1500
+        out, lse = flash_torch.forward(inputs, geometry, options)
+        flash_torch.backward(Saved(inputs, out, lse), Grads(out), geometry, options)
+    assert 1000 * 16 <= seen.numbers <= 2 * inputs.k.numel() < 1000 * 1500
     with LargestResult() as seen:
-        op._by_reference(*inputs, *sides, 0.25)
+        flash_attention(*inputs, *geometry, options.scale)
     assert seen.numbers >= 1000 * 1500, "all pairs would be noticed"
 
 
@@ -195,7 +199,7 @@ def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
 @pytest.mark.parametrize("causal", [False, True])
 def test_opcheck_and_compile(causal):
     q, k, v = (x.requires_grad_() for x in make_inputs())
-    options = (None, 0 if causal else None, 0.25, "torch")
+    options = (None, 0 if causal else None, 0.25, False, "torch")
     torch.library.opcheck(op._flash_attention_fwd, (q, k, v, bounds(ROWS), bounds(KEYS), *options))
     out, lse = op._flash_attention_fwd(q, k, v, bounds(ROWS), bounds(KEYS), *options)
     saved = [x.detach() for x in (out, out, lse, q, k, v)]

@@ -170,7 +170,7 @@ def op_arguments(given):
     features = (make_tensor(7, 1, 16).abs(), make_tensor(7, 1, 16).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
-    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, "none", "softmax", 0.5, "triton")
+    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, None, "softmax", 0.5, None, "triton")
 
 
 @interpreted

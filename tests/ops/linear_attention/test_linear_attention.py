@@ -6,8 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vot_kernels.ops.hybrid_attention import reference as hybrid_reference
 from vot_kernels.ops.linear_attention import linear_attention, reference
-from vot_kernels.ops.linear_attention import op as module
+from vot_kernels.ops.linear_attention import torch as module
 from vot_kernels.ops.parts.group_states.torch import feature_map
+from vot_kernels.ops.parts.plans import forget_plans
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     PACKINGS,
@@ -27,9 +28,9 @@ MAPS = ["softmax", "elu", "relu"]
 def small_chunks(monkeypatch):
     """Chunks of 8 tokens, so that short segments have several."""
     monkeypatch.setattr(module, "_CHUNK", 8)
-    module._plan.cache_clear()
+    forget_plans()
     yield
-    module._plan.cache_clear()
+    forget_plans()
 
 
 def check(layout, inputs, **options):
@@ -173,14 +174,14 @@ def test_neighbours_and_slack_do_not_leak(causal, backend):
         assert torch.equal(a[kept], b[kept]) and (a[41:] == 0).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [None, "token"])
 def test_opcheck(causal):
     layout = PackedLayout.from_lengths((19, 0, 5))
     q, k, v = make_qkv(25, 2, 4, kv_heads=1)
-    arguments = (q, k, v, layout.cu_seqlens, layout.host_cu_seqlens, "elu", causal)
+    arguments = (q, k, v, None, layout.cu_seqlens, layout.host_cu_seqlens, causal, "elu", "torch")
     out, total = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
-    torch.library.opcheck(backward, (torch.ones_like(out), out, total, *arguments))
+    torch.library.opcheck(backward, (torch.ones_like(out), out, total, *arguments, False))
     for x in (q, k, v):
         x.requires_grad_()
     torch.library.opcheck(torch.ops.vot_kernels.linear_attention_fwd.default, arguments)
@@ -200,12 +201,20 @@ def test_compiles_once_for_all_packings(causal):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_token_and_true_are_one_and_so_are_none_and_false(backend):
+    layout, inputs = PackedLayout.from_lengths((19, 4)), make_qkv(23)
+    for causal, mode in ((True, "token"), (False, None)):
+        out = linear_attention(*inputs, layout, causal=causal, backend=backend)
+        assert torch.equal(linear_attention(*inputs, layout, causal=mode, backend=backend), out)
+
+
 def test_malformed_inputs():
     layout = PackedLayout.from_lengths((6,))
     q, k, v = make_qkv(6)
     with pytest.raises(ValueError, match="feature_map must be one of .* got 'exp'"):
         linear_attention(q, k, v, layout, feature_map="exp")
-    with pytest.raises(ValueError, match="causal must be one of False, True, got 'group'"):
+    with pytest.raises(ValueError, match="causal must be one of None, 'token', False, True, got 'group'"):
         linear_attention(q, k, v, layout, causal="group")
     with pytest.raises(ValueError, match="linear_attention .*no Triton kernel"):
         linear_attention(q, k, v, layout, backend="triton")

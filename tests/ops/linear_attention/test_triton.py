@@ -285,11 +285,13 @@ def test_opcheck(mode):
     layout, options = PackedLayout.from_lengths((35, 0)), mode_options(mode)
     q, k, v = make_qkv(36, 1)
     bounds = (layout.cu_seqlens, layout.host_cu_seqlens)
-    arguments = (q, k, v, *bounds, "elu", options["causal"], "triton", options.get("log_decay"))
+    causal, decay = "token" if options["causal"] else None, options.get("log_decay")
+    arguments = (q, k, v, decay, *bounds, causal, "elu", "triton")
     out, inverse = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     tests = ("test_schema", "test_faketensor")
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
-    torch.library.opcheck(backward, (torch.ones_like(out), out, inverse, *arguments), test_utils=tests)
+    given = (torch.ones_like(out), out, inverse, *arguments, decay is not None)
+    torch.library.opcheck(backward, given, test_utils=tests)
     torch.library.opcheck(torch.ops.vot_kernels.linear_attention_fwd.default, arguments, test_utils=tests)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.launch import ceil_div, find_config, launch
+from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
+from vot_kernels.ops.parts.attention import Grads
 from vot_kernels.tuning import Config
 
 OP = "linear_attention"
@@ -126,53 +128,34 @@ def scan_states(
     return sums
 
 
-def linear_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    host_cu_seqlens: Tensor,
-    feature_map: str,
-    causal: bool,
-    log_decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
-    q, k, v = map(_addressable, (q, k, v))
-    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    q, k, v = map(_addressable, (inputs.q, inputs.k, inputs.v))
+    pass_ = _Pass.of(q, k, inputs.log_decay, geometry, options)
     rows = Rows(k, v)
     return pass_.values(q, rows, pass_.states(rows), normalise=True)
 
 
-def linear_attention_backward(
-    grad: Tensor,
-    out: Tensor,
-    inverse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    host_cu_seqlens: Tensor,
-    feature_map: str,
-    causal: bool,
-    log_decay: Tensor | None,
-    decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, and float32 that of log_decay if wanted.
+def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
+    """Gradients of q, k and v, and that of log_decay if the options want it.
 
     The states of k and v are made again: they may outweigh the inputs.
     """
-    grad, q, k, v = map(_addressable, (grad, q, k, v))
-    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    inputs, out, inverse = saved
+    d_out, q, k, v = map(_addressable, (grads.d_out, inputs.q, inputs.k, inputs.v))
+    pass_ = _Pass.of(q, k, inputs.log_decay, geometry, options)
     keys = Rows(k, v)
     last = torch.empty_like(inverse)  # -do.out, written with dq
     before = pass_.states(keys)
-    dq = pass_.features(grad, q, keys, inverse, last, out, None, before)
-    queries = Rows(q, grad, inverse, last)
+    dq = pass_.features(d_out, q, keys, inverse, last, out, None, before)
+    queries = Rows(q, d_out, inverse, last)
     after = pass_.states(queries, reverse=True)
     dv, dv_last = pass_.values(k, queries, after, reverse=True)
     dk = pass_.features(v, k, queries, inverse, last, dv, dv_last, after)
-    d_decay = pass_.decay(queries, keys, before, after) if decay_gradient else None
-    return dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay
+    d_decay = None
+    if inputs.log_decay is not None and options.decay_gradient:
+        d_decay = pass_.decay(queries, keys, before, after).to(inputs.log_decay.dtype)
+    return Inputs(dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,20 +176,14 @@ class _Pass:
 
     @classmethod
     def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        cu_seqlens: Tensor,
-        host_cu_seqlens: Tensor,
-        feature_map: str,
-        causal: bool,
-        log_decay: Tensor | None,
+        cls, q: Tensor, k: Tensor, log_decay: Tensor | None, geometry: Geometry, options: Options
     ) -> "_Pass":
         """Of these queries and keys; log_decay in any floating dtype."""
+        causal = geometry.causal is not None
+        shared = geometry.cu_seqlens, geometry.host_cu_seqlens, options.feature_map, causal
         if log_decay is None:
-            return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, k.shape[1], None)
-        log_decay = log_decay.to(torch.float32).contiguous()
-        return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, q.shape[1], log_decay)
+            return cls(*shared, k.shape[1], None)
+        return cls(*shared, q.shape[1], log_decay.to(torch.float32).contiguous())
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """What each tile begins with; None if every segment is one tile, which finds it on its own."""

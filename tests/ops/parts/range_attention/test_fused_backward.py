@@ -60,7 +60,7 @@ def check_packed(layout, inputs, *, roundings=4.0, **options):
     """out, lse and the gradients obey the tolerance rule."""
 
     def run(q, k, v):
-        options_of_op = {"return_lse": True, "backend": "triton", "deterministic": False}
+        options_of_op = {"return_lse": True, "backend": "triton", "_variant": "fused"}
         return packed_attention(q, k, v, layout, **options_of_op, **options)
 
     def oracle(q, k, v):
@@ -79,7 +79,7 @@ def check_hybrid(layout, inputs, **options):
 
     def run(*tensors):
         given, named = arguments(*tensors)
-        return hybrid_attention(*given, **named, return_lse=True, backend="triton", deterministic=False)
+        return hybrid_attention(*given, **named, return_lse=True, backend="triton", _variant="fused")
 
     def oracle(*tensors):
         given, named = arguments(*tensors)
@@ -89,10 +89,10 @@ def check_hybrid(layout, inputs, **options):
         check_against_reference(run, oracle, inputs, roundings=16, names=["out", "lse"])
 
 
-def gradients(layout, inputs, *, function=hybrid_attention, deterministic=False, rows=None, **options):
+def gradients(layout, inputs, *, function=hybrid_attention, variant="fused", rows=None, **options):
     """out, lse and the gradients of the inputs, for fixed gradients of both that `rows` more rows would have too."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    options |= {"return_lse": True, "backend": "triton", "deterministic": deterministic}
+    options |= {"return_lse": True, "backend": "triton", "_variant": variant}
     with uninitialized_is_nan():
         out, lse = function(*leaves[:3], layout, **options)
         rows = len(out) if rows is None else rows
@@ -197,7 +197,7 @@ def test_gradients_of_slack_rows_are_ignored(far):
     leaves = [with_slack(x, 5).requires_grad_() for x in make_qkv(17, 1)]
     window = {"window": 0} if far else {"window": None}
     with uninitialized_is_nan():
-        out = hybrid_attention(*leaves, layout, backend="triton", deterministic=False, **window)
+        out = hybrid_attention(*leaves, layout, backend="triton", _variant="fused", **window)
         grads = torch.autograd.grad(out, leaves, with_slack(make_tensor(17, 1, 16), 5))
     for x in grads:
         assert x[:17].isfinite().all() and torch.equal(x[17:], torch.zeros(5, 1, 16))
@@ -227,7 +227,7 @@ def test_dk_and_dv_repeat_and_all_equals_the_pair(added):
     inputs = make_qkv(23, 1)
     fused = gradients(layout, inputs, function=packed_attention, causal=True)
     again = gradients(layout, inputs, function=packed_attention, causal=True)
-    pair = gradients(layout, inputs, function=packed_attention, causal=True, deterministic=True)
+    pair = gradients(layout, inputs, function=packed_attention, causal=True, variant=None)
     assert added == [True, True, False]
     for x, y in zip(fused[3:], again[3:], strict=True):
         assert torch.equal(x, y)
@@ -276,7 +276,7 @@ def op_arguments(far):
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
     qkv = [with_slack(x, 1, value=0.0) for x in make_qkv(6, 1)]
     window = (0, 0) if far else (None, None)
-    options = (*window, "none", "softmax", 0.5, "triton", False)
+    options = (*window, None, "softmax", 0.5, "fused", "triton")
     return (*qkv, BETA[:1].clone() if far else None, None, None, *tensors, *options)
 
 
@@ -305,14 +305,14 @@ def test_compiles(added):
     compiled_step = torch.compile(step, backend=counter, fullgraph=True)
     layout = PackedLayout.from_lengths((5, 6, 1), group_size=4)
     inputs = make_qkv(12, 2, kv_heads=1)
-    for deterministic, fused in ((False, True), (True, False), (None, False)):
+    for variant, fused in (("fused", True), (None, False)):
         added.clear()
-        found = gradients(layout, inputs, function=compiled_step, deterministic=deterministic)
-        wanted = gradients(layout, inputs, function=packed_attention, deterministic=deterministic)
+        found = gradients(layout, inputs, function=compiled_step, variant=variant)
+        wanted = gradients(layout, inputs, function=packed_attention, variant=variant)
         assert added == [fused] * 2
         for x, y in zip(found, wanted, strict=True):
             assert torch.equal(x, y)
-    assert counter.frame_count == 3
+    assert counter.frame_count == 2
 
 
 @interpreted
@@ -337,11 +337,11 @@ def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monk
 # The choice, which takes no interpreter.
 
 
-def recorded(arch, op=packed_attention, deterministic=False, dtype=torch.bfloat16, head_dim=64, **options):
+def recorded(arch, op=packed_attention, variant="fused", dtype=torch.bfloat16, head_dim=64, **options):
     """The launches for dq and for dk and dv of a backward on `arch`, by name."""
     layout = PackedLayout.from_lengths((30, 20), group_size=8)
     leaves = [torch.empty(50, 2, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
-    options |= {"backend": "triton", "deterministic": deterministic}
+    options |= {"backend": "triton", "_variant": variant}
     with record_launches(arch) as launches:
         out = op(*leaves, layout, **options)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
@@ -392,8 +392,7 @@ def test_heads_that_descriptors_do_not_take_keep_the_pair_where_others_use_them(
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_entries_leave_it_out_of_ordinary_calls(arch, op):
     pytest.importorskip("triton")
-    assert not is_fused(recorded(arch, op, deterministic=None))
-    assert not is_fused(recorded(arch, op, deterministic=True))
+    assert not is_fused(recorded(arch, op, variant=None))
 
 
 @pytest.fixture
@@ -428,15 +427,15 @@ def test_one_number_makes_it_the_default_of_a_gpu_and_head_dim(table):
             when["fused"] = [1, 2]
 
     table(switch_on)
-    assert is_fused(recorded("sm_90", deterministic=None))
-    assert is_fused(recorded("sm_90", deterministic=False))
-    assert not is_fused(recorded("sm_90", deterministic=True))
-    assert not is_fused(recorded("sm_90", deterministic=None, head_dim=128))
-    assert not is_fused(recorded("sm_90", deterministic=None, dtype=torch.float32))
-    assert not is_fused(recorded("sm_90", hybrid_attention, deterministic=None, window=0))
+    assert is_fused(recorded("sm_90", variant=None))
+    assert is_fused(recorded("sm_90", variant="fused"))
+    assert not is_fused(recorded("sm_90", variant=None, head_dim=128))
+    assert not is_fused(recorded("sm_90", variant=None, dtype=torch.float32))
+    assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=0))
     with uninitialized_is_nan():  # it switches deterministic algorithms on
-        assert not is_fused(recorded("sm_90", deterministic=None))
-        assert is_fused(recorded("sm_90", deterministic=False))
+        assert not is_fused(recorded("sm_90", variant=None))
+        assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=None))
+        assert is_fused(recorded("sm_90", variant="fused"))
 
 
 @compiled
@@ -467,9 +466,9 @@ def test_the_other_backends_always_repeat(backend):
     layout = PackedLayout.from_lengths((9, 0, 4), group_size=4)
     for op in (packed_attention, hybrid_attention):
         found = []
-        for deterministic in (True, False, None):
+        for variant in (None, "fused"):
             leaves = [x.requires_grad_() for x in make_qkv(13, 2, kv_heads=1)]
-            out = op(*leaves, layout, backend=backend, deterministic=deterministic)
+            out = op(*leaves, layout, backend=backend, _variant=variant)
             found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         for results in found[1:]:
             assert all(torch.equal(x, y) for x, y in zip(found[0], results, strict=True))
@@ -477,11 +476,11 @@ def test_the_other_backends_always_repeat(backend):
 
 @compiled
 @pytest.mark.parametrize("op", [packed_attention, hybrid_attention])
-def test_it_is_a_yes_a_no_or_none(op):
+def test_an_unknown_variant_is_refused(op):
     layout = PackedLayout.from_lengths((4,))
     with pytest.raises(ValueError) as caught:
-        op(*make_qkv(4), layout, deterministic="yes")
-    assert str(caught.value) == "deterministic must be one of None, False, True, got 'yes'."
+        op(*make_qkv(4), layout, _variant="fast")
+    assert str(caught.value) == "_variant must be one of None, 'fused', got 'fast'."
 
 
 @compiled

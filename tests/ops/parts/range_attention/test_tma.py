@@ -9,9 +9,10 @@ import torch
 
 from tests.marks import compiled, interpreted
 from vot_kernels import tuning
-from vot_kernels.ops.attention_options import window_sides
-from vot_kernels.ops.hybrid_attention.triton import Geometry, hybrid_attention_forward
+from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
+from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.launch import record_launches
+from vot_kernels.ops.parts.attention import Options
 from vot_kernels.ops.parts.range_attention import triton as _range_triton
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
@@ -34,8 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 def near(layout, window=None, causal=None):
-    groups = layout.cu_groups, layout.segment_groups
-    return KeyRanges.of_groups(layout.cu_seqlens, *groups, *window_sides(window, causal), causal or "none")
+    return Geometry.of(layout, window, causal).key_ranges()
 
 
 def run(layout, q, k, v, window=None, causal=None):
@@ -45,11 +45,10 @@ def run(layout, q, k, v, window=None, causal=None):
 
 def run_hybrid(layout, q, k, v, window, causal=None):
     """With a far part, wherever there are groups to be far from."""
-    groups = layout.cu_seqlens, layout.cu_groups, layout.segment_groups, layout.host_segment_groups
-    geometry = Geometry(*groups, *window_sides(window, causal), causal or "none")
+    geometry, options = Geometry.of(layout, window, causal), Options(scale=q.shape[-1] ** -0.5)
     beta = torch.linspace(-1, 1, q.shape[1])
     with uninitialized_is_nan():
-        return hybrid_attention_forward(q, k, v, beta, None, None, geometry, "softmax", q.shape[-1] ** -0.5)
+        return hybrid_triton.forward(Inputs(q, k, v, beta), geometry, options)
 
 
 POINTERS, DESCRIPTORS, SPECIALIZED = "pointers", "descriptors", "warp-specialized descriptors"

@@ -12,7 +12,7 @@ where they do, 2 where they do inside of `prefer_tma()`, 3 inside of `prefer_tma
 entries begin at 2 or 3, for no GPU has timed them, and so take no part in ordinary calls. To switch one on, let it
 begin at 1, `"tma": [1, 3]`; to measure all ways without touching a file, call the op inside of `prefer_tma`.
 
-The backward is a pair of kernels, or with an entry "bwd_dkdv" of `"ADD_DQ": 1` the fused form, see `range_bwd.py`.
+The backward is a pair of kernels, or with an entry "bwd_dkdv" of `"ADD_DQ": 1` the fused form, see `bwd.py`.
 The key `fused` says when: 0 where the bits must repeat, 2 where they need not, 1 where the caller has no wish. The
 shipped entries say 2, for no GPU has timed them either; `"fused": [1, 2]` makes one the default. Where its blocks say
 `"USE_TMA": 1` the adding is done through descriptors, and the key `tma` is 1 where these can be had.
@@ -72,31 +72,6 @@ class KeyRanges:
         """All keys of the own segment, or those around the counterpart."""
         return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
 
-    @classmethod
-    def of_groups(
-        cls,
-        cu_seqlens: Tensor,
-        cu_groups: Tensor,
-        segment_groups: Tensor,
-        left: int | None,
-        right: int | None,
-        causal: str,
-    ) -> "KeyRanges":
-        """The near part of hybrid attention; causal is "none", "group" or "token"."""
-        tokens_right = 0 if causal == "token" else None
-        if left is None and causal != "group":  # everything is near: groups play no part
-            return cls.of_segments(cu_seqlens, cu_seqlens, tokens_right=tokens_right)
-        return cls(
-            cu_seqlens,
-            cu_seqlens,
-            cu_groups,
-            cu_groups,
-            segment_groups,
-            left,
-            right if causal == "none" else 0,
-            tokens_right=tokens_right,
-        )
-
     def mirrored(self) -> "KeyRanges":
         """Which rows see each key."""
         return KeyRanges(
@@ -143,7 +118,7 @@ class FarPart:
 
     Attributes:
         states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
-            from each group: S `[width, head_dim]`, then z `[width]`, as `_linear_triton.group_states` has it.
+            from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` has it.
         features: `[rows, heads, width]`: q, or given features.
         feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
         beta: `[heads]`, log of the weight of far tokens; None is 0.
@@ -225,8 +200,8 @@ def range_attention_forward(
 
 
 def range_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -239,16 +214,16 @@ def range_attention_backward(
     """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
 
     Args:
-        grad: gradient of out, `[rows, heads, head_dim]`.
-        grad_lse: gradient of lse, `[rows, heads]`, or None.
+        d_out: gradient of out, `[rows, heads, head_dim]`.
+        d_lse: gradient of lse, `[rows, heads]`, or None.
         out, lse: what the forward returned, or those merged with other keys.
         q, k, v, ranges, scale: as in the forward.
         deterministic: see `fuses_backward`.
     """
     fused = fuses_backward(q, deterministic)
-    rows = range_attention_rows_backward(grad, grad_lse, out, lse, q, k, v, ranges, scale, fused=fused)
+    rows = range_attention_rows_backward(d_out, d_lse, out, lse, q, k, v, ranges, scale, fused=fused)
     dq = rows.dq if fused else None
-    dk, dv, _ = range_attention_keys_backward(grad, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
+    dk, dv, _ = range_attention_keys_backward(d_out, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
     return rows.dq.to(q.dtype), dk, dv
 
 
@@ -307,8 +282,8 @@ class RowGradients:
 
 
 def range_attention_rows_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -323,7 +298,7 @@ def range_attention_rows_backward(
     """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
     from vot_kernels.kernels.range_attention.bwd import _range_attention_dq_kernel
 
-    grad, out, q, k, v = (rows_contiguous(x) for x in (grad, out, q, k, v))
+    d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
     features = q if far is None else rows_contiguous(far.features)
     numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
@@ -346,8 +321,8 @@ def range_attention_rows_backward(
         _range_attention_dq_kernel,
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
         config,
-        grad_ptr=grad,
-        grad_lse_ptr=None if grad_lse is None else grad_lse.float().contiguous(),
+        grad_ptr=d_out,
+        grad_lse_ptr=None if d_lse is None else d_lse.float().contiguous(),
         out_ptr=out,
         lse_ptr=lse.contiguous(),
         q_ptr=q,
@@ -368,7 +343,7 @@ def range_attention_rows_backward(
         rows=rows,
         repeats=heads // k.shape[1],
         scale=scale,
-        **_strides(grad=grad, out=out, q=q, k=k, v=v, features=features),
+        **_strides(grad=d_out, out=out, q=q, k=k, v=v, features=features),
         BLOCK_W=_padded(features.shape[2]),
         **({"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}),
     )
@@ -376,7 +351,7 @@ def range_attention_rows_backward(
 
 
 def range_attention_keys_backward(
-    grad: Tensor,
+    d_out: Tensor,
     lse: Tensor,
     delta: Tensor,
     q: Tensor,
@@ -401,7 +376,7 @@ def range_attention_keys_backward(
     """
     from vot_kernels.kernels.range_attention.bwd import _range_attention_dkdv_kernel
 
-    grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k, v))
+    d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
     features = k if far is None else rows_contiguous(far.features)
@@ -420,7 +395,7 @@ def range_attention_keys_backward(
         _range_attention_dkdv_kernel,
         grid if dq is None else grid(config.blocks),  # numbers: to time it, tuning would add to dq again
         config,
-        grad_ptr=grad,
+        grad_ptr=d_out,
         lse_ptr=lse.contiguous(),
         delta_ptr=delta,
         q_ptr=q,
@@ -440,7 +415,7 @@ def range_attention_keys_backward(
         heads=heads,
         repeats=heads // kv_heads,
         scale=scale,
-        **_strides(grad=grad, q=q, k=k, v=v, features=features),
+        **_strides(grad=d_out, q=q, k=k, v=v, features=features),
         BLOCK_W=_padded(features.shape[2]),
     )
     return dk, dv, d_features
