@@ -353,6 +353,7 @@ def test_the_same_inputs_give_the_same_layer_and_leave_the_random_state_alone():
     assert str(first) == str(second) and torch.equal(first.groups, second.groups)
 
 
+@pytest.mark.fixed_seed  # in another dtype the search may end at other groups
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layer_has_the_dtype_of_the_weights(dtype):
     weights, x, _ = planted()
