@@ -24,7 +24,19 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip before it is simulated. positions [N, 2] px, velocities [N, 2] px/s, size (height, width) px."""
+    """A clip before it is simulated, with N objects.
+
+    Attributes:
+        positions: float64 `[N, 2]`, px.
+        velocities: float64 `[N, 2]`, px/s.
+        radius: half the side of a sprite's box, px.
+        digits: digit of each object.
+        images: index of each object's image.
+        colours: name of each object's colour.
+        size: (height, width), px.
+        num_frames: length of the clip.
+        fps: frames per second.
+    """
 
     positions: np.ndarray
     velocities: np.ndarray

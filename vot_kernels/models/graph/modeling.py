@@ -36,10 +36,11 @@ _PLACE_STEP = 32  # extra head dimensions come in multiples of this; frames of u
 class RecurrentGraphTransformerConfig:
     """Sizes of a `RecurrentGraphTransformer`.
 
-    vocabulary: the words its embeddings stand for, in order.
-    dim, num_layers, num_heads, mlp_ratio: as in any transformer; dim is a multiple of num_heads.
-    feature_dim: width of the region features per node (None: the graph alone).
-    memory: False cuts the recurrence, for ablation.
+    Attributes:
+        vocabulary: the words that have embeddings, in order.
+        dim, num_layers, num_heads, mlp_ratio: as in any transformer; dim is a multiple of num_heads.
+        feature_dim: width of the region features per node; None if there are none.
+        memory: False removes the recurrence, for ablation.
     """
 
     vocabulary: Vocabulary
