@@ -261,13 +261,13 @@ def test_half_precision_runs_in_its_dtype():
 
 def test_bad_input_is_named():
     packed = graph().to_packed()
-    with pytest.raises(ValueError, match=r"dim=10 was given with num_heads=4"):
+    with pytest.raises(ValueError, match=r"dim must be a multiple of num_heads, got 10 and 4"):
         RecurrentGraphTransformerConfig(VOCABULARY, dim=10)
-    with pytest.raises(ValueError, match="num_layers=0"):
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         RecurrentGraphTransformerConfig(VOCABULARY, num_layers=0)
-    with pytest.raises(ValueError, match=r"shape none were given; .* \[\d+, 6\]"):
+    with pytest.raises(ValueError, match=r"shape \[\d+, 6\], got none"):
         model(feature_dim=6)([packed])
-    with pytest.raises(ValueError, match=r"shape \[3, 6\] were given; .* none"):
+    with pytest.raises(ValueError, match=r"shape none, got \[3, 6\]"):
         model()([packed], torch.zeros(3, 6).double())
     with pytest.raises(ValueError, match="another vocabulary"):
         model()([graph().to_packed(Vocabulary(attributes=("red",)))])

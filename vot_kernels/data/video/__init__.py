@@ -4,14 +4,13 @@ Memory is bounded by the frames that are sampled, never by the length of the fil
 after another, and only those asked for are converted, scaled and kept.
 """
 
-try:
-    from vot_kernels.data.video.load import load_video
-    from vot_kernels.data.video.write import save_mp4
-except ModuleNotFoundError as error:
-    raise ImportError("Reading video needs PyAV and Pillow: pip install 'vot-kernels[video]'.") from error
+from vot_kernels.extras import imports_for
 
-from vot_kernels.data.video.clip import VideoClip, VideoInfo
-from vot_kernels.data.video.request import DEFAULT_NUM_FRAMES, MAX_FPS, MAX_NUM_FRAMES, VideoError
+with imports_for("Reading video", "video"):
+    from vot_kernels.data.video.clip import VideoClip, VideoInfo
+    from vot_kernels.data.video.load import load_video
+    from vot_kernels.data.video.request import DEFAULT_NUM_FRAMES, MAX_FPS, MAX_NUM_FRAMES, VideoError
+    from vot_kernels.data.video.write import save_mp4
 
 __all__ = [
     "DEFAULT_NUM_FRAMES",

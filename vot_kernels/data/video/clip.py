@@ -95,7 +95,13 @@ def _list_times(times: tuple[float, ...]) -> str:
 
 @dataclass(frozen=True)
 class VideoClip:
-    """Sampled frames: uint8 RGB `[frames, height, width, 3]`, and their times, float64 `[frames]`, s."""
+    """Sampled frames.
+
+    Attributes:
+        frames: uint8 RGB `[frames, height, width, 3]`.
+        times: float64 `[frames]`, seconds from the first frame of the file.
+        info: what the file is, and what was sampled.
+    """
 
     frames: np.ndarray
     times: np.ndarray

@@ -34,13 +34,13 @@ def load_video(
 ) -> VideoClip:
     """Sample frames of a local video, image or animation.
 
-    For each wanted time the frame on show is taken: the last one whose presentation time is not later. Its
-    own time is what `VideoClip.times` holds, so a clip of variable frame rate keeps its real times, and the
-    first time may lie a little before `start`. No frame comes out twice: fewer frames than asked for come
-    out where the file has fewer, with a warning in `VideoClip.info.warnings`.
+    For each wanted time, this returns the frame that is shown then: the last one whose presentation time is not
+    later. `VideoClip.times` holds the presentation times themselves, so that a clip of variable frame rate
+    keeps its real times, and the first time may lie a little before `start`. No frame is returned twice: if
+    the file has fewer frames than wanted, the clip has fewer, with a warning in `VideoClip.info.warnings`.
 
-    A file that is cut off or damaged gives what can be decoded; `info.complete` is then False and a warning
-    says how much that was. An image is a clip of one frame at time 0.
+    Of a file that is cut off or damaged, this returns what can be decoded; `info.complete` is then False and a
+    warning says how much that was. An image is a clip of one frame at time 0.
 
     Args:
         path: a local file.

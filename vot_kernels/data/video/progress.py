@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from time import monotonic as _now
 from typing import Any
 
+from vot_kernels.extras import imports_for
+
 
 @contextmanager
 def progress_bar(name: str, start: float, end: float, *, shown: bool) -> Iterator[Callable[[float], None]]:
@@ -31,10 +33,8 @@ def progress_bar(name: str, start: float, end: float, *, shown: bool) -> Iterato
 
 
 def _rich_progress() -> Any:
-    try:
+    with imports_for("A progress bar", "cli"):
         from rich.console import Console
         from rich.progress import Progress
-    except ImportError:
-        raise ImportError("A progress bar needs rich: pip install 'vot-kernels[cli]'.") from None
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)

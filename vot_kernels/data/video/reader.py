@@ -333,9 +333,7 @@ def _video_stream(container: Any, path: Path) -> Any:
         if stream.codec_context is not None and stream.codec_context.width and stream.codec_context.height:
             return stream
     if videos:
-        raise VideoError(
-            f"'{path}' has a video stream, but its format is not told: it is damaged or cut off."
-        )
+        raise VideoError(f"'{path}' has a video stream of unknown format: the file is damaged or cut off.")
     if container.streams.audio:
         codec = container.streams.audio[0].codec_context
         name = codec.name if codec is not None else "unknown codec"
