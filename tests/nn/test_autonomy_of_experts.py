@@ -11,7 +11,7 @@ from vot_kernels.nn import autonomy_of_experts
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts, expert_usage, matched_hidden
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.ops.aoe import reference
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import make_tensor, shifted
 
 
 def test_is_the_op_on_any_leading_shape():
@@ -55,7 +55,7 @@ def test_gradients_under_checkpointing_are_those_without(use_reentrant):
 
 
 def test_experts_start_with_equal_norms():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = AutonomyOfExperts(64, 8, 2, d_ffn=128)
     frobenius = torch.linalg.vector_norm(layer.w_down, dim=(1, 2))
     torch.testing.assert_close(frobenius, torch.full((8,), layer.w_down.shape[1] ** 0.5))
@@ -64,7 +64,7 @@ def test_experts_start_with_equal_norms():
 
 
 def test_activations_start_near_unit_scale():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = AutonomyOfExperts(64, 8, 2, d_ffn=128)
     assert 0.1 < layer(torch.randn(500, 64)).std() < 1.0
 
@@ -80,7 +80,7 @@ def test_parameters_match_a_swiglu_expert(dim, d_ffn, rank):
 
 
 def test_bias_balances_the_load_without_a_gradient():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = AutonomyOfExperts(16, 4, 1, hidden=8, rank=8, bias_rate=0.02)
     with torch.no_grad():
         layer.w_down[1] *= 1.5  # a favourite
@@ -136,7 +136,7 @@ def test_forward_usage_and_bias_wait_for_no_number():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_shared_expert_is_a_swiglu_that_is_added(autocast):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, shared_hidden=12)
     x = make_tensor(3, 9, 16)
     routed = copy.deepcopy(layer)
@@ -185,7 +185,7 @@ def test_the_backend_is_that_of_the_op(monkeypatch):
 @pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
 def test_trains(weighting):
     """Without the balance loss unselected experts stay as they are; with it every w_down learns."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     layer = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, weighting=weighting)
     layer.selection_bias[3] = -1e6
     x = torch.randn(200, 16)

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from vot_kernels.models.encoder import PRESETS, VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.encoder.cost import describe_preset, encoder_cost
+from vot_kernels.testing import shifted
 
 GRIDS = [(1, 3, 4), (4, 2, 3), (1, 1, 1), (3, 4, 2)]
 SWITCHES = {
@@ -42,7 +43,7 @@ def tiny(**overrides) -> VotEncoderConfig:
 
 
 def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = VotEncoder(config).double().eval()
     for name, parameter in model.named_parameters():  # leave no part at its neutral start
         if "beta" in name or "residual" in name or "size_embedding" in name:
@@ -56,7 +57,7 @@ def make_fresh(config: VotEncoderConfig, seed: int) -> VotEncoder:
 
 
 def inputs(grids, seed: int = 1, numbers: int = 12):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     grid = torch.tensor(grids)
     pixels = torch.randn(int(grid.prod(1).sum()), numbers, generator=generator, dtype=torch.float64)
     return pixels, grid, torch.arange(1.0, len(grids) + 1).double()

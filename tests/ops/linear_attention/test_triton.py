@@ -1,7 +1,6 @@
 """The Triton kernels of linear attention: on the interpreter against the reference, and what they launch.
 
-Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in a process of their own: the first
-test starts it. On the interpreter a tile has 32 rows, a block 16 rows and 64 columns, see the configs.
+On the interpreter a tile has 32 rows, a block 16 rows and 64 columns, see the configs.
 """
 
 import math
@@ -9,8 +8,9 @@ import math
 import pytest
 import torch
 
+from tests.marks import compiled, interpreted
 from vot_kernels.ops.dispatch import CAPABILITIES, Inputs, select
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.linear_attention import linear_attention, reference
 from vot_kernels.ops.linear_attention.triton import Rows, group_states, scan_states
 from vot_kernels.packing import PackedLayout
@@ -21,7 +21,6 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
@@ -30,13 +29,6 @@ pytest.importorskip("triton")
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 MODES = pytest.mark.parametrize("mode", ["bidirectional", "causal", "decay"])
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
-
-
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 def check(lengths, inputs, *, log_decay=None, **options):
@@ -117,6 +109,18 @@ def test_float16_does_not_overflow():
     """Sums over the segment go past 65504, their quotient does not."""
     q, k, v = (x.half() for x in make_qkv(40, 1))
     check((40,), [q, k.fill_(2000), v], feature_map="relu")
+
+
+@interpreted
+@MODES
+def test_a_subnormal_normaliser_gives_finite_results(mode):
+    """Softmax features of e^-95: the inverse of Z is bounded."""
+    q, k, v = make_qkv(1, 1)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0], k[..., 1] = 95, 95
+    layout = PackedLayout.from_lengths((1,))
+    results = gradients(layout, (q, k, v), make_tensor(1, 1, 16), **mode_options(mode))
+    assert all(x.isfinite().all() for x in results)
 
 
 @interpreted

@@ -1,8 +1,4 @@
-"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit.
-
-Triton reads TRITON_INTERPRET when it is imported, so the tests that run kernels do so in a process of their own:
-the first one starts it, and they skip themselves outside of it.
-"""
+"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit."""
 
 import json
 from threading import Thread
@@ -11,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.marks import compiled, interpreted
 from vot_kernels import tuning
 from vot_kernels.ops.attention_options import window_sides
 from vot_kernels.ops.hybrid_attention.triton import Geometry, hybrid_attention_forward
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.range_attention import triton as _range_triton
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
@@ -29,20 +26,11 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="needs no interpreter")
-
-
-@compiled
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
 
 
 def near(layout, window=None, causal=None):

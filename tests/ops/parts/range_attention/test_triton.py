@@ -1,14 +1,11 @@
-"""The range attention kernels against the reference, on Triton's interpreter.
-
-Triton reads TRITON_INTERPRET when it is imported, so the tests run in a process of their own: the first one
-starts it, and the others skip themselves outside of it.
-"""
+"""The range attention kernels against the reference, on Triton's interpreter."""
 
 import math
 
 import pytest
 import torch
 
+from tests.marks import interpreted
 from vot_kernels.ops.attention_options import window_sides
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.triton import (
@@ -16,7 +13,6 @@ from vot_kernels.ops.hybrid_attention.triton import (
     hybrid_attention_backward,
     hybrid_attention_forward,
 )
-from vot_kernels.ops.launch import INTERPRETING
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     range_attention_backward,
@@ -30,19 +26,11 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
 
 
 class RangeAttention(torch.autograd.Function):
