@@ -217,6 +217,7 @@ class PackedLayout:
         """int64 `[tokens]`: the group of each token, on the layout's device."""
         return self._owners(self.cu_groups)
 
+    @torch.inference_mode(False)
     def _owners(self, bounds: Tensor) -> Tensor:
         rows = torch.arange(self.num_tokens, dtype=bounds.dtype, device=bounds.device)
         return torch.searchsorted(bounds, rows, right=True) - 1
