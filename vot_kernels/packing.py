@@ -187,10 +187,10 @@ class PackedLayout:
         """Tokens of each group."""
         return tuple(self.host_cu_groups.diff().tolist())
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         """Packed tokens; a buffer may have more rows (slack), which every op leaves zero."""
-        return int(self.host_cu_seqlens[-1])
+        return self.positions.shape[0]
 
     @property
     def num_segments(self) -> int:
@@ -207,15 +207,20 @@ class PackedLayout:
         """Tokens of the longest segment, 0 if there is none."""
         return max(self.lengths, default=0)
 
-    @cached_property
+    @property
     def token_segments(self) -> Tensor:
         """int64 `[tokens]`: the segment of each token, on the layout's device."""
-        return _owners(self.host_cu_seqlens, self.device)
+        return self._owners(self.cu_seqlens)
 
-    @cached_property
+    @property
     def token_groups(self) -> Tensor:
         """int64 `[tokens]`: the group of each token, on the layout's device."""
-        return _owners(self.host_cu_groups, self.device)
+        return self._owners(self.cu_groups)
+
+    @torch.inference_mode(False)
+    def _owners(self, bounds: Tensor) -> Tensor:
+        rows = torch.arange(self.num_tokens, dtype=bounds.dtype, device=bounds.device)
+        return torch.searchsorted(bounds, rows, right=True) - 1
 
     def __repr__(self) -> str:
         return (
@@ -346,9 +351,3 @@ def _cumsum(counts: np.ndarray) -> np.ndarray:
 
 def _to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.int32))
-
-
-@torch.inference_mode(False)
-def _owners(bounds: Tensor, device: torch.device) -> Tensor:
-    counts = bounds.diff().long()
-    return torch.repeat_interleave(torch.arange(counts.shape[0]), counts).to(device)

@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig
 
 from vot_kernels.models.encoder import PRESETS, VotEncoder, VotEncoderConfig, VotImageProcessor
@@ -48,6 +49,11 @@ def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
         if "beta" in name or "residual" in name or "size_embedding" in name:
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def make_fresh(config: VotEncoderConfig, seed: int) -> VotEncoder:
+    torch.manual_seed(seed)
+    return VotEncoder(config)
 
 
 def inputs(grids, seed: int = 1, numbers: int = 12):
@@ -137,6 +143,25 @@ def test_every_parameter_learns():
     assert silent == []
 
 
+def test_compiles_once_for_all_packings():
+    counter = CompileCounterWithBackend("eager")
+    model = make(tiny(num_hidden_layers=2, full_attention_every=2)).train()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    # PyTorch takes sizes that are equal in the first call to be equal always: here clips, frames, tokens and
+    # widths all differ. A batch of one clip would be compiled once more, as any size of 1 is.
+    for grids in [[*GRIDS, (3, 2, 2), (0, 3, 3)], [(2, 3, 4), (1, 2, 2)], [(1, 1, 1)] * 7, [(3, 2, 2)] * 3]:
+        pixels, grid, fps = inputs(grids)
+        found, wanted = (
+            run(pixels, grid, fps, layout=model.layout(grid), output_hidden_states=True)
+            for run in (compiled, model)
+        )
+        torch.testing.assert_close(found.to_tuple(), wanted.to_tuple(), rtol=1e-12, atol=1e-12)
+        losses = [out.pooler_output.square().sum() + out.balance_loss for out in (found, wanted)]
+        first, second = (torch.autograd.grad(loss, model.patch_embedding.weight) for loss in losses)
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
 def test_balance_is_returned_in_training_or_if_asked_for():
     model = make(tiny(aoe_every=1))
     pixels, grid, fps = inputs(GRIDS)
@@ -195,7 +220,8 @@ def test_streaming_equals_the_whole_clip(overrides):
 
 
 def test_causal_frames_do_not_see_later_ones():
-    model = make(tiny(causal="group"))
+    # Without experts, for other frames change how many rows each expert's product has, hence its last bit.
+    model = make(tiny(causal="group", aoe_every=0))
     pixels, grid, fps = inputs([(5, 2, 2)])
     before = model(pixels, grid, fps).last_hidden_state
     pixels[12:] += 1.0
@@ -245,6 +271,65 @@ def test_save_and_load(tmp_path):
     assert torch.equal(model(*args).last_hidden_state, again(*args).last_hidden_state)
     AutoConfig.register("vot_encoder", VotEncoderConfig, exist_ok=True)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VotEncoderConfig)
+
+
+def test_every_part_begins_as_it_wants_to():
+    model = make_fresh(tiny(aoe_every=1, shared_expert_size=16, full_attention_every=0), 0)
+    assert (model.size_embedding.fc2.weight == 0).all() and (model.size_embedding.fc2.bias == 0).all()
+    assert (model.size_embedding.fc1.weight != 0).all()
+    for block in model.blocks:
+        assert (block.attention.beta == 0).all()
+        norms = torch.linalg.vector_norm(block.mlp.w_down, dim=(1, 2))
+        torch.testing.assert_close(norms, torch.full((4,), 8**0.5))
+    assert [weight.tolist() for weight in model.residual.weights.values()][0] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("overrides", [{"aoe_every": 1, "shared_expert_size": 16}, {}])
+def test_a_missing_weight_is_initialised_and_all_others_are_loaded(overrides, tmp_path):
+    config = tiny(num_hidden_layers=2, full_attention_every=0, **overrides)
+    model = make(config).float()
+    for tensor in (*model.parameters(), *model.buffers()):  # nothing as it was initialised
+        tensor.data.add_(1.0)
+    state = model.state_dict()
+    one, other = (make_fresh(config, seed).state_dict() for seed in (0, 1))
+    constant = {name: value for name, value in one.items() if torch.equal(value, other[name])}
+    assert {"blocks.0.attention.beta", "blocks.1.mlp.selection_bias", "size_embedding.fc2.weight"} < set(
+        constant
+    )
+    for missing in state:
+        kept = {name: value for name, value in state.items() if name != missing}
+        loaded = VotEncoder.from_pretrained(None, config=config, state_dict=kept).state_dict()
+        assert loaded.keys() == state.keys()
+        assert [name for name in kept if not torch.equal(loaded[name], kept[name])] == [], missing
+        assert loaded[missing].isfinite().all() and not torch.equal(loaded[missing], state[missing]), missing
+        if missing in constant:
+            assert torch.equal(loaded[missing], constant[missing]), missing
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames it to activation checkpointing
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=["default", "reentrant"])
+def test_gradient_checkpointing_gives_equal_gradients(options):
+    model = make(tiny()).train()
+    pixels, grid, fps = inputs(GRIDS)
+
+    def gradients():
+        model.zero_grad()
+        out = model(pixels, grid, fps)
+        (out.pooler_output.square().sum() + out.last_hidden_state.sum() + out.balance_loss).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    calls = []
+    handle = model.blocks[1].attention_norm.register_forward_hook(lambda *_: calls.append(1))
+    wanted, plain = gradients(), len(calls)
+    model.gradient_checkpointing_enable(options)
+    found = gradients()
+    handle.remove()
+    assert model.is_gradient_checkpointing
+    assert plain == 1 and len(calls) == 3  # the block ran again in the backward
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
 
 
 def test_a_configuration_of_an_earlier_version_says_frame(tmp_path):

@@ -202,8 +202,23 @@ def test_clips_are_independent_and_mixed_sizes_go_together():
             assert a.name == b.name and a.frames == b.frames
 
 
+def test_queries_begin_apart_from_each_other_also_where_they_are_missing(tmp_path):
+    model = small_model()
+    state = model.state_dict()
+    assert torch.equal(state["domain_precision"], torch.eye(32)) and state["domain_threshold"] == torch.inf
+    for missing in ("head.queries.weight", "domain_precision", "domain_threshold"):
+        kept = {name: value for name, value in state.items() if name != missing}
+        loaded = VotPerceptionModel.from_pretrained(None, config=model.config, state_dict=kept).state_dict()
+        assert all(torch.equal(loaded[name], kept[name]) for name in kept)
+        queries = loaded["head.queries.weight"]
+        torch.testing.assert_close(queries @ queries.T, torch.eye(len(queries)), rtol=0, atol=1e-5)
+        if missing.startswith("domain"):
+            assert torch.equal(loaded[missing], state[missing])
+
+
 def test_every_parameter_of_the_head_learns(targets):
     model = small_model().train()
+    torch.nn.init.normal_(model.encoder.size_embedding.fc2.weight)  # its zeros let nothing through to fc1
     batch = TrainingBatches(0, 4)[0]
     output = model(**make_processor(model)(list(batch.clips), fps=batch.fps))
     (head,) = output.clips

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -45,19 +46,19 @@ class VotEncoderOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class VotEncoderBlock(nn.Module):
+class VotEncoderBlock(GradientCheckpointingLayer):
     """Pre-norm block: hybrid attention, then AoE or a dense SwiGLU."""
 
     def __init__(self, config: VotEncoderConfig, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.attention_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        dim = config.hidden_size
+        self.attention_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.attention = _attention(config, config.layer_windows[layer])
-        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.mlp: nn.Module
         if config.is_aoe(layer):
             self.mlp = AutonomyOfExperts(
-                width,
+                dim,
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
                 rank=config.expert_rank,
@@ -66,7 +67,7 @@ class VotEncoderBlock(nn.Module):
                 shared_hidden=config.shared_expert_size,
             )
         else:
-            self.mlp = SwiGLU(width, config.intermediate_size)
+            self.mlp = SwiGLU(dim, config.intermediate_size)
 
     def forward(
         self, x: Tensor, layout: PackedLayout, output_balance: bool = False
@@ -121,13 +122,24 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
     config_class = VotEncoderConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # transformers skips a module of a model that is not its own if all tensors directly in it are initialised,
+        # hence also if there are none. Such a module may set those of its children: SizeAwareEmbedding does.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Each module knows how to initialise itself; what was loaded is left alone."""
+        """Each module knows how to initialise itself; tensors that were loaded keep their values."""
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset) and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+        tensors = [*module.parameters(), *module.buffers()]
+        loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
+        if callable(reset) and len(loaded) < len(tensors):
+            values = [tensor.clone() for tensor in loaded]
             reset()
+            for tensor, value in zip(loaded, values, strict=True):
+                tensor.copy_(value)
 
 
 @dataclass
@@ -153,10 +165,10 @@ class VotEncoder(VotEncoderPreTrainedModel):
 
     def __init__(self, config: VotEncoderConfig):
         super().__init__(config)
-        width = config.hidden_size
-        self.patch_embedding = nn.Linear(config.patch_numbers, width)
+        dim = config.hidden_size
+        self.patch_embedding = nn.Linear(config.patch_numbers, dim)
         self.size_embedding: SizeAwareEmbedding | None = (
-            SizeAwareEmbedding(width, use_frames=config.causal is None) if config.size_embedding else None
+            SizeAwareEmbedding(dim, use_frames=config.causal is None) if config.size_embedding else None
         )
         self.blocks = nn.ModuleList(VotEncoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.residual: DenseResidual | None = (
@@ -166,8 +178,8 @@ class VotEncoder(VotEncoderPreTrainedModel):
             if config.dense_residual
             else None
         )
-        self.norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.pooling = PackedAttentionPooling(width, config.pooling_heads)
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.pooling = PackedAttentionPooling(dim, config.pooling_heads)
         self.post_init()
 
     @can_return_tuple
@@ -186,7 +198,8 @@ class VotEncoder(VotEncoderPreTrainedModel):
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
             image_grid_thw: integer `[clips, 3]`, (frames, height, width) in patches.
             fps: float `[clips]`, frames per second, 0 for images; None is all 0.
-            layout: built once from the grid if the same packing is used again.
+            layout: from `self.layout(image_grid_thw)`, to build it once where the same packing is used again, or
+                outside of a compiled graph, which cannot build it.
             output_hidden_states: return the embedding and every block's output too.
             output_balance: return `balance_loss` and `expert_load` too; None is in training alone.
         """

@@ -37,10 +37,16 @@ class RecurrentGraphTransformerConfig:
     """Sizes of a `RecurrentGraphTransformer`.
 
     Attributes:
-        vocabulary: the words that have embeddings, in order.
-        dim, num_layers, num_heads, mlp_ratio: as in any transformer; dim is a multiple of num_heads.
-        feature_dim: width of the region features per node; None if there are none.
-        memory: False removes the recurrence, for ablation.
+        vocabulary: the words its embeddings stand for, in order.
+        dim: width of the node states, a multiple of `num_heads`.
+        num_layers: transformer layers.
+        num_heads: heads of the attention.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+        feature_dim: width of the region features per node; None uses the graph alone.
+        memory: False cuts the recurrence, for ablation.
+
+    Raises:
+        ValueError: sizes below 1 or that do not divide.
     """
 
     vocabulary: Vocabulary

@@ -50,11 +50,19 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         super().__init__(config)
         self.encoder = VotEncoder(config.encoder)
         self.head = STSGHead(config)
-        width = config.encoder.hidden_size
-        self.domain_mean = nn.Buffer(torch.zeros(width))
-        self.domain_precision = nn.Buffer(torch.eye(width))
-        self.domain_threshold = nn.Buffer(torch.tensor(float("inf")))
+        dim = config.encoder.hidden_size
+        self.domain_mean = nn.Buffer(torch.empty(dim))
+        self.domain_precision = nn.Buffer(torch.empty(dim, dim))
+        self.domain_threshold = nn.Buffer(torch.empty(()))
+        self.reset_parameters()
         self.post_init()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A domain without a limit; encoder and head have a `reset_parameters` of their own."""
+        self.domain_mean.zero_()
+        self.domain_precision.copy_(torch.eye(len(self.domain_mean)))
+        self.domain_threshold.fill_(torch.inf)
 
     @can_return_tuple
     def forward(
