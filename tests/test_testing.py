@@ -23,8 +23,9 @@ LENGTHS = (5, 5, 9)
 LAYOUT = PackedLayout.from_lengths(LENGTHS)
 
 
-def results(dtype):
-    inputs = make_qkv(sum(LENGTHS), dtype=dtype)
+def results(dtype, scale=1.0):
+    q, k, v = make_qkv(sum(LENGTHS), dtype=dtype)
+    inputs = q, k, (v.double() * scale).to(dtype)
     low = packed_attention(*inputs, LAYOUT)[0]
     exact = packed_attention(*(x.double() for x in inputs), LAYOUT)[0]
     return low, exact
@@ -76,6 +77,19 @@ def test_accepts_the_same_dtype_computation(dtype):
 )
 def test_rejects_broken_results(broken, dtype):
     low, exact = results(dtype)
+    with pytest.raises(ToleranceError):
+        assert_close_to_exact(broken(low), low, exact)
+
+
+@pytest.mark.tested_on("sonic-moe#63")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-5, 1e3])
+@pytest.mark.parametrize(
+    "broken", [zeros, swapped_segments, dropped_last_token, dropped_head, five_percent_more]
+)
+def test_rejects_broken_results_of_any_size(broken, scale, dtype):
+    low, exact = results(dtype, scale)
+    assert_close_to_exact(low, low, exact)
     with pytest.raises(ToleranceError):
         assert_close_to_exact(broken(low), low, exact)
 

@@ -397,7 +397,7 @@ def test_everything_that_our_ops_remember_is_forgotten():
     import vot_kernels.ops
 
     found = set()
-    for module in pkgutil.iter_modules(vot_kernels.ops.__path__, "vot_kernels.ops."):
+    for module in pkgutil.walk_packages(vot_kernels.ops.__path__, "vot_kernels.ops."):
         try:
             names = vars(import_module(module.name))
         except ImportError:  # needs Triton

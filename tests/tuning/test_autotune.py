@@ -347,8 +347,8 @@ def test_the_folder(folder, expected, tmp_path, monkeypatch):
 
 
 def test_the_environment_is_read_at_import(tmp_path):
-    code = "import os; from vot_kernels.ops import _launch; print(_launch.TUNER is not None, end=' ');"
-    code += "os.environ['VOT_AUTOTUNE'] = '0'; print(_launch.TUNER is not None)"
+    code = "import os; from vot_kernels.ops import launch; print(launch.TUNER is not None, end=' ');"
+    code += "os.environ['VOT_AUTOTUNE'] = '0'; print(launch.TUNER is not None)"
     environment = {**os.environ, "VOT_AUTOTUNE": "1", "VOT_TUNING_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout == "True True\n", run.stderr
