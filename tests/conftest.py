@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 from tests.interpreter import look_for_builtins_once
 from tests.marks import why_skipped
+from vot_kernels import testing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -30,6 +32,13 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run for the interpreter does not import files without a test for it; most import far more than Triton."""
+    if not config.option.markexpr.startswith("interpreter") or collection_path.suffix != ".py":
+        return None
+    return "interpreted" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = {
         "interpreting": INTERPRETING,
@@ -42,7 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+def _same_random_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in every run, but for VOT_TEST_SEED, from which `fixed_seed` exempts a test."""
+    if "fixed_seed" in request.keywords:
+        monkeypatch.setattr(testing, "SEED_SHIFT", 0)
+    random.seed(testing.shifted(0))
+    np.random.seed(testing.shifted(0))
+    torch.manual_seed(testing.shifted(0))

@@ -37,3 +37,10 @@ def test_every_mark_is_explained():
     registered = {re.match(r"\w+", line)[0] for line in options["markers"]}
     section = (root / "CONTRIBUTING.md").read_text().partition("\n## Tests\n")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)`", section, flags=re.MULTILINE)) == registered
+
+
+def test_files_for_the_interpreter_are_found_by_the_name_of_the_mark():
+    """`pytest_ignore_collect` of the conftest looks for "interpreted", so nobody may spell the mark out."""
+    tests = Path(__file__).parents[1]
+    spelled = re.compile(r"mark\.interpreter\b")
+    assert [p.name for p in sorted(tests.rglob("*.py")) if spelled.search(p.read_text())] == ["marks.py"]

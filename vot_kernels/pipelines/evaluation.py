@@ -120,7 +120,7 @@ def _answer(model: LanguageModel, item: AskedEpisode, seen: Detection) -> dict[s
         "confidence": vot.confidence,
         "in_domain": seen.in_domain,
         "seconds": {"vot": vot.seconds, "direct": direct.seconds},
-        "stsg": json.loads(seen.stsg.to_json()),
+        "stsg": seen.stsg.to_dict(),
     }
 
 
@@ -128,7 +128,7 @@ def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], se
     questions = [item.question for item in asked]
     answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in SYSTEMS}
     train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
-    graphs = [STSG.from_json(json.dumps(row["stsg"])) for row in rows]
+    graphs = [STSG.from_dict(row["stsg"]) for row in rows]
     blind = baseline_answers(train, questions, graphs, seed=seed)
     answers |= {name: blind[name] for name in BASELINES}
     right = {

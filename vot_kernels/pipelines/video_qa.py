@@ -1,6 +1,5 @@
 """From a video file and a question to an answer with evidence."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class VideoAnswer:
             "looked_at": self.clip.info.describe(),
             **self.answer.to_dict(),
             "in_domain": self.detection.in_domain,
-            "stsg": json.loads(self.detection.stsg.to_json()),
+            "stsg": self.detection.stsg.to_dict(),
         }
 
     def evidence_lines(self, limit: int | None = None) -> list[str]:

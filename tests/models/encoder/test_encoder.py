@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from vot_kernels.models.encoder import PRESETS, VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.encoder.cost import describe_preset, encoder_cost
+from vot_kernels.testing import shifted
 
 GRIDS = [(1, 3, 4), (4, 2, 3), (1, 1, 1), (3, 4, 2)]
 SWITCHES = {
@@ -27,7 +28,7 @@ SWITCHES = {
     "no rope": {"rope": False},
     "rows": {"group": "rows:2"},
     "blocks": {"group": 5},
-    "causal": {"causal": "frame"},
+    "causal": {"causal": "group"},
     "grouped heads": {"num_key_value_heads": 1},
     "elu": {"feature_map": "elu"},
 }
@@ -41,7 +42,7 @@ def tiny(**overrides) -> VotEncoderConfig:
 
 
 def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = VotEncoder(config).double().eval()
     for name, parameter in model.named_parameters():  # leave no part at its neutral start
         if "beta" in name or "residual" in name or "size_embedding" in name:
@@ -50,7 +51,7 @@ def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
 
 
 def inputs(grids, seed: int = 1, numbers: int = 12):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     grid = torch.tensor(grids)
     pixels = torch.randn(int(grid.prod(1).sum()), numbers, generator=generator, dtype=torch.float64)
     return pixels, grid, torch.arange(1.0, len(grids) + 1).double()
@@ -129,11 +130,43 @@ def test_positions_restart_and_matter():
 def test_every_parameter_learns():
     model = make(tiny(aoe_every=1, shared_expert_size=16))
     pixels, grid, fps = inputs(GRIDS)
-    out = model(pixels, grid, fps)
+    out = model(pixels, grid, fps, output_balance=True)
     (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # The last depth-weighted average of each block's own sources is read; nothing may be left out.
     assert silent == []
+
+
+def test_balance_is_returned_in_training_or_if_asked_for():
+    model = make(tiny(aoe_every=1))
+    pixels, grid, fps = inputs(GRIDS)
+    quiet = model(pixels, grid, fps)
+    assert quiet.balance_loss is None and quiet.expert_load is None
+    for out in (model(pixels, grid, fps, output_balance=True), model.train()(pixels, grid, fps)):
+        assert out.expert_load.shape == (3, 4)
+        torch.testing.assert_close(out.expert_load.sum(1), torch.full((3,), 2.0).double())
+        assert out.balance_loss.shape == () and out.balance_loss.requires_grad
+        assert torch.equal(out.last_hidden_state, quiet.last_hidden_state)
+    assert model(pixels, grid, fps, output_balance=False).balance_loss is None
+
+
+def test_balance_without_experts_is_0():
+    model = make(tiny(aoe_every=0)).train()
+    out = model(*inputs(GRIDS))
+    assert out.balance_loss == 0 and out.expert_load is None
+
+
+def test_return_dict_false_gives_a_tuple():
+    model = make(tiny())
+    arguments = inputs(GRIDS)
+    named = model(*arguments, output_hidden_states=True)
+    found = model(*arguments, output_hidden_states=True, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == 3
+    for value, expected in zip(found, named.to_tuple(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    model.config.return_dict = False
+    assert isinstance(model(*arguments), tuple)
+    assert model(*arguments, return_dict=True).keys() == {"last_hidden_state", "pooler_output"}
 
 
 def test_a_learned_part_changes_the_output():
@@ -149,7 +182,7 @@ def test_a_learned_part_changes_the_output():
     "overrides", [{}, {"window": 0}, {"window": 2}, {"aoe_every": 0, "dense_residual": False}]
 )
 def test_streaming_equals_the_whole_clip(overrides):
-    model = make(tiny(causal="frame", full_attention_every=0, **overrides))
+    model = make(tiny(causal="group", full_attention_every=0, **overrides))
     pixels, grid, fps = inputs([(7, 3, 2)])
     with torch.no_grad():
         whole = model(pixels, grid, fps).last_hidden_state
@@ -162,7 +195,7 @@ def test_streaming_equals_the_whole_clip(overrides):
 
 
 def test_causal_frames_do_not_see_later_ones():
-    model = make(tiny(causal="frame"))
+    model = make(tiny(causal="group"))
     pixels, grid, fps = inputs([(5, 2, 2)])
     before = model(pixels, grid, fps).last_hidden_state
     pixels[12:] += 1.0
@@ -172,7 +205,7 @@ def test_causal_frames_do_not_see_later_ones():
 
 
 def test_stream_state_does_not_grow():
-    model = make(tiny(causal="frame", full_attention_every=0, num_hidden_layers=2)).float()
+    model = make(tiny(causal="group", full_attention_every=0, num_hidden_layers=2)).float()
 
     def numbers(value) -> int:
         if isinstance(value, torch.Tensor):
@@ -193,9 +226,11 @@ def test_stream_state_does_not_grow():
 
 def test_streaming_is_refused_where_memory_would_grow():
     with pytest.raises(ValueError, match="full_attention_every=0"):
-        VotEncoder(tiny(causal="frame")).start_stream()
-    with pytest.raises(ValueError, match='causal="frame"'):
+        VotEncoder(tiny(causal="group")).start_stream()
+    with pytest.raises(ValueError, match='causal="group"'):
         VotEncoder(tiny()).start_stream()
+    with pytest.raises(TypeError, match="needs HybridAttention, got LinearAttention"):
+        VotEncoder(tiny(attention="linear")).blocks[0].step(torch.zeros(2, 32), None, None)
 
 
 def test_save_and_load(tmp_path):
@@ -210,6 +245,17 @@ def test_save_and_load(tmp_path):
     assert torch.equal(model(*args).last_hidden_state, again(*args).last_hidden_state)
     AutoConfig.register("vot_encoder", VotEncoderConfig, exist_ok=True)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VotEncoderConfig)
+
+
+def test_a_configuration_of_an_earlier_version_says_frame(tmp_path):
+    config = tiny(causal="frame", full_attention_every=0)
+    assert config.causal == "group"
+    config.save_pretrained(tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    assert '"causal": "group"' in saved
+    (tmp_path / "config.json").write_text(saved.replace('"causal": "group"', '"causal": "frame"'))
+    assert VotEncoderConfig.from_pretrained(tmp_path).causal == "group"
+    assert VotEncoder(config).blocks[0].attention.causal == "group"
 
 
 def test_presets():
@@ -261,7 +307,7 @@ def test_the_backend_of_the_experts_reaches_every_layer():
         ({"hidden_size": 33}, "multiple"),
         ({"attention": "magic"}, "attention must be"),
         ({"causal": "token"}, "causal must be"),
-        ({"causal": "frame", "group": 4}, 'group="frame"'),
+        ({"causal": "group", "group": 4}, 'group="frame"'),
         ({"window": [1, 1]}, "window lists 2"),
         (
             {"shared_expert_size": 48},

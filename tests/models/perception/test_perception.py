@@ -12,6 +12,7 @@ from vot_kernels.models.encoder import VotEncoderConfig
 from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect, to_stsg
 from vot_kernels.models.perception.head import HeadOutput, take_glimpses
 from vot_kernels.models.perception.loss import Targets, match, perception_loss
+from vot_kernels.testing import shifted
 from vot_kernels.train.perception.batches import TrainingBatches, dense_targets, digitworld_config
 from vot_kernels.train.perception.stage import make_processor
 
@@ -36,7 +37,7 @@ def targets(episodes):
 
 
 def small_model(seed: int = 0, **overrides) -> VotPerceptionModel:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     encoder = VotEncoderConfig.preset(
         "nano",
         hidden_size=32,
@@ -220,7 +221,7 @@ def test_every_parameter_of_the_head_learns(targets):
 
 def test_domain_distance_separates_and_survives_saving(tmp_path):
     model = small_model()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     known = torch.randn(300, 32, generator=generator) * torch.linspace(0.1, 2, 32)
     model.fit_domain(known[:200], known[200:])
     assert (model.domain_distance(known) < model.domain_threshold).all()

@@ -112,6 +112,18 @@ def test_float16_does_not_overflow():
 
 
 @interpreted
+@MODES
+def test_a_subnormal_normaliser_gives_finite_results(mode):
+    """Softmax features of e^-95: the inverse of Z is bounded."""
+    q, k, v = make_qkv(1, 1)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0], k[..., 1] = 95, 95
+    layout = PackedLayout.from_lengths((1,))
+    results = gradients(layout, (q, k, v), make_tensor(1, 1, 16), **mode_options(mode))
+    assert all(x.isfinite().all() for x in results)
+
+
+@interpreted
 @pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS.keys())
 def test_decay_on_packings(lengths):
     check(lengths, make_qkv(sum(lengths), 1), causal=True, log_decay=log_decays(0.9))

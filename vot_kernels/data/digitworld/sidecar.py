@@ -54,7 +54,7 @@ def save_episode(episode: "Episode", path: str | os.PathLike[str], questions: Se
         "fps": episode.scene.fps,
         "radius": episode.radius,
         "centers": np.round(episode.centers.astype(float), 3).tolist(),
-        "stsg": json.loads(episode.stsg.to_json()),
+        "stsg": episode.stsg.to_dict(),
         "questions": [asdict(question) for question in questions],
     }
     target = sidecar_path(path)
@@ -81,7 +81,7 @@ def load_sidecar(path: str | os.PathLike[str]) -> Sidecar:
             fps=float(content["fps"]),
             radius=float(content["radius"]),
             centers=np.array(content["centers"], dtype=np.float64),
-            stsg=STSG.from_json(json.dumps(content["stsg"])),
+            stsg=STSG.from_dict(content["stsg"]),
             questions=tuple(question_from_dict(question) for question in content["questions"]),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:

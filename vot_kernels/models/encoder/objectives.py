@@ -12,7 +12,6 @@ from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.nn.rotary import RotaryEmbedding
-from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.packing import PackedLayout
 
 _START = 256  # follows the bytes; with it the empty caption has a token too
@@ -240,9 +239,7 @@ class _CaptionBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = _CaptionAttention(
-            width, heads, window=None, rotary=RotaryEmbedding(10_000.0), qk_norm=True
-        )
+        self.attention = HybridAttention(width, heads, window=None, rotary=RotaryEmbedding(10_000.0))
         self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width, 8 * width // 3)
 
@@ -250,17 +247,6 @@ class _CaptionBlock(nn.Module):
         """`[tokens, width]` to the same."""
         x = x + self.attention(self.attention_norm(x), layout)
         return x + self.mlp(self.mlp_norm(x))
-
-
-class _CaptionAttention(HybridAttention):
-    """Its projections and norms around `packed_attention`."""
-
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, width]` to the same."""
-        q, k, v = self._project(x, layout)
-        out = packed_attention(q, k, v, layout, backend=self.backend)
-        assert isinstance(out, Tensor)
-        return self.out(out.flatten(1))
 
 
 def _check_same_grids(layout: PackedLayout, other: PackedLayout) -> None:

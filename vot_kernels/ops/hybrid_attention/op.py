@@ -374,12 +374,13 @@ def _backward(
         weight = far_weight(log_weight(beta, query), joint)
         delta = (do * o).sum(-1, keepdim=True)
         delta = delta if d_lse is None else delta - d_lse
-        weighted = torch.cat([do, -delta], -1).mul_(weight)
+        g = torch.cat([do, -delta], -1)  # not times the weight yet: its products with [v, 1] cancel
+        weights_q = query_features * weight
         values = append_column(value, 1.0)
         states = scan_states(group_states(key_features, values, plan.far), plan.far)
-        d_phi_q = apply_states(weighted, repeat_heads(states, repeats).transpose(-1, -2), plan.far)
+        d_phi_q = apply_states(g, repeat_heads(states, repeats).transpose(-1, -2), plan.far).mul_(weight)
         d_beta = (query_features * d_phi_q).sum((1, 2))
-        d_states = fold_heads(group_states(query_features, weighted, plan.far), repeats)
+        d_states = fold_heads(group_states(weights_q, g, plan.far), repeats)
         d_states = scan_states(d_states, plan.far, transposed=True)
         d_phi_k = apply_states(values, d_states.transpose(-1, -2), plan.far)
         dv += apply_states(key_features, d_states, plan.far)[..., :-1]

@@ -41,6 +41,7 @@ from vot_kernels.ops.parts.range_attention.blocks import (
 from vot_kernels.packing import PackedLayout
 
 _CHUNK = 64  # tokens: triangular products cost as much as the states do at about head_dim
+_SCALE = 2.0**32  # of values and normaliser: for a subnormal Z, products would lose digits and 1 / Z overflow
 _feature_map = feature_map  # the public function has an argument of that name
 
 
@@ -115,7 +116,7 @@ def _linear_attention_fwd(
     backend: str = "torch",
     log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and for the backward 1 / Z `[tokens, heads]`, 0 where Z is 0."""
+    """The output, and for the backward 1 / Z `[tokens, heads]`, 0 where Z is 0; of the torch backend 1 / (Z _SCALE)."""
     if backend == "triton":
         return linear_attention_forward(q, k, v, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     plan = _plan(host_cu_seqlens.numpy().tobytes(), causal, q.device)
@@ -138,13 +139,13 @@ def _forward(
     causal: bool,
     decay: "_Decay | None",
 ) -> tuple[Tensor, Tensor]:
-    """Output `[heads, tokens, d]` and 1 / Z `[heads, tokens, 1]` of some heads."""
+    """Output `[heads, tokens, d]` and 1 / (Z _SCALE) `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (q, k, v))
     repeats = query.shape[0] // key.shape[0]
     query, key, value = (
         _feature_map(query, feature_map),
         _feature_map(key, feature_map),
-        append_column(value, 1.0),
+        append_column(value, 1.0).mul_(_SCALE),
     )
     if decay is None:
         states = scan_states(group_states(key, value, plan.states), plan.states)
@@ -161,8 +162,10 @@ def _forward(
             if decay is not None:
                 weights = weights * decay.triangle(chunks.length)
             chunks.add(sums, weights @ chunks.take(value))
-    inverse = _inverse(sums[..., -1:])
-    return sums[..., :-1] * inverse, inverse
+    total = sums[..., -1:]
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1)
+    return sums[..., :-1] / total, total.reciprocal().masked_fill_(nothing, 0)
 
 
 @_linear_attention_fwd.register_fake
@@ -189,7 +192,8 @@ def _linear_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and that of log_decay, empty without one or if not wanted.
 
-    With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold.
+    With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold. The torch backend divides phi(q_i)
+    by Z_i instead: the products of g_i and [v_j, 1] cancel, and rounded quotients would not.
     """
     wanted = log_decay is not None and decay_gradient
     d_decay = _new_decay_gradient(q, log_decay, decay_gradient)
@@ -245,56 +249,58 @@ def _backward(
         _feature_map(key, feature_map),
         append_column(value, 1.0),
     )
-    weighted = torch.cat([do, -(do * o).sum(-1, keepdim=True)], -1).mul_(to_heads(inverse[..., None], tokens))
+    inverse = to_heads(inverse[..., None], tokens)
+    weights_q = phi_q * inverse
+    g = torch.cat([do, -(do * o).sum(-1, keepdim=True)], -1)
     d_log = None
     if decay is None:
         states = scan_states(group_states(phi_k, value, plan.states), plan.states)
-        d_phi_q = apply_states(weighted, repeat_heads(states, repeats).transpose(-1, -2), plan.states)
-        d_states = fold_heads(group_states(phi_q, weighted, plan.states), repeats)
+        d_phi_q = apply_states(g, repeat_heads(states, repeats).transpose(-1, -2), plan.states)
+        d_states = fold_heads(group_states(weights_q, g, plan.states), repeats)
         d_states = scan_states(d_states, plan.states, transposed=True)
         d_phi_k = apply_states(value, d_states.transpose(-1, -2), plan.states)
         dv = apply_states(phi_k, d_states, plan.states)
     else:
-        d_phi_q, d_phi_k, dv, d_log = _decayed_backward(plan, decay, phi_q, phi_k, value, weighted)
+        d_phi_q, d_phi_k, dv, d_log = _decayed_backward(plan, decay, weights_q, phi_k, value, g)
     if causal:
         near_k, near_v = repeat_heads(phi_k, repeats), repeat_heads(value, repeats)
         own_k, own_v = torch.zeros_like(near_k), torch.zeros_like(near_v)
         for chunks, _ in plan.own.groups:
-            phi, g = chunks.take(phi_q), chunks.take(weighted)
-            weights = (phi @ chunks.take(near_k).transpose(-1, -2)).tril_()
-            d_weights = (g @ chunks.take(near_v).transpose(-1, -2)).tril_()
+            own_q, own_g = chunks.take(weights_q), chunks.take(g)
+            weights = (own_q @ chunks.take(near_k).transpose(-1, -2)).tril_()
+            d_weights = (own_g @ chunks.take(near_v).transpose(-1, -2)).tril_()
             if decay is not None and d_log is not None:
                 triangle = decay.triangle(chunks.length)
                 d_weights = d_weights * triangle
                 d_log = d_log + decay.count(weights * d_weights)
                 weights = weights * triangle
             chunks.add(d_phi_q, d_weights @ chunks.take(near_k))
-            chunks.put(own_k, d_weights.transpose(-1, -2) @ phi)
-            chunks.put(own_v, weights.transpose(-1, -2) @ g)
+            chunks.put(own_k, d_weights.transpose(-1, -2) @ own_q)
+            chunks.put(own_v, weights.transpose(-1, -2) @ own_g)
         d_phi_k, dv = d_phi_k + fold_heads(own_k, repeats), dv + fold_heads(own_v, repeats)
     return (
-        feature_map_backward(query, phi_q, d_phi_q, feature_map),
-        feature_map_backward(key, phi_k, d_phi_k, feature_map),
-        dv[..., :-1],
-        d_log,
+        feature_map_backward(query, phi_q, d_phi_q, feature_map).mul_(inverse).mul_(_SCALE),
+        feature_map_backward(key, phi_k, d_phi_k, feature_map).mul_(_SCALE),
+        dv[..., :-1].mul_(_SCALE),
+        None if d_log is None else d_log * _SCALE,
     )
 
 
 def _decayed_backward(
-    plan: "_LinearPlan", decay: "_Decay", phi_q: Tensor, phi_k: Tensor, value: Tensor, weighted: Tensor
+    plan: "_LinearPlan", decay: "_Decay", weights_q: Tensor, phi_k: Tensor, value: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What comes through the states: gradients of phi(q), phi(k), the values and log_decay.
+    """What comes through the states: gradients of phi(q) before its division by Z, phi(k), the values and log_decay.
 
     The distance i - j is that of i from the start of its chunk, plus that of j to the end of its own, plus the
     chunks between. The gradient of log_decay sums each by itself: places in the segment would cancel.
     """
-    repeats = phi_q.shape[0] // phi_k.shape[0]
+    repeats = weights_q.shape[0] // phi_k.shape[0]
     phi_k, value = repeat_heads(phi_k, repeats), repeat_heads(value, repeats)
-    near_q, near_k = phi_q * decay.from_start, phi_k * decay.to_end
+    near_q, near_k = weights_q * decay.from_start, phi_k * decay.to_end
     states = scan_states(group_states(near_k, value, plan.states), plan.states, log_step=decay.log_step)
-    d_states = group_states(near_q, weighted, plan.states)
+    d_states = group_states(near_q, g, plan.states)
     d_states = scan_states(d_states, plan.states, transposed=True, log_step=decay.log_step)
-    d_near_q = apply_states(weighted, states.transpose(-1, -2), plan.states)
+    d_near_q = apply_states(g, states.transpose(-1, -2), plan.states)
     d_near_k = apply_states(value, d_states.transpose(-1, -2), plan.states)
     dv = apply_states(near_k, d_states, plan.states)
     before, after = (near_q * d_near_q).sum(-1), (near_k * d_near_k).sum(-1)
@@ -438,8 +444,3 @@ def _plan(cu_seqlens: bytes, causal: bool, device: torch.device) -> _LinearPlan:
     groups = np.append(starts, bounds[-1])
     earlier, own = (plan_states(first, groups, offset, None, device) for offset in (1, 0))
     return _LinearPlan(int(bounds[-1]), earlier, own, device)
-
-
-def _inverse(total: Tensor) -> Tensor:
-    """1 / Z, and 0 where Z is 0."""
-    return torch.where(total == 0, 0, total.reciprocal())

@@ -127,8 +127,8 @@ def feature_map(x: Tensor, name: str) -> Tensor:
     """phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
     if name == "softmax":
         return x.softmax(-1)
-    if name == "elu":
-        return torch.nn.functional.elu(x) + 1
+    if name == "elu":  # exp(x) for x < 0, not (exp(x) - 1) + 1, which loses its digits
+        return x.clamp(max=0).exp_().add_(x.relu())
     return x.relu()
 
 
