@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.package-installed
 
+# Compiled modules and tests are kept: the tests start hundreds of processes, which would all compile them again.
+export PYTHONDONTWRITEBYTECODE =
 # Processes that share the tests; 0 runs them in one, which a debugger needs.
 JOBS ?= 2
 TESTS ?=

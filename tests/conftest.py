@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,13 @@ if INTERPRETING and HAS_TRITON:
 # Shared machines are slow at times; a failing example must come back on the next run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run for the interpreter does not import files without a test for it; most import far more than Triton."""
+    if not config.option.markexpr.startswith("interpreter") or collection_path.suffix != ".py":
+        return None
+    return "interpreted" not in collection_path.read_text() or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

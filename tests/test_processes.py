@@ -8,7 +8,14 @@ import pytest
 
 from tests.processes import default_signals
 
-WAITS = "import sys, time; print('ready', flush=True)\ntry: time.sleep(300)\nexcept KeyboardInterrupt: sys.exit(42)"
+WAITS = """
+import sys, time
+try:
+    print("ready", flush=True)
+    time.sleep(300)
+except KeyboardInterrupt:
+    sys.exit(42)
+"""
 
 
 @pytest.fixture
