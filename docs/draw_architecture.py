@@ -28,6 +28,7 @@ LABELS = {
     "scene_graph": "STSG",
     "packing": "PackedLayout",
     "files": "atomic writes",
+    "extras": "what to install",
     "testing": "comparators",
     "info": "what runs here, and why",
 }
