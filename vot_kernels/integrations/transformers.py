@@ -9,6 +9,7 @@ is looked up by name, the model's `experts_implementation`. `register_experts` a
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,15 @@ def register_experts(name: str = "vot_kernels") -> str:
     return name
 
 
+class PackedExperts(Protocol):
+    """The weights of a transformers experts module, `[experts, out, in]`, or transposed if it says so."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
 def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: PackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Weighted sum of the chosen experts of a transformers experts module.
 
@@ -73,19 +81,17 @@ def experts_forward(
             'use experts_implementation="grouped_mm" or "eager".'
         )
     gate_up, down = self.gate_up_proj, self.down_proj
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     if getattr(self, "is_transposed", False):
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     # Eager linear layers compute in autocast's dtype, transformers' grouped ones in that of the weights.
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
     y = moe(hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_index, top_k_weights)
-    assert isinstance(y, Tensor)
     return y.to(hidden_states.dtype)
 
 
-def _refusals(experts: nn.Module) -> Iterator[str]:
-    """Why the op cannot serve `experts`; versions of transformers without an attribute have it at its default."""
+def _refusals(experts: object) -> Iterator[str]:
+    """Why the op cannot serve `experts`; a version of transformers without an attribute means its default."""
     if not getattr(experts, "has_gate", True):
         yield "they have no gate"
     if getattr(experts, "has_bias", False):

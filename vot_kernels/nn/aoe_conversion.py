@@ -126,16 +126,16 @@ def convert_swiglu(
         The layer, dtype and device of `w_gate`, and the report. Computed in float64.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or options that do not fit.
+        TypeError: weights or calibration that are not floating, or weights of different dtypes.
+        ValueError: shapes that do not fit together, num_experts, top_k, rank or shared_hidden out of range, an
+            unknown score or weighting, a sharpness that is not positive and finite, or calibration without
+            tokens, with NaN or infinity, or on another device than the weights.
 
     Source: the layer of Lv et al. (arXiv 2501.13074); grouping by co-activation as in Zhang et al.,
     MoEfication, Findings of ACL 2022 (arXiv 2110.01786).
     """
     _validate(w_gate, w_up, w_down, num_experts, rank, calibration, shared_hidden, score, sharpness)
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.device("cpu"),
-    ):  # what it is filled with at first is not kept
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # its random weights are replaced below
         layer = AutonomyOfExperts(
             w_gate.shape[1],
             num_experts,

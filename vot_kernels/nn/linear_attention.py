@@ -107,7 +107,7 @@ class LinearAttention(AttentionProjections):
             v,
             layout,
             feature_map=self.feature_map,
-            causal=self.causal == "token",
+            causal=self.causal,
             log_decay=self.log_decay,
             backend=self.backend,
         )

@@ -284,8 +284,8 @@ class VotEncoder(VotEncoderPreTrainedModel):
         layout = replace(layout, positions=now)
         history = self._history(x)
         layers: list[HybridAttentionState | None] = []
-        for i, (block, carried) in enumerate(zip(self.blocks, state.layers, strict=True)):
-            assert isinstance(block, VotEncoderBlock)
+        blocks = [block for block in self.blocks if isinstance(block, VotEncoderBlock)]
+        for i, (block, carried) in enumerate(zip(blocks, state.layers, strict=True)):
             x, carried = block.step(x, layout, carried)
             layers.append(carried)
             if self.residual is not None:

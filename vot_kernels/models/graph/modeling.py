@@ -16,7 +16,6 @@ node is 1 whatever the bias), so each node's embedding also holds the relations 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -212,7 +211,7 @@ class _Layer(nn.Module):
         q = torch.cat([q * head_dim**-0.5, bias], dim=-1)
         k = torch.cat([k, place.unsqueeze(1).expand(-1, self.num_heads, -1)], dim=-1)
         v = F.pad(v, (0, place.shape[-1]))
-        mixed = cast(Tensor, packed_attention(q, k, v, layout, scale=1.0))[..., :head_dim]
+        mixed = packed_attention(q, k, v, layout, scale=1.0)[..., :head_dim]
         hidden = hidden + self.output(mixed.reshape(nodes, dim))
         return hidden + self.mlp(self.mlp_norm(hidden))
 
