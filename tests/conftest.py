@@ -32,6 +32,11 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The interpreter computes with NumPy, which warns of log 0 and NaN."""
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A run for the interpreter does not import files without a test for it; most import far more than Triton."""
     if not config.option.markexpr.startswith("interpreter") or collection_path.suffix != ".py":

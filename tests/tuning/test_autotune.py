@@ -369,7 +369,6 @@ ORACLES = {
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, on log 0
 @pytest.mark.parametrize("sign", [1, -1], ids=["small", "large"])
 @pytest.mark.parametrize("op", [linear, hybrid])
 def test_results_are_right_whichever_blocks_win(op, sign, tmp_path, monkeypatch):

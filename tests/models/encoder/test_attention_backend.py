@@ -27,7 +27,6 @@ def features_and_gradients(encoder, backend):
     return [out.last_hidden_state, out.pooler_output, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0
 @pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("triton", marks=interpreted)])
 def test_same_features_and_gradients_as_the_reference(backend):
     encoder = small_encoder()

@@ -28,7 +28,6 @@ from vot_kernels.testing import (
 )
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
 
 CAUSAL = [None, "group", "token"]
 BETA = torch.tensor([0.5, -math.inf])

@@ -35,8 +35,6 @@ from vot_kernels.testing import (
     with_slack,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-
 BETA = torch.tensor([0.5, -math.inf])
 
 

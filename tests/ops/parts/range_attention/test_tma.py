@@ -31,8 +31,6 @@ from vot_kernels.testing import (
     with_slack,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-
 
 def near(layout, window=None, causal=None):
     return Geometry.of(layout, window, causal).key_ranges()

@@ -27,8 +27,6 @@ from vot_kernels.testing import (
     with_slack,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-
 
 class RangeAttention(torch.autograd.Function):
     """out and lse of the kernels, with their gradients."""
