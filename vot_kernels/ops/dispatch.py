@@ -6,6 +6,8 @@ added by putting its predicate into `CAPABILITIES`, and nothing else changes her
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -115,6 +117,13 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
             return name
         refusals.append(f"{name} ({'; '.join(reasons)})")
     raise ValueError(f"No backend can serve {op} for these inputs: {', '.join(refusals)}.")
+
+
+def load(op: str, backend: str) -> ModuleType:
+    """The module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`, imported on first use."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    return import_module(f"vot_kernels.ops.{op}.{backend}")
 
 
 def describe_backends(

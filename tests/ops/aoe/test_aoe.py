@@ -234,15 +234,15 @@ def test_a_token_does_not_depend_on_the_others():
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_opcheck(weighting, tokens):
     inputs = make_experts(tokens=tokens, dtype=torch.bfloat16)
-    torch.library.opcheck(op.aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
+    torch.library.opcheck(op._aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op.aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
+    torch.library.opcheck(op._aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
 
 
 def test_opcheck_backward():
     inputs = make_experts()
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
-    y, norms, indices, weights, *saved = op.aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
+    y, norms, indices, weights, *saved = op._aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
     for grads in (
         (y, None, None),
         (y, norms, weights),
@@ -251,7 +251,7 @@ def test_opcheck_backward():
     ):
         for weighting in WEIGHTINGS:
             arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, "torch")
-            torch.library.opcheck(op.aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op._aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens():
