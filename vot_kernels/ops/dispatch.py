@@ -60,6 +60,13 @@ def _floating(inputs: Inputs) -> list[str]:
     return [f"dtype {inputs.dtype} is not one of float16, bfloat16, float32, float64"]
 
 
+def _pixels(inputs: Inputs) -> list[str]:
+    """Values that are moved, not computed on."""
+    if inputs.dtype == torch.uint8 or inputs.dtype.is_floating_point:
+        return []
+    return [f"dtype {inputs.dtype} is neither uint8 nor floating"]
+
+
 def _kernel(inputs: Inputs) -> list[str]:
     """Triton: half or single precision, on CUDA (or interpreted)."""
     reasons = why_not_triton(inputs.device)
@@ -87,6 +94,7 @@ for _op in ("hybrid_attention", "packed_attention", "linear_attention"):
     CAPABILITIES[_op]["triton"] = _attention_kernel
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
+CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
 
 
 def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
