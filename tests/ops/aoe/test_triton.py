@@ -240,6 +240,7 @@ def test_moe_outputs_and_gradients(top_k, dtype):
         {"dim": 7, "hidden": 13},
         {"hidden": 1},
         {"tokens": 70, "experts": 16, "top_k": 5},
+        {"top_k": 0},
     ],
     ids=lambda shape: "-".join(f"{name}{size}" for name, size in shape.items()),
 )

@@ -32,6 +32,7 @@ def test_outputs_and_gradients_match_the_reference(top_k, dtype):
         {"dim": 7, "hidden": 13},
         {"hidden": 1},
         {"tokens": 257, "experts": 16, "top_k": 5},
+        {"top_k": 0},
     ],
 )
 def test_shapes(shape):

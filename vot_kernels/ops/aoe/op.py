@@ -85,6 +85,8 @@ def aoe(
 
     An expert is selected by p_i = ‖C_i‖₂, computed from a float32 (or wider) accumulator. With
     "topk_softmax" and no gradient through `norms` or `balance_loss`, only selected experts get gradient.
+    Norms are finite wherever the C_i are; "triton" keeps their squares in float32, so there a norm above 1.8e19 is
+    infinite.
 
     Args:
         x: `[tokens, dim]`, float64, float32, bfloat16 or float16.
@@ -104,7 +106,7 @@ def aoe(
 
     Raises:
         TypeError: a tensor is missing or not floating, or a weight has another dtype than `x`.
-        ValueError: a tensor does not have the shape above or lies on another device than `x`; `top_k`
+        ValueError: a tensor does not have the shape above or lies on another device than `x`; `rank` is 0; `top_k`
             is not an int from 1 to experts; an unknown `weighting` or `backend`; the backend cannot serve these
             inputs.
 
@@ -263,6 +265,8 @@ def _validate(
     dim = x.shape[1]
     check_tensor("w_down", w_down, ["experts", "rank", dim])
     experts, rank, _ = w_down.shape
+    if rank == 0:
+        raise ValueError("w_down must have a rank of at least 1: experts are chosen by norms over it. Got 0.")
     check_tensor("w_up", w_up, [experts, "hidden", rank])
     check_tensor("w_p", w_p, [experts, w_up.shape[1], dim])
     check_tensor("w_o", w_o, [experts, w_up.shape[1], dim])

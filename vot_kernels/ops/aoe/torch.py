@@ -21,6 +21,9 @@ from vot_kernels.ops.parts.experts.slots import (
     swiglu_backward,
 )
 
+# Both this power of two and its inverse are normal numbers in float32.
+_LARGEST_EXPONENT = 120
+
 
 def forward(
     x: Tensor, experts: Experts, bias: Tensor | None, top_k: int, weighting: str, save: bool
@@ -88,16 +91,31 @@ def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple
     tokens, (experts, rank, _) = x.shape[0], w_down.shape
     # Products of two half-precision numbers are exact in float32: widening first gives the accumulator.
     accumulate = accumulator(x.dtype)
+    scale = _row_scale(x, accumulate)
     norms = x.new_empty(tokens, experts, dtype=accumulate)
     indices = x.new_empty(tokens, top_k, dtype=torch.int64)
     selected = x.new_empty(tokens, top_k, rank)
-    for block, cache in cache_blocks(x, w_down, accumulate):
-        torch.linalg.vector_norm(cache, dim=-1, out=norms[block])
+    for block, cache in cache_blocks(x, w_down, accumulate, scale):
+        norms[block] = torch.linalg.vector_norm(cache, dim=-1) / scale[block]
         scores = norms[block] if bias is None else norms[block] + bias
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
         indices[block] = best
-        selected[block] = cache.gather(1, best[..., None].expand(-1, -1, rank))
+        chosen = cache.gather(1, best[..., None].expand(-1, -1, rank))
+        selected[block] = chosen / scale[block, :, None]
     return norms, indices, selected.view(tokens * top_k, rank)
+
+
+def _row_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[tokens, 1]`: the powers of two that bring the largest entry of each row near 1.
+
+    The squares under a norm would overflow for entries of 1e20 and vanish for entries of 1e-25, in float32. A power
+    of two changes no digit.
+    """
+    if not x.shape[1]:
+        return x.new_ones(x.shape[0], 1, dtype=dtype)
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).to(dtype)
+    exponent = torch.frexp(largest).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return torch.ldexp(torch.ones_like(largest), -exponent)
 
 
 def _mixing_weights(norms: Tensor, indices: Tensor, weighting: str) -> Tensor:

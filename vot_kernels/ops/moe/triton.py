@@ -3,6 +3,7 @@
 Rows between the tokens and the output lie in the order of places, see `Slots`.
 """
 
+import torch
 from torch import Tensor
 
 from vot_kernels.ops.parts.experts.grouped_gemm import combine, grouped_matmul, weight_gradient
@@ -34,6 +35,9 @@ def backward(
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
+    if not slots.top_k:  # no token chose any expert
+        d_x, d_w_gate_up, d_w_down, d_weights = map(torch.zeros_like, (x, w_gate_up, w_down, topk_weights))
+        return d_x, d_w_gate_up, d_w_down, d_weights
     d_projected, hidden, partials = hidden_backward(
         d_y, w_down.transpose(1, 2), projected, None, topk_weights.float(), slots
     )

@@ -127,14 +127,25 @@ def norm_gradient(
     return total if d_norms is None else total.add_(d_norms)
 
 
-def cache_blocks(x: Tensor, w_down: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size."""
+def cache_blocks(
+    x: Tensor, w_down: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size.
+
+    Args:
+        x: `[tokens, dim]`.
+        w_down: `[experts, rank, dim]`.
+        dtype: of the products.
+        scale: `[tokens, 1]`, multiplies x; None for 1.
+    """
     experts, rank, dim = w_down.shape
     block = max(1, BLOCK_ELEMENTS.get(x.device.type, 2**26) // (experts * rank))
     matrix = w_down.reshape(experts * rank, dim).to(dtype).T
     for start in range(0, x.shape[0], block):
         tokens = slice(start, min(start + block, x.shape[0]))
-        yield tokens, (x[tokens].to(dtype) @ matrix).view(-1, experts, rank)
+        rows = x[tokens].to(dtype)
+        rows = rows if scale is None else rows * scale[tokens]
+        yield tokens, (rows @ matrix).view(-1, experts, rank)
 
 
 def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
