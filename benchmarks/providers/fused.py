@@ -4,7 +4,6 @@ DenseFormer's mixing step stands beside them, written anew for this suite from i
 al., NeurIPS 2024) and its way of storing the states.
 """
 
-import inspect
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -61,12 +60,7 @@ def _ours(backend: str, problem: Problem, layout: PackedLayout | None, *inputs: 
         case SizeAwareEmbedding():
             return size_aware_embedding(inputs[0], layout, *inputs[1:], backend=backend)
         case PackPatches():
-            return pack_patches(inputs, problem.patch_size, **_pack_options(backend))[0]
-
-
-def _pack_options(backend: str) -> dict[str, str]:
-    """`pack_patches` has a backend to choose only where it has a kernel."""
-    return {"backend": backend} if "backend" in inspect.signature(pack_patches).parameters else {}
+            return pack_patches(inputs, problem.patch_size, backend=backend)[0]
 
 
 def _backend_refuses(

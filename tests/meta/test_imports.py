@@ -80,7 +80,10 @@ def problems(module: str, source: str, *, is_package: bool = False) -> list[str]
 
 
 def imported(node: ast.AST, module: str, is_package: bool) -> list[str]:
-    """The dotted names that an import statement, or a call of import_module with a literal, may load."""
+    """The dotted names that an import statement, import_module with a literal, or load("op", backend) may load.
+
+    For an f-string, the text before its first field counts.
+    """
     match node:
         case ast.Import():
             return [alias.name for alias in node.names]
@@ -94,6 +97,12 @@ def imported(node: ast.AST, module: str, is_package: bool) -> list[str]:
             return [f"{base}.{alias.name}" for alias in node.names]
         case ast.Call(args=[ast.Constant(value=str(name)), *_]) if _name(node.func).endswith("import_module"):
             return [name]
+        case ast.Call(args=[ast.JoinedStr(values=[ast.Constant(value=str(name)), *_]), *_]) if _name(
+            node.func
+        ).endswith("import_module"):
+            return [name.rstrip(".")]
+        case ast.Call(func=ast.Name(id="load"), args=[ast.Constant(value=str(op)), _]):
+            return [f"vot_kernels.ops.{op}"]
     return []
 
 
@@ -190,6 +199,9 @@ def test_file_keeps_the_rules(module, path):
         ("vot_kernels.ops.aoe", "from .. import nn"),
         ("vot_kernels.ops.aoe", "import_module('vot_kernels.nn')"),
         ("vot_kernels.ops.aoe", "import importlib\nimportlib.import_module('vot_kernels.data')"),
+        ("vot_kernels.ops.aoe", "import_module(f'vot_kernels.nn.{name}')"),
+        ("vot_kernels.packing", "load('aoe', backend)"),
+        ("vot_kernels.ops.aoe.reference", "def f():\n    load('aoe', 'torch').forward(x)"),
         ("vot_kernels.ops.aoe.reference", "from vot_kernels.ops.aoe import aoe"),
         ("vot_kernels.ops.aoe.reference", "from vot_kernels.tuning import lookup"),
         ("vot_kernels.packing", "from vot_kernels.ops import attention_options"),
@@ -233,6 +245,8 @@ def test_the_checker_finds(module, source):
     [
         ("vot_kernels.ops.aoe.op", "from vot_kernels.ops.aoe import reference\nfrom .. import dispatch"),
         ("vot_kernels.ops.aoe", "def launch():\n    import triton\n    from vot_kernels.kernels import aoe"),
+        ("vot_kernels.ops.aoe.op", "load('aoe', backend).forward(x)"),
+        ("vot_kernels.ops.dispatch", "import_module(f'vot_kernels.ops.{op}.{backend}')"),
         ("vot_kernels.nn.mlp", "if TYPE_CHECKING:\n    from transformers import PreTrainedModel"),
         ("vot_kernels.nn.mlp", "from vot_kernels.ops.aoe import aoe\nmodel.eval()"),
         ("vot_kernels.data.video", "import av\nfrom vot_kernels.scene_graph.graph import STSG"),

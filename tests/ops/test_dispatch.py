@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vot_kernels.ops import launch as _launch
-from vot_kernels.ops.dispatch import BACKENDS, describe_backends, select
+from vot_kernels.ops.dispatch import BACKENDS, describe_backends, load, select
 from vot_kernels.ops.launch import why_not_triton
 
 GPU = torch.device("cuda")
@@ -64,3 +64,9 @@ def test_backends_stand_in_order_of_preference():
     assert select("hybrid_attention", "auto", cpu) == "torch"
     with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', 'reference'"):
         select("hybrid_attention", "cuda", cpu)
+
+
+def test_only_backends_are_loaded():
+    assert load("aoe", "torch").__name__ == "vot_kernels.ops.aoe.torch"
+    with pytest.raises(ValueError, match="backend must be one of 'triton', 'torch', 'reference', got 'op'"):
+        load("aoe", "op")

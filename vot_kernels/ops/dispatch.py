@@ -67,6 +67,13 @@ def _floating(inputs: Inputs) -> list[str]:
     return [f"dtype {inputs.dtype} is not one of float16, bfloat16, float32, float64"]
 
 
+def _pixels(inputs: Inputs) -> list[str]:
+    """Values that are moved, not computed on."""
+    if inputs.dtype == torch.uint8 or inputs.dtype.is_floating_point:
+        return []
+    return [f"dtype {inputs.dtype} is neither uint8 nor floating"]
+
+
 def _kernel(inputs: Inputs) -> list[str]:
     """Triton: half or single precision, on CUDA (or interpreted)."""
     reasons = why_not_triton(inputs.device)
@@ -105,6 +112,7 @@ for _op in (
 CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
+CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
 
 
 def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
@@ -139,6 +147,8 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
 
 def load(op: str, backend: str) -> ModuleType:
     """The module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`, imported on first use."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     return import_module(f"vot_kernels.ops.{op}.{backend}")
 
 

@@ -163,6 +163,24 @@ def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting)
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, inputs))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e19, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_whose_squares_leave_float32(scale, dtype):
+    """Rows of ordinary size stand among them. W_up and W_p make up for the scale, so that no product overflows."""
+    inputs = make_experts(dtype=dtype)
+    inputs[0][1::2] *= scale
+    for weight in inputs[2:4]:
+        weight *= min(1.0, 1 / scale)
+    check_parity(inputs, 2, outputs=lambda y, aux: (y,))
+    for backend in ("torch", "reference"):
+        y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)
+        check_selection(*inputs[:2], aux.norms, aux.indices)
+        assert y.isfinite().all() and (aux.norms > 0).all()
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        gradients = torch.autograd.grad(aoe(*leaves, 2, backend=backend).sum(), leaves)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_non_contiguous_inputs():
     inputs = make_experts()
     strided = [
@@ -231,15 +249,15 @@ def test_a_token_does_not_depend_on_the_others():
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_opcheck(weighting, tokens):
     inputs = make_experts(tokens=tokens, dtype=torch.bfloat16)
-    torch.library.opcheck(op.aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
+    torch.library.opcheck(op._aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op.aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
+    torch.library.opcheck(op._aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
 
 
 def test_opcheck_backward():
     inputs = make_experts()
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
-    y, norms, indices, weights, *saved = op.aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
+    y, norms, indices, weights, *saved = op._aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
     for grads in (
         (y, None, None),
         (y, norms, weights),
@@ -248,7 +266,7 @@ def test_opcheck_backward():
     ):
         for weighting in WEIGHTINGS:
             arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, "torch")
-            torch.library.opcheck(op.aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op._aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens():
@@ -352,6 +370,7 @@ def test_reference_is_the_formula_of_the_paper():
         ({"x": torch.zeros(3)}, "x must"),
         ({"x": torch.zeros(3, 24, dtype=torch.int64)}, "x must be float"),
         ({"w_down": torch.zeros(6, 8, 23)}, "w_down must"),
+        ({"w_down": torch.zeros(6, 0, 24)}, "w_down must have a rank of at least 1"),
         ({"w_up": torch.zeros(6, 20, 7)}, "w_up must"),
         ({"w_p": torch.zeros(5, 20, 24)}, "w_p must"),
         ({"w_o": torch.zeros(6, 24, 20)}, "w_o must"),

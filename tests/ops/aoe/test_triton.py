@@ -8,11 +8,11 @@ import torch
 
 from tests.marks import compiled, interpreted
 from vot_kernels.ops.aoe import reference as aoe_reference
-from vot_kernels.ops.aoe.op import AoEAux, aoe, aoe_bwd, aoe_fwd
+from vot_kernels.ops.aoe.op import AoEAux, _aoe_bwd, _aoe_fwd, aoe
 from vot_kernels.ops.dispatch import CAPABILITIES, Inputs
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.moe import reference as moe_reference
-from vot_kernels.ops.moe.op import moe, moe_bwd, moe_fwd
+from vot_kernels.ops.moe.op import _moe_bwd, _moe_fwd, moe
 from vot_kernels.ops.parts.experts import slots as _experts
 from vot_kernels.testing import (
     ToleranceError,
@@ -195,23 +195,23 @@ def test_aoe_a_token_does_not_depend_on_the_others():
 @WEIGHTINGS
 def test_opcheck(weighting):
     inputs = [x.requires_grad_() for x in make_experts(5, 8, 3, 4, 8)]
-    torch.library.opcheck(aoe_fwd, (*inputs, torch.ones(3), 2, weighting, True, "triton"))
+    torch.library.opcheck(_aoe_fwd, (*inputs, torch.ones(3), 2, weighting, True, "triton"))
     x, a, b, idx, w = make_moe(5, 8, 3, 8)
-    torch.library.opcheck(moe_fwd, (x.requires_grad_(), a, b, idx, w, True, "triton"))
+    torch.library.opcheck(_moe_fwd, (x.requires_grad_(), a, b, idx, w, True, "triton"))
 
 
 @interpreted
 def test_opcheck_backward():
     tests = ("test_schema", "test_faketensor")
     inputs = make_experts(5, 8, 3, 4, 8)
-    y, *saved = aoe_fwd(*inputs, None, 2, "topk_softmax", True, "triton")
+    y, *saved = _aoe_fwd(*inputs, None, 2, "topk_softmax", True, "triton")
     norms, _, weights = saved[:3]
     for grads in ((y, None, None), (y, norms, weights), (None, None, weights)):
         arguments = (*grads, *inputs, *saved, "topk_softmax", "triton")
-        torch.library.opcheck(aoe_bwd, arguments, test_utils=tests)
+        torch.library.opcheck(_aoe_bwd, arguments, test_utils=tests)
     x, a, b, idx, w = make_moe(5, 8, 3, 8)
-    y, *saved = moe_fwd(x, a, b, idx, w, True, "triton")
-    torch.library.opcheck(moe_bwd, (y, x, a, b, w, *saved, "triton"), test_utils=tests)
+    y, *saved = _moe_fwd(x, a, b, idx, w, True, "triton")
+    torch.library.opcheck(_moe_bwd, (y, x, a, b, w, *saved, "triton"), test_utils=tests)
 
 
 @interpreted
@@ -231,6 +231,7 @@ def test_moe_outputs_and_gradients(top_k, dtype):
         {"dim": 7, "hidden": 13},
         {"hidden": 1},
         {"tokens": 70, "experts": 16, "top_k": 5},
+        {"top_k": 0},
     ],
     ids=lambda shape: "-".join(f"{name}{size}" for name, size in shape.items()),
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vot_kernels.ops.dense_residual import dense_residual, op
+from vot_kernels.ops.parts import row_blocks
 from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor
 
 
@@ -25,6 +26,13 @@ def oracle(weights, *states):
 def test_matches_the_reference(dtype, count):
     check_against_reference(ours, oracle, make_inputs(count, dtype=dtype))
     check_against_reference(ours, oracle, make_inputs(count, dtype=dtype, weight_dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [1, 7, 107])
+def test_blocks_of_any_size(numbers, dtype, monkeypatch):
+    monkeypatch.setattr(row_blocks, "_BLOCK_NUMBERS", numbers)
+    check_against_reference(ours, oracle, make_inputs(dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (6,)])
@@ -78,11 +86,11 @@ def test_repeats_bitwise_and_rows_are_independent():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))
-    torch.library.opcheck(op.dense_residual_fwd, (states, weights))
+    torch.library.opcheck(op._dense_residual_fwd, (states, weights, "torch"))
     strided = [make_tensor(4, 6, seed=i, dtype=dtype).T for i in range(2)]
-    torch.library.opcheck(op.dense_residual_fwd, (strided, weights[:2].detach().requires_grad_()))
-    arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach())
-    torch.library.opcheck(op.dense_residual_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._dense_residual_fwd, (strided, weights[:2].detach().requires_grad_(), "torch"))
+    arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach(), "torch")
+    torch.library.opcheck(op._dense_residual_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens():

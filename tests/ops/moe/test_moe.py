@@ -32,6 +32,7 @@ def test_outputs_and_gradients_match_the_reference(top_k, dtype):
         {"dim": 7, "hidden": 13},
         {"hidden": 1},
         {"tokens": 257, "experts": 16, "top_k": 5},
+        {"top_k": 0},
     ],
 )
 def test_shapes(shape):
@@ -105,14 +106,14 @@ def test_opcheck(save, tokens):
     x, a, b, idx, w = make_moe(tokens=tokens)
     if save:
         x, a, b, w = (t.requires_grad_() for t in (x, a, b, w))
-    torch.library.opcheck(op.moe_fwd, (x, a, b, idx, w, save, "torch"))
+    torch.library.opcheck(op._moe_fwd, (x, a, b, idx, w, save, "torch"))
 
 
 def test_opcheck_backward():
     x, a, b, idx, w = make_moe()
-    y, *saved = op.moe_fwd(x, a, b, idx, w, True, "torch")
+    y, *saved = op._moe_fwd(x, a, b, idx, w, True, "torch")
     arguments = (y, x, a, b, w, *saved, "torch")
-    torch.library.opcheck(op.moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens():

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vot_kernels.ops.pack_patches import pack_patches, reference, unpack_patches
+from vot_kernels.ops.dispatch import select
+from vot_kernels.ops.pack_patches import op, pack_patches, reference, unpack_patches
 from vot_kernels.packing import PackedLayout
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import check_against_reference, make_tensor
 
 sizes = st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 4))  # 0 frames: a still image
 
@@ -31,10 +32,12 @@ def make_images(grid, channels, patch, temporal, dtype=torch.float32):
 )
 def test_matches_the_reference_and_returns(grid, channels, patch, temporal, dtype):
     images = make_images(grid, channels, patch, temporal, dtype)
-    values, grid_thw = pack_patches(images, patch, temporal_patch_size=temporal)
+    values, grid_thw = pack_patches(images, patch, temporal_patch_size=temporal, backend="torch")
     expected, expected_grid = reference.pack_patches(images, patch, temporal_patch_size=temporal)
     assert values.dtype == dtype and grid_thw.dtype == torch.int64
     assert torch.equal(values, expected) and torch.equal(grid_thw, expected_grid)
+    again, _ = pack_patches(images, patch, temporal_patch_size=temporal, backend="reference")
+    assert torch.equal(again, expected)
     clips = unpack_patches(values, grid_thw, patch, temporal_patch_size=temporal)
     for clip, image in zip(clips, images, strict=True):
         assert torch.equal(clip, image.expand(temporal, *image.shape) if image.ndim == 3 else image)
@@ -74,6 +77,45 @@ def test_gradient_and_strided_images():
     upstream = make_tensor(*values.shape, seed=1)
     (gradient,) = torch.autograd.grad(values, image, upstream)
     torch.testing.assert_close(gradient, sum(c[0] for c in unpack_patches(upstream, grid, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_gradients_match_the_reference(temporal, dtype):
+    """Those of a still image that stands for several frames are summed."""
+    images = make_images([(2, 1, 3), (0, 2, 2), (1, 1, 1), (0, 1, 2)], 3, 4, temporal, dtype)
+
+    def runner(backend):
+        return lambda *xs: (pack_patches(xs, 4, temporal_patch_size=temporal, backend=backend)[0],)
+
+    check_against_reference(runner("torch"), runner("reference"), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_opcheck(dtype):
+    images = make_images([(2, 1, 3), (0, 2, 2)], 3, 4, 2, dtype)
+    images[1] = images[1].transpose(1, 2)
+    if dtype.is_floating_point:
+        images = [image.requires_grad_() for image in images]
+    torch.library.opcheck(op._pack_patches_fwd, (images, 4, 2, "torch"))
+    d_values = make_tensor(1, 3 * 2 * 16).expand(10, -1)
+    arguments = (d_values, [4, 4, 12, 0, 8, 8], 4, 2, "torch")
+    torch.library.opcheck(op._pack_patches_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_patch_as_large_as_its_image_shares_no_memory_with_it():
+    image = make_tensor(1, 4, 4)
+    values, _ = pack_patches([image], 4)
+    values.zero_()
+    assert (image != 0).all()
+
+
+def test_a_backend_is_chosen_by_name():
+    assert select("pack_patches", "auto", IMAGE.byte()) == "torch"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        pack_patches([IMAGE], 4, backend="fast")
+    with pytest.raises(ValueError, match="No backend can serve pack_patches"):
+        pack_patches([IMAGE], 4, backend="triton")
 
 
 def test_canary_a_transposed_patch_is_rejected():
@@ -118,3 +160,16 @@ def test_unpack_rejects_a_grid_that_does_not_fit():
         unpack_patches(torch.zeros(5, 12), [[1, 2, 3]], 2)
     with pytest.raises(ValueError, match="a multiple of 4"):
         unpack_patches(torch.zeros(6, 10), [[1, 2, 3]], 2)
+
+
+def test_compiles_as_one_graph():
+    images = [image.requires_grad_() for image in make_images([(2, 1, 3), (0, 2, 2)], 3, 4, 2)]
+
+    def step(*images):
+        values, grid = pack_patches(images, 4, temporal_patch_size=2)
+        return values.square().sum() + grid.sum()
+
+    actual, expected = torch.compile(step, backend="aot_eager", fullgraph=True)(*images), step(*images)
+    assert torch.equal(actual, expected)
+    for a, b in zip(torch.autograd.grad(actual, images), torch.autograd.grad(expected, images), strict=True):
+        assert torch.equal(a, b)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vot_kernels.ops.parts import row_blocks
 from vot_kernels.ops.rope_qk_norm import default_sections, op, rope_qk_norm
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor, with_slack
@@ -41,6 +42,15 @@ def test_sections(head_dim, sections):
     check_against_reference(
         runner("torch", **options), runner("reference", **options), make_inputs(head_dim=head_dim)
     )
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3, 28])
+def test_blocks_of_any_size(tokens, norm, monkeypatch):
+    monkeypatch.setattr(row_blocks, "_BLOCK_NUMBERS", 4 * 16 * tokens)
+    inputs = [None if x is None else with_slack(x, 3) if x.ndim == 3 else x for x in make_inputs(norm=norm)]
+    inputs = [None if x is None else x.nan_to_num() for x in inputs]
+    check_against_reference(runner("torch"), runner("reference"), inputs)
 
 
 @pytest.mark.parametrize("only", ["q", "k"])
@@ -143,10 +153,12 @@ def test_opcheck(dtype, norm):
     q, k, *weights = make_inputs(tokens=32, dtype=dtype, norm=norm)
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     inputs = [None if x is None else x.requires_grad_() for x in (q, k, *weights)]
-    torch.library.opcheck(op.rope_qk_norm_fwd, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6))
+    torch.library.opcheck(
+        op._rope_qk_norm_fwd, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6, "torch")
+    )
     detached = [None if x is None else x.detach() for x in inputs]
-    arguments = (*detached[:2], *detached[:2], POSITIONS, *detached[2:], 100.0, [2, 3, 3], 1e-6)
-    torch.library.opcheck(op.rope_qk_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (*detached[:2], *detached[:2], POSITIONS, *detached[2:], 100.0, [2, 3, 3], 1e-6, "torch")
+    torch.library.opcheck(op._rope_qk_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_packing():

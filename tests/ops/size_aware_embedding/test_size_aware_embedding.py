@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vot_kernels.ops.dispatch import load
 from vot_kernels.ops.size_aware_embedding import op, size_aware_embedding, size_features
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
@@ -43,6 +44,47 @@ def test_packings(name):
     check_against_reference(
         runner("torch", layout), runner("reference", layout), make_inputs(layout.num_tokens)
     )
+
+
+@pytest.fixture(params=["segment by segment", "all at once"])
+def way(request, monkeypatch):
+    """Both ways of the PyTorch backend, whatever the lengths."""
+    backend = load("size_aware_embedding", "torch")
+    monkeypatch.setattr(backend, "_LONG", 0 if request.param == "segment by segment" else 2**40)
+    return backend
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packings_either_way(name, dtype, way):
+    layout = PackedLayout.from_lengths(PACKINGS[name])
+    check_against_reference(
+        runner("torch", layout), runner("reference", layout), make_inputs(layout.num_tokens, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("run", [4, 7, 64])
+def test_sums_in_runs_of_any_length(run, monkeypatch):
+    backend = load("size_aware_embedding", "torch")
+    monkeypatch.setattr(backend, "_RUN", run)
+    lengths = [0, 0, 1, run, 0, 1000, run + 1, 0, run - 1, 2, 0]
+    rows = make_tensor(sum(lengths), 3, dtype=torch.float64)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    expected = torch.stack([part.sum(0) for part in rows.split(lengths)])
+    torch.testing.assert_close(backend._segment_sums(rows, bounds), expected)
+
+
+def test_gradients_of_long_segments_are_exact(way):
+    """Sums of 200,000 positive numbers: one after the other, their relative error would be 1e-5."""
+    layout = PackedLayout.from_lengths([200_000, 3])
+    x, *weights = make_inputs(layout.num_tokens, dim=2)
+    upstream = make_tensor(*x.shape, seed=9).abs()
+    bias = weights[-1].requires_grad_()
+    (gradient,) = torch.autograd.grad(runner("torch", layout)(x, *weights), bias, upstream)
+    exact = upstream.double().sum(0)
+    assert ((gradient - exact).abs() < 6e-7 * exact).all()
+    one_by_one = torch.segment_reduce(upstream, "sum", lengths=torch.tensor([len(x)]), axis=0)[0]
+    assert not ((one_by_one - exact).abs() < 6e-7 * exact).any(), "the bound rejects a plain loop"
 
 
 def test_gradcheck():
@@ -126,9 +168,15 @@ def test_opcheck(dtype, segments):
     layout = LAYOUT if segments else PackedLayout.from_lengths([])
     x = make_tensor(6, 40, dtype=dtype).T.requires_grad_()
     embedding = make_tensor(segments, 6, seed=1).requires_grad_()
-    torch.library.opcheck(op.segment_add_fwd, (x, embedding, layout.cu_seqlens))
-    arguments = (x.detach()[:1].expand(40, 6), embedding.detach(), layout.cu_seqlens)
-    torch.library.opcheck(op.segment_add_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._segment_add_fwd, (x, embedding, layout.cu_seqlens, layout.num_tokens, "torch"))
+    arguments = (
+        x.detach()[:1].expand(40, 6),
+        embedding.detach(),
+        layout.cu_seqlens,
+        layout.num_tokens,
+        "torch",
+    )
+    torch.library.opcheck(op._segment_add_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_packing():

@@ -30,7 +30,9 @@ def aoe(
     tokens, experts = x.shape[0], w_down.shape[0]
     accumulate = torch.promote_types(x.dtype, torch.float32)
     cache = torch.einsum("td,nrd->tnr", x.to(accumulate), w_down.to(accumulate))
-    norms = torch.linalg.vector_norm(cache, dim=-1)
+    peak = cache.detach().abs().amax(-1, keepdim=True)
+    peak = torch.where(peak == 0, 1, peak)  # no square of cache / peak overflows
+    norms = torch.linalg.vector_norm(cache / peak, dim=-1) * peak[..., 0]
     cache = cache.to(x.dtype)
     if indices is None:
         scores = norms.detach() if bias is None else norms.detach() + bias

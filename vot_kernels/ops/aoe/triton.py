@@ -1,4 +1,4 @@
-"""The Triton backend of `aoe` and `moe`: routing, expert bodies, and their gradients, without a host sync.
+"""The Triton backend of `aoe`: routing, expert bodies, and their gradients, without a host sync.
 
 Everything between the tokens and the output lies in the order of places (see `Slots`), so that an expert works on
 rows that lie together, and no two programs write to one number.
@@ -15,7 +15,6 @@ from vot_kernels.ops.parts.experts.routing import (
     group_slots,
     mixing_backward,
     select_experts,
-    sum_partials,
 )
 from vot_kernels.ops.parts.experts.slots import (
     Experts,
@@ -27,10 +26,10 @@ from vot_kernels.ops.parts.experts.slots import (
 )
 
 
-def aoe_forward(
+def forward(
     x: Tensor, experts: Experts, bias: Tensor | None, top_k: int, weighting: str, save: bool
 ) -> tuple[Tensor, Saved]:
-    """As `vot_kernels.ops.aoe.op.aoe_fwd` has it."""
+    """As `vot_kernels.ops.aoe.torch.forward`."""
     count = experts.w_down.shape[0]
     # Caches of the selected are cheaper to compute again than all of them to store, unless most are selected.
     squares, caches = cache_norms(x, experts.w_down, keep_cache=2 * top_k > count)
@@ -47,70 +46,35 @@ def aoe_forward(
     return y, Saved(norms, indices, weights, cache, value, slots)
 
 
-def aoe_backward(
-    grad_y: Tensor | None,
-    grad_norms: Tensor | None,
-    grad_weights: Tensor | None,
+def backward(
+    d_y: Tensor | None,
+    d_norms: Tensor | None,
+    d_weights: Tensor | None,
     x: Tensor,
     experts: Experts,
     saved: Saved,
     weighting: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `vot_kernels.ops.aoe.op.aoe_bwd` has it; the gate and the hidden activations are computed again."""
+    """As `vot_kernels.ops.aoe.torch.backward`; the gate and the hidden activations are computed again."""
     norms, indices, weights, cache, value, slots = saved
-    grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+    d_y = torch.zeros_like(x) if d_y is None else d_y
     gate = (cache, experts.w_up)
-    grad_gate, grad_value, hidden, partials = hidden_backward(
-        grad_y, experts.w_o, value, gate, weights, slots
-    )
-    grad_o = weight_gradient(hidden, grad_y, slots, gather_b=True)
+    d_gate, d_value, hidden, partials = hidden_backward(d_y, experts.w_o, value, gate, weights, slots)
+    d_w_o = weight_gradient(hidden, d_y, slots, gather_b=True)
     del hidden
-    grad_p = weight_gradient(grad_value, x, slots, gather_b=True)
-    grad_up = weight_gradient(grad_gate, cache, slots)
-    grad_mix, scale = mixing_backward(partials, grad_weights, slots, norms, indices, weights)
-    dense = weighting != "topk_softmax" or grad_norms is not None
-    grad_cache = grouped_matmul(grad_gate, experts.w_up, slots, addend=None if dense else (scale, cache))
-    grad_down = weight_gradient(grad_cache, x, slots, gather_b=True)
-    rows = grouped_matmul(grad_value, experts.w_p, slots, second=(grad_cache, experts.w_down))
-    grad_x = combine(rows, slots, x.shape[0], None)
+    d_w_p = weight_gradient(d_value, x, slots, gather_b=True)
+    d_w_up = weight_gradient(d_gate, cache, slots)
+    d_mix, scale = mixing_backward(partials, d_weights, slots, norms, indices, weights)
+    dense = weighting != "topk_softmax" or d_norms is not None
+    d_cache = grouped_matmul(d_gate, experts.w_up, slots, addend=None if dense else (scale, cache))
+    d_w_down = weight_gradient(d_cache, x, slots, gather_b=True)
+    rows = grouped_matmul(d_value, experts.w_p, slots, second=(d_cache, experts.w_down))
+    d_x = combine(rows, slots, x.shape[0], None)
     if dense:  # every expert's norm has a gradient: plain matrix products over all experts
-        grad = norm_gradient(norms, indices, weights, grad_mix, grad_norms, weighting)
-        more_x, more_down = norms_backward(x, experts.w_down, over_norm(grad, norms), x.dtype)
-        grad_x, grad_down = (grad_x + more_x).to(x.dtype), (grad_down + more_down).to(x.dtype)
-    return grad_x, grad_down, grad_up, grad_p, grad_o
-
-
-def moe_forward(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Slots]:
-    """As `vot_kernels.ops.moe.op.moe_fwd` has it."""
-    slots = group_slots(topk_idx, w_down.shape[0])
-    w_gate, w_up = w_gate_up.chunk(2, dim=1)
-    hidden, projected = expert_hidden(x, w_up, w_gate, slots, save)
-    y = combine(
-        grouped_matmul(hidden, w_down.transpose(1, 2), slots), slots, x.shape[0], topk_weights.float()
-    )
-    return y, x.new_empty(0, w_gate_up.shape[1]) if projected is None else projected, slots
-
-
-def moe_backward(
-    grad: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    projected: Tensor,
-    slots: Slots,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `vot_kernels.ops.moe.op.moe_bwd` has it."""
-    grad_projected, hidden, partials = hidden_backward(
-        grad, w_down.transpose(1, 2), projected, None, topk_weights.float(), slots
-    )
-    grad_down = weight_gradient(grad, hidden, slots, gather_a=True)
-    del hidden
-    grad_gate_up = weight_gradient(grad_projected, x, slots, gather_b=True)
-    grad_x = combine(grouped_matmul(grad_projected, w_gate_up, slots), slots, x.shape[0], None)
-    return grad_x, grad_gate_up, grad_down, sum_partials(partials, slots).to(topk_weights.dtype)
+        scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
+        more_x, more_down = norms_backward(x, experts.w_down, scale, x.dtype)
+        d_x, d_w_down = (d_x + more_x).to(x.dtype), (d_w_down + more_down).to(x.dtype)
+    return d_x, d_w_down, d_w_up, d_w_p, d_w_o
 
 
 def _gather_caches(caches: Tensor, slots: Slots) -> Tensor:

@@ -1,12 +1,14 @@
 """Weighted sum of past states, the mixing step of DenseFormer, without a stacked copy of them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
-from vot_kernels.ops.dispatch import select
+from vot_kernels.ops.dense_residual import reference
+from vot_kernels.ops.dispatch import load, select
 
 
 def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = "auto") -> Tensor:
@@ -23,68 +25,57 @@ def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = 
         A tensor like each state.
 
     Raises:
-        ValueError, TypeError: no states, or states or weights that do not match.
+        TypeError: a state or the weights are not floating, or a state has another dtype than the first.
+        ValueError: there are no states, a state has another shape than the first, the weights are not one number
+            per state, a tensor lies on another device than the first state, or `backend` is unknown or cannot
+            serve these inputs.
 
     Source: Pagliardini et al., DenseFormer, NeurIPS 2024 (arXiv 2402.02622), equation 2.
     """
     states = list(states)
     _validate(states, weights)
-    if select("dense_residual", backend, states[0]) == "reference":
-        from vot_kernels.ops.dense_residual import reference
-
+    chosen = select("dense_residual", backend, states[0])
+    if chosen == "reference":
         return reference.dense_residual(states, weights)
-    return dense_residual_fwd(states, weights)
+    return _dense_residual_fwd(states, weights, chosen)
 
 
 @torch.library.custom_op("vot_kernels::dense_residual_fwd", mutates_args=())
-def dense_residual_fwd(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _dense_residual_fwd(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
     """The sum; see `dense_residual`."""
-    accumulate = _accumulator(states[0].dtype)
-    scales = weights.to(accumulate)
-    total = states[0].new_zeros(states[0].shape, dtype=accumulate)
-    for state, scale in zip(states, scales, strict=True):
-        total.addcmul_(state, scale)
-    return total.to(states[0].dtype, copy=False)
+    return load("dense_residual", backend).forward(states, weights)
 
 
-@dense_residual_fwd.register_fake
-def _(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+@_dense_residual_fwd.register_fake
+def _(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
     return states[0].new_empty(states[0].shape)
 
 
 @torch.library.custom_op("vot_kernels::dense_residual_bwd", mutates_args=())
-def dense_residual_bwd(
-    grad: Tensor, states: Sequence[Tensor], weights: Tensor
+def _dense_residual_bwd(
+    d_out: Tensor, states: Sequence[Tensor], weights: Tensor, backend: str
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the states and of the weights."""
-    accumulate = _accumulator(grad.dtype)
-    grad = grad.to(accumulate).contiguous()
-    scales = weights.to(accumulate)
-    grad_states = [(grad * scale).to(state.dtype) for state, scale in zip(states, scales, strict=True)]
-    grad_weights = torch.stack([(grad * state).sum() for state in states])
-    return grad_states, grad_weights.to(weights.dtype)
+    """d_states and d_weights."""
+    return load("dense_residual", backend).backward(d_out, states, weights)
 
 
-@dense_residual_bwd.register_fake
-def _(grad: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
-    return [grad.new_empty(grad.shape) for _ in states], weights.new_empty(weights.shape)
+@_dense_residual_bwd.register_fake
+def _(d_out: Tensor, states: Sequence[Tensor], weights: Tensor, backend: str) -> tuple[list[Tensor], Tensor]:
+    return [state.new_empty(state.shape) for state in states], weights.new_empty(weights.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    states, weights = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, weights, ctx.backend = inputs
     ctx.save_for_backward(*states, weights)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, d_out: Tensor) -> tuple[list[Tensor], Tensor, None]:
     *states, weights = ctx.saved_tensors
-    return dense_residual_bwd(grad, states, weights)
+    d_states, d_weights = _dense_residual_bwd(d_out, states, weights, ctx.backend)
+    return d_states, d_weights, None
 
 
-dense_residual_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+_dense_residual_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _validate(states: list[Tensor], weights: Tensor) -> None:

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
-from vot_kernels.ops.dispatch import select
-from vot_kernels.ops.parts.experts.slots import Slots, accumulator, group_slots, swiglu_backward
+from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.moe import reference
+from vot_kernels.ops.parts.experts.slots import Slots
 
 
 def moe(
@@ -36,7 +36,10 @@ def moe(
         differentiable in all but `topk_idx`. An expert without tokens gets a gradient of zeros.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        TypeError: a tensor is missing, `topk_idx` is not int32 or int64, another one is not floating, or a weight
+            matrix has another dtype than `x`.
+        ValueError: a tensor does not have the shape above or lies on another device than `x`; an unknown
+            `backend`, or one that cannot serve these inputs.
 
     The weights are laid out as the experts of transformers 5 have them (`gate_up_proj`, `down_proj`); see
     `vot_kernels.integrations.transformers`.
@@ -44,16 +47,14 @@ def moe(
     _validate(x, w_gate_up, w_down, topk_idx, topk_weights)
     chosen = select("moe", backend, x)
     if chosen == "reference":
-        from vot_kernels.ops.moe.reference import moe as reference
-
-        return reference(x, w_gate_up, w_down, topk_idx, topk_weights)
+        return reference.moe(x, w_gate_up, w_down, topk_idx, topk_weights)
     leaves = (x, w_gate_up, w_down, topk_weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-    return moe_fwd(x, w_gate_up, w_down, topk_idx, topk_weights, save, chosen)[0]
+    return _moe_fwd(x, w_gate_up, w_down, topk_idx, topk_weights, save, chosen)[0]
 
 
 @torch.library.custom_op("vot_kernels::moe_fwd", mutates_args=())
-def moe_fwd(
+def _moe_fwd(
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -66,18 +67,12 @@ def moe_fwd(
 
     `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places; it has no rows unless `save`.
     """
-    arguments = (x, w_gate_up, w_down, topk_idx, topk_weights, save)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "triton":
-            from vot_kernels.ops.aoe.triton import moe_forward
-
-            y, projected, slots = moe_forward(*arguments)
-        else:
-            y, projected, slots = _forward(*arguments)
+        y, projected, slots = load("moe", backend).forward(x, w_gate_up, w_down, topk_idx, topk_weights, save)
     return y, projected, slots.order, slots.places, slots.offsets
 
 
-@moe_fwd.register_fake
+@_moe_fwd.register_fake
 def _(
     x: Tensor,
     w_gate_up: Tensor,
@@ -98,8 +93,8 @@ def _(
 
 
 @torch.library.custom_op("vot_kernels::moe_bwd", mutates_args=())
-def moe_bwd(
-    grad: Tensor,
+def _moe_bwd(
+    d_y: Tensor,
     x: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
@@ -110,23 +105,20 @@ def moe_bwd(
     offsets: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, w_gate_up, w_down, topk_weights)."""
+    """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
     slots = Slots(order, places, offsets, topk_weights.shape[1])
-    arguments = (grad, x, w_gate_up, w_down, topk_weights, projected, slots)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "triton":
-            from vot_kernels.ops.aoe.triton import moe_backward
-
-            return moe_backward(*arguments)
-        return _gradients(*arguments)
+        return load("moe", backend).backward(d_y, x, w_gate_up, w_down, topk_weights, projected, slots)
 
 
-@moe_bwd.register_fake
+@_moe_bwd.register_fake
 def _(
-    grad: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, *_: Any
+    d_y: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_weights: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (t.new_empty(t.shape) for t in (x, w_gate_up, w_down, topk_weights))
-    return a, b, c, d
+    d_x, d_w_gate_up, d_w_down, d_weights = (
+        t.new_empty(t.shape) for t in (x, w_gate_up, w_down, topk_weights)
+    )
+    return d_x, d_w_gate_up, d_w_down, d_weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -136,59 +128,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
+def _backward(ctx: Any, d_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_y is None:
         return (None,) * 7
-    x, w_gate_up, w_down, topk_weights = moe_bwd(grad, *ctx.saved_tensors, ctx.backend)
-    return x, w_gate_up, w_down, None, topk_weights, None, None
+    d_x, d_w_gate_up, d_w_down, d_topk_weights = _moe_bwd(d_y, *ctx.saved_tensors, ctx.backend)
+    return d_x, d_w_gate_up, d_w_down, None, d_topk_weights, None, None
 
 
-moe_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _forward(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Slots]:
-    slots = group_slots(topk_idx, w_down.shape[0])
-    projected = x.new_zeros(slots.order.shape[0] if save else 0, w_gate_up.shape[1])
-    y = x.new_zeros(x.shape, dtype=accumulator(x.dtype))
-    weights = topk_weights.flatten().to(y.dtype)
-    for expert, places, chosen in slots.by_expert():
-        rows = chosen // slots.top_k
-        both = x.index_select(0, rows) @ w_gate_up[expert].T
-        gate, value = both.chunk(2, dim=1)
-        y.index_add_(0, rows, ((F.silu(gate) * value) @ w_down[expert].T) * weights[chosen, None])
-        if save:
-            projected[places] = both
-    return y.to(x.dtype), projected, slots
-
-
-def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    topk_weights: Tensor,
-    projected: Tensor,
-    slots: Slots,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    accumulate = accumulator(x.dtype)
-    weights = topk_weights.flatten().to(accumulate)
-    grad_x, grad_weights = x.new_zeros(x.shape, dtype=accumulate), torch.zeros_like(weights)
-    grad_gate_up, grad_down = (w.new_zeros(w.shape) for w in (w_gate_up, w_down))
-    for expert, places, chosen in slots.by_expert():
-        rows = chosen // slots.top_k
-        upstream = grad.index_select(0, rows)
-        gate, value = projected[places].to(accumulate).chunk(2, dim=1)
-        grad_hidden = (upstream @ w_down[expert]).to(accumulate)
-        *both, grad_weight, hidden = swiglu_backward(gate, value, grad_hidden, weights[chosen, None])
-        grad_weights[chosen] = grad_weight
-        grad_both = torch.cat(both, 1).to(x.dtype)
-        grad_down[expert] = upstream.T @ hidden.to(x.dtype)
-        grad_gate_up[expert] = grad_both.T @ x.index_select(0, rows)
-        grad_x.index_add_(0, rows, (grad_both @ w_gate_up[expert]).to(accumulate))
-    grad_weights = grad_weights.view(topk_weights.shape).to(topk_weights.dtype)
-    return grad_x.to(x.dtype), grad_gate_up, grad_down, grad_weights
+_moe_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _validate(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:

@@ -1,13 +1,17 @@
 """Images and clips of any sizes, cut into patches and laid in one buffer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.pack_patches import reference
+
 
 def pack_patches(
-    images: Sequence[Tensor], patch_size: int, *, temporal_patch_size: int = 1
+    images: Sequence[Tensor], patch_size: int, *, temporal_patch_size: int = 1, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Cut images and clips of mixed sizes into one buffer of flat patches, the Qwen-VL convention.
 
@@ -21,31 +25,79 @@ def pack_patches(
             `patch_size`, frames of `temporal_patch_size`; a still image is repeated that often.
         patch_size: height and width of a patch, pixels.
         temporal_patch_size: frames of a patch.
+        backend: "auto", "torch" or "reference".
 
     Returns:
         pixel_values `[patches, channels · temporal_patch_size · patch_size²]` and
         grid_thw int64 `[images, 3]`, (frames, height, width) of each in patches, on the device of the images.
 
     Raises:
-        ValueError, TypeError: no images, or one that does not fit; the message names it.
+        TypeError: an image is not a tensor, or neither uint8 nor floating.
+        ValueError: there are no images; one does not have a shape above or is no multiple of the patch; two differ
+            in dtype, device or channels; a patch size is not an int >= 1; `backend` is unknown or cannot serve
+            these images. The message names the image.
     """
     for name, size in (("patch_size", patch_size), ("temporal_patch_size", temporal_patch_size)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be an int >= 1, got {size!r}.")
     if not images:
         raise ValueError("pack_patches needs at least one image, got none.")
-    clips = [_as_clip(image, i, images[0], patch_size, temporal_patch_size) for i, image in enumerate(images)]
-    grid = [
-        (t // temporal_patch_size, height // patch_size, width // patch_size)
-        for t, _, height, width in (clip.shape for clip in clips)
+    images = list(images)
+    for i, image in enumerate(images):
+        _validate(image, i, images[0], patch_size, temporal_patch_size)
+    grid = _grid_thw(_sizes(images), patch_size, temporal_patch_size)
+    chosen = select("pack_patches", backend, images[0])
+    if chosen == "reference":
+        values, _ = reference.pack_patches(images, patch_size, temporal_patch_size=temporal_patch_size)
+    else:
+        values = _pack_patches_fwd(images, patch_size, temporal_patch_size, chosen)
+    return values, torch.tensor(grid, dtype=torch.int64, device=images[0].device)
+
+
+@torch.library.custom_op("vot_kernels::pack_patches_fwd", mutates_args=())
+def _pack_patches_fwd(
+    images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, backend: str
+) -> Tensor:
+    """The patches; see `pack_patches`."""
+    return load("pack_patches", backend).forward(images, patch_size, temporal_patch_size)
+
+
+@_pack_patches_fwd.register_fake
+def _(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, backend: str) -> Tensor:
+    grid = _grid_thw(_sizes(images), patch_size, temporal_patch_size)
+    width = images[0].shape[-3] * temporal_patch_size * patch_size**2
+    return images[0].new_empty(sum(t * y * x for t, y, x in grid), width)
+
+
+@torch.library.custom_op("vot_kernels::pack_patches_bwd", mutates_args=())
+def _pack_patches_bwd(
+    d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int, backend: str
+) -> list[Tensor]:
+    """Gradients of the images, whose frames, height and width stand in `sizes` one after the other, see `_sizes`."""
+    return load("pack_patches", backend).backward(d_values, sizes, patch_size, temporal_patch_size)
+
+
+@_pack_patches_bwd.register_fake
+def _(
+    d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int, backend: str
+) -> list[Tensor]:
+    channels = d_values.shape[1] // (temporal_patch_size * patch_size**2)
+    return [
+        d_values.new_empty(*([frames] if frames else []), channels, height, width)
+        for frames, height, width in zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True)
     ]
-    patches = [
-        clip.reshape(t, temporal_patch_size, clip.shape[1], y, patch_size, x, patch_size)
-        .permute(0, 3, 5, 2, 1, 4, 6)
-        .reshape(t * y * x, clip.shape[1] * temporal_patch_size * patch_size**2)
-        for clip, (t, y, x) in zip(clips, grid, strict=True)
-    ]
-    return torch.cat(patches), torch.tensor(grid, dtype=torch.int64, device=images[0].device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, *options = inputs
+    ctx.arguments = _sizes(images), *options
+
+
+def _backward(ctx: Any, d_values: Tensor) -> tuple[list[Tensor], None, None, None]:
+    return _pack_patches_bwd(d_values, *ctx.arguments), None, None, None
+
+
+_pack_patches_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def unpack_patches(
@@ -76,7 +128,19 @@ def unpack_patches(
     ]
 
 
-def _as_clip(image: Tensor, index: int, first: Tensor, patch_size: int, temporal_patch_size: int) -> Tensor:
+def _sizes(images: Sequence[Tensor]) -> list[int]:
+    """Frames, height and width of each image, one after the other; 0 frames stand for a still image."""
+    return [n for image in images for n in (image.shape[0] if image.ndim == 4 else 0, *image.shape[-2:])]
+
+
+def _grid_thw(sizes: Sequence[int], patch_size: int, temporal_patch_size: int) -> list[tuple[int, int, int]]:
+    return [
+        (frames // temporal_patch_size if frames else 1, height // patch_size, width // patch_size)
+        for frames, height, width in zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True)
+    ]
+
+
+def _validate(image: Tensor, index: int, first: Tensor, patch_size: int, temporal_patch_size: int) -> None:
     if not isinstance(image, Tensor):
         raise TypeError(f"Image {index} must be a tensor, got {type(image).__name__}.")
     if image.ndim not in (3, 4):
@@ -97,11 +161,8 @@ def _as_clip(image: Tensor, index: int, first: Tensor, patch_size: int, temporal
             f"Image {index} is {height} x {width} pixels (height x width); both must be positive multiples "
             f"of patch_size {patch_size}."
         )
-    if image.ndim == 3:
-        return image.expand(temporal_patch_size, *image.shape)
-    if image.shape[0] % temporal_patch_size:
+    if image.ndim == 4 and image.shape[0] % temporal_patch_size:
         raise ValueError(
             f"Image {index} has {image.shape[0]} frames, which is not a multiple of "
             f"temporal_patch_size {temporal_patch_size}."
         )
-    return image

@@ -1,12 +1,14 @@
 """RMS norm of queries and keys, then rotary positions over (t, y, x)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
-from vot_kernels.ops.dispatch import select
+from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.rope_qk_norm import reference
 
 
 def rope_qk_norm(
@@ -44,20 +46,22 @@ def rope_qk_norm(
         (q, k) in their own shapes and dtype.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or sections that do not fit.
+        TypeError: q or a weight is not floating, k has another dtype than q, or positions are bool or complex.
+        ValueError: a tensor does not have the shape above or lies on another device than q; `head_dim` is odd or 0;
+            `positions` has more rows than q; `sections` are not three numbers >= 0 that sum to head_dim / 2;
+            `theta` is not > 0 or `eps` not >= 0; `backend` is unknown or cannot serve these inputs.
 
     Source: Su et al., RoFormer (arXiv 2104.09864); sections as in Qwen2-VL (arXiv 2409.12191), section 2.1.
     """
     _validate(q, k, positions, q_weight, k_weight, theta, eps)
     pairs = q.shape[-1] // 2
     split = default_sections(pairs) if sections is None else _checked_sections(sections, pairs)
-    if select("rope_qk_norm", backend, q) == "reference":
-        from vot_kernels.ops.rope_qk_norm import reference
-
+    chosen = select("rope_qk_norm", backend, q)
+    if chosen == "reference":
         return reference.rope_qk_norm(
             q, k, positions, q_weight=q_weight, k_weight=k_weight, theta=theta, sections=split, eps=eps
         )
-    return rope_qk_norm_fwd(q, k, positions, q_weight, k_weight, theta, split, eps)
+    return _rope_qk_norm_fwd(q, k, positions, q_weight, k_weight, theta, split, eps, chosen)
 
 
 def default_sections(pairs: int) -> list[int]:
@@ -67,7 +71,7 @@ def default_sections(pairs: int) -> list[int]:
 
 
 @torch.library.custom_op("vot_kernels::rope_qk_norm_fwd", mutates_args=())
-def rope_qk_norm_fwd(
+def _rope_qk_norm_fwd(
     q: Tensor,
     k: Tensor,
     positions: Tensor,
@@ -76,13 +80,14 @@ def rope_qk_norm_fwd(
     theta: float,
     sections: Sequence[int],
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """See `rope_qk_norm`."""
-    cos, sin = _angles(positions, theta, sections, _accumulator(q.dtype))
-    return _forward(q, q_weight, cos, sin, eps), _forward(k, k_weight, cos, sin, eps)
+    arguments = (q, k, positions, q_weight, k_weight, theta, sections, eps)
+    return load("rope_qk_norm", backend).forward(*arguments)
 
 
-@rope_qk_norm_fwd.register_fake
+@_rope_qk_norm_fwd.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -92,14 +97,15 @@ def _(
     theta: float,
     sections: Sequence[int],
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.custom_op("vot_kernels::rope_qk_norm_bwd", mutates_args=())
-def rope_qk_norm_bwd(
-    grad_q: Tensor,
-    grad_k: Tensor,
+def _rope_qk_norm_bwd(
+    d_q_out: Tensor,
+    d_k_out: Tensor,
     q: Tensor,
     k: Tensor,
     positions: Tensor,
@@ -108,18 +114,17 @@ def rope_qk_norm_bwd(
     theta: float,
     sections: Sequence[int],
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, q_weight and k_weight (empty where there is no weight)."""
-    cos, sin = _angles(positions, theta, sections, _accumulator(q.dtype))
-    grad_q, grad_q_weight = _backward_one(grad_q, q, q_weight, cos, sin, eps)
-    grad_k, grad_k_weight = _backward_one(grad_k, k, k_weight, cos, sin, eps)
-    return grad_q, grad_k, grad_q_weight, grad_k_weight
+    """d_q, d_k, d_q_weight and d_k_weight; the last two are empty where there is no weight."""
+    arguments = (d_q_out, d_k_out, q, k, positions, q_weight, k_weight, theta, sections, eps)
+    return load("rope_qk_norm", backend).backward(*arguments)
 
 
-@rope_qk_norm_bwd.register_fake
+@_rope_qk_norm_bwd.register_fake
 def _(
-    grad_q: Tensor,
-    grad_k: Tensor,
+    d_q_out: Tensor,
+    d_k_out: Tensor,
     q: Tensor,
     k: Tensor,
     positions: Tensor,
@@ -128,6 +133,7 @@ def _(
     theta: float,
     sections: Sequence[int],
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def weight_like(weight: Tensor | None) -> Tensor:
         return q.new_empty(0) if weight is None else weight.new_empty(weight.shape)
@@ -135,84 +141,22 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), weight_like(q_weight), weight_like(k_weight)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.theta, ctx.sections, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, positions, q_weight, k_weight, *ctx.options = inputs
+    ctx.save_for_backward(q, k, positions, q_weight, k_weight)
 
 
-def _backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-    q, k, positions, q_weight, k_weight = ctx.saved_tensors
-    grad_q, grad_k, grad_q_weight, grad_k_weight = rope_qk_norm_bwd(
-        grad_q, grad_k, q, k, positions, q_weight, k_weight, ctx.theta, ctx.sections, ctx.eps
+def _backward(ctx: Any, d_q_out: Tensor, d_k_out: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, _, q_weight, k_weight = ctx.saved_tensors
+    d_q, d_k, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *ctx.saved_tensors, *ctx.options)
+    d_weights = (
+        None if q_weight is None else d_q_weight,
+        None if k_weight is None else d_k_weight,
     )
-    return (
-        grad_q,
-        grad_k,
-        None,
-        None if q_weight is None else grad_q_weight,
-        None if k_weight is None else grad_k_weight,
-        None,
-        None,
-        None,
-    )
+    return d_q, d_k, None, *d_weights, *(None for _ in ctx.options)
 
 
-rope_qk_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _angles(
-    positions: Tensor, theta: float, sections: Sequence[int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin `[packed tokens, 1, pairs]`."""
-    columns = []
-    for axis, count in enumerate(sections):
-        exponents = torch.arange(count, dtype=dtype, device=positions.device) / -max(count, 1)
-        columns.append(positions[:, axis, None].to(dtype) * theta**exponents)
-    angles = torch.cat(columns, dim=1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def _forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    tokens = cos.shape[0]
-    wide = x[:tokens].to(cos.dtype)
-    if weight is not None:
-        wide = wide * _rms_scale(wide, eps) * weight.to(cos.dtype)
-    a, b = wide.chunk(2, dim=-1)
-    out = x.new_empty(x.shape)
-    half = a.shape[-1]
-    out[:tokens, :, :half] = a * cos - b * sin
-    out[:tokens, :, half:] = a * sin + b * cos
-    out[tokens:] = 0
-    return out
-
-
-def _backward_one(
-    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Turn the gradient back, then dx = s (g - x̂ mean(g x̂)), where x̂ = s x and g = turned · weight."""
-    tokens = cos.shape[0]
-    a, b = grad[:tokens].to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
-    grad_weight = x.new_empty(0)
-    if weight is not None:
-        wide = x[:tokens].to(cos.dtype)
-        scale = _rms_scale(wide, eps)
-        unit = wide * scale
-        grad_weight = (turned * unit).sum((0, 1)).to(weight.dtype)
-        turned = turned * weight.to(cos.dtype)
-        turned = scale * (turned - unit * (turned * unit).mean(-1, keepdim=True))
-    grad_x = x.new_empty(x.shape)
-    grad_x[:tokens] = turned
-    grad_x[tokens:] = 0
-    return grad_x, grad_weight
-
-
-def _rms_scale(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+_rope_qk_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _checked_sections(sections: Sequence[int], pairs: int) -> list[int]:

@@ -1,13 +1,16 @@
 """An embedding of a segment's size, shape and frame rate, added to each of its tokens."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vot_kernels.ops.checks import check_device, check_floating, check_layout, check_tensor
-from vot_kernels.ops.dispatch import select
+from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.size_aware_embedding import reference
 from vot_kernels.packing import PackedLayout
 
 QUANTITIES = 6
@@ -31,6 +34,9 @@ def size_features(
 
     Returns:
         float32 `[segments, 12 · octaves]`; no gradient.
+
+    Raises:
+        ValueError: `sizes` or `fps` do not have the shape above.
     """
     if sizes.ndim != 2 or sizes.shape[1] != 3:
         raise ValueError(f"sizes must be [segments, 3], got {list(sizes.shape)}.")
@@ -85,66 +91,61 @@ def size_aware_embedding(
         `[tokens, dim]`, dtype of x.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        TypeError: `layout` is not a `PackedLayout`, a tensor is missing, or x is not floating.
+        ValueError: a tensor does not have the shape above or lies on another device than x; x has fewer rows than
+            the layout has tokens; `fps` is neither a number nor `[segments]`; `backend` is unknown or cannot serve
+            these inputs.
     """
     _validate(x, layout, w1, b1, w2, b2)
     octaves = w1.shape[1] // (2 * QUANTITIES)
     features = size_features(layout.sizes, fps, octaves=octaves, use_frames=use_frames)
-    if select("size_aware_embedding", backend, x) == "reference":
-        from vot_kernels.ops.size_aware_embedding import reference
-
+    chosen = select("size_aware_embedding", backend, x)
+    if chosen == "reference":
         return reference.size_aware_embedding(x, layout.cu_seqlens, features, w1, b1, w2, b2)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulator(x.dtype)
     w1, b1, w2, b2 = (t.to(dtype) for t in (w1, b1, w2, b2))
     with torch.autocast(x.device.type, enabled=False):
         embedding = F.linear(F.silu(F.linear(features.to(dtype), w1, b1)), w2, b2)
-    return segment_add_fwd(x, embedding, layout.cu_seqlens)
+    return _segment_add_fwd(x, embedding, layout.cu_seqlens, layout.positions.shape[0], chosen)
 
 
 @torch.library.custom_op("vot_kernels::segment_add_fwd", mutates_args=())
-def segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """x `[tokens, dim]` + the row of `embedding` `[segments, dim]` of its segment; rows beyond are 0."""
-    rows = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
-    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    if embedding.shape[0] == 0:
-        return x.new_zeros(x.shape)
-    total = (x + embedding[segment.clamp_max(embedding.shape[0] - 1)]).to(x.dtype).contiguous()
-    return total.masked_fill_((rows >= cu_seqlens[-1])[:, None], 0)
+def _segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
+    """x + the row of its segment in `embedding` `[segments, dim]`; zero from row `tokens`, cu_seqlens[-1], on."""
+    return load("size_aware_embedding", backend).forward(x, embedding, cu_seqlens, tokens)
 
 
-@segment_add_fwd.register_fake
-def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> Tensor:
+@_segment_add_fwd.register_fake
+def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("vot_kernels::segment_add_bwd", mutates_args=())
-def segment_add_bwd(grad: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the embedding; a fixed order of summation, no atomics."""
-    rows = torch.arange(grad.shape[0], device=grad.device, dtype=cu_seqlens.dtype)
-    grad_x = grad.contiguous().masked_fill((rows >= cu_seqlens[-1])[:, None], 0)
-    if embedding.shape[0] == 0:
-        return grad_x, torch.zeros_like(embedding)
-    sums = torch.segment_reduce(
-        grad_x.to(embedding.dtype), "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True, initial=0
-    )
-    return grad_x, sums
+def _segment_add_bwd(
+    d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """d_x and d_embedding."""
+    return load("size_aware_embedding", backend).backward(d_out, embedding, cu_seqlens, tokens)
 
 
-@segment_add_bwd.register_fake
-def _(grad: Tensor, embedding: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), embedding.new_empty(embedding.shape)
+@_segment_add_bwd.register_fake
+def _(
+    d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    return d_out.new_empty(d_out.shape), embedding.new_empty(embedding.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, embedding, cu_seqlens = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, embedding, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(embedding, cu_seqlens)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return *segment_add_bwd(grad, *ctx.saved_tensors), None
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    d_x, d_embedding = _segment_add_bwd(d_out, *ctx.saved_tensors, *ctx.options)
+    return d_x, d_embedding, None, None, None
 
 
-segment_add_fwd.register_autograd(_backward, setup_context=_setup_context)
+_segment_add_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _validate(x: Tensor, layout: PackedLayout, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:

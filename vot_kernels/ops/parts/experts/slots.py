@@ -76,66 +76,76 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     return Slots(order, order.new_empty(0), offsets, indices.shape[1])
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def swiglu_backward(
-    gate: Tensor, value: Tensor, grad: Tensor, weight: Tensor
+    gate: Tensor, value: Tensor, d_hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of h = weight · SiLU(gate) · value, given the gradient `grad` of h; overwrites `grad`.
+    """Backward of h = weight · SiLU(gate) · value; overwrites `d_hidden`.
 
     Args:
-        gate, value, grad: `[rows, hidden]`.
+        gate, value: `[rows, hidden]`.
+        d_hidden: `[rows, hidden]`, gradient of h.
         weight: `[rows, 1]`.
 
     Returns:
-        Gradients of gate, value and weight (`[rows]`), and h.
+        d_gate, d_value, d_weight `[rows]`, and h.
     """
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     hidden = silu * value
-    grad_weight = (grad * hidden).sum(-1)
-    grad.mul_(weight)
-    grad_value = grad * silu
+    d_weight = (d_hidden * hidden).sum(-1)
+    d_hidden.mul_(weight)
+    d_value = d_hidden * silu
     # d silu(u) / du = s + silu(u) (1 - s), with s = sigmoid(u)
-    grad_gate = grad.mul_(value).mul_(sigmoid + silu * (1 - sigmoid))
-    return grad_gate, grad_value, grad_weight, hidden.mul_(weight)
+    d_gate = d_hidden.mul_(value).mul_(sigmoid + silu * (1 - sigmoid))
+    return d_gate, d_value, d_weight, hidden.mul_(weight)
 
 
-def softmax_backward(probabilities: Tensor, grad: Tensor) -> Tensor:
-    return probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
+def softmax_backward(probabilities: Tensor, d_probabilities: Tensor) -> Tensor:
+    """Gradient of the logits."""
+    mean = (probabilities * d_probabilities).sum(-1, keepdim=True)
+    return probabilities * (d_probabilities - mean)
 
 
-def over_norm(grad: Tensor, norms: Tensor) -> Tensor:
-    """grad / norms, and the subgradient 0 where the norm is 0."""
-    return torch.where(norms > 0, grad / norms, torch.zeros_like(grad))
+def over_norm(d_norms: Tensor, norms: Tensor) -> Tensor:
+    """d_norms / norms, and the subgradient 0 where the norm is 0."""
+    return torch.where(norms > 0, d_norms / norms, torch.zeros_like(d_norms))
 
 
 def norm_gradient(
     norms: Tensor,
     indices: Tensor,
     weights: Tensor,
-    grad_mix: Tensor,
-    grad_norms: Tensor | None,
+    d_weights: Tensor,
+    d_norms: Tensor | None,
     weighting: str,
 ) -> Tensor:
-    """Gradient of every norm `[tokens, experts]`, through the mixing weights and from outside."""
+    """Gradient of every norm `[tokens, experts]`: through the mixing weights, plus `d_norms` from outside."""
     if weighting == "topk_softmax":
-        grad = torch.zeros_like(norms).scatter_(1, indices, softmax_backward(weights, grad_mix))
+        total = torch.zeros_like(norms).scatter_(1, indices, softmax_backward(weights, d_weights))
     else:
-        grad = softmax_backward(norms.softmax(-1), torch.zeros_like(norms).scatter_(1, indices, grad_mix))
-    return grad if grad_norms is None else grad.add_(grad_norms)
+        total = softmax_backward(norms.softmax(-1), torch.zeros_like(norms).scatter_(1, indices, d_weights))
+    return total if d_norms is None else total.add_(d_norms)
 
 
-def cache_blocks(x: Tensor, w_down: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size."""
+def cache_blocks(
+    x: Tensor, w_down: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size.
+
+    Args:
+        x: `[tokens, dim]`.
+        w_down: `[experts, rank, dim]`.
+        dtype: of the products.
+        scale: `[tokens, 1]`, multiplies x; None for 1.
+    """
     experts, rank, dim = w_down.shape
     block = max(1, BLOCK_ELEMENTS.get(x.device.type, 2**26) // (experts * rank))
     matrix = w_down.reshape(experts * rank, dim).to(dtype).T
     for start in range(0, x.shape[0], block):
         tokens = slice(start, min(start + block, x.shape[0]))
-        yield tokens, (x[tokens].to(dtype) @ matrix).view(-1, experts, rank)
+        rows = x[tokens].to(dtype)
+        rows = rows if scale is None else rows * scale[tokens]
+        yield tokens, (rows @ matrix).view(-1, experts, rank)
 
 
 def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,10 +160,10 @@ def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype)
         Both in the dtype of `scale`. No more than a block of caches is held at a time.
     """
     matrix = w_down.reshape(-1, w_down.shape[2]).to(dtype)
-    grad_x = x.new_empty(x.shape, dtype=scale.dtype)
-    grad_down = scale.new_zeros(matrix.shape)
+    d_x = x.new_empty(x.shape, dtype=scale.dtype)
+    d_down = scale.new_zeros(matrix.shape)
     for tokens, cache in cache_blocks(x, w_down, dtype):
-        grad = cache.mul_(scale[tokens, :, None]).flatten(1)
-        grad_x[tokens] = grad @ matrix
-        grad_down += grad.T @ x[tokens].to(dtype)
-    return grad_x, grad_down.view_as(w_down)
+        d_cache = cache.mul_(scale[tokens, :, None]).flatten(1)
+        d_x[tokens] = d_cache @ matrix
+        d_down += d_cache.T @ x[tokens].to(dtype)
+    return d_x, d_down.view_as(w_down)

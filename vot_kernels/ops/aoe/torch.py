@@ -1,0 +1,154 @@
+"""The PyTorch backend of `aoe`: norms in blocks of tokens, then each expert once over the tokens that chose it.
+
+The number of tokens of each expert is the only thing that the host reads from the device, once in the forward and
+once in the backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.parts.experts.slots import (
+    Experts,
+    Saved,
+    cache_blocks,
+    group_slots,
+    norm_gradient,
+    norms_backward,
+    over_norm,
+    softmax_backward,
+    swiglu_backward,
+)
+
+# Both this power of two and its inverse are normal numbers in float32.
+_LARGEST_EXPONENT = 120
+
+
+def forward(
+    x: Tensor, experts: Experts, bias: Tensor | None, top_k: int, weighting: str, save: bool
+) -> tuple[Tensor, Saved]:
+    """y `[tokens, dim]`, and what the backward reads; its cache and value have no rows unless `save`."""
+    norms, indices, cache = _select(x, experts.w_down, bias, top_k)
+    weights = _mixing_weights(norms, indices, weighting)
+    slots = group_slots(indices, norms.shape[1])
+    cache = cache.index_select(0, slots.order)
+    values = x.new_empty(cache.shape[0] if save else 0, experts.w_p.shape[1])
+    y = x.new_zeros(x.shape, dtype=norms.dtype)
+    flat_weights = weights.flatten()
+    for expert, places, chosen in slots.by_expert():
+        rows = chosen // top_k
+        value = x.index_select(0, rows) @ experts.w_p[expert].T
+        hidden = F.silu(cache[places] @ experts.w_up[expert].T).mul_(value)
+        y.index_add_(0, rows, (hidden @ experts.w_o[expert]) * flat_weights[chosen, None])
+        if save:
+            values[places] = value
+    if not save:
+        cache = cache.new_empty(0, cache.shape[1])
+    return y.to(x.dtype, copy=False), Saved(norms, indices, weights, cache, values, slots)
+
+
+def backward(
+    d_y: Tensor | None,
+    d_norms: Tensor | None,
+    d_weights: Tensor | None,
+    x: Tensor,
+    experts: Experts,
+    saved: Saved,
+    weighting: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d_x, d_w_down, d_w_up, d_w_p and d_w_o; None stands for an output without a gradient."""
+    norms, indices, weights, cache, _, slots = saved
+    d_x = x.new_zeros(x.shape, dtype=norms.dtype)
+    d_experts = Experts(*(w.new_zeros(w.shape) for w in experts))
+    d_cache = torch.zeros_like(cache)
+    d_mix = (
+        torch.zeros_like(weights)
+        if d_weights is None
+        else d_weights.clone(memory_format=torch.contiguous_format)
+    )
+    if d_y is not None:
+        _bodies_backward(d_y, x, experts, saved, d_x, d_experts, d_cache, d_mix)
+    dense = weighting != "topk_softmax" or d_norms is not None
+    if not dense:
+        chosen = norms.gather(1, indices)
+        scale = over_norm(softmax_backward(weights, d_mix), chosen).flatten()
+        d_cache.add_(cache * scale[slots.order, None])
+    for expert, places, ids in slots.by_expert():
+        rows = ids // slots.top_k
+        d_experts.w_down[expert] = d_cache[places].T @ x.index_select(0, rows)
+        d_x.index_add_(0, rows, (d_cache[places] @ experts.w_down[expert]).to(d_x.dtype))
+    if dense:  # the norms of all experts have gradients, not only those of the selected ones
+        scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
+        more_x, more_down = norms_backward(x, experts.w_down, scale, norms.dtype)
+        d_x.add_(more_x)
+        d_experts.w_down.add_(more_down)
+    return d_x.to(x.dtype, copy=False), *d_experts
+
+
+def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms of all caches and, in the dtype of `x`, the caches of the selected experts `[slots, rank]`."""
+    tokens, (experts, rank, _) = x.shape[0], w_down.shape
+    # Products of two half-precision numbers are exact in float32: widening first gives the accumulator.
+    accumulate = accumulator(x.dtype)
+    scale = _row_scale(x, accumulate)
+    norms = x.new_empty(tokens, experts, dtype=accumulate)
+    indices = x.new_empty(tokens, top_k, dtype=torch.int64)
+    selected = x.new_empty(tokens, top_k, rank)
+    for block, cache in cache_blocks(x, w_down, accumulate, scale):
+        norms[block] = torch.linalg.vector_norm(cache, dim=-1) / scale[block]
+        scores = norms[block] if bias is None else norms[block] + bias
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+        indices[block] = best
+        chosen = cache.gather(1, best[..., None].expand(-1, -1, rank))
+        selected[block] = chosen / scale[block, :, None]
+    return norms, indices, selected.view(tokens * top_k, rank)
+
+
+def _row_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[tokens, 1]`: the powers of two that bring the largest entry of each row near 1.
+
+    The squares under a norm would overflow for entries of 1e20 and vanish for entries of 1e-25, in float32. A power
+    of two changes no digit.
+    """
+    if not x.shape[1]:
+        return x.new_ones(x.shape[0], 1, dtype=dtype)
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).to(dtype)
+    exponent = torch.frexp(largest).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def _mixing_weights(norms: Tensor, indices: Tensor, weighting: str) -> Tensor:
+    if weighting == "topk_softmax":
+        return norms.gather(1, indices).softmax(-1)
+    return norms.softmax(-1).gather(1, indices)
+
+
+def _bodies_backward(
+    d_y: Tensor,
+    x: Tensor,
+    experts: Experts,
+    saved: Saved,
+    d_x: Tensor,
+    d_experts: Experts,
+    d_cache: Tensor,
+    d_mix: Tensor,
+) -> None:
+    """Backward of the expert bodies; fills or adds to every argument after `saved`."""
+    accumulate, slots = saved.weights.dtype, saved.slots
+    flat_weights, flat_d_mix = saved.weights.flatten(), d_mix.view(-1)
+    for expert, places, chosen in slots.by_expert():
+        rows = chosen // slots.top_k
+        weight = flat_weights[chosen, None]
+        tokens, d_out = x.index_select(0, rows), d_y.index_select(0, rows)
+        cache, value = saved.cache[places], saved.value[places].to(accumulate)
+        gate = (cache @ experts.w_up[expert].T).to(accumulate)
+        d_hidden = (d_out @ experts.w_o[expert].T).to(accumulate)
+        d_wide_gate, d_wide_value, d_weight, hidden = swiglu_backward(gate, value, d_hidden, weight)
+        flat_d_mix[chosen] += d_weight
+        d_gate, d_value = d_wide_gate.to(x.dtype), d_wide_value.to(x.dtype)
+        d_experts.w_o[expert] = hidden.to(x.dtype).T @ d_out
+        d_experts.w_p[expert] = d_value.T @ tokens
+        d_experts.w_up[expert] = d_gate.T @ cache
+        d_cache[places] = d_gate @ experts.w_up[expert]
+        d_x.index_add_(0, rows, (d_value @ experts.w_p[expert]).to(accumulate))

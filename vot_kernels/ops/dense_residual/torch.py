@@ -1,0 +1,45 @@
+"""The PyTorch backend of `dense_residual`: block by block, so that the running sum stays in the cache of a CPU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.parts.row_blocks import row_blocks
+
+
+def forward(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum, contiguous."""
+    accumulate = accumulator(states[0].dtype)
+    out = states[0].new_empty(states[0].shape)
+    flat_out, (first, *others) = out.view(-1), [state.reshape(-1) for state in states]
+    scale, *scales = weights.to(accumulate).unbind()
+    for block in row_blocks(out.numel(), 1, out.device):
+        result = flat_out[block]
+        total = result if result.dtype == accumulate else torch.empty_like(result, dtype=accumulate)
+        torch.mul(first[block].to(accumulate), scale, out=total)
+        for state, other_scale in zip(others, scales, strict=True):
+            total.addcmul_(state[block], other_scale)
+        if total is not result:
+            result.copy_(total)
+    return out
+
+
+def backward(d_out: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
+    """d_states, contiguous, and d_weights."""
+    accumulate = accumulator(d_out.dtype)
+    d_states = [state.new_empty(state.shape) for state in states]
+    flat_d_out = d_out.reshape(-1)
+    flat = [
+        (state.reshape(-1), d_state.view(-1), scale)
+        for state, d_state, scale in zip(states, d_states, weights.to(accumulate), strict=True)
+    ]
+    blocks = list(row_blocks(d_out.numel(), 1, d_out.device))
+    d_weights = weights.new_empty(len(states), len(blocks), dtype=accumulate)  # what each block adds
+    for column, block in enumerate(blocks):
+        d_block = flat_d_out[block].to(accumulate)
+        for row, (state, d_state, scale) in enumerate(flat):
+            torch.mul(d_block, scale, out=d_state[block])
+            d_weights[row, column] = (d_block * state[block]).sum()
+    return d_states, d_weights.sum(1).to(weights.dtype)
