@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --calls 10000 --seed 0`: random calls of every op, with a summary of what failed."""
+"""`python -m tests.fuzz --calls 10000 --seed 0`: random calls of ops, parsers and commands, and what failed."""
 
 import argparse
 import sys
@@ -10,8 +10,10 @@ import torch
 from tests.fuzz.broken import check_broken
 from tests.fuzz.calls import MAKERS, Draw
 from tests.fuzz.checks import check
+from tests.fuzz.commands import check_command
+from tests.fuzz.parsers import check_parser
 
-BROKEN = "broken arguments"
+OTHERS = {"broken arguments": check_broken, "parsers": check_parser, "commands": check_command}
 
 
 def fuzz(seed: int, index: int, kinds: list[str]) -> str | None:
@@ -20,8 +22,8 @@ def fuzz(seed: int, index: int, kinds: list[str]) -> str | None:
     kind = draw.pick(kinds)
     call = None
     try:
-        if kind == BROKEN:
-            check_broken(draw)
+        if kind in OTHERS:
+            OTHERS[kind](draw)
         else:
             call = MAKERS[kind](draw)
             check(call, draw)
@@ -35,10 +37,10 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--index", type=int, help="this call alone")
-    parser.add_argument("--kind", action="append", choices=[*MAKERS, BROKEN], help="of these ops alone")
+    parser.add_argument("--kind", action="append", choices=[*MAKERS, *OTHERS], help="of these kinds alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = options.kind or [*MAKERS, BROKEN, BROKEN, BROKEN]
+    kinds = options.kind or [*MAKERS, *OTHERS]
     indices = range(options.calls) if options.index is None else [options.index]
     failures: Counter[str] = Counter()
     begun = time.monotonic()

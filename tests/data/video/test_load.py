@@ -249,3 +249,20 @@ def test_decoder_frames_are_released(tmp_path, monkeypatch):
     monkeypatch.setattr(load._Converter, "__call__", lambda self, tracked: convert(self, tracked.frame))
     clip = load_video(write(tmp_path / "a.mp4", 300, size=(16, 16)), num_frames=50)
     assert len(clip.times) == 50 and most[0] <= 3
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_title_in_another_encoding_is_no_obstacle(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    frames = np.full((4, 16, 16, 3), 128, np.uint8)
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Grüße"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 16
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert "Grüße".encode() in content
+    path.write_bytes(content.replace("Grüße".encode(), b"Gr\xfc\xdfe\xfc\xdf"))
+    assert len(load_video(path, num_frames=4).frames) == 4

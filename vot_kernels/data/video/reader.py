@@ -306,7 +306,9 @@ def _packet_end(packet: Any) -> float:
 def _open_container(path: Path) -> Any:
     try:
         # Prefix and whitelist keep a name such as "concat:a|b", or a playlist, from opening anything else.
-        container = av.open(f"file:{path.absolute()}", options={"protocol_whitelist": "file"})
+        options = {"protocol_whitelist": "file"}
+        # A title may be in any encoding, and nobody asked for it.
+        container = av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(_not_media(path, error)) from None
     if container.format.name in _REFUSED_FORMATS:
