@@ -181,6 +181,15 @@ def test_norms_whose_squares_leave_float32(scale, dtype):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def test_tokens_of_no_width():
+    shapes = ((5, 0), (3, 4, 0), (3, 7, 4), (3, 7, 0), (3, 7, 0))
+    inputs = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    y, aux = aoe(*inputs, 2, return_aux=True, backend="torch")
+    assert y.shape == (5, 0) and (aux.norms == 0).all()
+    gradients = torch.autograd.grad(y.sum() + aux.balance_loss, inputs)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 def test_non_contiguous_inputs():
     inputs = make_experts()
     strided = [

@@ -1,7 +1,7 @@
 """The PyTorch backend of `aoe`: norms in blocks of tokens, then each expert once over the tokens that chose it.
 
-The number of tokens of each expert is the only thing that the host reads from the device, once in the forward and
-once in the backward.
+The host reads from the device how many tokens each expert has, in the forward and in the backward, and in the forward
+whether any norm is out of the ordinary.
 """
 
 import torch
@@ -21,8 +21,9 @@ from vot_kernels.ops.parts.experts.slots import (
     swiglu_backward,
 )
 
-# Both this power of two and its inverse are normal numbers in float32.
-_LARGEST_EXPONENT = 120
+# The squares under other norms may overflow or vanish in float32; rows that have them are scaled first.
+_ORDINARY_NORMS = (1e-15, 1e15)
+_LARGEST_EXPONENT = 120  # of a power of two that is a normal number in float32, and so is its inverse
 
 
 def forward(
@@ -87,33 +88,42 @@ def backward(
 
 
 def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of all caches and, in the dtype of `x`, the caches of the selected experts `[slots, rank]`."""
+    """Norms of all caches, the choice, and the caches of the selected experts `[slots, rank]` in the dtype of `x`."""
+    norms, indices, selected = _select_scaled(x, w_down, bias, top_k, None)
+    low, high = _ORDINARY_NORMS
+    extreme = ((norms < low) | (norms > high)).any(1).nonzero()[:, 0]
+    if extreme.shape[0] and x.shape[1]:
+        rows = x[extreme]
+        again = _select_scaled(rows, w_down, bias, top_k, _row_scale(rows, norms.dtype))
+        norms[extreme], indices[extreme], selected[extreme] = again
+    return norms, indices, selected.view(-1, w_down.shape[1])
+
+
+def _select_scaled(
+    x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_select`, with the selected caches `[tokens, top_k, rank]`; squares the caches of scale · x."""
     tokens, (experts, rank, _) = x.shape[0], w_down.shape
     # Products of two half-precision numbers are exact in float32: widening first gives the accumulator.
     accumulate = accumulator(x.dtype)
-    scale = _row_scale(x, accumulate)
     norms = x.new_empty(tokens, experts, dtype=accumulate)
     indices = x.new_empty(tokens, top_k, dtype=torch.int64)
     selected = x.new_empty(tokens, top_k, rank)
     for block, cache in cache_blocks(x, w_down, accumulate, scale):
-        norms[block] = torch.linalg.vector_norm(cache, dim=-1) / scale[block]
+        torch.linalg.vector_norm(cache, dim=-1, out=norms[block])
+        if scale is not None:
+            norms[block] /= scale[block]
+            cache /= scale[block, :, None]
         scores = norms[block] if bias is None else norms[block] + bias
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
         indices[block] = best
-        chosen = cache.gather(1, best[..., None].expand(-1, -1, rank))
-        selected[block] = chosen / scale[block, :, None]
-    return norms, indices, selected.view(tokens * top_k, rank)
+        selected[block] = cache.gather(1, best[..., None].expand(-1, -1, rank))
+    return norms, indices, selected
 
 
 def _row_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[tokens, 1]`: the powers of two that bring the largest entry of each row near 1.
-
-    The squares under a norm would overflow for entries of 1e20 and vanish for entries of 1e-25, in float32. A power
-    of two changes no digit.
-    """
-    if not x.shape[1]:
-        return x.new_ones(x.shape[0], 1, dtype=dtype)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=1, keepdim=True).to(dtype)
+    """`[tokens, 1]`: powers of two, which change no digit, that bring the largest entry of each row near 1."""
+    largest = x.abs().amax(1, keepdim=True).to(dtype)
     exponent = torch.frexp(largest).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     return torch.ldexp(torch.ones_like(largest), -exponent)
 

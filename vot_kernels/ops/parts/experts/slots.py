@@ -159,7 +159,7 @@ def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype)
     Returns:
         Both in the dtype of `scale`. No more than a block of caches is held at a time.
     """
-    matrix = w_down.reshape(-1, w_down.shape[2]).to(dtype)
+    matrix = w_down.flatten(0, 1).to(dtype)
     d_x = x.new_empty(x.shape, dtype=scale.dtype)
     d_down = scale.new_zeros(matrix.shape)
     for tokens, cache in cache_blocks(x, w_down, dtype):
