@@ -288,13 +288,13 @@ def test_launches_that_do_not_tune(tuned_launches, why):
 
 
 def test_sums_in_place_are_not_tuned(tuned_launches, monkeypatch):
-    from vot_kernels.ops.linear_attention import triton as _linear_triton
+    from vot_kernels.ops.parts.group_states import triton as launcher
 
     seen = []
-    monkeypatch.setattr(_linear_triton, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
+    monkeypatch.setattr(launcher, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
     states, bounds = torch.zeros(3, 1, 8), torch.tensor([0, 3], dtype=torch.int32)
-    _linear_triton.scan_states(states, bounds)
-    _linear_triton.scan_states(states, bounds, out=torch.zeros_like(states))
+    launcher.scan_states(states, bounds)
+    launcher.scan_states(states, bounds, out=torch.zeros_like(states))
     assert seen == [True, False]
 
 
@@ -350,8 +350,8 @@ def test_the_folder(folder, expected, tmp_path, monkeypatch):
 
 
 def test_the_environment_is_read_at_import(tmp_path):
-    code = "import os; from vot_kernels.ops import _launch; print(_launch.TUNER is not None, end=' ');"
-    code += "os.environ['VOT_AUTOTUNE'] = '0'; print(_launch.TUNER is not None)"
+    code = "import os; from vot_kernels.ops import launch; print(launch.TUNER is not None, end=' ');"
+    code += "os.environ['VOT_AUTOTUNE'] = '0'; print(launch.TUNER is not None)"
     environment = {**os.environ, "VOT_AUTOTUNE": "1", "VOT_TUNING_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout == "True True\n", run.stderr

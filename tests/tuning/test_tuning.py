@@ -112,10 +112,11 @@ def test_shipped_tables_are_well_formed(arch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_linear_attention_is_covered(dtype, head_dim, arch):
     """Whatever dispatch accepts has a config for every kernel, and a tile is a whole number of blocks."""
-    from vot_kernels.ops.linear_attention.triton import _DOT_BITS, _padded
+    from vot_kernels.ops.launch import padded
+    from vot_kernels.ops.parts.group_states.triton import DOT_BITS
 
-    key = {"dot_bits": _DOT_BITS[dtype], "head_dim": _padded(head_dim)}
-    states = lookup("linear_attention", "group_states", arch, width=_padded(head_dim), **key)
+    key = {"dot_bits": DOT_BITS[dtype], "head_dim": padded(head_dim)}
+    states = lookup("linear_attention", "group_states", arch, width=padded(head_dim), **key)
     configs = [states] + [
         lookup("linear_attention", kernel, arch, causal=causal, **key)
         for kernel in ("linear_values", "linear_features")

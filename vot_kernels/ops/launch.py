@@ -146,9 +146,18 @@ def ceil_div(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def padded(width: int) -> int:
+    """Columns of a block that holds `width` of them: a power of two, at least the 16 of a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a copy of it whose last dimension lies side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """`x`, or one copy of it: columns lie side by side, and 128 rows span less than 2**31 numbers.
+
+    Any other stride of rows and heads is taken as it is.
+    """
+    side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if side_by_side and x.stride(0) < 2**24 else x.contiguous()
 
 
 def matrices_contiguous(w: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from vot_kernels.ops.dispatch import CAPABILITIES, Inputs, select
 from vot_kernels.ops.launch import INTERPRETING, record_launches
 from vot_kernels.ops.linear_attention import linear_attention, reference
-from vot_kernels.ops.linear_attention.triton import Rows, group_states, scan_states
+from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     PACKINGS,

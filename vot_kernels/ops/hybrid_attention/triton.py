@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.linear_attention.triton import Rows, _addressable, group_states, scan_states
+from vot_kernels.ops.launch import rows_contiguous
+from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
 from vot_kernels.ops.parts.range_attention.triton import (
     FarPart,
     KeyRanges,
@@ -82,7 +83,7 @@ def hybrid_attention_forward(
     """Output and lse, float32 `[tokens, heads]`; the arguments are those of `hybrid_attention`."""
     if not geometry.has_far:
         return range_attention_forward(q, k, v, geometry.ranges, scale)
-    v = _addressable(v)
+    v = rows_contiguous(v)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
     return range_attention_forward(q, k, v, geometry.ranges, scale, FarPart(states, queries, name, beta))
@@ -112,7 +113,7 @@ def hybrid_attention_backward(
     if not geometry.has_far:
         inputs = (q, k, v, ranges, scale, deterministic)
         return *range_attention_backward(grad, grad_lse, out, lse, *inputs), None, None, None
-    grad, v = _addressable(grad), _addressable(v)  # a gradient may be expanded, as that of a sum is
+    grad, v = rows_contiguous(grad), rows_contiguous(v)  # a gradient may be expanded, as that of a sum is
     near = (q, k, v, ranges, scale)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
@@ -132,5 +133,5 @@ def _features(
 ) -> tuple[Tensor, Tensor, str]:
     """What phi is made of on either side, and the feature map that is still to be applied."""
     if q_features is None or k_features is None:
-        return _addressable(q), _addressable(k), feature_map
-    return _addressable(q_features), _addressable(k_features), "none"
+        return rows_contiguous(q), rows_contiguous(k), feature_map
+    return rows_contiguous(q_features), rows_contiguous(k_features), "none"

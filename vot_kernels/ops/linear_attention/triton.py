@@ -1,129 +1,24 @@
-"""Launchers of the Triton kernels of linear attention: group states, running sums of them, and the rows.
+"""Linear attention on the Triton kernels: running sums of group states, then the rows.
 
-States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_dim]`, then z `[width]`; see
-`kernels/triton/group_states/states.py`. Nothing here asks the device for a number.
+Nothing here asks the device for a number.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch
+from vot_kernels.ops.launch import ceil_div, launch, padded, rows_contiguous
+from vot_kernels.ops.parts.group_states.triton import (
+    Rows,
+    group_states,
+    linear_config,
+    row_pointers,
+    row_strides,
+    running_states,
+    states_config,
+)
 from vot_kernels.tuning import Config
-
-OP = "linear_attention"
-# Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
-_DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows that make up a state.
-
-    Attributes:
-        features: `[tokens, heads, width]`, width >= 16; `feature_map` is applied to them ("none": taken as
-            they are, and of the dtype of the values).
-        values: `[tokens, heads, head_dim]`. Columns of both lie side by side in memory.
-        weights: float32 `[tokens, heads]`, factors of the features, or None for 1.
-        last: float32 `[tokens, heads]`, the column appended to the values, or None for 1.
-    """
-
-    features: Tensor
-    values: Tensor
-    weights: Tensor | None = None
-    last: Tensor | None = None
-
-
-def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:
-    """The state of each group `[groups, kv_heads, width * (head_dim + 1)]`; heads // kv_heads heads add up.
-
-    bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
-    """
-    from vot_kernels.kernels.group_states.states import _reduce_states_kernel
-
-    size = _state_size(rows)
-    states = _new_states(rows, bounds.shape[0] - 1, kv_heads)
-    partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, states)
-    config = _config("reduce_states", rows.values)
-    launch(
-        _reduce_states_kernel,
-        lambda blocks: (states.shape[0] * kv_heads * ceil_div(size, blocks["BLOCK"]),),
-        config,
-        states_ptr=states,
-        partials_ptr=partials,
-        bounds_ptr=bounds,
-        kv_heads=kv_heads,
-        SIZE=size,
-        TILE=tile,
-    )
-    return states
-
-
-def running_states(
-    rows: Rows,
-    bounds: Tensor,
-    kv_heads: int,
-    feature_map: str,
-    *,
-    log_decay: Tensor | None = None,
-    reverse: bool = False,
-) -> Tensor:
-    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it.
-
-    log_decay: float32 `[kv_heads]`; then kv_heads counts query heads, and several may read one head of `rows`.
-    """
-    partials, tile = _tile_states(
-        rows, bounds, kv_heads, feature_map, None, log_decay, reverse=reverse and log_decay is not None
-    )
-    return scan_states(partials, bounds, reverse=reverse, tile=tile, log_decay=log_decay)
-
-
-def scan_states(
-    states: Tensor,
-    bounds: Tensor,
-    *,
-    lag: int = 1,
-    reverse: bool = False,
-    tile: int = 0,
-    out: Tensor | None = None,
-    log_decay: Tensor | None = None,
-) -> Tensor:
-    """Sums of the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
-
-    Args:
-        states: `[slots, kv_heads, size]`.
-        bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
-            slots being tiles of as many rows.
-        out: add to this instead of writing a new tensor.
-        log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
-    """
-    from vot_kernels.kernels.group_states.states import _scan_states_kernel
-
-    kv_heads, size = states.shape[1:]
-    config = _config("scan_states", states, decay=int(log_decay is not None))
-    sums = torch.empty_like(states) if out is None else out
-
-    def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
-
-    launch(
-        _scan_states_kernel,
-        grid if out is None else grid(config.blocks),  # what adds must not be repeated
-        config,
-        states_ptr=states,
-        sums_ptr=sums,
-        log_decay_ptr=log_decay,
-        bounds_ptr=bounds,
-        kv_heads=kv_heads,
-        lag=lag,
-        SIZE=size,
-        TILE=tile,
-        REVERSE=reverse,
-        ACCUMULATE=out is not None,
-    )
-    return sums
 
 
 def linear_attention_forward(
@@ -137,7 +32,7 @@ def linear_attention_forward(
     log_decay: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
-    q, k, v = map(_addressable, (q, k, v))
+    q, k, v = map(rows_contiguous, (q, k, v))
     pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     rows = Rows(k, v)
     return pass_.values(q, rows, pass_.states(rows), normalise=True)
@@ -161,7 +56,7 @@ def linear_attention_backward(
 
     The states of k and v are made again: they may outweigh the inputs.
     """
-    grad, q, k, v = map(_addressable, (grad, q, k, v))
+    grad, q, k, v = map(rows_contiguous, (grad, q, k, v))
     pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     keys = Rows(k, v)
     last = torch.empty_like(inverse)  # -do.out, written with dq
@@ -211,7 +106,7 @@ class _Pass:
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """What each tile begins with; None if every segment is one tile, which finds it on its own."""
         lengths = self.host_cu_seqlens.diff()
-        if not lengths.numel() or int(lengths.max()) <= _states_config(rows).blocks["TILE"]:
+        if not lengths.numel() or int(lengths.max()) <= states_config(rows).blocks["TILE"]:
             return None
         if self.causal:
             return running_states(
@@ -238,7 +133,7 @@ class _Pass:
             lambda blocks: self._grid(x, rows, blocks["BLOCK_V"]),
             config,
             x_ptr=x,
-            **_pointers(rows),
+            **row_pointers(rows),
             weights_ptr=rows.weights,
             last_ptr=rows.last,
             log_decay_ptr=self.log_decay,
@@ -246,7 +141,7 @@ class _Pass:
             bounds_ptr=self.cu_seqlens,
             out_ptr=out,
             out_last_ptr=out_last,
-            **_strides("x", x),
+            **row_strides("x", x),
             **self._sizes(x, rows),
             NORMALISE=normalise,
             REVERSE=reverse,
@@ -275,7 +170,7 @@ class _Pass:
             config,
             x_ptr=x,
             own_ptr=own,
-            **_pointers(rows),
+            **row_pointers(rows),
             weights_ptr=weights,
             last_ptr=last,
             log_decay_ptr=self.log_decay,
@@ -284,8 +179,8 @@ class _Pass:
             states_ptr=states,
             bounds_ptr=self.cu_seqlens,
             grad_ptr=gradient,
-            **_strides("x", x),
-            **_strides("own", own),
+            **row_strides("x", x),
+            **row_strides("own", own),
             **self._sizes(x, rows),
             KEY_SIDE=out_last is not None,
         )
@@ -296,7 +191,7 @@ class _Pass:
         from vot_kernels.kernels.linear_attention import decay as linear_decay
 
         tokens, heads, head_dim = queries.features.shape
-        tile = _states_config(keys).blocks["TILE"]
+        tile = states_config(keys).blocks["TILE"]
         tiles = tokens // tile + self.cu_seqlens.shape[0] - 1
         arguments = {
             "query_ptr": queries.features,
@@ -307,10 +202,10 @@ class _Pass:
             "last_ptr": queries.last,
             "log_decay_ptr": self.log_decay,
             "bounds_ptr": self.cu_seqlens,
-            **_strides("query", queries.features),
-            **_strides("grad", queries.values),
-            **_strides("key", keys.features),
-            **_strides("value", keys.values),
+            **row_strides("query", queries.features),
+            **row_strides("grad", queries.values),
+            **row_strides("key", keys.features),
+            **row_strides("value", keys.values),
             "num_segments": self.cu_seqlens.shape[0] - 1,
             "heads": heads,
             "shared": heads // keys.values.shape[1],
@@ -318,14 +213,14 @@ class _Pass:
             "FEATURE_MAP": self.feature_map,
             "TILE": tile,
         }
-        config = _config("decay_pairs", keys.values, head_dim=_padded(head_dim))
+        config = linear_config("decay_pairs", keys.values, head_dim=padded(head_dim))
         sums = keys.values.new_empty((tiles, heads, 1), dtype=torch.float32)
         launch(
             linear_decay._decay_pairs_kernel, lambda _: (tiles * heads,), config, out_ptr=sums, **arguments
         )
         if before is None:
             return sums.sum((0, 2))
-        config = _config("decay_states", keys.values, head_dim=_padded(head_dim))
+        config = linear_config("decay_states", keys.values, head_dim=padded(head_dim))
         others = sums.new_empty((tiles, heads, ceil_div(head_dim, config.blocks["BLOCK_V"])))
         launch(
             linear_decay._decay_states_kernel,
@@ -340,7 +235,7 @@ class _Pass:
 
     def _config(self, kernel: str, x: Tensor) -> Config:
         key = {"causal": int(self.causal), "decay": int(self.log_decay is not None)}
-        return _config(kernel, x, head_dim=_padded(x.shape[2]), **key)
+        return linear_config(kernel, x, head_dim=padded(x.shape[2]), **key)
 
     def _heads(self, x: Tensor) -> int:
         """Heads of x, those that share one counted each."""
@@ -354,14 +249,14 @@ class _Pass:
 
     def _grid(self, x: Tensor, rows: Rows, block: int) -> tuple[int]:
         """One program per tile, head and block of columns; the slack is one more segment."""
-        tiles = x.shape[0] // _states_config(rows).blocks["TILE"] + self.cu_seqlens.shape[0]
+        tiles = x.shape[0] // states_config(rows).blocks["TILE"] + self.cu_seqlens.shape[0]
         return (tiles * self._heads(x) * ceil_div(x.shape[2], block),)
 
     def _sizes(self, x: Tensor, rows: Rows) -> dict[str, int | bool | str]:
         heads, other_heads = self._heads(x), self._heads(rows.values)
         return {
-            **_strides("features", rows.features),
-            **_strides("values", rows.values),
+            **row_strides("features", rows.features),
+            **row_strides("values", rows.values),
             "num_tokens": x.shape[0],
             "num_segments": self.cu_seqlens.shape[0] - 1,
             "heads": heads,
@@ -371,90 +266,10 @@ class _Pass:
             "HEAD_DIM": x.shape[2],
             "FEATURE_MAP": self.feature_map,
             "CAUSAL": self.causal,
-            "TILE": _states_config(rows).blocks["TILE"],
+            "TILE": states_config(rows).blocks["TILE"],
         }
-
-
-def _tile_states(
-    rows: Rows,
-    bounds: Tensor,
-    kv_heads: int,
-    feature_map: str,
-    states: Tensor | None,
-    log_decay: Tensor | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, int]:
-    """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
-    from vot_kernels.kernels.group_states.states import _group_states_kernel
-
-    config = _states_config(rows)
-    tokens, heads, width = rows.features.shape
-    tiles = tokens // config.blocks["TILE"] + bounds.shape[0] - 1
-    partials = _new_states(rows, tiles, kv_heads)
-    launch(
-        _group_states_kernel,
-        lambda blocks: (tiles * kv_heads * ceil_div(rows.values.shape[2], blocks["BLOCK_V"]),),
-        config,
-        **_pointers(rows),
-        weights_ptr=rows.weights,
-        last_ptr=rows.last,
-        log_decay_ptr=log_decay,
-        bounds_ptr=bounds,
-        states_ptr=states,
-        partials_ptr=partials,
-        **_strides("features", rows.features),
-        **_strides("values", rows.values),
-        num_groups=bounds.shape[0] - 1,
-        kv_heads=kv_heads,
-        repeats=max(heads // kv_heads, 1),
-        shared=max(kv_heads // heads, 1),
-        WIDTH=width,
-        HEAD_DIM=rows.values.shape[2],
-        FEATURE_MAP=feature_map,
-        REVERSE=reverse,
-    )
-    return partials, config.blocks["TILE"]
-
-
-def _states_config(rows: Rows) -> Config:
-    width, head_dim = _padded(rows.features.shape[2]), _padded(rows.values.shape[2])
-    return _config("group_states", rows.values, width=width, head_dim=head_dim)
-
-
-def _config(kernel: str, x: Tensor, **key: int) -> Config:
-    return find_config(OP, kernel, x.device, dot_bits=_DOT_BITS[x.dtype], **key)
-
-
-def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:
-    return rows.values.new_empty((slots, kv_heads, _state_size(rows)), dtype=torch.float32)
-
-
-def _state_size(rows: Rows) -> int:
-    return rows.features.shape[2] * (rows.values.shape[2] + 1)
 
 
 def _fold_heads(x: Tensor, like: Tensor) -> Tensor:
     """`x`, the heads that share one of `like` added up."""
     return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
-
-
-def _pointers(rows: Rows) -> dict[str, Tensor]:
-    return {"features_ptr": rows.features, "values_ptr": rows.values}
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_token_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}
-
-
-def _addressable(x: Tensor) -> Tensor:
-    """`x`, or one copy of it: columns lie side by side, and a block of 128 tokens spans less than 2**31 numbers.
-
-    Any other stride of tokens and heads is taken as it is.
-    """
-    side_by_side = x.stride(2) == 1 or x.shape[2] == 1
-    return x if side_by_side and x.stride(0) < 2**24 else x.contiguous()
-
-
-def _padded(width: int) -> int:
-    """Columns of a block that holds `width` of them: a power of two that tl.dot takes."""
-    return max(16, 1 << (width - 1).bit_length())

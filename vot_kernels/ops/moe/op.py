@@ -69,7 +69,7 @@ def moe_fwd(
     arguments = (x, w_gate_up, w_down, topk_idx, topk_weights, save)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton":
-            from vot_kernels.ops.aoe.triton import moe_forward
+            from vot_kernels.ops.moe.triton import moe_forward
 
             y, projected, slots = moe_forward(*arguments)
         else:
@@ -115,7 +115,7 @@ def moe_bwd(
     arguments = (grad, x, w_gate_up, w_down, topk_weights, projected, slots)
     with torch.autocast(x.device.type, enabled=False):
         if backend == "triton":
-            from vot_kernels.ops.aoe.triton import moe_backward
+            from vot_kernels.ops.moe.triton import moe_backward
 
             return moe_backward(*arguments)
         return _gradients(*arguments)

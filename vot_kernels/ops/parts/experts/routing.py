@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels that choose experts and group the choices by expert.
+"""Launchers of the Triton kernels that choose experts and group the choices, and their caches, by expert.
 
 Nothing here asks the device for a number. Sizes of the weights are constants of the kernels, the number of tokens
 is not.
@@ -130,6 +130,28 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
         TILE=tile,
     )
     return Slots(order, places, starts[::tiles].contiguous(), indices.shape[1])
+
+
+def gather_caches(caches: Tensor, slots: Slots) -> Tensor:
+    """`[slots, rank]` in the order of places, from `[tokens, experts, rank]`."""
+    from vot_kernels.kernels.experts.gather import _gather_caches_kernel
+
+    experts, rank = caches.shape[1:]
+    count = slots.order.shape[0]
+    out = caches.new_empty(count, rank)
+    launch(
+        _gather_caches_kernel,
+        lambda blocks: (count // blocks["BLOCK_M"] + experts, ceil_div(rank, blocks["BLOCK_R"])),
+        find_config("experts", "gather_caches", caches.device),
+        caches_ptr=caches,
+        out_ptr=out,
+        order_ptr=slots.order,
+        offsets_ptr=slots.offsets,
+        experts=experts,
+        top_k=slots.top_k,
+        RANK=rank,
+    )
+    return out
 
 
 def mixing_backward(

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import Grid, find_config, launch, rows_contiguous, target_arch
+from vot_kernels.ops.launch import Grid, find_config, launch, padded, rows_contiguous, target_arch
 from vot_kernels.tuning import INTERPRETER, Config
 
 _UNLIMITED = 2**31 - 1
@@ -143,7 +143,7 @@ class FarPart:
 
     Attributes:
         states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
-            from each group: S `[width, head_dim]`, then z `[width]`, as `_linear_triton.group_states` has it.
+            from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` makes it.
         features: `[rows, heads, width]`: q, or given features.
         feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
         beta: `[heads]`, log of the weight of far tokens; None is 0.
@@ -369,7 +369,7 @@ def range_attention_rows_backward(
         repeats=heads // k.shape[1],
         scale=scale,
         **_strides(grad=grad, out=out, q=q, k=k, v=v, features=features),
-        BLOCK_W=_padded(features.shape[2]),
+        BLOCK_W=padded(features.shape[2]),
         **({"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}),
     )
     return found
@@ -441,14 +441,14 @@ def range_attention_keys_backward(
         repeats=heads // kv_heads,
         scale=scale,
         **_strides(grad=grad, q=q, k=k, v=v, features=features),
-        BLOCK_W=_padded(features.shape[2]),
+        BLOCK_W=padded(features.shape[2]),
     )
     return dk, dv, d_features
 
 
 def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
     """What the kernels share of a far part, or say in its absence; and the head_dim that goes with it."""
-    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim)}
+    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
     if far is None:
         return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
     pointers = {"far_ptr": far.states, "features_ptr": features}
@@ -470,7 +470,7 @@ def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:
         row, head, column = x.stride()
         starts = x.data_ptr(), row * x.itemsize, head * x.itemsize
         aligned = column == 1 and all(start % _DESCRIPTOR_BYTES == 0 for start in starts)
-        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == _padded(x.shape[2])
+        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == padded(x.shape[2])
 
     known = arch == INTERPRETER or int(arch.removeprefix("sm_")) >= 90
     return known and all(fits(x) for x in tensors)
@@ -498,13 +498,8 @@ def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor
 
 
 def _config(kernel: str, q: Tensor, **key: int) -> Config:
-    key |= {"head_dim": _padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
+    key |= {"head_dim": padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
     return find_config("range_attention", kernel, q.device, **key)
-
-
-def _padded(head_dim: int) -> int:
-    """The next power of two, 16 at least: what the matrix units take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _limit(count: int | None) -> int:

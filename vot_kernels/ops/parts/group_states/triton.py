@@ -1,0 +1,192 @@
+"""Launchers of the group state kernels: the state of each group, and running sums of states.
+
+States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_dim]`, then z `[width]`; see
+`kernels/triton/group_states/states.py`. Nothing here asks the device for a number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.launch import ceil_div, find_config, launch, padded
+from vot_kernels.tuning import Config
+
+OP = "linear_attention"
+# Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
+DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows that make up a state.
+
+    Attributes:
+        features: `[tokens, heads, width]`, width >= 16; `feature_map` is applied to them ("none": taken as
+            they are, and of the dtype of the values).
+        values: `[tokens, heads, head_dim]`. Columns of both lie side by side in memory.
+        weights: float32 `[tokens, heads]`, factors of the features, or None for 1.
+        last: float32 `[tokens, heads]`, the column appended to the values, or None for 1.
+    """
+
+    features: Tensor
+    values: Tensor
+    weights: Tensor | None = None
+    last: Tensor | None = None
+
+
+def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:
+    """The state of each group `[groups, kv_heads, width * (head_dim + 1)]`; heads // kv_heads heads add up.
+
+    bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
+    """
+    from vot_kernels.kernels.group_states.states import _reduce_states_kernel
+
+    size = _state_size(rows)
+    states = _new_states(rows, bounds.shape[0] - 1, kv_heads)
+    partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, states)
+    config = linear_config("reduce_states", rows.values)
+    launch(
+        _reduce_states_kernel,
+        lambda blocks: (states.shape[0] * kv_heads * ceil_div(size, blocks["BLOCK"]),),
+        config,
+        states_ptr=states,
+        partials_ptr=partials,
+        bounds_ptr=bounds,
+        kv_heads=kv_heads,
+        SIZE=size,
+        TILE=tile,
+    )
+    return states
+
+
+def running_states(
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    *,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:
+    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it.
+
+    log_decay: float32 `[kv_heads]`; then kv_heads counts query heads, and several may read one head of `rows`.
+    """
+    partials, tile = _tile_states(
+        rows, bounds, kv_heads, feature_map, None, log_decay, reverse=reverse and log_decay is not None
+    )
+    return scan_states(partials, bounds, reverse=reverse, tile=tile, log_decay=log_decay)
+
+
+def scan_states(
+    states: Tensor,
+    bounds: Tensor,
+    *,
+    lag: int = 1,
+    reverse: bool = False,
+    tile: int = 0,
+    out: Tensor | None = None,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    """Sums of the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
+
+    Args:
+        states: `[slots, kv_heads, size]`.
+        bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
+            slots being tiles of as many rows.
+        out: add to this instead of writing a new tensor.
+        log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
+    """
+    from vot_kernels.kernels.group_states.states import _scan_states_kernel
+
+    kv_heads, size = states.shape[1:]
+    config = linear_config("scan_states", states, decay=int(log_decay is not None))
+    sums = torch.empty_like(states) if out is None else out
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
+
+    launch(
+        _scan_states_kernel,
+        grid if out is None else grid(config.blocks),  # what adds must not be repeated
+        config,
+        states_ptr=states,
+        sums_ptr=sums,
+        log_decay_ptr=log_decay,
+        bounds_ptr=bounds,
+        kv_heads=kv_heads,
+        lag=lag,
+        SIZE=size,
+        TILE=tile,
+        REVERSE=reverse,
+        ACCUMULATE=out is not None,
+    )
+    return sums
+
+
+def _tile_states(
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    states: Tensor | None,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, int]:
+    """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
+    from vot_kernels.kernels.group_states.states import _group_states_kernel
+
+    config = states_config(rows)
+    tokens, heads, width = rows.features.shape
+    tiles = tokens // config.blocks["TILE"] + bounds.shape[0] - 1
+    partials = _new_states(rows, tiles, kv_heads)
+    launch(
+        _group_states_kernel,
+        lambda blocks: (tiles * kv_heads * ceil_div(rows.values.shape[2], blocks["BLOCK_V"]),),
+        config,
+        **row_pointers(rows),
+        weights_ptr=rows.weights,
+        last_ptr=rows.last,
+        log_decay_ptr=log_decay,
+        bounds_ptr=bounds,
+        states_ptr=states,
+        partials_ptr=partials,
+        **row_strides("features", rows.features),
+        **row_strides("values", rows.values),
+        num_groups=bounds.shape[0] - 1,
+        kv_heads=kv_heads,
+        repeats=max(heads // kv_heads, 1),
+        shared=max(kv_heads // heads, 1),
+        WIDTH=width,
+        HEAD_DIM=rows.values.shape[2],
+        FEATURE_MAP=feature_map,
+        REVERSE=reverse,
+    )
+    return partials, config.blocks["TILE"]
+
+
+def states_config(rows: Rows) -> Config:
+    width, head_dim = padded(rows.features.shape[2]), padded(rows.values.shape[2])
+    return linear_config("group_states", rows.values, width=width, head_dim=head_dim)
+
+
+def linear_config(kernel: str, x: Tensor, **key: int) -> Config:
+    return find_config(OP, kernel, x.device, dot_bits=DOT_BITS[x.dtype], **key)
+
+
+def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:
+    return rows.values.new_empty((slots, kv_heads, _state_size(rows)), dtype=torch.float32)
+
+
+def _state_size(rows: Rows) -> int:
+    return rows.features.shape[2] * (rows.values.shape[2] + 1)
+
+
+def row_pointers(rows: Rows) -> dict[str, Tensor]:
+    return {"features_ptr": rows.features, "values_ptr": rows.values}
+
+
+def row_strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_token_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}
