@@ -18,12 +18,12 @@ OP = "hybrid_attention"
 pytestmark = pytest.mark.gpu
 
 
-def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, deterministic=None, **options):
+def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, variant=None, **options):
     inputs = make_qkv(layout.num_tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, device=device)
     beta = make_tensor(heads, dtype=dtype, device=device, seed=5)
 
     def run(q, k, v, beta):
-        choices = {"backend": backend, "deterministic": deterministic}
+        choices = {"backend": backend, "_variant": variant}
         return hybrid_attention(q, k, v, layout, beta=beta, return_lse=True, **choices, **options)
 
     def oracle(q, k, v, beta):
@@ -57,13 +57,13 @@ def test_large_and_ragged(window, feature_map, causal, backend, device):
 @pytest.mark.parametrize("window, causal", [(0, "group"), ((2, 0), "token"), (1, None)])
 def test_fused_backward(window, causal, backend, device, dtype):
     layout = PackedLayout.from_lengths((2048, 1025, 0, 511, 3), group_size=256, device=device)
-    check(layout, backend, device, dtype, window=window, causal=causal, deterministic=False)
+    check(layout, backend, device, dtype, window=window, causal=causal, variant="fused")
 
 
 def test_fused_backward_of_head_dims_and_dtypes(size, backend, device):
     dtype, head_dim = size
     layout = PackedLayout.from_lengths((300, 1, 77), group_size=64, device=device)
-    check(layout, backend, device, dtype, head_dim=head_dim, deterministic=False)
+    check(layout, backend, device, dtype, head_dim=head_dim, variant="fused")
 
 
 def test_given_features(backend, device, dtype):

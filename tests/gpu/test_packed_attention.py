@@ -18,13 +18,11 @@ OP = "packed_attention"
 pytestmark = pytest.mark.gpu
 
 
-def check(
-    layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, causal=False, deterministic=None
-):
+def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, causal=False, variant=None):
     inputs = make_qkv(layout.num_tokens, heads, head_dim, kv_heads=kv_heads, dtype=dtype, device=device)
 
     def run(q, k, v):
-        options = {"causal": causal, "backend": backend, "deterministic": deterministic}
+        options = {"causal": causal, "backend": backend, "_variant": variant}
         return packed_attention(q, k, v, layout, return_lse=True, **options)
 
     def oracle(q, k, v):
@@ -57,7 +55,7 @@ def test_large(kv_heads, backend, device):
 def test_fused_backward_at_lengths_around_blocks(size, causal, backend, device):
     dtype, head_dim = size
     layout = PackedLayout.from_lengths((127, 128, 129, 1, 0, 640), device=device)
-    options = {"head_dim": head_dim, "causal": causal, "deterministic": False}
+    options = {"head_dim": head_dim, "causal": causal, "variant": "fused"}
     check(layout, backend, device, dtype, **options)
 
 
@@ -65,7 +63,7 @@ def test_fused_backward_at_lengths_around_blocks(size, causal, backend, device):
 def test_fused_backward_of_many_tiles(head_dim, backend, device):
     """Many programs add to the same rows of dq."""
     layout = PackedLayout.from_lengths((8192, 777), device=device)
-    options = {"heads": 4, "kv_heads": 1, "head_dim": head_dim, "deterministic": False}
+    options = {"heads": 4, "kv_heads": 1, "head_dim": head_dim, "variant": "fused"}
     check(layout, backend, device, torch.bfloat16, **options)
 
 
@@ -76,7 +74,7 @@ def test_fused_backward_neither_leaks_nor_touches_slack(backend, device):
     results = []
     for tensors in ((q, k, v), poisoned):
         leaves = [x.detach().requires_grad_() for x in tensors]
-        out = packed_attention(*leaves, layout, backend=backend, deterministic=False)
+        out = packed_attention(*leaves, layout, backend=backend, _variant="fused")
         results.append(torch.autograd.grad(out, leaves, out.detach()))
     for name, a, b in zip(("dq", "dk", "dv"), *results, strict=True):
         for own in (slice(0, 100), slice(229, 293)):

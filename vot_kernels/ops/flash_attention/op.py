@@ -240,7 +240,9 @@ def _flash_attention_bwd(
     """dq, dk, dv."""
     if backend == "triton":
         ranges = KeyRanges.of_segments(cu_seqlens_q, cu_seqlens_k, left, right)
-        return range_attention_backward(grad, None, out, lse, q, k, v, ranges, scale, deterministic)
+        return range_attention_backward(
+            grad, None, out, lse, q, k, v, ranges, scale, deterministic=bool(deterministic)
+        )
     saved = (grad, out, lse, q, k, v)
     return _batched_backward(*saved, cu_seqlens_q, cu_seqlens_k, left, right, scale)
 

@@ -56,6 +56,7 @@ from vot_kernels.ops.parts.range_attention.torch import (
     range_attention,
     range_attention_backward,
 )
+from vot_kernels.ops.parts.range_attention.triton import VARIANTS
 from vot_kernels.packing import PackedLayout
 
 __all__ = ["HybridAttentionState", "hybrid_attention", "hybrid_attention_step"]
@@ -78,7 +79,7 @@ def hybrid_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-    deterministic: bool | None = None,
+    _variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention to the groups in the window and linear attention to the rest of the segment.
 
@@ -100,10 +101,6 @@ def hybrid_attention(
         scale: factor on q.k of near tokens, by default head_dim ** -0.5.
         return_lse: also return lse, which is differentiable: results over disjoint keys can be merged.
         backend: "auto", "triton", "torch" or "reference".
-        deterministic: whether the same inputs must give the same bits in the backward too. True: yes. False: no;
-            the Triton backend then takes the form of 5 matrix products per block in place of 7, where it has
-            one, which sums dq in no fixed order. None: True under `torch.use_deterministic_algorithms`, else as
-            the config table of the GPU says. Everything else is deterministic always.
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse
@@ -115,7 +112,7 @@ def hybrid_attention(
     check_qkv(q, k, v, layout)
     check_options(q, k, beta, feature_map, q_features, k_features)
     check_choice("causal", causal, CAUSAL_MODES)
-    check_choice("deterministic", deterministic, (None, False, True))
+    check_choice("_variant", _variant, (None, *VARIANTS))
     chosen = select("hybrid_attention", backend, q, features=q_features)
     out, lse = attend(
         q,
@@ -130,7 +127,7 @@ def hybrid_attention(
         causal=causal,
         scale=scale,
         backend=chosen,
-        deterministic=deterministic,
+        variant=_variant,
     )
     return (out, lse) if return_lse else out
 
@@ -149,7 +146,7 @@ def attend(
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
     scale: float | None = None,
-    deterministic: bool | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of checked inputs on a chosen backend; `packed_attention` enters here too."""
     left, right = window_sides(window, causal)
@@ -186,7 +183,7 @@ def attend(
         feature_map,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         backend,
-        deterministic,
+        variant,
     )
 
 
@@ -214,13 +211,13 @@ def _hybrid_attention_fwd(
     feature_map: str,
     scale: float,
     backend: str = "torch",
-    deterministic: bool | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
         geometry = Geometry(*bounds, window_left, window_right, causal)
         tensors = (q, k, v, beta, q_features, k_features)
-        return hybrid_attention_forward(*tensors, geometry, feature_map, scale)
+        return hybrid_attention_forward(*tensors, geometry, feature_map, scale, variant)
     host = (host_cu_seqlens, host_cu_groups, host_segment_groups)
     plan = make_plan(*host, window_left, window_right, causal, q.device)
     out = q.new_empty(q.shape)
@@ -297,14 +294,14 @@ def _hybrid_attention_bwd(
     feature_map: str,
     scale: float,
     backend: str = "torch",
-    deterministic: bool | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
     if backend == "triton":
         bounds = (cu_seqlens, cu_groups, segment_groups, host_segment_groups)
         geometry = Geometry(*bounds, window_left, window_right, causal)
         tensors = (grad, grad_lse, out, lse, q, k, v, beta, q_features, k_features)
-        found = hybrid_attention_backward(*tensors, geometry, feature_map, scale, deterministic)
+        found = hybrid_attention_backward(*tensors, geometry, feature_map, scale, variant)
         d_beta, d_q_features, d_k_features = (
             q.new_empty(0) if x is None else torch.zeros_like(x) if found_grad is None else found_grad
             for x, found_grad in zip((beta, q_features, k_features), found[3:], strict=True)

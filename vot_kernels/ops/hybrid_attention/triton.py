@@ -79,19 +79,21 @@ def hybrid_attention_forward(
     geometry: Geometry,
     feature_map: str,
     scale: float,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse, float32 `[tokens, heads]`; the arguments are those of `hybrid_attention`."""
     if not geometry.has_far:
-        return range_attention_forward(q, k, v, geometry.ranges, scale)
-    v = rows_contiguous(v)
+        return range_attention_forward(q, k, v, geometry.ranges, scale, variant=variant)
+    v = _compact(v)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
-    return range_attention_forward(q, k, v, geometry.ranges, scale, FarPart(states, queries, name, beta))
+    far = FarPart(states, queries, name, beta)
+    return range_attention_forward(q, k, v, geometry.ranges, scale, far, variant=variant)
 
 
 def hybrid_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -103,7 +105,7 @@ def hybrid_attention_backward(
     geometry: Geometry,
     feature_map: str,
     scale: float,
-    deterministic: bool | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, beta, q_features and k_features; None for these where there is no far part.
 
@@ -111,19 +113,19 @@ def hybrid_attention_backward(
     """
     ranges = geometry.ranges
     if not geometry.has_far:
-        inputs = (q, k, v, ranges, scale, deterministic)
-        return *range_attention_backward(grad, grad_lse, out, lse, *inputs), None, None, None
-    grad, v = rows_contiguous(grad), rows_contiguous(v)  # a gradient may be expanded, as that of a sum is
+        saved = (out, lse, q, k, v, ranges, scale)
+        return *range_attention_backward(d_out, d_lse, *saved, variant=variant), None, None, None
+    d_out, v = _compact(d_out), _compact(v)  # a gradient may be expanded, as that of a sum is
     near = (q, k, v, ranges, scale)
     queries, keys, name = _features(q, k, q_features, k_features, feature_map)
     states = geometry.far_states(Rows(keys, v), k.shape[1], name)
     far = FarPart(states, queries, name, beta)
-    fused = fuses_backward(q, deterministic, far=True)
-    rows = range_attention_rows_backward(grad, grad_lse, out, lse, *near, far, fused=fused)
-    gradients = Rows(queries, grad, rows.far_weight, -rows.delta)
+    fused = fuses_backward(q, variant, far=True)
+    rows = range_attention_rows_backward(d_out, d_lse, out, lse, *near, far, fused=fused)
+    gradients = Rows(queries, d_out, rows.far_weight, -rows.delta)
     states = geometry.far_states(gradients, k.shape[1], name, mirrored=True)
     far, dq = FarPart(states, keys, name), rows.dq if fused else None
-    dk, dv, d_keys = range_attention_keys_backward(grad, lse, rows.delta, *near, far, dq=dq)
+    dk, dv, d_keys = range_attention_keys_backward(d_out, lse, rows.delta, *near, far, dq=dq)
     d_beta = None if beta is None or rows.d_beta is None else rows.d_beta.sum(0).to(beta.dtype)
     return rows.dq.to(q.dtype), dk, dv, d_beta, rows.d_features, d_keys
 
@@ -133,5 +135,9 @@ def _features(
 ) -> tuple[Tensor, Tensor, str]:
     """What phi is made of on either side, and the feature map that is still to be applied."""
     if q_features is None or k_features is None:
-        return rows_contiguous(q), rows_contiguous(k), feature_map
-    return rows_contiguous(q_features), rows_contiguous(k_features), "none"
+        return _compact(q), _compact(k), feature_map
+    return _compact(q_features), _compact(k_features), "none"
+
+
+def _compact(x: Tensor) -> Tensor:
+    return rows_contiguous(x, compact=True)

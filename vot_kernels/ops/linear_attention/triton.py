@@ -4,21 +4,26 @@ Nothing here asks the device for a number.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, launch, padded, rows_contiguous
+from vot_kernels.ops.launch import Kernel, ceil_div, contiguous, padded, rows_contiguous, strides
 from vot_kernels.ops.parts.group_states.triton import (
     Rows,
+    dot_bits,
     group_states,
-    linear_config,
-    row_pointers,
-    row_strides,
     running_states,
     states_config,
 )
-from vot_kernels.tuning import Config
+
+_APPLY = Kernel("linear_attention", "apply", "linear_attention.rows:_linear_apply_kernel")
+_FEATURE_GRAD = Kernel(
+    "linear_attention", "feature_grad", "linear_attention.rows:_linear_feature_grad_kernel"
+)
+_DECAY_PAIRS = Kernel("linear_attention", "decay_pairs", "linear_attention.decay:_decay_pairs_kernel")
+_DECAY_STATES = Kernel("linear_attention", "decay_states", "linear_attention.decay:_decay_states_kernel")
 
 
 def linear_attention_forward(
@@ -32,14 +37,14 @@ def linear_attention_forward(
     log_decay: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
-    q, k, v = map(rows_contiguous, (q, k, v))
-    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    q, k, v = (rows_contiguous(x, compact=True) for x in (q, k, v))
+    shared = _LinearLaunch.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     rows = Rows(k, v)
-    return pass_.values(q, rows, pass_.states(rows), normalise=True)
+    return shared.apply(q, rows, shared.states(rows), normalise=True)
 
 
 def linear_attention_backward(
-    grad: Tensor,
+    d_out: Tensor,
     out: Tensor,
     inverse: Tensor,
     q: Tensor,
@@ -56,22 +61,23 @@ def linear_attention_backward(
 
     The states of k and v are made again: they may outweigh the inputs.
     """
-    grad, q, k, v = map(rows_contiguous, (grad, q, k, v))
-    pass_ = _Pass.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    d_out, q, k, v = (rows_contiguous(x, compact=True) for x in (d_out, q, k, v))
+    inverse = inverse.contiguous()
+    shared = _LinearLaunch.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
     keys = Rows(k, v)
     last = torch.empty_like(inverse)  # -do.out, written with dq
-    before = pass_.states(keys)
-    dq = pass_.features(grad, q, keys, inverse, last, out, None, before)
-    queries = Rows(q, grad, inverse, last)
-    after = pass_.states(queries, reverse=True)
-    dv, dv_last = pass_.values(k, queries, after, reverse=True)
-    dk = pass_.features(v, k, queries, inverse, last, dv, dv_last, after)
-    d_decay = pass_.decay(queries, keys, before, after) if decay_gradient else None
+    before = shared.states(keys)
+    dq = shared.feature_grad(d_out, q, keys, inverse, last, out, None, before)
+    queries = Rows(q, d_out, inverse, last)
+    after = shared.states(queries, reverse=True)
+    dv, dv_last = shared.apply(k, queries, after, reverse=True)
+    dk = shared.feature_grad(v, k, queries, inverse, last, dv, dv_last, after)
+    d_decay = shared.decay(queries, keys, before, after) if decay_gradient else None
     return dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _LinearLaunch:
     """What all launches of one forward or backward share.
 
     Attributes:
@@ -96,12 +102,11 @@ class _Pass:
         feature_map: str,
         causal: bool,
         log_decay: Tensor | None,
-    ) -> "_Pass":
+    ) -> "_LinearLaunch":
         """Of these queries and keys; log_decay in any floating dtype."""
-        if log_decay is None:
-            return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, k.shape[1], None)
-        log_decay = log_decay.to(torch.float32).contiguous()
-        return cls(cu_seqlens, host_cu_seqlens, feature_map, causal, q.shape[1], log_decay)
+        heads = k.shape[1] if log_decay is None else q.shape[1]
+        log_decay = contiguous(log_decay, torch.float32)
+        return cls(cu_seqlens.contiguous(), host_cu_seqlens, feature_map, causal, heads, log_decay)
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """What each tile begins with; None if every segment is one tile, which finds it on its own."""
@@ -119,21 +124,18 @@ class _Pass:
             )
         return group_states(rows, self.cu_seqlens, self.state_heads, self.feature_map)
 
-    def values(
+    def apply(
         self, x: Tensor, rows: Rows, states: Tensor | None, *, normalise: bool = False, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """phi(x) applied to S, and to z; heads that share one of x are apart."""
-        from vot_kernels.kernels.linear_attention.rows import _linear_values_kernel
-
         out = self._new_rows(x)
         out_last = x.new_empty(out.shape[:2], dtype=torch.float32)
-        config = self._config("linear_values", x)
-        launch(
-            _linear_values_kernel,
+        _APPLY.launch(
             lambda blocks: self._grid(x, rows, blocks["BLOCK_V"]),
-            config,
+            key=self._key(x),
             x_ptr=x,
-            **row_pointers(rows),
+            features_ptr=rows.features,
+            values_ptr=rows.values,
             weights_ptr=rows.weights,
             last_ptr=rows.last,
             log_decay_ptr=self.log_decay,
@@ -141,14 +143,14 @@ class _Pass:
             bounds_ptr=self.cu_seqlens,
             out_ptr=out,
             out_last_ptr=out_last,
-            **row_strides("x", x),
+            **strides(x=x, features=rows.features, values=rows.values),
             **self._sizes(x, rows),
             NORMALISE=normalise,
             REVERSE=reverse,
         )
         return out, out_last
 
-    def features(
+    def feature_grad(
         self,
         x: Tensor,
         own: Tensor,
@@ -159,18 +161,15 @@ class _Pass:
         out_last: Tensor | None,
         states: Tensor | None,
     ) -> Tensor:
-        """The gradient of `own`, q or k, as `values` has it; `out_last` is given on the side of k."""
-        from vot_kernels.kernels.linear_attention.rows import _linear_features_kernel
-
-        gradient = self._new_rows(own)
-        config = self._config("linear_features", x)
-        launch(
-            _linear_features_kernel,
+        """The gradient of `own`, q or k, as `apply` has it; `out_last` is given on the side of k."""
+        d_own = self._new_rows(own)
+        _FEATURE_GRAD.launch(
             lambda blocks: self._grid(x, rows, blocks["BLOCK_F"]),
-            config,
+            key=self._key(x),
             x_ptr=x,
             own_ptr=own,
-            **row_pointers(rows),
+            features_ptr=rows.features,
+            values_ptr=rows.values,
             weights_ptr=weights,
             last_ptr=last,
             log_decay_ptr=self.log_decay,
@@ -178,34 +177,32 @@ class _Pass:
             out_last_ptr=out_last,
             states_ptr=states,
             bounds_ptr=self.cu_seqlens,
-            grad_ptr=gradient,
-            **row_strides("x", x),
-            **row_strides("own", own),
+            d_own_ptr=d_own,
+            **strides(x=x, own=own, features=rows.features, values=rows.values),
             **self._sizes(x, rows),
             KEY_SIDE=out_last is not None,
         )
-        return gradient
+        return d_own
 
     def decay(self, queries: Rows, keys: Rows, before: Tensor | None, after: Tensor | None) -> Tensor:
         """The gradient of log_decay, float32 `[heads]`."""
-        from vot_kernels.kernels.linear_attention import decay as linear_decay
-
         tokens, heads, head_dim = queries.features.shape
         tile = states_config(keys).blocks["TILE"]
         tiles = tokens // tile + self.cu_seqlens.shape[0] - 1
-        arguments = {
-            "query_ptr": queries.features,
-            "grad_ptr": queries.values,
-            "key_ptr": keys.features,
-            "value_ptr": keys.values,
+        key = {"dot_bits": dot_bits(keys.values), "head_dim": padded(head_dim)}
+        tensors = {
+            "query": queries.features,
+            "d_out": queries.values,
+            "key": keys.features,
+            "value": keys.values,
+        }
+        arguments: dict[str, Any] = {
+            **{f"{name}_ptr": x for name, x in tensors.items()},
+            **strides(**tensors),
             "weights_ptr": queries.weights,
             "last_ptr": queries.last,
             "log_decay_ptr": self.log_decay,
             "bounds_ptr": self.cu_seqlens,
-            **row_strides("query", queries.features),
-            **row_strides("grad", queries.values),
-            **row_strides("key", keys.features),
-            **row_strides("value", keys.values),
             "num_segments": self.cu_seqlens.shape[0] - 1,
             "heads": heads,
             "shared": heads // keys.values.shape[1],
@@ -213,19 +210,15 @@ class _Pass:
             "FEATURE_MAP": self.feature_map,
             "TILE": tile,
         }
-        config = linear_config("decay_pairs", keys.values, head_dim=padded(head_dim))
         sums = keys.values.new_empty((tiles, heads, 1), dtype=torch.float32)
-        launch(
-            linear_decay._decay_pairs_kernel, lambda _: (tiles * heads,), config, out_ptr=sums, **arguments
-        )
+        _DECAY_PAIRS.launch(lambda _: (tiles * heads,), key=key, out_ptr=sums, **arguments)
         if before is None:
             return sums.sum((0, 2))
-        config = linear_config("decay_states", keys.values, head_dim=padded(head_dim))
+        config = _DECAY_STATES.config(sums.device, key)
         others = sums.new_empty((tiles, heads, ceil_div(head_dim, config.blocks["BLOCK_V"])))
-        launch(
-            linear_decay._decay_states_kernel,
-            (others.numel(),),
-            config,
+        _DECAY_STATES.launch(
+            (others.numel(),),  # fixed, as `others` is: it has as many blocks of columns
+            config=config,
             before_ptr=before,
             after_ptr=after,
             out_ptr=others,
@@ -233,9 +226,9 @@ class _Pass:
         )
         return sums.sum((0, 2)) + others.sum((0, 2))
 
-    def _config(self, kernel: str, x: Tensor) -> Config:
+    def _key(self, x: Tensor) -> dict[str, int]:
         key = {"causal": int(self.causal), "decay": int(self.log_decay is not None)}
-        return linear_config(kernel, x, head_dim=padded(x.shape[2]), **key)
+        return {**key, "head_dim": padded(x.shape[2]), "dot_bits": dot_bits(x)}
 
     def _heads(self, x: Tensor) -> int:
         """Heads of x, those that share one counted each."""
@@ -252,11 +245,9 @@ class _Pass:
         tiles = x.shape[0] // states_config(rows).blocks["TILE"] + self.cu_seqlens.shape[0]
         return (tiles * self._heads(x) * ceil_div(x.shape[2], block),)
 
-    def _sizes(self, x: Tensor, rows: Rows) -> dict[str, int | bool | str]:
+    def _sizes(self, x: Tensor, rows: Rows) -> dict[str, Any]:
         heads, other_heads = self._heads(x), self._heads(rows.values)
         return {
-            **row_strides("features", rows.features),
-            **row_strides("values", rows.values),
             "num_tokens": x.shape[0],
             "num_segments": self.cu_seqlens.shape[0] - 1,
             "heads": heads,

@@ -5,6 +5,7 @@ from torch import Tensor
 from vot_kernels.ops.checks import check_choice, check_qkv
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention.op import attend
+from vot_kernels.ops.parts.range_attention.triton import VARIANTS
 from vot_kernels.packing import PackedLayout
 
 
@@ -18,7 +19,7 @@ def packed_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-    deterministic: bool | None = None,
+    _variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Variable-length softmax attention: every token attends to all tokens of its own segment.
 
@@ -33,10 +34,6 @@ def packed_attention(
         scale: factor on q.k, by default head_dim ** -0.5.
         return_lse: also return the log of the normaliser, which is differentiable.
         backend: "auto", "triton", "torch" or "reference".
-        deterministic: whether the same inputs must give the same bits in the backward too. True: yes. False: no;
-            the Triton backend then takes the form of 5 matrix products per block in place of 7, where it has
-            one, which sums dq in no fixed order. None: True under `torch.use_deterministic_algorithms`, else as
-            the config table of the GPU says. Everything else is deterministic always.
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse
@@ -47,7 +44,7 @@ def packed_attention(
     """
     check_qkv(q, k, v, layout)
     check_choice("causal", causal, (False, True))
-    check_choice("deterministic", deterministic, (None, False, True))
+    check_choice("_variant", _variant, (None, *VARIANTS))
     chosen = select("packed_attention", backend, q)
     out, lse = attend(
         q,
@@ -58,6 +55,6 @@ def packed_attention(
         causal="token" if causal else None,
         scale=scale,
         backend=chosen,
-        deterministic=deterministic,
+        variant=_variant,
     )
     return (out, lse) if return_lse else out

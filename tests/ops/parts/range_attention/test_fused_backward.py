@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vot_kernels import tuning
+from vot_kernels.ops import launch as launching
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
 from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
 from vot_kernels.ops.launch import INTERPRETING, record_launches
@@ -56,15 +57,15 @@ def test_on_the_interpreter():
 def added(monkeypatch):
     """Of each launch for dk and dv so far, whether it adds to dq."""
     seen = []
-    inner = _range_triton._launch_with_workspace
+    inner = launching.launch
 
     def launch(kernel, grid, config, **arguments):
         if "dk_ptr" in arguments:
-            seen.append(bool(config.blocks.get("ADD_DQ", 0)))
-            assert (arguments["dq_ptr"] is not None) == seen[-1]
+            seen.append(config.variant == "fused")
+            assert (arguments["dq_ptr"] is not None) == bool(config.blocks.get("ADD_DQ", 0)) == seen[-1]
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return seen
 
 
@@ -72,7 +73,7 @@ def check_packed(layout, inputs, *, roundings=4.0, **options):
     """out, lse and the gradients obey the tolerance rule."""
 
     def run(q, k, v):
-        options_of_op = {"return_lse": True, "backend": "triton", "deterministic": False}
+        options_of_op = {"return_lse": True, "backend": "triton", "_variant": "fused"}
         return packed_attention(q, k, v, layout, **options_of_op, **options)
 
     def oracle(q, k, v):
@@ -91,7 +92,7 @@ def check_hybrid(layout, inputs, **options):
 
     def run(*tensors):
         given, named = arguments(*tensors)
-        return hybrid_attention(*given, **named, return_lse=True, backend="triton", deterministic=False)
+        return hybrid_attention(*given, **named, return_lse=True, backend="triton", _variant="fused")
 
     def oracle(*tensors):
         given, named = arguments(*tensors)
@@ -101,10 +102,10 @@ def check_hybrid(layout, inputs, **options):
         check_against_reference(run, oracle, inputs, roundings=16, names=["out", "lse"])
 
 
-def gradients(layout, inputs, *, function=hybrid_attention, deterministic=False, rows=None, **options):
+def gradients(layout, inputs, *, function=hybrid_attention, variant="fused", rows=None, **options):
     """out, lse and the gradients of the inputs, for fixed gradients of both that `rows` more rows would have too."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    options |= {"return_lse": True, "backend": "triton", "deterministic": deterministic}
+    options |= {"return_lse": True, "backend": "triton", "_variant": variant}
     with uninitialized_is_nan():
         out, lse = function(*leaves[:3], layout, **options)
         rows = len(out) if rows is None else rows
@@ -209,7 +210,7 @@ def test_gradients_of_slack_rows_are_ignored(far):
     leaves = [with_slack(x, 5).requires_grad_() for x in make_qkv(17, 1)]
     window = {"window": 0} if far else {"window": None}
     with uninitialized_is_nan():
-        out = hybrid_attention(*leaves, layout, backend="triton", deterministic=False, **window)
+        out = hybrid_attention(*leaves, layout, backend="triton", _variant="fused", **window)
         grads = torch.autograd.grad(out, leaves, with_slack(make_tensor(17, 1, 16), 5))
     for x in grads:
         assert x[:17].isfinite().all() and torch.equal(x[17:], torch.zeros(5, 1, 16))
@@ -224,8 +225,8 @@ def test_rows_that_see_nothing_have_gradient_zero():
     with uninitialized_is_nan():
         out, lse = range_attention_forward(q, k, v, ranges, 0.25)
         saved = make_tensor(47, 2, 16, seed=3), None, out, lse, q, k, v, ranges, 0.25
-        found = range_attention_backward(*saved, deterministic=False)
-        wanted = range_attention_backward(*saved, deterministic=True)
+        found = range_attention_backward(*saved, variant="fused")
+        wanted = range_attention_backward(*saved)
     for x, y in zip(found, wanted, strict=True):
         assert max_error(x, y) < 1e-5
     unseen = [*range(33), *range(40, 44)]
@@ -239,7 +240,7 @@ def test_dk_and_dv_repeat_and_all_equals_the_pair(added):
     inputs = make_qkv(23, 1)
     fused = gradients(layout, inputs, function=packed_attention, causal=True)
     again = gradients(layout, inputs, function=packed_attention, causal=True)
-    pair = gradients(layout, inputs, function=packed_attention, causal=True, deterministic=True)
+    pair = gradients(layout, inputs, function=packed_attention, causal=True, variant=None)
     assert added == [True, True, False]
     for x, y in zip(fused[3:], again[3:], strict=True):
         assert torch.equal(x, y)
@@ -272,8 +273,8 @@ def test_adding_through_descriptors_gives_the_same(head_dim, monkeypatch):
     assert not reduced
     inner = _range_triton._keys_config
 
-    def through_descriptors(*arguments):
-        config = inner(*arguments)
+    def through_descriptors(*arguments, **variants):
+        config = inner(*arguments, **variants)
         return replace(config, blocks={**config.blocks, "USE_TMA": 1})
 
     monkeypatch.setattr(_range_triton, "_keys_config", through_descriptors)
@@ -288,7 +289,7 @@ def op_arguments(far):
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
     qkv = [with_slack(x, 1, value=0.0) for x in make_qkv(6, 1)]
     window = (0, 0) if far else (None, None)
-    options = (*window, "none", "softmax", 0.5, "triton", False)
+    options = (*window, "none", "softmax", 0.5, "triton", "fused")
     return (*qkv, BETA[:1].clone() if far else None, None, None, *tensors, *options)
 
 
@@ -317,14 +318,14 @@ def test_compiles(added):
     compiled_step = torch.compile(step, backend=counter, fullgraph=True)
     layout = PackedLayout.from_lengths((5, 6, 1), group_size=4)
     inputs = make_qkv(12, 2, kv_heads=1)
-    for deterministic, fused in ((False, True), (True, False), (None, False)):
+    for variant, fused in (("fused", True), (None, False)):
         added.clear()
-        found = gradients(layout, inputs, function=compiled_step, deterministic=deterministic)
-        wanted = gradients(layout, inputs, function=packed_attention, deterministic=deterministic)
+        found = gradients(layout, inputs, function=compiled_step, variant=variant)
+        wanted = gradients(layout, inputs, function=packed_attention, variant=variant)
         assert added == [fused] * 2
         for x, y in zip(found, wanted, strict=True):
             assert torch.equal(x, y)
-    assert counter.frame_count == 3
+    assert counter.frame_count == 2
 
 
 @interpreted
@@ -333,9 +334,9 @@ def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monk
     asked = []
     inner = _range_triton.fuses_backward
 
-    def ask(q, wish, **options):
-        asked.append(wish)
-        return inner(q, wish, **options)
+    def ask(q, variant, deterministic, **options):
+        asked.append((variant, deterministic))
+        return inner(q, variant, deterministic, **options)
 
     monkeypatch.setattr(_range_triton, "fuses_backward", ask)
     bounds = PackedLayout.from_lengths((5, 6)).cu_seqlens
@@ -343,17 +344,17 @@ def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monk
     options = {"deterministic": deterministic, "backend": "triton"}
     out = flash_attn_varlen_func(*leaves, bounds, bounds, 6, 6, **options)
     torch.autograd.grad(out.sum(), leaves)
-    assert asked == [True if deterministic else None]
+    assert asked == [(None, deterministic)]
 
 
 # The choice, which takes no interpreter.
 
 
-def recorded(arch, op=packed_attention, deterministic=False, dtype=torch.bfloat16, head_dim=64, **options):
+def recorded(arch, op=packed_attention, variant="fused", dtype=torch.bfloat16, head_dim=64, **options):
     """The launches for dq and for dk and dv of a backward on `arch`, by name."""
     layout = PackedLayout.from_lengths((30, 20), group_size=8)
     leaves = [torch.empty(50, 2, head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
-    options |= {"backend": "triton", "deterministic": deterministic}
+    options |= {"backend": "triton", "_variant": variant}
     with record_launches(arch) as launches:
         out = op(*leaves, layout, **options)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
@@ -404,8 +405,7 @@ def test_heads_that_descriptors_do_not_take_keep_the_pair_where_others_use_them(
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_entries_leave_it_out_of_ordinary_calls(arch, op):
     pytest.importorskip("triton")
-    assert not is_fused(recorded(arch, op, deterministic=None))
-    assert not is_fused(recorded(arch, op, deterministic=True))
+    assert not is_fused(recorded(arch, op, variant=None))
 
 
 @pytest.fixture
@@ -431,24 +431,32 @@ def table(monkeypatch, tmp_path):
 
 
 @compiled
-def test_one_number_makes_it_the_default_of_a_gpu_and_head_dim(table):
+def test_one_word_makes_it_the_default_of_a_gpu_and_head_dim(table):
     pytest.importorskip("triton")
 
     def switch_on(entry):
         when = entry["when"]
-        if "fused" in when and when["head_dim"] == 64 and when["bits"] == 16 and not when["far"]:
-            when["fused"] = [1, 2]
+        if (
+            entry.get("variant") == "fused"
+            and when["head_dim"] == 64
+            and when["bits"] == 16
+            and not when["far"]
+        ):
+            entry["default"] = True
 
     table(switch_on)
-    assert is_fused(recorded("sm_90", deterministic=None))
-    assert is_fused(recorded("sm_90", deterministic=False))
-    assert not is_fused(recorded("sm_90", deterministic=True))
-    assert not is_fused(recorded("sm_90", deterministic=None, head_dim=128))
-    assert not is_fused(recorded("sm_90", deterministic=None, dtype=torch.float32))
-    assert not is_fused(recorded("sm_90", hybrid_attention, deterministic=None, window=0))
+    assert is_fused(recorded("sm_90", variant=None))
+    assert is_fused(recorded("sm_90", variant="fused"))
+    assert not is_fused(recorded("sm_90", variant=None, head_dim=128))
+    assert not is_fused(recorded("sm_90", variant=None, dtype=torch.float32))
+    assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=0))
+    q = torch.empty(4, 1, 64, dtype=torch.bfloat16)
+    with record_launches("sm_90"):
+        assert fuses_backward(q) and not fuses_backward(q, deterministic=True)
     with uninitialized_is_nan():  # it switches deterministic algorithms on
-        assert not is_fused(recorded("sm_90", deterministic=None))
-        assert is_fused(recorded("sm_90", deterministic=False))
+        assert not is_fused(recorded("sm_90", variant=None))
+        assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=None))
+        assert is_fused(recorded("sm_90", variant="fused"))
 
 
 @compiled
@@ -456,21 +464,22 @@ def test_what_adds_to_dq_is_not_tuned(monkeypatch):
     """Tuning repeats a launch, and so would add again: it leaves launches alone whose grid is given in numbers."""
     pytest.importorskip("triton")
     grids = {}
-    inner = _range_triton._launch_with_workspace
+    inner = launching.launch
 
     def launch(kernel, grid, config, **arguments):
-        grids[bool(config.blocks.get("ADD_DQ", 0))] = callable(grid)
+        if "dk_ptr" in arguments:
+            grids[config.variant] = callable(grid)
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
-    for deterministic in (True, False):
+    monkeypatch.setattr(launching, "launch", launch)
+    for variant in (None, "fused"):
         q, k, v = (torch.empty(8, 1, 64) for _ in range(3))
         bounds = PackedLayout.from_lengths((8,)).cu_seqlens
         ranges = KeyRanges.of_segments(bounds, bounds)
         with record_launches("sm_90"):
             saved = q, None, q, torch.empty(8, 1), q, k, v, ranges, 0.1
-            range_attention_backward(*saved, deterministic=deterministic)
-    assert grids == {False: True, True: False}
+            range_attention_backward(*saved, variant=variant)
+    assert grids == {None: True, "fused": False}
 
 
 @compiled
@@ -479,9 +488,9 @@ def test_the_other_backends_always_repeat(backend):
     layout = PackedLayout.from_lengths((9, 0, 4), group_size=4)
     for op in (packed_attention, hybrid_attention):
         found = []
-        for deterministic in (True, False, None):
+        for variant in (None, "fused"):
             leaves = [x.requires_grad_() for x in make_qkv(13, 2, kv_heads=1)]
-            out = op(*leaves, layout, backend=backend, deterministic=deterministic)
+            out = op(*leaves, layout, backend=backend, _variant=variant)
             found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         for results in found[1:]:
             assert all(torch.equal(x, y) for x, y in zip(found[0], results, strict=True))
@@ -489,16 +498,21 @@ def test_the_other_backends_always_repeat(backend):
 
 @compiled
 @pytest.mark.parametrize("op", [packed_attention, hybrid_attention])
-def test_it_is_a_yes_a_no_or_none(op):
+def test_an_unknown_variant_is_refused(op):
     layout = PackedLayout.from_lengths((4,))
     with pytest.raises(ValueError) as caught:
-        op(*make_qkv(4), layout, deterministic="yes")
-    assert str(caught.value) == "deterministic must be one of None, False, True, got 'yes'."
+        op(*make_qkv(4), layout, _variant="fast")
+    message = "_variant must be one of None, 'tma', 'warp_specialized', 'fused', got 'fast'."
+    assert str(caught.value) == message
 
 
 @compiled
 def test_whether_it_fuses_is_known_before_it_runs():
     q = torch.empty(4, 1, 64, dtype=torch.bfloat16)
     with record_launches("sm_90"):
-        assert [fuses_backward(q, wish) for wish in (True, None, False)] == [False, False, True]
-        assert [fuses_backward(q, wish, far=True) for wish in (True, None, False)] == [False, False, True]
+        for far in (False, True):
+            assert [fuses_backward(q, variant, far=far) for variant in (None, "tma", "fused")] == [
+                False,
+                False,
+                True,
+            ]

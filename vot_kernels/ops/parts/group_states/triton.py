@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch, padded
+from vot_kernels.ops.launch import Kernel, ceil_div, contiguous, padded, strides
 from vot_kernels.tuning import Config
 
-OP = "linear_attention"
+_TILES = Kernel("group_states", "group_states", "group_states.states:_group_states_kernel")
+_REDUCE = Kernel("group_states", "reduce_states", "group_states.states:_reduce_states_kernel")
+_SCAN = Kernel("group_states", "scan_states", "group_states.states:_scan_states_kernel")
 # Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
-DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+_DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,24 +38,31 @@ class Rows:
     last: Tensor | None = None
 
 
+def dot_bits(x: Tensor) -> int:
+    """Bits that the matrix products of inputs like `x` keep of their factors."""
+    return _DOT_BITS[x.dtype]
+
+
+def states_config(rows: Rows) -> Config:
+    """How the states of `rows` are summed; its TILE says how many rows make a partial state."""
+    sizes = {"width": padded(rows.features.shape[2]), "head_dim": padded(rows.values.shape[2])}
+    return _TILES.config(rows.values.device, {**sizes, "dot_bits": dot_bits(rows.values)})
+
+
 def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:
     """The state of each group `[groups, kv_heads, width * (head_dim + 1)]`; heads // kv_heads heads add up.
 
     bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
     """
-    from vot_kernels.kernels.group_states.states import _reduce_states_kernel
-
     size = _state_size(rows)
     states = _new_states(rows, bounds.shape[0] - 1, kv_heads)
     partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, states)
-    config = linear_config("reduce_states", rows.values)
-    launch(
-        _reduce_states_kernel,
+    _REDUCE.launch(
         lambda blocks: (states.shape[0] * kv_heads * ceil_div(size, blocks["BLOCK"]),),
-        config,
+        key={"dot_bits": dot_bits(rows.values)},
         states_ptr=states,
         partials_ptr=partials,
-        bounds_ptr=bounds,
+        bounds_ptr=contiguous(bounds),
         kv_heads=kv_heads,
         SIZE=size,
         TILE=tile,
@@ -96,26 +105,26 @@ def scan_states(
         states: `[slots, kv_heads, size]`.
         bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
             slots being tiles of as many rows.
-        out: add to this instead of writing a new tensor.
+        out: add to this, contiguous, instead of writing a new tensor.
         log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
     """
-    from vot_kernels.kernels.group_states.states import _scan_states_kernel
-
     kv_heads, size = states.shape[1:]
-    config = linear_config("scan_states", states, decay=int(log_decay is not None))
-    sums = torch.empty_like(states) if out is None else out
+    key = {"dot_bits": dot_bits(states), "decay": int(log_decay is not None)}
+    config = _SCAN.config(states.device, key)
+    sums = torch.empty_like(states, memory_format=torch.contiguous_format) if out is None else out
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
         return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
 
-    launch(
-        _scan_states_kernel,
-        grid if out is None else grid(config.blocks),  # what adds must not be repeated
-        config,
-        states_ptr=states,
+    _SCAN.launch(
+        grid
+        if out is None
+        else grid(config.blocks),  # a fixed grid disables tuning: the kernel adds to `out`
+        config=config,
+        states_ptr=contiguous(states),
         sums_ptr=sums,
-        log_decay_ptr=log_decay,
-        bounds_ptr=bounds,
+        log_decay_ptr=contiguous(log_decay),
+        bounds_ptr=contiguous(bounds),
         kv_heads=kv_heads,
         lag=lag,
         SIZE=size,
@@ -136,25 +145,22 @@ def _tile_states(
     reverse: bool = False,
 ) -> tuple[Tensor, int]:
     """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
-    from vot_kernels.kernels.group_states.states import _group_states_kernel
-
     config = states_config(rows)
     tokens, heads, width = rows.features.shape
     tiles = tokens // config.blocks["TILE"] + bounds.shape[0] - 1
     partials = _new_states(rows, tiles, kv_heads)
-    launch(
-        _group_states_kernel,
+    _TILES.launch(
         lambda blocks: (tiles * kv_heads * ceil_div(rows.values.shape[2], blocks["BLOCK_V"]),),
-        config,
-        **row_pointers(rows),
-        weights_ptr=rows.weights,
-        last_ptr=rows.last,
-        log_decay_ptr=log_decay,
-        bounds_ptr=bounds,
+        config=config,
+        features_ptr=rows.features,
+        values_ptr=rows.values,
+        weights_ptr=contiguous(rows.weights),
+        last_ptr=contiguous(rows.last),
+        log_decay_ptr=contiguous(log_decay),
+        bounds_ptr=contiguous(bounds),
         states_ptr=states,
         partials_ptr=partials,
-        **row_strides("features", rows.features),
-        **row_strides("values", rows.values),
+        **strides(features=rows.features, values=rows.values),
         num_groups=bounds.shape[0] - 1,
         kv_heads=kv_heads,
         repeats=max(heads // kv_heads, 1),
@@ -167,26 +173,9 @@ def _tile_states(
     return partials, config.blocks["TILE"]
 
 
-def states_config(rows: Rows) -> Config:
-    width, head_dim = padded(rows.features.shape[2]), padded(rows.values.shape[2])
-    return linear_config("group_states", rows.values, width=width, head_dim=head_dim)
-
-
-def linear_config(kernel: str, x: Tensor, **key: int) -> Config:
-    return find_config(OP, kernel, x.device, dot_bits=DOT_BITS[x.dtype], **key)
-
-
 def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:
     return rows.values.new_empty((slots, kv_heads, _state_size(rows)), dtype=torch.float32)
 
 
 def _state_size(rows: Rows) -> int:
     return rows.features.shape[2] * (rows.values.shape[2] + 1)
-
-
-def row_pointers(rows: Rows) -> dict[str, Tensor]:
-    return {"features_ptr": rows.features, "values_ptr": rows.values}
-
-
-def row_strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_token_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}
