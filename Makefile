@@ -7,8 +7,36 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.package-installed
 
+# Compiled modules and tests are kept: the tests start hundreds of processes, which would all compile them again.
+export PYTHONDONTWRITEBYTECODE =
+# Processes that share the tests; 0 runs them in one, which a debugger needs.
+JOBS ?= 2
+TESTS ?=
+# What `make check` runs: every op of CORE in under a minute.
+CORE := tests/meta tests/test_packing.py tests/test_testing.py tests/ops
+# What `make matrix` runs, and with which torch: the oldest that pyproject.toml allows, and the newest there is.
+OPS := tests/test_packing.py tests/test_testing.py tests/ops tests/tuning
+TORCH ?= 2.11.0 newest
+MATRIX := .venv-matrix
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo check test lint format bench matrix clean
+
+new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
+    $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
+
+pytest = $(1) -m pytest --numprocesses $(JOBS)
+
+# Two runs of pytest, because Triton has its kernels either on the interpreter or compiled: see tests/marks.py. Both
+# take place, and either fails the whole. In the second the tests of a file stay together, for they share fixtures.
+# Status 5 is "no tests", as one of the runs may well have in the paths given.
+define both-runs
+status=0; \
+TRITON_INTERPRET=1 $(call pytest,$(1)) --dist worksteal -m "interpreter and not gpu" $(2) || status=$$?; \
+$(if $(2),[ $$status -ne 5 ] || status=0;) \
+$(call pytest,$(1)) --dist loadfile -m "not interpreter and not gpu" $(2) || $(if $(2),[ $$? -eq 5 ] ||) status=1; \
+exit $$status
+endef
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is"
@@ -17,12 +45,29 @@ help:  ## this list
 demo: $(PACKAGE)  ## answer questions about two videos with the shipped checkpoint
 	@$(BIN)/vot demo
 
-test: lint  ## lint and types, then every test that needs no GPU
-	@$(BIN)/python -m pytest -m "not gpu"
+check: lint  ## before every commit, a minute: lint, import rules, each op in PyTorch against its reference
+	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" $(CORE)
 
-lint: $(PACKAGE)  ## ruff and mypy
+test: lint  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
+	@$(call both-runs,$(BIN)/python,$(TESTS))
+
+lint: $(PACKAGE)  ## ruff, its format, mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+
+matrix: $(TORCH:%=matrix/%)  ## the ops' CPU tests with other versions of torch; TORCH="2.12.0 2.13.0" names some
+
+# pip decides where torch comes from. Triton is what torch itself asks for, else (CPU builds ask for none) its sibling.
+matrix/%: PIP = $(MATRIX)/$*/bin/python -m pip --disable-pip-version-check --quiet
+matrix/%:
+	@echo "== torch $*, in $(MATRIX)/$*"
+	@[ -e $(MATRIX)/$*/bin/python ] || { $(call new-venv,$(MATRIX)/$*); }
+	@$(PIP) install --upgrade $(if $(filter newest,$*),torch,torch==$*)
+	@$(PIP) install "triton$(if $(filter 2.11.%,$*),==3.6.*)" \
+	    $$(grep -E '^(numpy|hypothesis|pytest|pytest-xdist|setuptools)==' requirements.txt)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(call both-runs,$(MATRIX)/$*/bin/python,$(OPS))
 
 format: $(PACKAGE)  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix-only .
@@ -33,7 +78,7 @@ bench: $(PACKAGE)  ## measure the ops on this machine: the quick suite, three mi
 	@$(BIN)/python -m benchmarks.report runs/bench.json
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that nothing else chooses its version. The old stamp goes before anything changes:
@@ -43,9 +88,7 @@ $(REQUIREMENTS): requirements.txt requirements-data.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vot-kernels needs Python 3.11 or later, \
 	$(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
 	@echo "Installing the pinned requirements into $(VENV): once, several minutes and 3 GB or more."
-	@if [ -e $@ ]; then rm -f $@; \
-	elif ! $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1; then \
-	    $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; fi
+	@if [ -e $@ ]; then rm -f $@; else $(call new-venv,$(VENV)); fi
 	@grep '^torch==' requirements.txt > $(VENV)/torch.txt
 	$(PIP) install -r $(VENV)/torch.txt
 	$(PIP) install -r requirements.txt

@@ -23,6 +23,15 @@ from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
+# What the GPU tests run through, besides themselves.
+SOURCES = (
+    *(
+        f"vot_kernels/{name}"
+        for name in ("packing.py", "testing.py", "files.py", "ops", "tuning", "nn", "models")
+    ),
+    *(f"vot_kernels/{name}" for name in ("data", "pipelines", "reasoning", "scene_graph")),
+    "kernels",
+)
 TESTS = ROOT / "tests" / "gpu"
 # The encoder is all ops together; what comes after it holds no op back.
 TARGETS = (*OPS, "encoder", "flash_attention", "graphs", "range_attention_tma", "video_qa")
@@ -203,22 +212,12 @@ def run_gate(
     return results
 
 
-_TESTED_FOLDERS = (
-    *(
-        f"vot_kernels/{name}"
-        for name in ("ops", "tuning", "nn", "models", "data", "pipelines", "reasoning", "scene_graph")
-    ),
-    "kernels",
-    "tests/gpu",
-)
-
-
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over the package, the kernels and the GPU tests: results hold for this source alone."""
+def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
+    """SHA-256 over the package, the kernels and the folder `besides`: results hold for this source alone."""
     digest = hashlib.sha256()
-    for part in ("vot_kernels/packing.py", "vot_kernels/testing.py", *_TESTED_FOLDERS):
-        for path in sorted((root / part).rglob("*")) if (root / part).is_dir() else [root / part]:
-            if path.suffix in (".py", ".json"):
+    for part in (*SOURCES, besides):
+        for path in sorted([root / part, *(root / part).rglob("*")]):
+            if path.suffix in (".py", ".json") and path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -51,9 +51,7 @@ def race(
     accepted: list[Provider] = []
     known: Known = {}
     for provider in providers:
-        refusal = _refusal(provider, workload, direction, device, rules)
-        if refusal is None:
-            refusal = _unverified(provider, workload, direction, device, rules, known)
+        refusal = judge(provider, workload, direction, device, rules, known)
         if refusal is None:
             accepted.append(provider)
         else:
@@ -62,6 +60,20 @@ def race(
     outcomes |= _time(accepted, workload, direction, device, rules)
     gc.collect()
     return {provider.name: outcomes[provider.name] for provider in providers}
+
+
+def judge(
+    provider: Provider,
+    workload: Workload,
+    direction: str,
+    device: torch.device,
+    rules: Rules,
+    known: Known,
+) -> Outcome | None:
+    """The outcome of a provider that gets no time: it does not take part, fails or is wrong. None for the others."""
+    return _refusal(provider, workload, direction, device, rules) or _unverified(
+        provider, workload, direction, device, rules, known
+    )
 
 
 class Inputs:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
 import vot_kernels
@@ -19,6 +18,9 @@ from benchmarks.providers import providers_of
 from benchmarks.race import Rules, race
 from benchmarks.timing import measure_ceilings
 from vot_kernels.files import atomic_write
+
+if TYPE_CHECKING:  # others use what is below without pytest
+    import pytest
 
 SCHEMA = 1
 
@@ -35,7 +37,7 @@ class Session:
 
     def __init__(
         self,
-        config: pytest.Config,
+        config: "pytest.Config",
         path: Path | None,
         workloads: Sequence[Workload],
         providers: Sequence[str],
@@ -74,7 +76,7 @@ class Session:
         self.write()
 
     def outcome(self, workload: Workload, direction: str, provider: Provider) -> Outcome:
-        """Of one provider; the first question about a workload and direction holds the race."""
+        """Outcome of one provider; the first request for a workload and direction runs the race."""
         key = (workload.suite, workload.name, direction)
         if key not in self._races:
             chosen = [p for p in providers_of(workload.suite) if p.name in self._providers]

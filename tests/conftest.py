@@ -1,32 +1,60 @@
-"""Shared by all tests: no network, no display, repeatable random numbers, GPU tests skipped without a GPU."""
+"""Shared by all tests: no network, no display, repeatable random numbers, tests skipped where they cannot run."""
 
+import importlib.util
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.interpreter import look_for_builtins_once
+from tests.marks import why_skipped
+from vot_kernels import testing
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Workers share the cores, and so does what their tests start, which is no worker itself.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETING and HAS_TRITON:
+    look_for_builtins_once()
 
 # Shared machines are slow at times; a failing example must come back on the next run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run for the interpreter does not import files without a test for it; most import far more than Triton."""
+    if not config.option.markexpr.startswith("interpreter") or collection_path.suffix != ".py":
+        return None
+    return "interpreted" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ:  # see tests/gpu/conftest.py
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch finds none")
+    here = {
+        "interpreting": INTERPRETING,
+        "triton": HAS_TRITON,
+        "gpu": torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ,  # see tests/gpu/conftest.py
+    }
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if reason := why_skipped({mark.name for mark in item.iter_markers()}, **here):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+def _same_random_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in every run, but for VOT_TEST_SEED, from which `fixed_seed` exempts a test."""
+    if "fixed_seed" in request.keywords:
+        monkeypatch.setattr(testing, "SEED_SHIFT", 0)
+    random.seed(testing.shifted(0))
+    np.random.seed(testing.shifted(0))
+    torch.manual_seed(testing.shifted(0))

@@ -34,7 +34,6 @@ def check_invariants(layout):
     assert layout.lengths == tuple(b - a for a, b in pairwise(seqlens))
     assert layout.group_lengths == tuple(b - a for a, b in pairwise(groups))
     assert layout.max_seqlen == max(layout.lengths, default=0)
-    assert layout.max_group_len == max(layout.group_lengths, default=0)
     for owner, bounds in ((layout.token_segments, seqlens), (layout.token_groups, groups)):
         expected = [i for i, (a, b) in enumerate(pairwise(bounds)) for _ in range(b - a)]
         assert owner.dtype == torch.int64 and owner.tolist() == expected
@@ -123,6 +122,31 @@ def test_a_frame_of_a_clip_is_a_group():
         (lambda: PackedLayout.from_lengths([[3]]), ValueError, "one-dimensional"),
         (lambda: PackedLayout.from_lengths([1.5]), TypeError, "int32 or int64"),
         (lambda: PackedLayout.from_lengths([2**31]), ValueError, "at most 2147483647 tokens"),
+        (lambda: PackedLayout.from_lengths([2**62] * 4), ValueError, f"tokens, got {2**64}"),
+        (lambda: PackedLayout.from_lengths([2**62] * 4, group_size=8), ValueError, f"tokens, got {2**64}"),
+        (
+            lambda: PackedLayout.from_lengths([-5, 10], group_size=4),
+            ValueError,
+            "must not be negative, got -5",
+        ),
+        (lambda: PackedLayout.from_lengths([[1], [2, 3]]), TypeError, "lengths must be"),
+        (lambda: PackedLayout.from_lengths([2**70]), TypeError, "lengths must"),
+        (lambda: PackedLayout.from_lengths(["a"]), TypeError, "lengths must"),
+        (
+            lambda: PackedLayout.from_cu_seqlens([0, 2**62, 2**63 - 1]),
+            ValueError,
+            "at most 2147483647 tokens",
+        ),
+        (lambda: PackedLayout.from_grid_thw([[2**40, 5, 0]]), ValueError, f"up to 2147483647, got {2**40}"),
+        (lambda: PackedLayout.from_grid_thw([[2**21] * 3]), ValueError, f"grid_thw asks for {2**63}"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], None), ValueError, "group must be .*got None"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], 4.0), ValueError, "group must be .*got 4.0"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], True), ValueError, "group must be .*got True"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], 0), ValueError, "group must be .*got 0"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "rows:0"), ValueError, "group must be"),
+        (lambda: PackedLayout.from_grid_thw([[1, 2, 3]], "rows:²"), ValueError, "group must be"),
+        (lambda: plan_packing([1], 2.0), ValueError, "budget must be an int >= 0, got 2.0"),
+        (lambda: plan_packing([0], -1), ValueError, "budget must be an int >= 0, got -1"),
         (lambda: PackedLayout.from_lengths([3], 0), ValueError, "group_size must be a positive int"),
         (lambda: PackedLayout.from_lengths([3], True), ValueError, "group_size must be a positive int"),
         (lambda: PackedLayout.from_lengths([3], 2.0), ValueError, "group_size must be a positive int"),
@@ -193,3 +217,33 @@ def test_first_fit_decreasing_keeps_the_order_of_equals():
 def test_impossible_grids_are_refused(grid):
     with pytest.raises(ValueError, match="negative|at most"):
         PackedLayout.from_grid_thw(grid)
+
+
+def test_huge_groups_are_whole_segments():
+    whole = PackedLayout.from_lengths([5, 0, 3]).group_lengths
+    assert PackedLayout.from_lengths([5, 0, 3], group_size=2**70).group_lengths == whole
+    bands = PackedLayout.from_grid_thw([[2, 3, 4]], "rows:" + 25 * "9").group_lengths
+    assert bands == PackedLayout.from_grid_thw([[2, 3, 4]], "frame").group_lengths
+    assert PackedLayout.from_grid_thw([[2, 3, 4]], 2**70).group_lengths == (24,)
+
+
+def test_empty_frames_make_no_groups():
+    layout = PackedLayout.from_grid_thw([[2**31 - 1, 5, 0], [1, 2, 2], [3, 0, 4]])
+    assert layout.group_lengths == (4,) and layout.lengths == (0, 4, 0)
+
+
+def test_plan_packing_of_numbers_whose_sum_overflows():
+    plan = plan_packing([2**62] * 3, 2**63)
+    assert plan.rows == ((0,), (1,), (2,)) or plan.rows == ((0, 1), (2,))
+    assert plan.fill == pytest.approx(3 * 2**62 / (len(plan.rows) * 2**63))
+
+
+@pytest.mark.parametrize(
+    "name", ["token_segments", "token_groups", "cu_seqlens", "positions", "host_cu_groups"]
+)
+def test_nothing_in_a_layout_is_an_inference_tensor(name):
+    with torch.inference_mode():
+        made = PackedLayout.from_lengths([3, 4], group_size=2)
+        moved = made.to("cpu")
+        tensors = [getattr(layout, name) for layout in (made, moved)]
+    assert not any(tensor.is_inference() for tensor in tensors)

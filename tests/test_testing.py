@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vot_kernels import testing
 from vot_kernels.ops.packed_attention.reference import packed_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
@@ -13,8 +14,10 @@ from vot_kernels.testing import (
     check_selection,
     make_experts,
     make_qkv,
+    make_tensor,
     max_error,
     poison_segment,
+    shifted,
     uninitialized_is_nan,
     with_slack,
 )
@@ -23,8 +26,9 @@ LENGTHS = (5, 5, 9)
 LAYOUT = PackedLayout.from_lengths(LENGTHS)
 
 
-def results(dtype):
-    inputs = make_qkv(sum(LENGTHS), dtype=dtype)
+def results(dtype, scale=1.0):
+    q, k, v = make_qkv(sum(LENGTHS), dtype=dtype)
+    inputs = q, k, (v.double() * scale).to(dtype)
     low = packed_attention(*inputs, LAYOUT)[0]
     exact = packed_attention(*(x.double() for x in inputs), LAYOUT)[0]
     return low, exact
@@ -80,6 +84,19 @@ def test_rejects_broken_results(broken, dtype):
         assert_close_to_exact(broken(low), low, exact)
 
 
+@pytest.mark.tested_on("sonic-moe#63")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-5, 1e3])
+@pytest.mark.parametrize(
+    "broken", [zeros, swapped_segments, dropped_last_token, dropped_head, five_percent_more]
+)
+def test_rejects_broken_results_of_any_size(broken, scale, dtype):
+    low, exact = results(dtype, scale)
+    assert_close_to_exact(low, low, exact)
+    with pytest.raises(ToleranceError):
+        assert_close_to_exact(broken(low), low, exact)
+
+
 def test_rejects_a_wrong_gradient_behind_a_right_output():
     class WrongBackward(torch.autograd.Function):
         @staticmethod
@@ -111,6 +128,23 @@ def test_floor_is_for_results_that_cancel():
         assert_close_to_exact(dust * 10, zero, zero, floor=1.0)
 
 
+def test_plain_computation_may_be_lucky():
+    """Its error is 0 for whole numbers, and a rounding of x times 1e4 for their neighbours."""
+
+    def reference(x):
+        return [(x * 49 / 49 - x) * 1e4]
+
+    def check(error):
+        ones = [torch.ones(16)]
+        check_against_reference(lambda x: [reference(x)[0] + error], reference, ones, gradients=False)
+
+    check(1e-3)
+    with pytest.raises(ToleranceError, match="output 0: error 0.1 "):
+        check(0.1)
+    with pytest.raises(ToleranceError, match="output 0"):
+        check(torch.nan)
+
+
 def test_rejects_a_useless_yardstick():
     low, exact = results(torch.float32)
     with pytest.raises(ToleranceError, match="not finite"):
@@ -132,6 +166,17 @@ def test_inputs_repeat_and_are_rounded_once():
     assert not torch.equal(k, v)
     half = make_qkv(7, 4, 8, kv_heads=2, dtype=torch.bfloat16)[0]
     assert torch.equal(half, make_qkv(7, 4, 8, dtype=torch.float64)[0].bfloat16())
+
+
+def test_all_random_numbers_shift_together(monkeypatch):
+    before = make_tensor(3), shifted(5)
+    monkeypatch.setattr(testing, "SEED_SHIFT", testing.SEED_SHIFT + 1)
+    assert not torch.equal(make_tensor(3), before[0]) and shifted(5) != before[1]
+
+
+@pytest.mark.fixed_seed
+def test_marked_tests_keep_their_seeds():
+    assert shifted(5) == 5
 
 
 def test_poison():

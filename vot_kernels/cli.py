@@ -1,7 +1,8 @@
 """The command line: `vot ask`, `vot encode`, `vot train`, `vot eval`, `vot info` and `vot demo`.
 
-Heavy modules are imported by the command that needs them, so that `vot --help` answers at once. An error is
-one sentence on stderr and the exit code 2; Ctrl-C ends with 130.
+Heavy modules are imported by the command that needs them, and only after its files were read, so that
+`vot --help` and a bad file get their answer at once. An error is one sentence on stderr and the exit code 2;
+Ctrl-C ends with 130.
 """
 
 import json
@@ -12,10 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from vot_kernels.extras import imports_for, require
+from vot_kernels.files import atomic_write
+
 try:
-    import typer
-except ImportError:  # pragma: no cover - needs an environment without the extra
-    sys.exit("The command line needs typer and rich: pip install 'vot-kernels[cli]'.")
+    with imports_for("vot", "cli"):
+        import typer
+except ImportError as error:
+    sys.exit(str(error))
 
 if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
@@ -79,27 +84,27 @@ def ask(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="With --batch: JSONL of answers; lines it has are skipped.")
+        Path | None,
+        typer.Option(help="With --batch: JSONL of answers; questions already answered in it are skipped."),
     ] = None,
 ) -> None:
     """Answer a question about a video, with evidence (times in seconds, boxes as fractions of the frame)."""
-    from vot_kernels.pipelines.batch import answer_batch
-    from vot_kernels.pipelines.video_qa import Sampling
+    require("vot ask", "video", "llm")
+    from vot_kernels.pipelines.batch import answer_batch, read_questions
+    from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
 
     sampling = Sampling(fps, num_frames, start, end)
     if batch is not None:
         if out is None or video is not None:
-            raise ValueError("--batch needs --out FILE and takes no video and no question.")
+            raise ValueError("--batch needs --out FILE and accepts no video and no question.")
+        read_questions(batch)
         done, skipped = answer_batch(_video_qa(checkpoint, llm, skip), batch, out, sampling)
         print(f"{done} answered, {skipped} already in {out}.", file=sys.stderr)
         return
     if video is None or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
-    choices = _split_candidates(candidates)
-    from vot_kernels.data.video import load_video
-
-    load_video(video, num_frames=1, start=start, end=end)  # a bad file is told before models are loaded
-    result = _video_qa(checkpoint, llm, skip).ask(video, question, choices, sampling, progress=not json_)
+    clip = sample_video(video, sampling, checkpoint_fps(checkpoint), progress=not json_)
+    result = _video_qa(checkpoint, llm, skip).ask(clip, question, _split_candidates(candidates))
     _write_extras(result, trace, picture)
     if json_:
         print(json.dumps(_as_json(result, trace, picture), ensure_ascii=False))
@@ -120,8 +125,9 @@ def encode(
     end: End = None,
 ) -> None:
     """Encode videos with the packed encoder and write their embeddings."""
+    require("vot encode", "video", "llm")
     from vot_kernels.pipelines.encode import encode_videos
-    from vot_kernels.pipelines.video_qa import Sampling
+    from vot_kernels.pipelines.sampling import Sampling
 
     for line in encode_videos(videos, out, checkpoint, Sampling(fps, num_frames, start, end)):
         print(line, file=sys.stderr)
@@ -131,19 +137,29 @@ def encode(
 @train_app.command("perception")
 def train_perception_command(
     out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run goes on.")
+        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.")
     ],
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the whole model.")] = None,
+    dynamics_steps: Annotated[
+        int | None, typer.Option(help="Further steps that train relations and events alone.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data.")] = None,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
 ) -> None:
     """Train the nano encoder and the STSG head on DigitWorld."""
+    require("vot train perception", "video", "llm", "train")
     from vot_kernels.train.perception.run import run
     from vot_kernels.train.perception.stage import PerceptionTraining
 
-    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    given = {
+        "steps": steps,
+        "dynamics_steps": dynamics_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     settings = PerceptionTraining(**chosen)
     print(run(out, settings, eval_clips))
@@ -152,7 +168,7 @@ def train_perception_command(
 @train_app.command("encoder")
 def train_encoder_command(
     out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run goes on.")
+        Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.")
     ],
     teacher: Annotated[
         str | None,
@@ -164,13 +180,14 @@ def train_encoder_command(
     distillation: Annotated[float | None, typer.Option(help="Weight of distillation; 0 is off.")] = None,
     contrastive: Annotated[float | None, typer.Option(help="Weight of contrast; 0 is off.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips per step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data.")] = None,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
-    from vot_kernels.pipelines.video_qa import BUNDLED_CHECKPOINT
+    require("vot train encoder", "video", "llm", "train")
+    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT
     from vot_kernels.train.encoder.run import RANDOM_TEACHER, run
     from vot_kernels.train.encoder.stage import EncoderTraining
 
@@ -190,13 +207,14 @@ def train_encoder_command(
 
 @eval_app.command("digitworld")
 def eval_digitworld(
-    out: Annotated[Path, typer.Option(help="JSON file for the results; an unfinished run goes on.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the results; an unfinished run is resumed.")],
     videos: Annotated[int, typer.Option(help="Held-out videos, one question each.")] = 300,
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
+    require("vot eval digitworld", "video", "llm", "train")
     from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
 
     print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm)))
@@ -210,11 +228,12 @@ def info(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Versions, GPU, and the backend each op would use; with --model the size of an encoder preset."""
+    """Versions, GPUs, and the backend each op would use; with --model the size of an encoder preset."""
     from vot_kernels.info import collect, format_report
 
     report = collect()
     if model is not None:
+        require("vot info --model", "llm")
         from vot_kernels.models.encoder.cost import describe_preset
 
         report["model"] = describe_preset(model)
@@ -232,6 +251,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and traces.")] = Path("demo-output"),
 ) -> None:
     """Ask about a DigitWorld clip, which the checkpoint knows, and a natural clip, which it does not."""
+    require("vot demo", "video", "llm")
     from vot_kernels.pipelines.demo import run_demo
 
     for result, picture in run_demo(out):
@@ -240,13 +260,19 @@ def demo(
 
 
 def _video_qa(checkpoint: Path | None, llm: Path | None, skip: list[str] | None) -> "VideoQA":
-    from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
+    from vot_kernels.pipelines.sampling import checkpoint_folder
+    from vot_kernels.reasoning.llm import check_model_folder
     from vot_kernels.reasoning.types import Switches
 
     unknown = sorted(set(skip or ()) - set(STEPS))
     if unknown:
-        raise ValueError(f"There is no step {unknown[0]!r} to skip; the steps are {', '.join(STEPS)}.")
+        raise ValueError(f"--skip must be one of {', '.join(STEPS)}, got {unknown[0]!r}.")
     switches = Switches(**{name: False for name in skip or ()})
+    checkpoint_folder(checkpoint)
+    if llm is not None:
+        check_model_folder(llm)
+    from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
+
     return VideoQA(*load_perception(checkpoint), load_language_model(llm), switches)
 
 
@@ -258,8 +284,6 @@ def _split_candidates(text: str | None) -> list[str] | None:
 
 def _write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> None:
     if trace is not None:
-        from vot_kernels.files import atomic_write
-
         with atomic_write(trace) as temporary:
             temporary.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
     if picture is not None:
@@ -289,11 +313,11 @@ def _print_answer(result: "VideoAnswer", picture: Path | None) -> None:
 
 @contextmanager
 def _one_sentence_errors() -> Iterator[None]:
-    """What a user can mend becomes one sentence on stderr (VOT_DEBUG=1 shows where it arose)."""
+    """Turn errors that a user can correct into one sentence on stderr; VOT_DEBUG=1 shows the traceback."""
     try:
         yield
     except (typer.Abort, KeyboardInterrupt):
-        print("Interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        print("Interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error, of click or of the click inside typer

@@ -1,10 +1,12 @@
 """Writing files so that nothing half-written is ever seen."""
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -26,3 +28,36 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """Rows of a file that `append_json_lines` writes to, none if there is no such file.
+
+    A last line that a killed run left half-written is removed from the file.
+
+    Raises:
+        json.JSONDecodeError: another line is not JSON.
+    """
+    file = Path(path)
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(file, len(whole))
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+@contextmanager
+def append_json_lines(path: str | os.PathLike[str]) -> Iterator[Callable[[Any], None]]:
+    """Yield a function that appends one row to a file of JSON lines; a row written is on the disk."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "a", encoding="utf-8") as lines:
+
+        def append(row: Any) -> None:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+        yield append

@@ -18,16 +18,10 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 import vot_kernels
+from vot_kernels.extras import EXTRAS
 
 # Imported to learn their version, because an installed but broken one is what a bug report is about.
 CORE = ("torch", "triton", "numpy")
-# Read from the metadata alone: importing all of them would take ten seconds.
-EXTRAS = {
-    "video": ("av", "pillow", "matplotlib", "scikit-learn", "scipy"),
-    "llm": ("transformers", "safetensors", "gguf", "accelerate"),
-    "train": ("peft",),
-    "cli": ("typer", "rich"),
-}
 
 
 def collect() -> dict[str, Any]:
@@ -49,8 +43,9 @@ def collect() -> dict[str, Any]:
         "cpu": _guarded(_cpu),
         "packages": {name: _guarded(partial(_imported_version, name)) for name in CORE},
         "extras": {
-            extra: {name: _guarded(partial(_metadata_version, name)) for name in names}
-            for extra, names in EXTRAS.items()
+            # Read from the metadata alone: importing all of them would take ten seconds.
+            extra: {name: _guarded(partial(_metadata_version, name)) for name in packages.values()}
+            for extra, packages in EXTRAS.items()
         },
         "gpus": gpus if found else [],
         "no_gpu": None if found and gpus else _guarded(_why_no_gpu) if found else gpus,

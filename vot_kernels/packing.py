@@ -5,6 +5,7 @@ image, clip or document; tokens never attend across segments) and `cu_groups` cu
 contiguous *groups* (a frame, a band of rows or a fixed block), the unit that attention windows count.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -59,6 +60,7 @@ class PackedLayout:
         counts = _host_ints(lengths, "lengths")
         if counts.ndim != 1:
             raise ValueError(f"lengths must be one-dimensional, got shape {tuple(counts.shape)}.")
+        _check_lengths(counts)
         grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
         return cls._build(grid, _block_groups(counts, group_size), device)
 
@@ -85,13 +87,14 @@ class PackedLayout:
         if device is None and isinstance(cu_seqlens, Tensor):
             device = cu_seqlens.device
         bounds = _cumulative(cu_seqlens, "cu_seqlens")
+        counts = np.diff(bounds)
+        _check_lengths(counts)
         if num_tokens is not None and bounds[-1] > num_tokens:
             raise ValueError(
                 f"cu_seqlens ends at {bounds[-1]}, beyond the {num_tokens} tokens of the buffer."
             )
         if cu_groups is not None and group_size is not None:
             raise ValueError("Give either cu_groups or group_size, not both.")
-        counts = np.diff(bounds)
         if cu_groups is None:
             group_bounds = _block_groups(counts, group_size)
         else:
@@ -133,8 +136,13 @@ class PackedLayout:
             raise ValueError(f"grid_thw must have the shape [segments, 3], got {tuple(grid.shape)}.")
         if (grid < 0).any():
             raise ValueError(f"grid_thw must not be negative, got {int(grid.min())}.")
+        if (grid > _MAX_TOKENS).any():
+            raise ValueError(f"grid_thw must hold numbers up to {_MAX_TOKENS}, got {int(grid.max())}.")
         if grid.astype(float).prod(1).sum() > _MAX_TOKENS:
-            raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens; grid_thw asks for more.")
+            total = sum(t * y * x for t, y, x in grid.tolist())
+            raise ValueError(
+                f"A packed buffer holds at most {_MAX_TOKENS} tokens, grid_thw asks for {total}."
+            )
         return cls._build(grid, _grid_groups(grid, group), device)
 
     @classmethod
@@ -151,16 +159,18 @@ class PackedLayout:
         # An empty group on a boundary belongs to the later segment; being empty, it makes no difference.
         segment_groups = np.searchsorted(group_bounds[:-1], bounds, side="left")
         segment_groups[-1] = len(group_bounds) - 1
-        host = [_to_tensor(array) for array in (bounds, group_bounds, segment_groups, positions, grid)]
-        on_device = [tensor if device is None else tensor.to(device) for tensor in host]
+        with torch.inference_mode(False):  # a layout made in a validation step may serve training later
+            host = [_to_tensor(array) for array in (bounds, group_bounds, segment_groups, positions, grid)]
+            on_device = [tensor if device is None else tensor.to(device) for tensor in host]
         return cls(*on_device, *host[:3])
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on another device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedLayout(
-            **{name: v if name.startswith("host_") else v.to(device) for name, v in values.items()}
-        )
+        with torch.inference_mode(False):
+            return PackedLayout(
+                **{name: v if name.startswith("host_") else v.to(device) for name, v in values.items()}
+            )
 
     @property
     def device(self) -> torch.device:
@@ -177,10 +187,10 @@ class PackedLayout:
         """Tokens of each group."""
         return tuple(self.host_cu_groups.diff().tolist())
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         """Packed tokens; a buffer may have more rows (slack), which every op leaves zero."""
-        return int(self.host_cu_seqlens[-1])
+        return self.positions.shape[0]
 
     @property
     def num_segments(self) -> int:
@@ -197,20 +207,20 @@ class PackedLayout:
         """Tokens of the longest segment, 0 if there is none."""
         return max(self.lengths, default=0)
 
-    @cached_property
-    def max_group_len(self) -> int:
-        """Tokens of the longest group, 0 if there is none."""
-        return max(self.group_lengths, default=0)
-
-    @cached_property
+    @property
     def token_segments(self) -> Tensor:
         """int64 `[tokens]`: the segment of each token, on the layout's device."""
-        return _owners(self.host_cu_seqlens).to(self.device)
+        return self._owners(self.cu_seqlens)
 
-    @cached_property
+    @property
     def token_groups(self) -> Tensor:
         """int64 `[tokens]`: the group of each token, on the layout's device."""
-        return _owners(self.host_cu_groups).to(self.device)
+        return self._owners(self.cu_groups)
+
+    @torch.inference_mode(False)
+    def _owners(self, bounds: Tensor) -> Tensor:
+        rows = torch.arange(self.num_tokens, dtype=bounds.dtype, device=bounds.device)
+        return torch.searchsorted(bounds, rows, right=True) - 1
 
     def __repr__(self) -> str:
         return (
@@ -245,10 +255,13 @@ def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
     counts = _host_ints(lengths, "lengths")
     if counts.ndim != 1 or (counts < 0).any():
         raise ValueError(f"lengths must be a flat list of numbers >= 0, got {counts.tolist()[:8]}.")
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
+        raise ValueError(f"budget must be an int >= 0, got {budget!r}.")
     if counts.size and counts.max() > budget:
         raise ValueError(f"Item {int(counts.argmax())} has {counts.max()} tokens; the budget is {budget}.")
     rows: list[list[int]] = []
     free = np.zeros(len(counts), dtype=np.int64)
+    room = min(budget, np.iinfo(np.int64).max)
     for item in np.argsort(-counts, kind="stable"):
         fits = np.flatnonzero(free[: len(rows)] >= counts[item])
         if fits.size:
@@ -256,15 +269,18 @@ def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
         else:
             row = len(rows)
             rows.append([])
-            free[row] = budget
+            free[row] = room
         rows[row].append(int(item))
         free[row] -= counts[item]
-    fill = float(counts.sum() / (len(rows) * budget)) if rows and budget else 0.0
+    fill = sum(counts.tolist()) / (len(rows) * budget) if rows and budget else 0.0
     return PackingPlan(tuple(map(tuple, rows)), budget, fill)
 
 
 def _host_ints(values: Tensor | Sequence, name: str) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        raise TypeError(f"{name} must be a tensor or nested list of int32 or int64 numbers.") from None
     if array.size == 0 and not isinstance(values, Tensor):
         array = array.astype(np.int64)
     if array.dtype not in (np.int32, np.int64):
@@ -278,7 +294,7 @@ def _cumulative(values: Tensor | Sequence[int], name: str) -> np.ndarray:
         raise ValueError(f"{name} must be one-dimensional with at least one entry, got shape {bounds.shape}.")
     if bounds[0] != 0:
         raise ValueError(f"{name} must start at 0, got {bounds[0]}.")
-    falls = np.flatnonzero(np.diff(bounds) < 0)
+    falls = np.flatnonzero(bounds[1:] < bounds[:-1])
     if falls.size:
         i = int(falls[0])
         raise ValueError(
@@ -292,20 +308,21 @@ def _block_groups(counts: np.ndarray, group_size: int | None) -> np.ndarray:
         return _cumsum(counts[counts != 0])
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a positive int or None, got {group_size!r}.")
-    blocks = -(-counts // group_size)
+    size = min(group_size, _MAX_TOKENS)
+    blocks = -(-counts // size)
     within = _ragged_arange(blocks)
-    return _cumsum(np.minimum(group_size, np.repeat(counts, blocks) - within * group_size))
+    return _cumsum(np.minimum(size, np.repeat(counts, blocks) - within * size))
 
 
 def _grid_groups(grid: np.ndarray, group: str | int) -> np.ndarray:
-    if isinstance(group, int):
+    if isinstance(group, int) and not isinstance(group, bool) and group > 0:
         return _block_groups(grid.prod(axis=1), group)
-    frames, height, width = grid.T
-    rows_text = group.removeprefix("rows:")
+    frames, height, width = grid[grid.all(axis=1)].T  # an empty segment has no groups
+    band_rows = re.fullmatch("rows:0*([1-9][0-9]*)", group) if isinstance(group, str) else None
     if group == "frame":
         rows = np.maximum(height, 1)
-    elif rows_text != group and rows_text.isascii() and rows_text.isdigit() and int(rows_text) > 0:
-        rows = np.full_like(height, int(rows_text))
+    elif band_rows is not None:
+        rows = np.full_like(height, _MAX_TOKENS if len(band_rows[1]) > 10 else int(band_rows[1]))
     else:
         raise ValueError(f'group must be "frame", "rows:N" with N >= 1, or a positive int, got {group!r}.')
     bands = -(-height // rows)
@@ -321,18 +338,16 @@ def _ragged_arange(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
-def _cumsum(counts: np.ndarray) -> np.ndarray:
+def _check_lengths(counts: np.ndarray) -> None:
     if (counts < 0).any():
         raise ValueError(f"Lengths must not be negative, got {int(counts.min())}.")
-    if counts.sum() > _MAX_TOKENS:
-        raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens, got {int(counts.sum())}.")
+    if counts.sum(dtype=float) > _MAX_TOKENS:  # a sum of int64 may wrap around
+        raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens, got {sum(counts.tolist())}.")
+
+
+def _cumsum(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.int32))
-
-
-def _owners(bounds: Tensor) -> Tensor:
-    counts = bounds.diff().long()
-    return torch.repeat_interleave(torch.arange(counts.shape[0]), counts)

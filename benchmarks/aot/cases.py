@@ -12,7 +12,7 @@ import torch
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
 from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
-from vot_kernels.ops.dispatch import describe_backends
+from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.ops.launch import record_launches
 
 BFLOAT16 = torch.bfloat16
@@ -78,7 +78,7 @@ def kernel_ops() -> list[str]:
     """Public ops with a Triton backend."""
     with record_launches("sm_90"):
         backends = describe_backends("cpu", BFLOAT16)
-    return [op for op, reasons in backends.items() if not reasons["triton"]]
+    return [op for op in OPS if not backends[op]["triton"]]
 
 
 def _linear_attention() -> Iterator[Case]:

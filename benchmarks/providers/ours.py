@@ -9,26 +9,15 @@ from torch import Tensor
 from benchmarks.core import Provider
 from benchmarks.problems.attention import Attention
 from vot_kernels.ops.dispatch import OPS, describe_backends
-from vot_kernels.ops.flash_attention.op import _plan as _flash_plan
 from vot_kernels.ops.hybrid_attention import hybrid_attention
-from vot_kernels.ops.hybrid_attention.op import _plan as _hybrid_plan
 from vot_kernels.ops.linear_attention import linear_attention
-from vot_kernels.ops.linear_attention.op import _plan as _linear_plan
 from vot_kernels.ops.packed_attention import packed_attention
+from vot_kernels.ops.parts.plans import forget_plans
 from vot_kernels.packing import PackedLayout
-
-PLANS = (_flash_plan, _hybrid_plan, _linear_plan)
-"""What the ops remember of a packing they have seen: all `lru_cache` of `vot_kernels.ops`."""
-
-
-def forget_packings() -> None:
-    """Make the next call of every op plan anew, as for the first layer of a new batch."""
-    for plan in PLANS:
-        plan.cache_clear()
 
 
 def _layout(problem: Attention, dtype: torch.dtype, device: torch.device) -> PackedLayout:
-    forget_packings()
+    forget_plans()  # the next call plans anew, as for the first layer of a new batch
     return problem.layout(device)
 
 

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.aot import __main__ as command  # noqa: E402
 from benchmarks.aot import build, compiler, gpus  # noqa: E402
 from benchmarks.aot.cases import Case, kernel_ops  # noqa: E402
+from tests.processes import default_signals  # noqa: E402
 from vot_kernels.ops.launch import Launch  # noqa: E402
 from vot_kernels.tuning import Config  # noqa: E402
 
@@ -202,7 +203,7 @@ def test_good_kernels_alone_pass(environment, script, tmp_path):
 def test_ctrl_c_leaves_valid_json(environment, script, tmp_path):
     path = tmp_path / "part.json"
     line = [sys.executable, str(script), "--arch", "sm_80", "--jobs", "1", "--json", str(path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": default_signals}
     with subprocess.Popen(line, cwd=ROOT, env=environment, text=True, **pipes) as process:
         while not process.stderr.readline().startswith("[1/"):
             assert process.poll() is None

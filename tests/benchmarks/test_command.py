@@ -20,6 +20,7 @@ from benchmarks.core import DIRECTIONS
 from benchmarks.gate import source_hash
 from benchmarks.providers import PROVIDERS
 from benchmarks.workloads import SUITES
+from tests.processes import default_signals
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {"suite": "", "provider": "", "workload": "", "direction": "", "quick": False, "device": "cpu"}
@@ -85,6 +86,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=default_signals,
         )
         self.watchdog = threading.Timer(WAIT, self.process.kill)
         self.watchdog.start()

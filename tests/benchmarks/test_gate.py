@@ -16,7 +16,18 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import gate
-from benchmarks.gate import TARGETS, TESTS, Pool, Shard, divide, judge_op, read_gate, run_gate, source_hash
+from benchmarks.gate import (
+    SOURCES,
+    TARGETS,
+    TESTS,
+    Pool,
+    Shard,
+    divide,
+    judge_op,
+    read_gate,
+    run_gate,
+    source_hash,
+)
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -308,14 +319,22 @@ def test_what_is_no_result_of_this_source_is_refused(content, tmp_path):
         read_gate(path)
 
 
-def test_the_hash_follows_the_source(tmp_path):
-    for folder in ("vot_kernels/ops", "kernels/triton"):
-        (tmp_path / folder).mkdir(parents=True)
-    kernel = tmp_path / "kernels" / "triton" / "a.py"
-    kernel.write_text("x = 1\n")
+@pytest.mark.parametrize(
+    "name",
+    ["kernels/triton/a.py", "vot_kernels/packing.py", "vot_kernels/testing.py", "vot_kernels/nn/a.py"]
+    + ["vot_kernels/models/encoder/a.py", "vot_kernels/tuning/configs/sm_90/a.json", "tests/gpu/test_a.py"],
+)
+def test_the_hash_follows_the_source(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text("1\n")
     before = source_hash(tmp_path)
-    kernel.write_text("x = 2\n")
+    path.write_text("2\n")
     assert source_hash(tmp_path) != before and len(before) == 64
+
+
+def test_everything_that_is_hashed_exists():
+    assert all((ROOT / part).exists() for part in SOURCES)
 
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -60,6 +60,7 @@ def skip_without_kernels(op, device):
         pytest.skip("there is no Triton kernel to capture")
 
 
+@pytest.mark.tested_on("Qwen3-VL#206")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_captured_step_replays_on_new_numbers(name, device):
     """Only kernels are captured: no host sync, and new contents of the same buffers are honoured."""

@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from vot_kernels.integrations import transformers as integration
 from vot_kernels.integrations.transformers import experts_forward, register_experts
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import make_tensor, shifted
 
 SIZES = {
     "vocab_size": 64,
@@ -68,7 +68,7 @@ def name(monkeypatch):
 
 
 def make(kind):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     model = MODELS[kind]().double()
     for parameter in model.parameters():  # the default is so small that routing hardly differs from uniform
         nn.init.normal_(parameter, std=0.3)

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # What each part may import besides itself: imports go one way, from the top down.
-GROUND = {"packing", "files", "scene_graph"}  # they import no other part
+GROUND = {"packing", "files", "extras", "scene_graph"}  # they import no other part
 OPS = {"packing", "files", "tuning", "testing", "kernels"}
 NN = OPS | {"ops"}
 MODELS = NN | {"nn", "scene_graph"}
-DATA = MODELS | {"models"}
+DATA = MODELS | {"models", "extras"}
 TOP = DATA | {"data"}
 ALLOWED = {
     **{part: set() for part in GROUND},
@@ -35,10 +35,10 @@ ALLOWED = {
 }
 REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references
 # These serve users who have torch and numpy alone; a launcher imports its kernels when it needs them.
-LEAN = {"", "packing", "files", "scene_graph", "tuning", "testing", "ops", "nn", "info"}
+LEAN = {"", "packing", "files", "extras", "scene_graph", "tuning", "testing", "ops", "nn", "info"}
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
-    *("transformers", "safetensors", "tokenizers", "gguf", "accelerate", "peft", "huggingface_hub"),
+    *("transformers", "safetensors", "tokenizers", "gguf", "huggingface_hub"),
     *("typer", "click", "rich", "hypothesis", "pytest", "triton"),
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

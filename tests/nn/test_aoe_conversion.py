@@ -8,7 +8,7 @@ from torch import nn
 from vot_kernels.nn import aoe_conversion
 from vot_kernels.nn.aoe_conversion import convert_mlp, convert_swiglu
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import make_tensor, shifted
 
 DIM, GROUPS, SIZE = 24, 4, 12
 
@@ -35,7 +35,7 @@ def planted(tokens=400, seed=0):
     gate = torch.cat(
         [make_tensor(SIZE, 6, seed=10 + i, dtype=torch.float64) * spectrum @ rows[i] for i in range(4)]
     )
-    shuffle = torch.randperm(GROUPS * SIZE, generator=torch.Generator().manual_seed(3))
+    shuffle = torch.randperm(GROUPS * SIZE, generator=torch.Generator().manual_seed(shifted(3)))
     weights = (
         gate[shuffle],
         make_tensor(GROUPS * SIZE, DIM, seed=20, dtype=torch.float64),
@@ -121,6 +121,7 @@ def test_every_neuron_is_in_one_expert_of_equal_size():
     torch.testing.assert_close(layer.w_o[~fill], 2 * weights[2].T[taken])
 
 
+@pytest.mark.fixed_seed  # the search finds the planted groups for most weights, not for all
 @pytest.mark.parametrize("tokens", [600, 3000])  # profiles of every token, and mixed ones
 def test_neurons_that_are_active_together_get_one_expert(tokens):
     weights, x, truth = planted(tokens)
@@ -150,6 +151,7 @@ def test_no_two_neurons_would_rather_change_places():
     assert sorted(labels.tolist()) == [label for label in range(5) for _ in range(12)]
 
 
+@pytest.mark.fixed_seed  # the search finds the planted groups for most weights, not for all
 def test_the_error_falls_with_the_rank():
     weights, x, _ = planted()
     for score in ("gate", "output"):
@@ -222,6 +224,7 @@ def test_the_selecting_norm_rates_gates_by_what_they_contribute():
     torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-9, atol=0)
 
 
+@pytest.mark.fixed_seed  # how much better depends on how far these gates mislead
 def test_rating_by_contribution_chooses_better_where_gates_mislead():
     """Half the neurons have loud gates and write next to nothing."""
     (w_gate, w_up, w_down), x, truth = planted()
@@ -247,8 +250,9 @@ def test_the_report_is_what_the_definitions_give(weighting, shared):
     )
     y = dense(x, *weights)
     assert report.output_error == pytest.approx(relative(layer(x), y), rel=1e-9)
-    torch.testing.assert_close(report.load, layer.last_load)
-    assert layer.last_load.sum() == pytest.approx(2)
+    load = layer(x, return_aux=True)[1].load
+    torch.testing.assert_close(report.load, load)
+    assert load.sum() == pytest.approx(2)
 
     def grouped(rows):
         return torch.cat([rows, torch.zeros_like(rows[:1])])[report.groups]
@@ -299,6 +303,7 @@ def test_an_expert_that_no_token_chose_keeps_the_plain_factor():
     assert report.output_scale[report.load == 0] == pytest.approx(1.0)
 
 
+@pytest.mark.fixed_seed  # with other weights others may contribute more than the four made louder
 def test_a_shared_expert_takes_the_neurons_that_contribute_most():
     (w_gate, w_up, w_down), x, _ = planted()
     w_down = w_down.clone()
@@ -348,6 +353,7 @@ def test_the_same_inputs_give_the_same_layer_and_leave_the_random_state_alone():
     assert str(first) == str(second) and torch.equal(first.groups, second.groups)
 
 
+@pytest.mark.fixed_seed  # in another dtype the search may end at other groups
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layer_has_the_dtype_of_the_weights(dtype):
     weights, x, _ = planted()
@@ -356,11 +362,10 @@ def test_the_layer_has_the_dtype_of_the_weights(dtype):
     assert {p.dtype for p in layer.parameters()} == {dtype} and layer.selection_bias.dtype == torch.float32
     assert layer(x.to(dtype)).dtype == dtype
     assert report.output_error == pytest.approx(exact, rel=0.05)
-    fresh, _ = convert_swiglu(*weights, GROUPS, 2, 6, calibration=x)
-    assert fresh.last_load is None and fresh.balance_loss is None, "its tokens are those to come"
     assert all(p.requires_grad for p in layer.parameters())
 
 
+@pytest.mark.fixed_seed  # how much 40 steps win back depends on the layer
 def test_the_layer_learns_what_it_lost():
     weights, x, _ = planted()
     y = dense(x, *weights)
@@ -385,7 +390,7 @@ def test_degenerate_layers_and_tokens_stay_finite(calibration):
 
 
 def test_the_modules_of_the_project_and_of_transformers():
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     x = make_tensor(30, 16)
     ours, theirs = SwiGLU(16, 40), llama_mlp()
     theirs.gate_proj.weight, theirs.up_proj.weight = map(nn.Parameter, ours.gate_up.weight.detach().chunk(2))

@@ -31,6 +31,25 @@ def test_beta_counts_and_exact_attention_has_none():
         module.beta.fill_(2.0)
     assert max_error(before, module(x, LAYOUT)) > 1e-3
     assert HybridAttention(32, 4, window=None).beta is None
+    module.reset_parameters()
+    assert torch.equal(module(x, LAYOUT), before)
+
+
+def test_without_beta_the_far_part_has_weight_1():
+    module, plain = HybridAttention(32, 4), HybridAttention(32, 4, beta_init=None)
+    assert plain.beta is None
+    plain.load_state_dict({name: x for name, x in module.state_dict().items() if name != "beta"})
+    x = make_tensor(25, 32)
+    assert max_error(plain(x, LAYOUT), module(x, LAYOUT)) < 1e-6
+
+
+@pytest.mark.parametrize(("causal", "mode"), [(False, None), (True, "token")])
+def test_causal_may_be_a_bool(causal, mode):
+    module = HybridAttention(32, 4, causal=causal)
+    other = HybridAttention(32, 4, causal=mode)
+    other.load_state_dict(module.state_dict())
+    x = make_tensor(25, 32)
+    assert module.causal == mode and torch.equal(module(x, LAYOUT), other(x, LAYOUT))
 
 
 def by_hand(module, x, phi, norm):

@@ -28,6 +28,34 @@ def test_without_decay_by_hand(causal):
     assert max_error(module(X, LAYOUT), by_hand(module)) < 1e-5
 
 
+def test_causal_may_be_a_bool():
+    token = LinearAttention(32, 4, causal="token")
+    for causal, wanted in ((True, "token"), (False, None)):
+        module = LinearAttention(32, 4, causal=causal)
+        assert module.causal == wanted
+    module = LinearAttention(32, 4, causal=True)
+    module.load_state_dict(token.state_dict())
+    assert torch.equal(module(X, LAYOUT), token(X, LAYOUT))
+
+
+def test_it_has_neither_stream_nor_window_nor_beta():
+    module = LinearAttention(32, 4)
+    assert not any(hasattr(module, name) for name in ("step", "window", "beta"))
+    for option in ("window", "beta_init"):
+        with pytest.raises(TypeError, match=option):
+            LinearAttention(32, 4, **{option: 1})
+
+
+@pytest.mark.parametrize("decay", ["fixed", "learned"])
+def test_reset_parameters_restores_the_decays(decay):
+    module = LinearAttention(32, 4, causal="token", decay=decay, decay_init=[0.9, 0.8, 0.7, 0.6])
+    before = module.decay_logit.detach().clone()
+    with torch.no_grad():
+        module.decay_logit.zero_()
+    module.reset_parameters()
+    assert torch.equal(module.decay_logit, before)
+
+
 @pytest.mark.parametrize("decay", ["fixed", "learned"])
 def test_default_decays_are_those_of_retention(decay):
     module = LinearAttention(32, 4, causal="token", decay=decay)
@@ -96,10 +124,7 @@ def test_decay_of_a_converted_module(dtype):
     [
         ({"decay": "slow"}, "decay must be one of None, 'fixed', 'learned', got 'slow'"),
         ({"decay": "fixed", "causal": None}, "decay='fixed' needs causal=\"token\", got causal=None"),
-        (
-            {"decay": "learned", "causal": "group"},
-            "decay='learned' needs causal=\"token\", got causal='group'",
-        ),
+        ({"causal": "group"}, "causal must be one of None, 'token', False, True, got 'group'"),
         ({"decay_init": [0.5] * 4}, 'decay_init needs decay="fixed" or "learned", got decay=None'),
         (
             {"decay": "fixed", "decay_init": [0.5] * 3},

@@ -145,9 +145,10 @@ def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path, without_torch):
 def test_the_sdist_carries_its_tests(sdist, tree):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    tests = {f"tests/{name}" for name in files_of(tree / "tests") if name.endswith(".py")}
-    wanted = tests | {"Makefile", "requirements.txt", "requirements-data.txt", "LICENSE", "README.md"}
-    assert wanted - names == set()
+    folders = ("tests", "benchmarks", "docs", "examples")
+    wanted = {f"{folder}/{name}" for folder in folders for name in files_of(tree / folder)}
+    wanted |= {path.name for path in tree.iterdir() if path.is_file() and not path.name.startswith(".")}
+    assert sorted(wanted - names) == []
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 import vot_kernels
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("triton", "av", "transformers", "matplotlib", "sklearn", "scipy", "PIL", "peft", "typer", "rich")
+EXTRAS = ("triton", "av", "transformers", "matplotlib", "sklearn", "scipy", "PIL", "typer", "rich")
 
 
 def python(code: str, cwd: Path = ROOT) -> str:

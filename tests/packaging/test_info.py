@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vot_kernels import __version__, info
-from vot_kernels.ops.dispatch import BACKENDS, OPS
+from vot_kernels.ops.dispatch import BACKENDS, FUNCTIONS
 
 
 def test_report_of_this_machine():
@@ -20,7 +20,7 @@ def test_report_of_this_machine():
     assert set(report["extras"]) == {"video", "llm", "train", "cli"}
     assert report["extras"]["video"]["av"].count(".") >= 1
     assert bool(report["gpus"]) == torch.cuda.is_available() == (report["no_gpu"] is None)
-    assert set(report["backends"]) == set(OPS)
+    assert set(report["backends"]) == set(FUNCTIONS)
     assert all(list(reasons) == list(BACKENDS) for reasons in report["backends"].values())
 
 
@@ -29,7 +29,7 @@ def test_text_of_the_command():
         [sys.executable, "-m", "vot_kernels.info"], capture_output=True, text=True, check=True
     )
     assert as_module.stderr == ""
-    for word in (__version__, torch.__version__, "[llm]", "gpu", *OPS):
+    for word in (__version__, torch.__version__, "[llm]", "gpu", *FUNCTIONS):
         assert word in as_module.stdout
 
 

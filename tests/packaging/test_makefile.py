@@ -4,10 +4,12 @@ Python and pip are replaced by scripts that write down how they were called, so 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,14 +47,15 @@ def clone(tmp_path):
 def make(clone: Path, *, python="python", fail="nothing fails") -> tuple[int, list[str]]:
     """Exit status, and what was called."""
     (clone / "calls").write_text("")
-    environment = os.environ | {"FAIL": fail}
-    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
-        environment.pop(name, None)
-    result = subprocess.run(
-        ["make", f"PYTHON=./{python}", "PIP=./pip", TARGET],
-        cwd=clone, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_make(clone, f"PYTHON=./{python}", "PIP=./pip", TARGET, fail=fail)
     return result.returncode, (clone / "calls").read_text().splitlines() + result.stderr.splitlines()
+
+
+def run_make(clone: Path, *arguments: str, fail: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"FAIL": fail}
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    return subprocess.run(["make", *arguments], cwd=clone, env=environment, capture_output=True, text=True)
 
 
 FULL = [
@@ -107,6 +110,61 @@ def test_an_old_python_is_refused_in_one_sentence(clone):
     status, messages = make(clone, python="old-python")
     assert status == 2
     assert messages[0].startswith("vot-kernels needs Python 3.11 or later, ./old-python is 3.9.2;")
+
+
+# `make test` and its two runs of pytest.
+
+RUN = """#!/usr/bin/env bash
+echo "${TRITON_INTERPRET:-0} $*" >> calls
+echo "$* passed"
+case "$*" in *"$FAIL"*) exit 1 ;; esac
+"""
+RUNS = ["1 interpreter and not gpu", "0 not interpreter and not gpu"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "status"), [("nothing", 0), ("-m interpreter", 2), ("-m not interpreter", 2)]
+)
+def test_both_runs_of_pytest_take_place_and_either_fails_make(clone, fail, status):
+    make(clone)
+    for name in ("python", "ruff", "mypy"):
+        (clone / ".venv/bin" / name).write_text(RUN)
+        (clone / ".venv/bin" / name).chmod(0o755)
+    (clone / "calls").write_text("")
+    result = run_make(clone, "test", fail=fail)
+    assert result.returncode == status
+    calls = [line for line in (clone / "calls").read_text().splitlines() if "-m pytest" in line]
+    assert [f"{line[0]} {line.partition(' -m pytest ')[2].partition('-m ')[2]}" for line in calls] == RUNS
+    assert result.stdout.splitlines()[-1].endswith("passed")
+
+
+def test_help_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    [phony] = [line.split()[1:] for line in text.splitlines() if line.startswith(".PHONY:")]
+    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = dict(line.split(maxsplit=1) for line in printed.splitlines()[1:])
+    assert sorted(listed) == sorted(phony)
+
+
+def test_matrix_has_a_venv_for_each_torch_and_the_oldest_is_the_oldest_allowed(clone):
+    """The commands alone: the real thing fetches gigabytes."""
+
+    def commands(*arguments):
+        result = run_make(clone, "-n", "matrix", *arguments, fail="")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    installs = re.findall(r"(\S+)/bin/python -m pip .*--upgrade (\S+)", commands())
+    assert installs == [(".venv-matrix/2.11.0", "torch==2.11.0"), (".venv-matrix/newest", "torch")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"torch>=2.11", "triton>=3.6"} <= {line.split(";")[0] for line in project["dependencies"]}
+    assert '"triton==3.6.*"' in commands("TORCH=2.11.0")
+    newer = commands("TORCH=2.13.0")
+    assert '"triton"' in newer
+    assert re.findall(r'2\.13\.0/bin/python -m pytest .*?-m "(.*?)" tests/', newer) == [
+        run[2:] for run in RUNS
+    ]
+    assert all((ROOT / path).exists() for path in re.findall(r"tests/\S+", newer))
 
 
 def touch(path: Path) -> None:

@@ -1,12 +1,17 @@
 """The command line: help explains units, mistakes are one sentence on stderr and exit code 2."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels import cli
 from vot_kernels.data.sample_clips import digitworld_clip
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -68,6 +73,47 @@ def test_mistakes_are_one_sentence(vot, words, sentence, tmp_path, monkeypatch):
     assert sentence in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", "missing.mp4", "Who?"],
+        ["ask", __file__, "Who?"],
+        ["ask", "CLIP", "Who?", "--start", "99"],
+        ["ask", "CLIP", "Who?", "--skip", "thinking"],
+        ["ask", "CLIP", "Who?", "--checkpoint", "nowhere"],
+        ["ask", "CLIP", "Who?", "--llm", "nowhere"],
+        ["ask", "--batch", "missing.jsonl", "--out", "answers.jsonl"],
+        ["encode", "CLIP", "missing.mp4", "--out", "x.safetensors"],
+        ["encode", "CLIP", "--checkpoint", "nowhere", "--out", "x.safetensors"],
+    ],
+)
+def test_mistakes_are_found_before_torch_is_imported(words, tmp_path):
+    clip = str(digitworld_clip()[0])
+    argv = ["vot", *(clip if word == "CLIP" else word for word in words)]
+    code = (
+        "import sys; sys.path.append(sys.argv.pop(1)); sys.argv[0] = 'vot'\n"
+        "sys.modules['torch'] = None  # an import of it would fail\n"
+        "from vot_kernels import cli; cli.main()"
+    )
+    run = [sys.executable, "-c", code, str(ROOT), *argv[1:]]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "torch" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ask_opens_its_video_once(vot, monkeypatch):
+    from vot_kernels.data.video import reader
+    from vot_kernels.pipelines import video_qa
+
+    opened, real = [], reader.av.open
+    monkeypatch.setattr(reader.av, "open", lambda name, *a, **k: opened.append(name) or real(name, *a, **k))
+    monkeypatch.setattr(video_qa, "load_language_model", lambda path: ScriptedLanguageModel())
+    clip, question, candidates = digitworld_clip()
+    code, out, _ = vot("ask", str(clip), question, "--candidates", "|".join(candidates), "--json")
+    assert code == 0 and json.loads(out)["in_domain"]
+    assert opened == [f"file:{clip.absolute()}"]
 
 
 def test_info(vot):

@@ -10,16 +10,12 @@ from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import save_mp4
+from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import evaluation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
-from vot_kernels.pipelines.video_qa import (
-    BUNDLED_CHECKPOINT,
-    Sampling,
-    VideoQA,
-    load_perception,
-    sample_video,
-)
+from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
+from vot_kernels.pipelines.video_qa import VideoQA, load_perception
 
 
 class FirstCandidate:
@@ -94,6 +90,22 @@ def test_sampling_keeps_long_clips_short(tmp_path):
     assert len(sample_video(tmp_path / "long.mp4", Sampling(), 8.0).times) == 32
     assert len(sample_video(tmp_path / "long.mp4", Sampling(end=2.0), 8.0).times) == 16
     assert len(sample_video(tmp_path / "long.mp4", Sampling(num_frames=5), 8.0).times) == 5
+    assert len(sample_video(tmp_path / "long.mp4", Sampling(fps=10), 8.0).times) == 100
+
+
+def test_the_frame_rate_of_a_checkpoint_is_known_without_loading_it(video_qa, tmp_path):
+    assert checkpoint_fps() == video_qa.perception.config.fps
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).write_text("{}")
+    assert checkpoint_fps(tmp_path) == VotPerceptionConfig().fps
+
+
+def test_a_decoded_clip_is_asked_about_like_its_file(video_qa, answered):
+    clip, question, candidates = digitworld_clip()
+    decoded = sample_video(clip, Sampling(), checkpoint_fps())
+    again = video_qa.ask(decoded, question, candidates)
+    assert again.clip is decoded and again.detection.stsg == answered.detection.stsg
+    assert again.answer.choice == answered.answer.choice
 
 
 def test_encode_writes_what_the_encoder_says(tmp_path):

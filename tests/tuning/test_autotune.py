@@ -1,7 +1,4 @@
-"""Tuning at run time: with a clock that is made up, with the kernels on the interpreter, and on a GPU.
-
-Triton reads TRITON_INTERPRET when it is imported: `test_on_the_interpreter` runs those tests in their own process.
-"""
+"""Tuning at run time: with a clock that is made up, with the kernels on the interpreter, and on a GPU."""
 
 import json
 import os
@@ -16,17 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.marks import interpreted
 from vot_kernels import tuning
 from vot_kernels.ops import launch as _launch
 from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
-from vot_kernels.ops.launch import INTERPRETING, Kernel, launch, record_launches
+from vot_kernels.ops.launch import Kernel, launch, record_launches
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     check_against_reference,
     make_qkv,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 from vot_kernels.tuning import Config, Request, lookup
@@ -371,12 +368,6 @@ def test_the_environment_is_read_at_import(tmp_path):
     assert run.stdout == "True True\n", run.stderr
 
 
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__, "-k", "results")
-
-
 def linear(q, k, v, layout, **options):
     return linear_attention(q, k, v, layout, causal=True, **options)
 
@@ -391,7 +382,7 @@ ORACLES = {
 }
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
+@interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, on log 0
 @pytest.mark.parametrize("sign", [1, -1], ids=["small", "large"])
 @pytest.mark.parametrize("op", [linear, hybrid])

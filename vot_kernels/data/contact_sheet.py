@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vot_kernels.extras import imports_for
 from vot_kernels.files import atomic_write
 
-try:
+with imports_for("A contact sheet", "video"):
     from PIL import Image, ImageDraw, ImageFont
-except ImportError as error:
-    raise ImportError("A contact sheet needs Pillow: pip install 'vot-kernels[video]'.") from error
 
 if TYPE_CHECKING:
     from vot_kernels.data.video import VideoClip

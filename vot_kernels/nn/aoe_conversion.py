@@ -417,7 +417,6 @@ def _output_error(layer: AutonomyOfExperts, dense: _Dense, tokens: Tensor) -> fl
         y = dense(x)
         change += (layer(x.to(layer.w_p.dtype)).double() - y).square().sum()
         square += y.square().sum()
-    layer.last_load = layer.balance_loss = None
     return _ratio(change, square)
 
 

@@ -1,27 +1,38 @@
 """A feed-forward layer whose experts select themselves."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vot_kernels.nn.mlp import SwiGLU
-from vot_kernels.ops.aoe import WEIGHTINGS, aoe
+from vot_kernels.ops.aoe import WEIGHTINGS, AoEAux, aoe
 from vot_kernels.ops.checks import check_choice, check_tensor
 
 
 class ExpertUsage(NamedTuple):
-    """How evenly a forward used the experts; tensors on its device, which nothing waited for.
+    """How evenly the experts were used.
 
     Attributes:
-        load: `[num_experts]`, share of the tokens that chose each expert; sums to `top_k`.
-        imbalance: scalar, the largest load over the mean load; 1 is balanced, num_experts / top_k the worst.
-        idle: int64 scalar, experts without a token.
+        imbalance: the largest load over the mean load; 1 is balanced, num_experts / top_k the worst.
+        idle: int64, experts without a token.
     """
 
-    load: Tensor
     imbalance: Tensor
     idle: Tensor
+
+
+@torch.no_grad()
+def expert_usage(load: Tensor) -> ExpertUsage:
+    """How evenly a load spreads over the experts; nothing waits for the device.
+
+    Args:
+        load: `[..., num_experts]`, the `load` of an `AoEAux`, or those of several layers or steps.
+
+    Returns:
+        Tensors of the shape `[...]` on the device of `load`.
+    """
+    return ExpertUsage(load.amax(-1) / load.mean(-1), (load == 0).sum(-1))
 
 
 def matched_hidden(dim: int, d_ffn: int, rank: int, multiple_of: int = 8) -> int:
@@ -38,9 +49,12 @@ class AutonomyOfExperts(nn.Module):
     """Σ over the top_k experts with the largest ‖x W_downᵢᵀ‖ of w_i · (SiLU(C_i W_upᵢᵀ) ⊙ x W_pᵢᵀ) W_oᵢ.
 
     Every expert starts with the same Frobenius norm of W_down, hence the same expected cache norm, so none
-    is favoured at first. After each forward, `balance_loss` (differentiable, unscaled; the paper adds 0.01
-    of it) and `last_load` (share of the tokens per expert) describe the selection. Adding the loss to the
-    objective makes every expert's W_down receive gradient; `update_selection_bias` balances without that.
+    is favoured at first. A forward leaves nothing behind on the module. With `return_aux=True` it also returns
+    what the selection did, and there are two ways to balance it, which may be combined:
+
+        y, aux = layer(x, return_aux=True)
+        loss = objective(y) + 0.01 * aux.balance_loss  # every expert's W_down receives gradient
+        layer.update_selection_bias(aux.load)  # no gradient involved; after the step
 
     A shared expert is an ordinary SwiGLU that every token passes and whose output is added unweighted. It
     has no say in the selection, and its parameters, `shared.*`, exist only where its width is not 0.
@@ -59,8 +73,6 @@ class AutonomyOfExperts(nn.Module):
 
     Attributes:
         selection_bias: float32 buffer `[num_experts]`, added to the norms for selection alone; saved.
-        last_load: `[num_experts]` of the last forward, or None before the first.
-        balance_loss: scalar of the last forward, or None before the first.
 
     Raises:
         ValueError: sizes or options that do not fit.
@@ -105,8 +117,6 @@ class AutonomyOfExperts(nn.Module):
         self.w_o = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.shared = SwiGLU(dim, shared_hidden) if shared_hidden else None
         self.register_buffer("selection_bias", torch.zeros(num_experts))
-        self.last_load: Tensor | None = None
-        self.balance_loss: Tensor | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -126,8 +136,13 @@ class AutonomyOfExperts(nn.Module):
         self.w_down.mul_(rank**0.5 / torch.linalg.vector_norm(self.w_down, dim=(1, 2), keepdim=True))
         self.selection_bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` to `[..., dim]`; under autocast in its dtype, the norms in float32 as always."""
+    def forward(self, x: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, AoEAux]:
+        """`[..., dim]` to `[..., dim]`; under autocast in its dtype, the norms in float32 as always.
+
+        Args:
+            x: `[..., dim]`.
+            return_aux: return (y, `AoEAux`), whose tensors have one row per token.
+        """
         dtype = x.dtype
         weights: list[Tensor] = [self.w_down, self.w_up, self.w_p, self.w_o]
         if torch.is_autocast_enabled(x.device.type):
@@ -146,48 +161,25 @@ class AutonomyOfExperts(nn.Module):
             return_aux=True,
             backend=self.backend,
         )
-        self.balance_loss = aux.balance_loss
-        self.last_load = aux.load
         y = y.view(x.shape)
-        return y if self.shared is None else y + self.shared(x)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What one forward left behind belongs to its graph, which can be neither copied nor pickled.
-        return self.__dict__ | {"balance_loss": None, "last_load": None}
+        y = y if self.shared is None else y + self.shared(x)
+        return (y, aux) if return_aux else y
 
     @torch.no_grad()
-    def usage(self) -> ExpertUsage:
-        """How evenly the last forward used the experts.
-
-        Raises:
-            RuntimeError: nothing was forwarded yet.
-        """
-        load = self._load_of_last_forward("usage")
-        return ExpertUsage(load, load.max() / load.mean(), (load == 0).sum())
-
-    @torch.no_grad()
-    def update_selection_bias(self, load: Tensor | None = None) -> None:
+    def update_selection_bias(self, load: Tensor) -> None:
         """Raise the bias of experts below the mean load by `bias_rate`, lower it above; once per step.
 
         No gradient is involved: the bias changes who is selected, never the mixing weights.
 
         Args:
-            load: `[num_experts]`, where a step has several forwards or ranks: the mean of their `last_load`;
-                None is that of the last forward. All ranks must be given the same.
+            load: `[num_experts]`, the `load` of the step's `AoEAux`; where a step has several forwards or ranks,
+                the mean of theirs. All ranks must be given the same.
 
         Raises:
             ValueError: a load of another shape.
-            RuntimeError: no load is given and nothing was forwarded yet.
         """
-        if load is None:
-            load = self._load_of_last_forward("update_selection_bias")
         check_tensor("load", load, [self.w_down.shape[0]])
         self.selection_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_rate)
-
-    def _load_of_last_forward(self, caller: str) -> Tensor:
-        if self.last_load is None:
-            raise RuntimeError(f"{caller} needs the load of a forward pass, and none has run yet.")
-        return self.last_load
 
     def extra_repr(self) -> str:
         experts, rank, dim = self.w_down.shape

@@ -1,4 +1,4 @@
-"""Multi-head linear attention, the ablation of `HybridAttention` without its softmax part."""
+"""Multi-head self-attention over packed tokens on the linear attention op."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from vot_kernels.nn.hybrid_attention import HybridAttention
-from vot_kernels.ops.checks import check_choice
+from vot_kernels.nn.attention_projections import AttentionProjections, Rotary
+from vot_kernels.ops.attention_options import FEATURE_MAPS, TOKEN_CAUSAL_MODES, Causal
+from vot_kernels.ops.checks import check_causal, check_choice
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 
 DECAYS = (None, "fixed", "learned")
 
 
-class LinearAttention(HybridAttention):
-    """`HybridAttention` whose every token is far: normalised linear attention over the whole segment.
+class LinearAttention(AttentionProjections):
+    """Projections, query-key norm and rotary around `linear_attention`, with a decay per head if wanted.
+
+    It is the ablation of `HybridAttention` in which every token of the segment is far.
 
     Args:
-        dim, num_heads: as there, and so are the other options but for `window` and `beta_init`, which have no
-            meaning here.
+        dim: width of the tokens.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None is as many.
+        head_dim: None is dim / num_heads.
+        causal: None or "token"; False is None and True is "token".
+        feature_map: "softmax", "elu" or "relu".
         decay: None, "fixed" or "learned": a token n places back weighs decay_h ** n times as much in head h. Needs
             causal="token".
         decay_init: the decay of each head, from 0 to 1 but not 0, and not 1 if it is learned; default
             1 - 2 ** -(5 + h) of head h, those of retention (Sun et al., 2023, section 2.2).
+        qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
+        bias: biases in the projections.
+        rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
+        backend: of the op.
 
     Attributes:
         decay_logit: `[num_heads]`, the decay is its sigmoid: a parameter if learned, a saved buffer if fixed, else
@@ -40,23 +51,45 @@ class LinearAttention(HybridAttention):
         dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        causal: Causal = None,
+        feature_map: str = "softmax",
         decay: str | None = None,
         decay_init: Sequence[float] | None = None,
-        **options: object,
+        qk_norm: bool = True,
+        bias: bool = False,
+        rotary: Rotary | None = None,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, window=None, **options)  # type: ignore[arg-type]
+        super().__init__(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            qk_norm=qk_norm,
+            bias=bias,
+            rotary=rotary,
+        )
+        self.causal = check_causal(causal, TOKEN_CAUSAL_MODES)
+        check_choice("feature_map", feature_map, FEATURE_MAPS)
         check_choice("decay", decay, DECAYS)
         if decay is not None and self.causal != "token":
             raise ValueError(f'decay={decay!r} needs causal="token", got causal={self.causal!r}.')
         if decay is None and decay_init is not None:
             raise ValueError('decay_init needs decay="fixed" or "learned", got decay=None.')
-        self.decay = decay
-        logit = None if decay is None else _decay_logit(num_heads, decay_init, decay == "learned")
+        self.feature_map, self.backend, self.decay, self.decay_init = feature_map, backend, decay, decay_init
         if decay == "learned":
-            assert logit is not None
-            self.decay_logit = nn.Parameter(logit)
+            self.decay_logit = nn.Parameter(torch.empty(num_heads))
         else:
-            self.register_buffer("decay_logit", logit)
+            self.register_buffer("decay_logit", None if decay is None else torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The decays back to `decay_init`; the projections and norms have a `reset_parameters` of their own."""
+        if self.decay_logit is not None:
+            self.decay_logit.copy_(_decay_logit(self.num_heads, self.decay_init, self.decay == "learned"))
 
     @property
     def log_decay(self) -> Tensor | None:
@@ -67,7 +100,7 @@ class LinearAttention(HybridAttention):
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """Tokens `[tokens, dim]` to `[tokens, dim]`."""
-        q, k, v = self._project(x, layout)
+        q, k, v = self.project(x, layout)
         out = linear_attention(
             q,
             k,
@@ -82,15 +115,20 @@ class LinearAttention(HybridAttention):
 
     def extra_repr(self) -> str:
         """The options of the op."""
-        return f"{super().extra_repr()}, decay={self.decay!r}"
+        return (
+            f"{super().extra_repr()}, causal={self.causal!r}, feature_map={self.feature_map!r}, "
+            f"decay={self.decay!r}"
+        )
 
 
 def _decay_logit(heads: int, decays: Sequence[float] | None, learned: bool) -> Tensor:
-    """Logits of the given decays, or of the default ones, in the default dtype."""
+    """Logits of the given decays, or of the default ones, in float64 on the CPU."""
     if decays is None:
-        bits = torch.arange(5, 5 + heads, dtype=torch.float64).clamp_(max=40)  # farther is 1 in any case
-        return (2**bits - 1).log().to(torch.get_default_dtype())
-    given = torch.as_tensor(decays, dtype=torch.float64)
+        bits = torch.arange(5, 5 + heads, dtype=torch.float64, device="cpu").clamp_(
+            max=40
+        )  # beyond, 1 in any case
+        return (2**bits - 1).log()
+    given = torch.as_tensor(decays, dtype=torch.float64, device="cpu")
     if given.shape != (heads,):
         raise ValueError(
             f"decay_init must have {heads} numbers, one per head, got shape {list(given.shape)}."
@@ -99,4 +137,4 @@ def _decay_logit(heads: int, decays: Sequence[float] | None, learned: bool) -> T
     if not inside.all():
         limit = "below 1, for it is learned" if learned else "at most 1"
         raise ValueError(f"decay_init must be above 0 and {limit}, got {given[~inside][0].item():g}.")
-    return given.logit().to(torch.get_default_dtype())
+    return given.logit()

@@ -10,20 +10,23 @@ class PackedAttentionPooling(nn.Module):
     """Attention pooling per segment: a learned query per head weighs the tokens of each segment.
 
     Args:
-        width: of the tokens and of the pooled vector; a multiple of `heads`.
-        heads: independent weightings, each pooling its share of the values.
+        dim: width of the tokens and of the pooled vector; a multiple of `num_heads`.
+        num_heads: independent weightings, each pooling its share of the values.
+
+    Raises:
+        ValueError: sizes that do not divide.
     """
 
-    def __init__(self, width: int, heads: int = 4):
+    def __init__(self, dim: int, num_heads: int = 4) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} must be a multiple of {heads} heads.")
-        self.score = nn.Linear(width, heads, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}.")
+        self.score = nn.Linear(dim, num_heads, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, width]` to `[segments, width]`; an empty segment pools to zero."""
+        """`[tokens, dim]` to `[segments, dim]`; an empty segment pools to zero."""
         owner = layout.token_segments
         x = x[: layout.num_tokens]
         score = self.score(x).float()

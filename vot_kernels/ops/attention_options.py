@@ -5,6 +5,8 @@ This file lies below the references and the backends alike, so that the referenc
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CAUSAL_MODES = (None, "group", "token")
+TOKEN_CAUSAL_MODES = (None, "token")  # where groups play no part
+Causal = bool | str | None
 
 Window = int | tuple[int, int] | None
 

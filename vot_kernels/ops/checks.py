@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.attention_options import FEATURE_MAPS
+from vot_kernels.ops.attention_options import FEATURE_MAPS, Causal
 from vot_kernels.packing import PackedLayout
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -15,6 +15,14 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
     if not any(value is option or value == option for option in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_causal(causal: Causal, modes: Sequence[str | None]) -> str | None:
+    """`causal` is one of `modes` or a bool; True is "token" and False is None, and so it is returned."""
+    check_choice("causal", causal, (*modes, False, True))
+    if isinstance(causal, str) or causal is None:
+        return causal
+    return "token" if causal else None
 
 
 def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:

@@ -1,11 +1,13 @@
 """Which backend serves an op: capability as data, each refusal a readable sentence.
 
-One predicate per (op, backend) answers dispatch, error messages and `vot_kernels.info` alike. A kernel is
+One predicate per (function, backend) answers dispatch, error messages and `vot_kernels.info` alike. A kernel is
 added by putting its predicate into `CAPABILITIES`, and nothing else changes here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,6 +27,13 @@ OPS = (
     "size_aware_embedding",
     "pack_patches",
 )
+
+# Every public function, and the folder of `vot_kernels/ops` that it is in.
+FUNCTIONS = {op: op for op in OPS} | {
+    "hybrid_attention_step": "hybrid_attention",
+    "flash_attn_func": "flash_attention",
+    "flash_attn_varlen_func": "flash_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -78,11 +87,22 @@ def _attention_kernel(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
+    return ['the reference of all steps together is hybrid_attention(causal="group")']
+
+
 CAPABILITIES: dict[str, dict[str, Predicate]] = {
-    op: {"triton": _no_kernel, "torch": _floating, "reference": _floating} for op in OPS
+    name: {"triton": _no_kernel, "torch": _floating, "reference": _floating} for name in FUNCTIONS
 }
-for _op in ("hybrid_attention", "packed_attention", "linear_attention"):
+for _op in (
+    "hybrid_attention",
+    "packed_attention",
+    "linear_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+):
     CAPABILITIES[_op]["triton"] = _attention_kernel
+CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
 
@@ -91,7 +111,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
     """The backend that serves `op` for inputs like `tensor`.
 
     Args:
-        op: a name of `OPS`.
+        op: a name of `FUNCTIONS`.
         backend: a name of `BACKENDS`, or "auto" for the first that accepts the inputs; "auto" never picks
             the interpreter of Triton, which is for tests.
         tensor: the op's main input; its device, dtype and last dimension decide.
@@ -117,10 +137,15 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
     raise ValueError(f"No backend can serve {op} for these inputs: {', '.join(refusals)}.")
 
 
+def load(op: str, backend: str) -> ModuleType:
+    """The module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`, imported on first use."""
+    return import_module(f"vot_kernels.ops.{op}.{backend}")
+
+
 def describe_backends(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, list[str]]]:
-    """Per op and backend, why it cannot serve such inputs; an empty list means that it can.
+    """Per public function and backend, why it cannot serve such inputs; an empty list means that it can.
 
     Backends stand in order of preference, so "auto" uses the first with an empty list (on CPU tensors: after
     "triton").
@@ -129,4 +154,4 @@ def describe_backends(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = Inputs(torch.device(device), dtype)
-    return {op: {name: CAPABILITIES[op][name](inputs) for name in BACKENDS} for op in OPS}
+    return {op: {name: CAPABILITIES[op][name](inputs) for name in BACKENDS} for op in FUNCTIONS}

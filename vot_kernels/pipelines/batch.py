@@ -2,51 +2,47 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
+from vot_kernels.files import append_json_lines, read_json_lines
+from vot_kernels.pipelines.progress import track
+from vot_kernels.pipelines.sampling import Sampling
 
-from vot_kernels.pipelines.video_qa import Sampling, VideoQA
+if TYPE_CHECKING:
+    from vot_kernels.pipelines.video_qa import VideoQA
 
 
 def answer_batch(
-    video_qa: VideoQA,
+    video_qa: "VideoQA",
     questions: str | os.PathLike[str],
     out: str | os.PathLike[str],
     sampling: Sampling | None = None,
 ) -> tuple[int, int]:
     """Answer every line of `questions` and append one line each to `out`.
 
-    A line is an object with "video" (a path, relative to the file's folder if not absolute), "question", and
-    optionally "candidates" (a list) and "id" (by default the line's number). A question whose id already
-    stands in `out` is skipped, so an interrupted run goes on; a half-written last line is dropped first.
+    See `read_questions` for a line. A question whose id is already in `out` is skipped, so that the same call
+    resumes an interrupted run; a half-written last line is dropped first.
     A video that cannot be read gets a line with "error" instead of an answer.
 
     Returns:
         (answered now, skipped).
 
     Raises:
-        ValueError: a line that is not such an object, or two lines with one id; nothing is answered then.
+        ValueError: `read_questions` refuses a line, or `out` holds something else; nothing is answered then.
     """
     source, target = Path(questions), Path(out)
-    items = list(_read_questions(source))
+    items = read_questions(source)
     done = _finished(target)
     todo = [item for item in items if item["id"] not in done]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "a", encoding="utf-8") as lines:
-        for item in track(todo, description=source.name, disable=not todo):
-            lines.write(
-                json.dumps(_answer(video_qa, item, source.parent, sampling), ensure_ascii=False) + "\n"
-            )
-            lines.flush()
-            os.fsync(lines.fileno())
+    with append_json_lines(target) as append:
+        for item in track(todo, source.name, shown=bool(todo)):
+            append(_answer(video_qa, item, source.parent, sampling))
     return len(todo), len(items) - len(todo)
 
 
 def _answer(
-    video_qa: VideoQA, item: dict[str, Any], folder: Path, sampling: Sampling | None
+    video_qa: "VideoQA", item: dict[str, Any], folder: Path, sampling: Sampling | None
 ) -> dict[str, Any]:
     try:
         result = video_qa.ask(folder / item["video"], item["question"], item.get("candidates"), sampling)
@@ -55,7 +51,16 @@ def _answer(
     return {"id": item["id"], "video": item["video"], **result.answer.to_dict()}
 
 
-def _read_questions(path: Path) -> Iterator[dict[str, Any]]:
+def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The questions of a JSONL file, each with an "id".
+
+    A line is an object with "video" (a path, relative to the file's folder if not absolute), "question", and
+    optionally "candidates" (a list) and "id" (by default the line's number).
+
+    Raises:
+        ValueError: a line is not such an object, or two lines have the same id.
+    """
+    items: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -64,11 +69,11 @@ def _read_questions(path: Path) -> Iterator[dict[str, Any]]:
             item = _parse(line, f"{path}, line {number}")
             item["id"] = str(item.get("id", number))
             if item["id"] in seen:
-                raise ValueError(
-                    f'{path}: the id "{item["id"]}" stands in the lines {seen[item["id"]]} and {number}.'
-                )
+                lines_ = f"{seen[item['id']]} and {number}"
+                raise ValueError(f'{path}: an id must be unique, got "{item["id"]}" in the lines {lines_}.')
             seen[item["id"]] = number
-            yield item
+            items.append(item)
+    return items
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -87,15 +92,8 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> set[str]:
-    """Ids already answered; a last line that a killed run left half-written is cut off."""
-    if not path.exists():
-        return set()
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+    """Ids that are already answered."""
     try:
-        return {str(json.loads(line)["id"]) for line in whole.splitlines() if line.strip()}
+        return {str(row["id"]) for row in read_json_lines(path)}
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f'{path} exists and is not a JSONL of answers with an "id" each.') from None

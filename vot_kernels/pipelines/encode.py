@@ -4,17 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from rich.progress import track
-from safetensors.torch import save_file
-from torch import Tensor
-
 from vot_kernels.files import atomic_write
-from vot_kernels.models.perception.reading import sampled_fps
-from vot_kernels.pipelines.video_qa import Sampling, load_perception, sample_video
+from vot_kernels.pipelines.progress import track
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
 
 
-@torch.no_grad()
 def encode_videos(
     paths: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
@@ -25,20 +19,31 @@ def encode_videos(
 
     The file holds, for the n-th input, `n.pooled` `[hidden_size]`, `n.tokens` `[tokens, hidden_size]`,
     `n.grid_thw` int64 `[3]` and `n.times_s` float64 `[frames]`; its metadata maps n to the path.
-    Returns one line a file that says what was looked at.
+
+    Returns:
+        One line per file, which describes the clip and counts its tokens.
     """
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {Path(out).name!r}.")
-    model, processor = load_perception(checkpoint)
+    fps = checkpoint_fps(checkpoint)
     clips = [
-        sample_video(path, sampling or Sampling(), model.config.fps)
-        for path in track(paths, description="Decoding", disable=len(paths) < 2)
+        sample_video(path, sampling or Sampling(), fps)
+        for path in track(paths, "Decoding", shown=len(paths) > 1)
     ]
+    # Imported after decoding, because they take seconds and a bad file should be reported at once.
+    import torch
+    from safetensors.torch import save_file
+
+    from vot_kernels.models.perception.reading import sampled_fps
+    from vot_kernels.pipelines.video_qa import load_perception
+
+    model, processor = load_perception(checkpoint)
     rates = [sampled_fps(clip.times) for clip in clips]
     inputs = processor([clip.frames for clip in clips], fps=rates)
-    seen = model.encoder(**inputs)
+    with torch.no_grad():
+        seen = model.encoder(**inputs)
     counts = inputs["image_grid_thw"].prod(1).tolist()
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for n, tokens in enumerate(seen.last_hidden_state.split(counts)):
         tensors[f"{n}.pooled"] = seen.pooler_output[n].clone()
         tensors[f"{n}.tokens"] = tokens.clone()

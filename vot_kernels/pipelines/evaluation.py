@@ -7,15 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS
 from vot_kernels.data.digitworld.rules import answer_by_rules
-from vot_kernels.files import atomic_write
+from vot_kernels.files import append_json_lines, atomic_write, read_json_lines
 from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
 from vot_kernels.reasoning.llm import LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
@@ -42,8 +41,8 @@ def evaluate_digitworld(
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
-    Answers are appended to `out` with the suffix .rows.jsonl as they come, and an interrupted run goes on
-    from there. "Language model direct" reads the whole graph and takes the likeliest candidate. "Before
+    Each answer is appended at once to `out` with the suffix .rows.jsonl, from which an interrupted run is
+    resumed. "Language model direct" reads the whole graph and takes the likeliest candidate. "Before
     verification" shows what step 5 fixed and broke.
 
     Returns:
@@ -64,22 +63,14 @@ def evaluate_digitworld(
     }
     rows_file = target.with_suffix(".rows.jsonl")
     rows = _read_rows(rows_file, settings)
-    rows_file.parent.mkdir(parents=True, exist_ok=True)
-    with open(rows_file, "a", encoding="utf-8") as file:
+    with append_json_lines(rows_file) as append:
         if not rows_file.stat().st_size:
-            file.write(json.dumps({"settings": settings}) + "\n")
-        for item in track(asked[len(rows) :], description="Asking", total=videos, completed=len(rows)):
-            times = item.episode.times
-            (seen,) = detect(
-                perception,
-                processor,
-                [h264_roundtrip(item.episode.frames(), _CRF)],
-                [times],
-                item.episode.name,
-            )
+            append({"settings": settings})
+        for item in track(asked[len(rows) :], "Asking", done=len(rows)):
+            frames = h264_roundtrip(item.episode.frames(), _CRF)
+            (seen,) = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
             rows.append(_answer(model, item, seen))
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
+            append(rows[-1])
     result = {"settings": settings, **_summarise(asked, rows, seed)}
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -120,7 +111,7 @@ def _answer(model: LanguageModel, item: AskedEpisode, seen: Detection) -> dict[s
         "confidence": vot.confidence,
         "in_domain": seen.in_domain,
         "seconds": {"vot": vot.seconds, "direct": direct.seconds},
-        "stsg": json.loads(seen.stsg.to_json()),
+        "stsg": seen.stsg.to_dict(),
     }
 
 
@@ -128,7 +119,7 @@ def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], se
     questions = [item.question for item in asked]
     answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in SYSTEMS}
     train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
-    graphs = [STSG.from_json(json.dumps(row["stsg"])) for row in rows]
+    graphs = [STSG.from_dict(row["stsg"]) for row in rows]
     blind = baseline_answers(train, questions, graphs, seed=seed)
     answers |= {name: blind[name] for name in BASELINES}
     right = {
@@ -147,15 +138,8 @@ def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], se
 
 
 def _read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier, interrupted run; a half-written last line is cut off."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
+    """Rows of an earlier, interrupted run."""
+    lines = read_json_lines(path)
     if lines and lines[0].get("settings") != settings:
         raise ValueError(
             f"{path} belongs to a run with other settings ({lines[0].get('settings')}); move it away."

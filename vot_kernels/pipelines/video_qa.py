@@ -1,6 +1,5 @@
 """From a video file and a question to an answer with evidence."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,50 +8,33 @@ from typing import Any
 
 import torch
 
-from vot_kernels.data.video import VideoClip, load_video
+from vot_kernels.data.video import VideoClip
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, EvidenceEvent, EvidenceRelation, Switches
 
-BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
-"""The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
-
-MAX_FRAMES = 32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames to look at. By default eight a second, but at most 32, then spread over the range.
-
-    fps: frames per second; num_frames: spread evenly instead; start, end: seconds.
-    """
-
-    fps: float | None = None
-    num_frames: int | None = None
-    start: float | None = None
-    end: float | None = None
-
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """An answer and what it was read from."""
+    """An answer, and the clip and the scene graph that it comes from."""
 
     answer: Answer
     clip: VideoClip
     detection: Detection
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer with its trace, what was looked at, and the scene graph, as plain data."""
+        """The answer with its trace, a description of the clip, and the scene graph, as plain data."""
         return {
             "video": os.fspath(self.clip.info.path),
             "looked_at": self.clip.info.describe(),
             **self.answer.to_dict(),
             "in_domain": self.detection.in_domain,
-            "stsg": json.loads(self.detection.stsg.to_json()),
+            "stsg": self.detection.stsg.to_dict(),
         }
 
     def evidence_lines(self, limit: int | None = None) -> list[str]:
@@ -92,7 +74,7 @@ def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
 
 
 class VideoQA:
-    """Sees a video with a perception checkpoint and reasons about it with a language model.
+    """Reads the scene graph of a video with a perception checkpoint, and reasons about it with a language model.
 
     Args:
         perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
@@ -111,28 +93,34 @@ class VideoQA:
         self.reasoning = VideoOfThought(llm, switches or Switches())
 
     def see(
-        self, path: str | os.PathLike[str], sampling: Sampling | None = None, progress: bool = False
+        self,
+        video: str | os.PathLike[str] | VideoClip,
+        sampling: Sampling | None = None,
+        progress: bool = False,
     ) -> tuple[VideoClip, Detection]:
-        """Decode a file and read its scene graph."""
-        clip = sample_video(path, sampling or Sampling(), self.perception.config.fps, progress)
-        source = f"{Path(path).name} seen by {self.perception.config.name_or_path or 'an unnamed checkpoint'}"
+        """Decode a file, unless it is a clip already, and read its scene graph."""
+        clip = video
+        if not isinstance(clip, VideoClip):
+            clip = sample_video(clip, sampling or Sampling(), self.perception.config.fps, progress)
+        checkpoint = self.perception.config.name_or_path or "an unnamed checkpoint"
+        source = f"{Path(clip.info.path).name} seen by {checkpoint}"
         (detection,) = detect(self.perception, self.processor, [clip.frames], [clip.times], source)
         return clip, detection
 
     def ask(
         self,
-        path: str | os.PathLike[str],
+        video: str | os.PathLike[str] | VideoClip,
         question: str,
         candidates: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         progress: bool = False,
     ) -> VideoAnswer:
-        """Answer a question about a file; without candidates the language model proposes them."""
-        clip, detection = self.see(path, sampling, progress)
+        """Answer a question about a file or a clip; without candidates the language model proposes them."""
+        clip, detection = self.see(video, sampling, progress)
         return VideoAnswer(self.answer(question, candidates, detection), clip, detection)
 
     def answer(self, question: str, candidates: Sequence[str] | None, detection: Detection) -> Answer:
-        """Answer a question about what was already seen."""
+        """Answer a question about a scene graph that was read before."""
         return self.reasoning.run(
             question, candidates, detection.stsg, domain_warning=domain_warning(detection)
         )
@@ -146,10 +134,7 @@ def load_perception(
     Raises:
         FileNotFoundError: the folder holds no checkpoint (config.json and model.safetensors).
     """
-    folder = Path(path) if path is not None else BUNDLED_CHECKPOINT
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
+    folder = checkpoint_folder(path)
     with quiet_transformers():
         model = VotPerceptionModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
@@ -161,20 +146,6 @@ def load_perception(
 def load_language_model(path: str | os.PathLike[str] | None = None) -> LanguageModel:
     """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
     return load_smollm2() if path is None else HFLanguageModel(path)
-
-
-def sample_video(
-    path: str | os.PathLike[str], sampling: Sampling, fps: float, progress: bool = False
-) -> VideoClip:
-    """Decode the frames that `sampling` asks for; by default `fps` a second, `MAX_FRAMES` at most."""
-    rate, count = sampling.fps, sampling.num_frames
-    if rate is None and count is None:
-        probe = load_video(path, num_frames=1, start=sampling.start, end=sampling.end)
-        seconds = (sampling.end or probe.info.duration_s) - (sampling.start or 0.0)
-        rate, count = (fps, None) if seconds * fps <= MAX_FRAMES else (None, MAX_FRAMES)
-    return load_video(
-        path, fps=rate, num_frames=count, start=sampling.start, end=sampling.end, progress=progress
-    )
 
 
 def domain_warning(detection: Detection) -> str | None:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from vot_kernels.extras import imports_for
+
 KEPT_PREFIXES = 2  # prompts with the video, and without it
-MISSING_EXTRA = "Language models need transformers: pip install 'vot-kernels[llm]'"
 
 
 class LanguageModelError(ValueError):
@@ -263,11 +264,9 @@ def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
         LanguageModelError: the folder is missing or does not hold a causal language model.
         ImportError: transformers is not installed.
     """
-    _check_folder(folder)
-    try:
+    check_model_folder(folder)
+    with imports_for("A language model", "llm"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ImportError(MISSING_EXTRA) from error
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet_transformers():
@@ -295,7 +294,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_folder(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
+    """Refuse, without importing anything, a folder that cannot hold a causal language model.
+
+    Raises:
+        LanguageModelError: it is missing, or has no config.json or no safetensors weights.
+    """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise LanguageModelError(

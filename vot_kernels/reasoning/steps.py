@@ -140,7 +140,7 @@ def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Trackin
 
 
 def _told(part: STSG, task: Task) -> STSG:
-    """What the model is told of `part`: less to read, and no relation that nobody asked about.
+    """The part of `part` that the model reads: shorter, and without relations that nobody asked about.
 
     A question about events or a direction is told the targets' own motion and the relations it names; any
     other question is told everything.

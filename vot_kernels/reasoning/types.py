@@ -19,13 +19,14 @@ DecidedBy = Literal["words", "likelihood", "both", "none"]
 
 @dataclass(frozen=True)
 class Switches:
-    """Which steps run. A step that is off passes on what is stated here, so that the rest still works.
+    """Which steps run. A step that is off still has an output, so that the later steps work.
 
-    task_definition: off = the kind is "open" and every tracklet is a target.
-    tracking: off = the whole graph is read instead of the part about the targets.
-    action_analysis: off = no analysis is written, none is read by the ranking.
-    ranking: off = candidates are ordered by likelihood alone, without the model's 1–10 words.
-    verification: off = the best candidate is the answer.
+    Attributes:
+        task_definition: if off, the kind is "open" and every tracklet is a target.
+        tracking: if off, the model reads the whole graph instead of the part about the targets.
+        action_analysis: if off, no analysis is written, and the ranking reads none.
+        ranking: if off, candidates are ordered by likelihood alone, without the model's 1–10 ratings.
+        verification: if off, the best candidate is the answer.
     """
 
     task_definition: bool = True
@@ -42,7 +43,13 @@ class Switches:
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One request to the language model: "generate" with its reply, or "score" with its numbers."""
+    """One request to the language model.
+
+    Attributes:
+        purpose: what it is for.
+        prompt: the text that the model reads.
+        output: its reply, or the scores of the continuations.
+    """
 
     purpose: str
     prompt: str
@@ -51,10 +58,14 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class Task:
-    """Step 1. What is asked and about which tracklets (ids).
+    """Step 1: what the question asks, and about which tracklets.
 
-    kind_by, targets_by: "question" (its own words), "model" (the language model's words), "both" (they
-    agree), "all" (nobody named any: every tracklet is a target) or "default".
+    Attributes:
+        question: its text.
+        kind: the kind of question.
+        targets: ids of the tracklets it is about.
+        kind_by, targets_by: who decided: "question" (its wording), "model" (the language model), "both" (they
+            agree), "all" (neither named any, so every tracklet is a target) or "default".
     """
 
     question: str
@@ -66,7 +77,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Step 2. The part of the graph that concerns the targets, and the text the model reads it as."""
+    """Step 2: the part of the graph that concerns the targets.
+
+    Attributes:
+        graph: that part.
+        text: the form in which the model reads it.
+    """
 
     graph: STSG
     text: str
@@ -74,18 +90,26 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Step 3. What happens and why, in the model's words; empty when off or when nothing usable came."""
+    """Step 3: what happens and why.
+
+    Attributes:
+        text: the model's words; empty if the step is off or the reply was unusable.
+    """
 
     text: str = ""
 
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """Step 4, one candidate. `score` is its share in [0, 1] of the combined distribution.
+    """Step 4: one candidate.
 
-    words: the model's rating 1–10, None when it gave none.
-    likelihood: mean log-likelihood per token given graph and question (nats), None if the model cannot score.
-    prior: the same without the graph.
+    Attributes:
+        text: the candidate answer.
+        score: its share, in [0, 1], of the combined distribution.
+        words: the model's rating from 1 to 10, None if it gave none.
+        likelihood: mean log-likelihood per token given graph and question, in nats; None if the model cannot
+            score.
+        prior: the same without the graph.
     """
 
     text: str
@@ -97,7 +121,13 @@ class ScoredCandidate:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Step 4. Candidates, best first; which of the model's two voices decided; where candidates came from."""
+    """Step 4: the candidates in order.
+
+    Attributes:
+        candidates: best first.
+        decided_by: which of the model's two ratings decided.
+        candidates_from: "given" by the caller or "proposed" by the model.
+    """
 
     candidates: tuple[ScoredCandidate, ...]
     decided_by: DecidedBy
@@ -110,7 +140,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class GroundingCheck:
-    """Step 5. Does the graph bear out one candidate, and why."""
+    """Step 5: whether the graph supports one candidate.
+
+    Attributes:
+        candidate: the candidate answer.
+        verdict: the result.
+        reason: why.
+    """
 
     candidate: str
     verdict: Verdict
@@ -119,11 +155,14 @@ class GroundingCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """Step 5. What became of the best candidate.
+    """Step 5: whether the best candidate is kept.
 
-    outcome: "kept", "revised" (another candidate took its place), "abstained" or "off".
-    before, after: the candidate before and after; None where there is none.
-    commonsense: does the model see the answer agree with step 3; "not asked" when there is no analysis.
+    Attributes:
+        outcome: "kept", "revised" (another candidate replaced it), "abstained" or "off".
+        before, after: the candidate before and after; None if there is none.
+        checks: of the candidates against the graph.
+        commonsense: whether the model thinks that the answer agrees with step 3; "not asked" if there is no
+            analysis.
     """
 
     outcome: Outcome
@@ -135,7 +174,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step as it ran: its typed output, every call to the model, seconds taken."""
+    """One step as it ran.
+
+    Attributes:
+        name: of the step.
+        ran: False if it was off.
+        output: its typed output.
+        calls: every call to the model.
+        seconds: how long it took.
+    """
 
     name: str
     ran: bool
@@ -146,7 +193,14 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class EvidenceBox:
-    """Where a target is: box in fractions of the frame, time in seconds."""
+    """Where a target is in one frame.
+
+    Attributes:
+        id, name: of the tracklet.
+        frame, time_s: number of the frame, and its time in seconds.
+        box: in fractions of the frame.
+        score: confidence in [0, 1].
+    """
 
     id: str
     name: str
@@ -158,7 +212,13 @@ class EvidenceBox:
 
 @dataclass(frozen=True)
 class EvidenceRelation:
-    """`subject predicate object` (display names) from start_s to end_s, seconds."""
+    """`subject predicate object` over a stretch of time.
+
+    Attributes:
+        subject, predicate, object: display names; object equals subject in a unary relation.
+        start_s, end_s: seconds.
+        score: confidence in [0, 1].
+    """
 
     subject: str
     predicate: str
@@ -170,7 +230,14 @@ class EvidenceRelation:
 
 @dataclass(frozen=True)
 class EvidenceEvent:
-    """Something that happened to the participants (display names) at time_s, seconds."""
+    """Something that happened.
+
+    Attributes:
+        kind: such as "hits".
+        participants: display names, the actor first.
+        frame, time_s: number of the frame, and its time in seconds.
+        score: confidence in [0, 1].
+    """
 
     kind: str
     participants: tuple[str, ...]
@@ -181,7 +248,12 @@ class EvidenceEvent:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What in the video the answer rests on. `times_s`: events, first and last sight."""
+    """The parts of the video that the answer rests on.
+
+    Attributes:
+        times_s: seconds of the events, and of where the targets are first and last seen.
+        boxes, relations, events: of the targets.
+    """
 
     times_s: tuple[float, ...] = ()
     boxes: tuple[EvidenceBox, ...] = ()
@@ -193,10 +265,20 @@ class Evidence:
 class Answer:
     """The answer to one question.
 
-    text: what to tell the user. choice: the candidate chosen, None after abstaining.
-    choice_before: the candidate before verification; shows what verification fixed and what it broke.
-    confidence: in [0, 1], not calibrated; `vot_kernels.reasoning.verification.confidence` defines it.
-    warning: why the clip may be outside what the perception model knows, else None.
+    Attributes:
+        question: its text.
+        text: the answer for the user.
+        choice: the candidate that was chosen, None after abstaining.
+        choice_before: the candidate before verification; shows what verification fixed and what it broke.
+        confidence: in [0, 1], not calibrated; `vot_kernels.reasoning.verification.confidence` defines it.
+        decided_by: which of the model's two ratings decided.
+        verification: outcome of step 5.
+        evidence: the parts of the video that the answer rests on.
+        trace: the steps as they ran.
+        candidates: the answers that were given to choose from, if any.
+        warning: why the clip may be outside what the perception model knows, else None.
+        model: name of the language model.
+        switches: which steps ran.
     """
 
     question: str

@@ -23,7 +23,7 @@ from vot_kernels.scene_graph.relations import (
     geometric_relations,
     with_geometric_relations,
 )
-from vot_kernels.scene_graph.serialization import STSGFormatError, from_json, to_json
+from vot_kernels.scene_graph.serialization import STSGFormatError, from_dict, from_json, to_dict, to_json
 from vot_kernels.scene_graph.text import ISSUE_KINDS, ParseIssue, from_text, to_text
 
 __all__ = [
@@ -43,9 +43,11 @@ __all__ = [
     "Threshold",
     "Tracklet",
     "Vocabulary",
+    "from_dict",
     "from_json",
     "from_text",
     "geometric_relations",
+    "to_dict",
     "to_json",
     "to_text",
     "with_geometric_relations",

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -52,8 +52,11 @@ class Box(NamedTuple):
 class Tracklet:
     """One object followed over frames.
 
-    id: "o1", "o2", …; label: its class; attributes: words that go before the label in its name.
-    boxes: frame index -> (box, score); kept sorted by frame, given as any mapping with anything box-like.
+    Attributes:
+        id: "o1", "o2", …
+        label: its class.
+        attributes: words that go before the label in its name.
+        boxes: frame index -> (box, score), sorted by frame; any mapping to anything box-like may be given.
     """
 
     id: str
@@ -105,9 +108,13 @@ class Tracklet:
 
 @dataclass(frozen=True)
 class Relation:
-    """`subject predicate object` over the frames t0 … t1, both inclusive.
+    """`subject predicate object` over a range of frames. A unary relation has object == subject.
 
-    A unary relation ("moves left") has object == subject.
+    Attributes:
+        subject, object: track ids.
+        predicate: a word of the vocabulary, such as "left of".
+        t0, t1: first and last frame, both inclusive.
+        score: confidence in [0, 1].
     """
 
     subject: str
@@ -123,7 +130,14 @@ class Relation:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens at frame `t` to the participants (track ids, in order: the actor first)."""
+    """Something that happens in one frame.
+
+    Attributes:
+        kind: a word of the vocabulary, such as "hits".
+        t: the frame.
+        participants: track ids, the actor first.
+        score: confidence in [0, 1].
+    """
 
     kind: str
     t: int
@@ -155,7 +169,7 @@ class Vocabulary:
         for part in ("labels", "attributes", "predicates", "events"):
             words = getattr(self, part)
             if isinstance(words, str):
-                raise TypeError(f"Vocabulary.{part} is a sequence of words, not the string {words!r}.")
+                raise TypeError(f"Vocabulary.{part} must be a sequence of words, got the string {words!r}.")
             object.__setattr__(self, part, tuple(words))
 
 
@@ -180,7 +194,13 @@ class CorefEdge(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneFrame:
-    """One frame of the graph: who is there, which relations hold, which events happen."""
+    """One frame of the graph.
+
+    Attributes:
+        index, time_s: number of the frame, and its time in seconds.
+        nodes: the tracklets that are present.
+        relations, events: those that hold or happen in this frame.
+    """
 
     index: int
     time_s: float
@@ -193,18 +213,19 @@ class SceneFrame:
 class PackedGraph:
     """All frames' nodes in one row, ready for the graph transformer. Nodes are sorted by frame.
 
-    lengths       int64   [frames]            nodes per frame, zeros allowed
-    track         int64   [nodes]             index in `STSG.tracklets`
-    label         int64   [nodes]             index in `vocabulary.labels`; `len(labels)` for any other label
-    attributes    float32 [nodes, attributes] 1 where the attribute is present
-    boxes         float32 [nodes, 4]          x1, y1, x2, y2 in fractions of the frame
-    scores        float32 [nodes]
-    edges         int64   [edges, 3]          subject node, object node, type; both ends in the same frame
-    edge_scores   float32 [edges]
-    coref         int64   [links, 2]          node and the same tracklet's next node
-    num_tracks    int                         tracklets, those without nodes included
-
     Edge types are the vocabulary's predicates, then its events. A unary relation or event is a loop.
+
+    Attributes:
+        lengths: int64 `[frames]`, nodes per frame, zeros allowed.
+        track: int64 `[nodes]`, index in `STSG.tracklets`.
+        label: int64 `[nodes]`, index in `vocabulary.labels`; `len(labels)` for any other label.
+        attributes: float32 `[nodes, attributes]`, 1 where the attribute is present.
+        boxes: float32 `[nodes, 4]`, x1, y1, x2, y2 in fractions of the frame.
+        scores: float32 `[nodes]`.
+        edges: int64 `[edges, 3]`, subject node, object node, type; both ends are in the same frame.
+        edge_scores: float32 `[edges]`.
+        coref: int64 `[links, 2]`, a node and the same tracklet's next node.
+        num_tracks: number of tracklets, including those without nodes.
     """
 
     lengths: np.ndarray
@@ -221,7 +242,14 @@ class PackedGraph:
 
 @dataclass(frozen=True)
 class STSG:
-    """A video as a graph: tracklets, relations and events over frames taken at `frame_times_s` (seconds)."""
+    """A video as a graph.
+
+    Attributes:
+        frame_times_s: time of each frame, in seconds.
+        tracklets, relations, events: what the graph consists of.
+        vocabulary: the words it may use.
+        source: where the graph comes from, for people.
+    """
 
     frame_times_s: tuple[float, ...]
     tracklets: tuple[Tracklet, ...] = ()
@@ -320,20 +348,33 @@ class STSG:
     def from_text(
         text: str, vocabulary: Vocabulary | None = None, frame_times_s: Sequence[float] | None = None
     ) -> tuple[STSG, list[ParseIssue]]:
-        """Read the text form, as a language model may have written it; see `…stsg.text.from_text`."""
+        """Read the text form, as a language model may have written it; see `vot_kernels.scene_graph.text.from_text`."""
         from vot_kernels.scene_graph.text import from_text
 
         return from_text(text, vocabulary, frame_times_s)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The graph as plain data; see `vot_kernels.scene_graph.serialization`."""
+        from vot_kernels.scene_graph.serialization import to_dict
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(document: Any) -> STSG:
+        """Read what `to_dict` returned; see `vot_kernels.scene_graph.serialization.from_dict`."""
+        from vot_kernels.scene_graph.serialization import from_dict
+
+        return from_dict(document)
+
     def to_json(self, *, indent: int | None = None) -> str:
-        """The lossless JSON form; see `vot_kernels.scene_graph.serialization.to_json`."""
+        """`to_dict` as JSON; see `vot_kernels.scene_graph.serialization.to_json`."""
         from vot_kernels.scene_graph.serialization import to_json
 
         return to_json(self, indent=indent)
 
     @staticmethod
     def from_json(text: str | bytes) -> STSG:
-        """Read the JSON form; see `vot_kernels.scene_graph.serialization.from_json`."""
+        """Read what `to_json` printed; see `vot_kernels.scene_graph.serialization.from_json`."""
         from vot_kernels.scene_graph.serialization import from_json
 
         return from_json(text)

@@ -30,23 +30,25 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not self.off <= self.on:
-            raise ValueError(f"Threshold(on={self.on}, off={self.off}) was given; off is at most on.")
+            raise ValueError(f"Threshold.off must be at most on, got off={self.off} and on={self.on}.")
 
 
 @dataclass(frozen=True)
 class RelationRules:
     """When geometric relations hold.
 
-    direction: gap between the two boxes along the axis, in units of their mean extent along it. 0: they just
-        part; -1: their centres are level. Both axes count on their own: left of *and* above is possible.
-    nearness: minus the distance between the two boxes, in units of their mean size (root of the area).
-    motion: speed along the axis, fractions of the frame per second.
-    approach: the smaller of two speeds, fractions of the frame per second: how fast the distance between the
-        centres shrinks, and how fast the subject moves towards the object. Who stands still is approached
-        but does not approach.
-    velocity_window: a velocity is the least-squares slope over this many known frames before and after.
-    min_duration: frames from the first to the last of an interval, both counted.
-    max_gap: an interval ends where the next frame that shows both objects is further away than this.
+    Attributes:
+        direction: gap between the two boxes along the axis, in units of their mean extent along it. 0: they
+            just part; -1: their centres are level. Both axes count on their own: an object can be left of
+            *and* above another.
+        nearness: minus the distance between the two boxes, in units of their mean size (root of the area).
+        motion: speed along the axis, fractions of the frame per second.
+        approach: the smaller of two speeds, fractions of the frame per second: how fast the distance between
+            the centres shrinks, and how fast the subject moves towards the object. An object at rest is
+            approached but does not approach.
+        velocity_window: a velocity is the least-squares slope over this many known frames before and after.
+        min_duration: frames from the first to the last of an interval, both counted.
+        max_gap: an interval ends where the next frame that shows both objects is further away than this.
     """
 
     direction: Threshold = Threshold(on=0.0, off=-0.2)
@@ -60,7 +62,7 @@ class RelationRules:
     def __post_init__(self) -> None:
         for name in ("velocity_window", "min_duration", "max_gap"):
             if getattr(self, name) < 1:
-                raise ValueError(f"RelationRules.{name}={getattr(self, name)} was given; it is at least 1.")
+                raise ValueError(f"RelationRules.{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def geometric_relations(
@@ -94,7 +96,7 @@ def geometric_relations(
     unknown = [p for p in wanted if p not in GEOMETRIC_PREDICATES]
     if unknown:
         raise ValueError(
-            f"{unknown[0]!r} is not a geometric predicate; {', '.join(GEOMETRIC_PREDICATES)} are."
+            f"A geometric predicate must be one of {', '.join(GEOMETRIC_PREDICATES)}, got {unknown[0]!r}."
         )
     times = np.array(stsg.frame_times_s)
     tracks = [_Track.of(t, times, rules.velocity_window) for t in stsg.tracklets if t.boxes]

@@ -1,4 +1,4 @@
-"""The lossless JSON form of a scene graph.
+"""The lossless form of a scene graph as plain data, and as JSON.
 
     {"format": "vot-kernels/stsg", "version": 1, "source": "…", "frame_times_s": [0.0, 0.125],
      "vocabulary": {"labels": […], "attributes": […], "predicates": […], "events": […]},
@@ -37,56 +37,70 @@ _EVENT_KEYS = ("kind", "t", "participants", "score")
 
 
 class STSGFormatError(ValueError):
-    """A text is not the JSON form of a scene graph; the message says where and what is allowed."""
+    """Something is not the plain form of a scene graph; the message says where and what is allowed."""
 
 
-def to_json(stsg: STSG, *, indent: int | None = None) -> str:
-    """Print the JSON form on one line, or indented.
-
-    Raises:
-        ValueError: the graph holds NaN or infinity, which JSON has no number for.
-    """
-    vocabulary = stsg.vocabulary
-    document = {
+def to_dict(stsg: STSG) -> dict[str, Any]:
+    """The graph as dicts, lists, strings and numbers."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "source": stsg.source,
-        "frame_times_s": stsg.frame_times_s,
-        "vocabulary": {key: getattr(vocabulary, key) for key in _VOCABULARY_KEYS},
+        "frame_times_s": list(stsg.frame_times_s),
+        "vocabulary": {key: list(getattr(stsg.vocabulary, key)) for key in _VOCABULARY_KEYS},
         "tracklets": [
             {
                 "id": t.id,
                 "label": t.label,
-                "attributes": t.attributes,
+                "attributes": list(t.attributes),
                 "boxes": [[k, *box, score] for k, (box, score) in t.boxes.items()],
             }
             for t in stsg.tracklets
         ],
         "relations": [{key: getattr(r, key) for key in _RELATION_KEYS} for r in stsg.relations],
-        "events": [{key: getattr(e, key) for key in _EVENT_KEYS} for e in stsg.events],
+        "events": [
+            {"kind": e.kind, "t": e.t, "participants": list(e.participants), "score": e.score}
+            for e in stsg.events
+        ],
     }
+
+
+def to_json(stsg: STSG, *, indent: int | None = None) -> str:
+    """Print `to_dict` as JSON, on one line or indented.
+
+    Raises:
+        ValueError: the graph holds NaN or infinity, which JSON has no number for.
+    """
     try:
-        return json.dumps(document, indent=indent, allow_nan=False)
+        return json.dumps(to_dict(stsg), indent=indent, allow_nan=False)
     except ValueError:
         raise ValueError("The graph holds NaN or infinity, which JSON has no number for.") from None
 
 
 def from_json(text: str | bytes) -> STSG:
-    """Read the JSON form. The content is checked for its types; `STSG.validate` checks what it says.
+    """Read what `to_json` printed.
 
     Raises:
-        STSGFormatError: no JSON, another format or version, a missing or unknown key, or a wrong type.
+        STSGFormatError: the text is not JSON, or `from_dict` refuses what it holds.
     """
     try:
         document = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise STSGFormatError(f"The text is not JSON: {error}.") from None
+    return from_dict(document)
+
+
+def from_dict(document: Any) -> STSG:
+    """Read what `to_dict` returned. The types are checked here; `STSG.validate` checks what the graph says.
+
+    Raises:
+        STSGFormatError: another format or version, a missing or unknown key, or a wrong type.
+    """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise STSGFormatError(f'The JSON is not a scene graph; that is an object with "format": "{FORMAT}".')
+        given = repr(document.get("format")) if isinstance(document, dict) else _kind(document)
+        raise STSGFormatError(f'A scene graph must be an object with "format": "{FORMAT}", got {given}.')
     if document.get("version") != VERSION:
-        raise STSGFormatError(
-            f"Version {document.get('version')!r} was given; version {VERSION} can be read."
-        )
+        raise STSGFormatError(f"version must be {VERSION}, got {document.get('version')!r}.")
     graph = _Reader(document, "graph", _GRAPH_KEYS)
     words = graph.reader("vocabulary", _VOCABULARY_KEYS)
     return STSG(
@@ -104,10 +118,10 @@ def _tracklet(reader: "_Reader") -> Tracklet:
     for i, entry in enumerate(reader.list("boxes")):
         where = f"{reader.where}.boxes[{i}]"
         if not isinstance(entry, list) or len(entry) != 6:
-            raise STSGFormatError(f"{where} is not [frame, x1, y1, x2, y2, score].")
+            raise STSGFormatError(f"{where} must be [frame, x1, y1, x2, y2, score], got {_kind(entry)}.")
         frame = _integer(entry[0], where)
         if frame in boxes:
-            raise STSGFormatError(f"{where} is a second box in frame {frame}; there is one per frame.")
+            raise STSGFormatError(f"{where} must be the only box in frame {frame}, got a second one.")
         x1, y1, x2, y2, score = (_number(value, where) for value in entry[1:])
         boxes[frame] = (Box(x1, y1, x2, y2), score)
     return Tracklet(reader.string("id"), reader.string("label"), reader.strings("attributes"), boxes)
@@ -131,7 +145,7 @@ class _Reader:
 
     def __init__(self, value: Any, where: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
-            raise STSGFormatError(f"{where} is {_kind(value)}; an object is allowed there.")
+            raise STSGFormatError(f"{where} must be an object, got {_kind(value)}.")
         for key in keys:
             if key not in value:
                 raise STSGFormatError(f"{where} has no {key!r}; its keys are {', '.join(keys)}.")
@@ -149,7 +163,7 @@ class _Reader:
     def list(self, key: str) -> list:
         value = self.value[key]
         if not isinstance(value, list):
-            raise STSGFormatError(f"{self.where}.{key} is {_kind(value)}; a list is allowed there.")
+            raise STSGFormatError(f"{self.where}.{key} must be a list, got {_kind(value)}.")
         return value
 
     def string(self, key: str) -> str:
@@ -170,19 +184,19 @@ class _Reader:
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise STSGFormatError(f"{where} is {_kind(value)}; a string is allowed there.")
+        raise STSGFormatError(f"{where} must be a string, got {_kind(value)}.")
     return value
 
 
 def _integer(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise STSGFormatError(f"{where} holds {_kind(value)}; a whole number is allowed there.")
+        raise STSGFormatError(f"{where} must be a whole number, got {_kind(value)}.")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
-        raise STSGFormatError(f"{where} holds {_kind(value)}; a finite number is allowed there.")
+        raise STSGFormatError(f"{where} must be a finite number, got {_kind(value)}.")
     return float(value)
 
 
@@ -194,7 +208,9 @@ def _float(value: int | float) -> float:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    names = {dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value)) or f"the number {_float(value):.6g}"
 
 

@@ -89,7 +89,7 @@ def to_text(
         ValueError: `every` < 1, or a word that cannot be printed.
     """
     if every < 1:
-        raise ValueError(f"every={every} was given; it is at least 1 (print every frame).")
+        raise ValueError(f"every must be at least 1 (print every frame), got {every}.")
     lines = [_tracklet_line(t, every, boxes) for t in stsg.tracklets]
     if relations:
         lines += [_relation_line(r) for r in stsg.relations]

@@ -61,11 +61,18 @@ def load_state(
 
 @contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty draft folder; on success it takes the place of `folder`, whose old content is kept aside."""
+    """Yield an empty draft folder; on success it replaces `folder`, whose old content is kept aside.
+
+    On failure the draft is deleted and `folder` stays as it was.
+    """
     draft = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     for file in draft.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
     if folder.exists():

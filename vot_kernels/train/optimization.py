@@ -1,4 +1,4 @@
-"""What the training stages share: the schedule, who decays, one update."""
+"""Optimisation: the learning rate, the parameters with weight decay, one update."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def cosine_schedule(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, undecayed: Sequence[str] = ()) -> list[dict]:
-    """AdamW's groups: matrices decay; vectors, scalars and what has a name of `undecayed` in its own do not."""
+    """Groups for AdamW: matrices decay; vectors, scalars, and names with a part of `undecayed` do not."""
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1 and not any(part in name for part in undecayed)

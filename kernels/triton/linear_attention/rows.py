@@ -284,7 +284,7 @@ def _linear_apply_kernel(
                 last += tl.sum(scores, 1)
                 normaliser += tl.sum(y, 0)
         if NORMALISE:
-            last = tl.where(last == 0, 0.0, 1.0 / last)
+            last = tl.where(last == 0, 0.0, tl.where(last < 2.0**-120, 2.0**120, 1.0 / last))
             sums *= last[:, None]
         store_block(out_ptr, sums, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_V)
         index = row + tl.arange(0, BLOCK_T)

@@ -6,21 +6,26 @@ from vot_kernels.data.digitworld import (
     episode_batch,
     generate_episode,
     h264_roundtrip,
-    training_batch,
 )
 
 
-def test_a_batch_is_a_pure_function_of_seed_and_step():
-    one, two = training_batch(7, 4, codec_fraction=0.5), training_batch(7, 4, codec_fraction=0.5)
+def batch_of(first, count, split="train", seed=0, num_frames=None, **options):
+    """The episodes `first` … of a split as one batch."""
+    episodes = [generate_episode(split, first + i, seed, num_frames=num_frames) for i in range(count)]
+    return episode_batch(episodes, **options)
+
+
+def test_a_batch_is_a_pure_function_of_its_episodes():
+    one, two = batch_of(28, 4, codec_fraction=0.5), batch_of(28, 4, codec_fraction=0.5)
     for name, value in vars(one).items():
         assert np.array_equal(value, getattr(two, name)), name
-    assert not np.array_equal(one.frames, training_batch(8, 4, codec_fraction=0.5).frames)
-    assert not np.array_equal(one.centers, training_batch(7, 4, seed=1).centers)
+    assert not np.array_equal(one.frames, batch_of(32, 4, codec_fraction=0.5).frames)
+    assert not np.array_equal(one.centers, batch_of(28, 4, seed=1).centers)
     assert one.indices.tolist() == [28, 29, 30, 31]
 
 
 def test_a_batch_holds_the_truth_of_its_episodes():
-    batch = training_batch(0, 6)
+    batch = batch_of(0, 6)
     assert batch.frames.shape == (6, 16, 64, 64, 3) and batch.frames.dtype == np.uint8
     assert batch.centers.shape == (6, 16, 5, 2) and batch.hits.shape == (6, 16, 5, 5)
     for b in range(6):
@@ -37,7 +42,7 @@ def test_a_batch_holds_the_truth_of_its_episodes():
 
 
 def test_the_share_of_clips_through_the_codec():
-    raw, half, full = (training_batch(0, 16, codec_fraction=f, num_frames=4) for f in (0.0, 0.5, 1.0))
+    raw, half, full = (batch_of(0, 16, codec_fraction=f, num_frames=4) for f in (0.0, 0.5, 1.0))
     changed = [int((raw.frames != b.frames).any((1, 2, 3, 4)).sum()) for b in (half, full)]
     assert 3 <= changed[0] <= 13 and changed[1] == 16
     both = (half.frames == full.frames).all((1, 2, 3, 4)) | (half.frames == raw.frames).all((1, 2, 3, 4))
@@ -55,13 +60,14 @@ def test_h264_is_deterministic_faithful_and_worse_at_higher_crf():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: training_batch(-1, 4), "start at 0"),
-        (lambda: training_batch(0, 0), "at 1"),
-        (lambda: training_batch(0, 2, split="resolution"), "mixes frame sizes"),
-        (lambda: training_batch(0, 2, codec_fraction=1.5), "0 to 1"),
-        (lambda: training_batch(0, 2, split="five_objects", max_objects=4), "max_objects is 4"),
-        (lambda: episode_batch([]), "no episodes"),
-        (lambda: h264_roundtrip(np.zeros((2, 15, 16, 3), np.uint8)), "even sides"),
+        (lambda: batch_of(0, 8, split="resolution"), "one size and length, got"),
+        (lambda: batch_of(0, 2, codec_fraction=1.5), "0 to 1"),
+        (
+            lambda: batch_of(0, 2, split="five_objects", max_objects=4),
+            r"at most 4 objects \(max_objects\), got 5",
+        ),
+        (lambda: episode_batch([]), "at least one, got none"),
+        (lambda: h264_roundtrip(np.zeros((2, 15, 16, 3), np.uint8)), "must be even for H.264, got 16 × 15"),
         (lambda: h264_roundtrip(np.zeros((2, 16, 16, 3))), "must be uint8"),
         (lambda: h264_roundtrip(np.zeros((2, 16, 16, 3), np.uint8), crf=60), "0 to 51"),
     ],

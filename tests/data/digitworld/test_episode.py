@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 
@@ -7,10 +5,8 @@ from vot_kernels.data.digitworld import (
     COLOUR_NAMES,
     SPLITS,
     generate_episode,
-    generate_questions,
-    load_question_set,
     load_sidecar,
-    save_question_set,
+    save_episode,
 )
 from vot_kernels.data.digitworld.scene import HELD_OUT_SIZES, pair_is_held_out
 from vot_kernels.data.digitworld.sprites import image_split
@@ -132,7 +128,7 @@ def test_mp4_and_sidecar_round_trip(tmp_path):
     from vot_kernels.data.video import load_video
 
     episode = generate_episode("test", 1)
-    written = episode.save(tmp_path / "clip.mp4")
+    written = save_episode(episode, tmp_path / "clip.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
     clip = load_video(tmp_path / "clip.mp4")
     assert clip.frames.shape == episode.frames().shape
@@ -144,6 +140,8 @@ def test_mp4_and_sidecar_round_trip(tmp_path):
     assert np.allclose(truth.centers, episode.centers, atol=1e-3)
     assert (truth.size, truth.fps, truth.radius) == (episode.scene.size, 8.0, episode.radius)
     assert load_sidecar(tmp_path / "clip.mp4").stsg == truth.stsg
+    save_episode(episode, tmp_path / "clip.mp4", episode.questions[:1])
+    assert load_sidecar(tmp_path / "clip.mp4").questions == episode.questions[:1]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": "other"}', '{"format": "digitworld-1"}'])
@@ -153,24 +151,11 @@ def test_a_broken_sidecar_is_named(tmp_path, content):
         load_sidecar(tmp_path / "clip.mp4")
 
 
-def test_question_sets_round_trip_as_jsonl(tmp_path):
-    items = generate_questions("val", 14)
-    save_question_set(tmp_path / "set.jsonl", items)
-    back = list(load_question_set(tmp_path / "set.jsonl"))
-    assert [i.question for i in back] == [i.question for i in items]
-    assert all(np.array_equal(a.episode.centers, b.episode.centers) for a, b in zip(back, items, strict=True))
-    line = json.loads((tmp_path / "set.jsonl").read_text().splitlines()[0])
-    assert line["video"] == f"{items[0].episode.name}.mp4"
-    (tmp_path / "set.jsonl").write_text('{"kind": "motion"}\n')
-    with pytest.raises(ValueError, match="line 1"):
-        list(load_question_set(tmp_path / "set.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nowhere", 0), "one of train"),
-        (("train", -1), "0 or more"),
+        (("train", -1), "at least 0, got -1"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message):

@@ -230,5 +230,5 @@ def test_directions():
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="at least 1"):
         generate_questions("test", 0)
-    with pytest.raises(ValueError, match="choose from motion"):
+    with pytest.raises(ValueError, match="kinds must be some of motion"):
         generate_questions("test", 5, kinds=["colour"])

@@ -1,27 +1,18 @@
-"""An encoder whose attention runs on another backend sees the same; Triton's kernels run on its interpreter.
-
-Triton reads TRITON_INTERPRET when it is imported, so that test runs in a process of its own.
-"""
+"""An encoder whose attention runs on another backend sees the same; Triton's kernels run on its interpreter."""
 
 import pytest
 import torch
 
+from tests.marks import compiled, interpreted
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
-from vot_kernels.nn.hybrid_attention import HybridAttention
-from vot_kernels.ops.launch import INTERPRETING
-from vot_kernels.testing import make_tensor, max_error, rerun_on_the_interpreter
+from vot_kernels.nn.attention_projections import AttentionProjections
+from vot_kernels.testing import make_tensor, max_error, shifted
 
 GRID = torch.tensor([[3, 2, 2], [1, 1, 3]])
 
 
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
-
-
 def small_encoder(**overrides):
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = VotEncoderConfig.preset("nano", **sizes, window=0, full_attention_every=2, **overrides)
     return VotEncoder(config).eval()
@@ -37,7 +28,7 @@ def features_and_gradients(encoder, backend):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0
-@pytest.mark.parametrize("backend", ["triton"] if INTERPRETING else ["torch", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("triton", marks=interpreted)])
 def test_same_features_and_gradients_as_the_reference(backend):
     encoder = small_encoder()
     found, wanted = (features_and_gradients(encoder, name) for name in (backend, "reference"))
@@ -46,20 +37,20 @@ def test_same_features_and_gradients_as_the_reference(backend):
         assert max_error(a, b) <= 1e-5 * float(b.detach().abs().max())
 
 
-@pytest.mark.skipif(INTERPRETING, reason="once is enough")
+@compiled
 @pytest.mark.parametrize("attention", ["hybrid", "softmax", "linear"])
 def test_the_backend_reaches_every_layer_and_is_not_saved(attention, tmp_path):
     encoder = small_encoder(attention=attention)
     encoder.set_attention_backend("reference")
-    layers = [x for x in encoder.modules() if isinstance(x, HybridAttention)]
+    layers = [x for x in encoder.modules() if isinstance(x, AttentionProjections)]
     assert len(layers) == 2 and all(x.backend == "reference" for x in layers)
     assert not any("backend" in name for name in encoder.state_dict())
     encoder.save_pretrained(tmp_path)
     again = VotEncoder.from_pretrained(tmp_path)
-    assert all(x.backend == "auto" for x in again.modules() if isinstance(x, HybridAttention))
+    assert all(x.backend == "auto" for x in again.modules() if isinstance(x, AttentionProjections))
 
 
-@pytest.mark.skipif(INTERPRETING, reason="there it runs")
+@compiled
 def test_refusals_in_one_sentence():
     encoder = small_encoder()
     with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'cuda'"):

@@ -5,10 +5,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig
 
 from vot_kernels.models.encoder import PRESETS, VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.encoder.cost import describe_preset, encoder_cost
+from vot_kernels.testing import shifted
 
 GRIDS = [(1, 3, 4), (4, 2, 3), (1, 1, 1), (3, 4, 2)]
 SWITCHES = {
@@ -27,7 +29,7 @@ SWITCHES = {
     "no rope": {"rope": False},
     "rows": {"group": "rows:2"},
     "blocks": {"group": 5},
-    "causal": {"causal": "frame"},
+    "causal": {"causal": "group"},
     "grouped heads": {"num_key_value_heads": 1},
     "elu": {"feature_map": "elu"},
 }
@@ -41,7 +43,7 @@ def tiny(**overrides) -> VotEncoderConfig:
 
 
 def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     model = VotEncoder(config).double().eval()
     for name, parameter in model.named_parameters():  # leave no part at its neutral start
         if "beta" in name or "residual" in name or "size_embedding" in name:
@@ -49,8 +51,13 @@ def make(config: VotEncoderConfig, seed: int = 0) -> VotEncoder:
     return model
 
 
+def make_fresh(config: VotEncoderConfig, seed: int) -> VotEncoder:
+    torch.manual_seed(seed)
+    return VotEncoder(config)
+
+
 def inputs(grids, seed: int = 1, numbers: int = 12):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     grid = torch.tensor(grids)
     pixels = torch.randn(int(grid.prod(1).sum()), numbers, generator=generator, dtype=torch.float64)
     return pixels, grid, torch.arange(1.0, len(grids) + 1).double()
@@ -129,11 +136,62 @@ def test_positions_restart_and_matter():
 def test_every_parameter_learns():
     model = make(tiny(aoe_every=1, shared_expert_size=16))
     pixels, grid, fps = inputs(GRIDS)
-    out = model(pixels, grid, fps)
+    out = model(pixels, grid, fps, output_balance=True)
     (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # The last depth-weighted average of each block's own sources is read; nothing may be left out.
     assert silent == []
+
+
+def test_compiles_once_for_all_packings():
+    counter = CompileCounterWithBackend("eager")
+    model = make(tiny(num_hidden_layers=2, full_attention_every=2)).train()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    # PyTorch takes sizes that are equal in the first call to be equal always: here clips, frames, tokens and
+    # widths all differ. A batch of one clip would be compiled once more, as any size of 1 is.
+    for grids in [[*GRIDS, (3, 2, 2), (0, 3, 3)], [(2, 3, 4), (1, 2, 2)], [(1, 1, 1)] * 7, [(3, 2, 2)] * 3]:
+        pixels, grid, fps = inputs(grids)
+        found, wanted = (
+            run(pixels, grid, fps, layout=model.layout(grid), output_hidden_states=True)
+            for run in (compiled, model)
+        )
+        torch.testing.assert_close(found.to_tuple(), wanted.to_tuple(), rtol=1e-12, atol=1e-12)
+        losses = [out.pooler_output.square().sum() + out.balance_loss for out in (found, wanted)]
+        first, second = (torch.autograd.grad(loss, model.patch_embedding.weight) for loss in losses)
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+def test_balance_is_returned_in_training_or_if_asked_for():
+    model = make(tiny(aoe_every=1))
+    pixels, grid, fps = inputs(GRIDS)
+    quiet = model(pixels, grid, fps)
+    assert quiet.balance_loss is None and quiet.expert_load is None
+    for out in (model(pixels, grid, fps, output_balance=True), model.train()(pixels, grid, fps)):
+        assert out.expert_load.shape == (3, 4)
+        torch.testing.assert_close(out.expert_load.sum(1), torch.full((3,), 2.0).double())
+        assert out.balance_loss.shape == () and out.balance_loss.requires_grad
+        assert torch.equal(out.last_hidden_state, quiet.last_hidden_state)
+    assert model(pixels, grid, fps, output_balance=False).balance_loss is None
+
+
+def test_balance_without_experts_is_0():
+    model = make(tiny(aoe_every=0)).train()
+    out = model(*inputs(GRIDS))
+    assert out.balance_loss == 0 and out.expert_load is None
+
+
+def test_return_dict_false_gives_a_tuple():
+    model = make(tiny())
+    arguments = inputs(GRIDS)
+    named = model(*arguments, output_hidden_states=True)
+    found = model(*arguments, output_hidden_states=True, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == 3
+    for value, expected in zip(found, named.to_tuple(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    model.config.return_dict = False
+    assert isinstance(model(*arguments), tuple)
+    assert model(*arguments, return_dict=True).keys() == {"last_hidden_state", "pooler_output"}
 
 
 def test_a_learned_part_changes_the_output():
@@ -149,7 +207,7 @@ def test_a_learned_part_changes_the_output():
     "overrides", [{}, {"window": 0}, {"window": 2}, {"aoe_every": 0, "dense_residual": False}]
 )
 def test_streaming_equals_the_whole_clip(overrides):
-    model = make(tiny(causal="frame", full_attention_every=0, **overrides))
+    model = make(tiny(causal="group", full_attention_every=0, **overrides))
     pixels, grid, fps = inputs([(7, 3, 2)])
     with torch.no_grad():
         whole = model(pixels, grid, fps).last_hidden_state
@@ -162,7 +220,8 @@ def test_streaming_equals_the_whole_clip(overrides):
 
 
 def test_causal_frames_do_not_see_later_ones():
-    model = make(tiny(causal="frame"))
+    # Without experts, for other frames change how many rows each expert's product has, hence its last bit.
+    model = make(tiny(causal="group", aoe_every=0))
     pixels, grid, fps = inputs([(5, 2, 2)])
     before = model(pixels, grid, fps).last_hidden_state
     pixels[12:] += 1.0
@@ -172,7 +231,7 @@ def test_causal_frames_do_not_see_later_ones():
 
 
 def test_stream_state_does_not_grow():
-    model = make(tiny(causal="frame", full_attention_every=0, num_hidden_layers=2)).float()
+    model = make(tiny(causal="group", full_attention_every=0, num_hidden_layers=2)).float()
 
     def numbers(value) -> int:
         if isinstance(value, torch.Tensor):
@@ -193,9 +252,11 @@ def test_stream_state_does_not_grow():
 
 def test_streaming_is_refused_where_memory_would_grow():
     with pytest.raises(ValueError, match="full_attention_every=0"):
-        VotEncoder(tiny(causal="frame")).start_stream()
-    with pytest.raises(ValueError, match='causal="frame"'):
+        VotEncoder(tiny(causal="group")).start_stream()
+    with pytest.raises(ValueError, match='causal="group"'):
         VotEncoder(tiny()).start_stream()
+    with pytest.raises(TypeError, match="needs HybridAttention, got LinearAttention"):
+        VotEncoder(tiny(attention="linear")).blocks[0].step(torch.zeros(2, 32), None, None)
 
 
 def test_save_and_load(tmp_path):
@@ -210,6 +271,76 @@ def test_save_and_load(tmp_path):
     assert torch.equal(model(*args).last_hidden_state, again(*args).last_hidden_state)
     AutoConfig.register("vot_encoder", VotEncoderConfig, exist_ok=True)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VotEncoderConfig)
+
+
+def test_every_part_begins_as_it_wants_to():
+    model = make_fresh(tiny(aoe_every=1, shared_expert_size=16, full_attention_every=0), 0)
+    assert (model.size_embedding.fc2.weight == 0).all() and (model.size_embedding.fc2.bias == 0).all()
+    assert (model.size_embedding.fc1.weight != 0).all()
+    for block in model.blocks:
+        assert (block.attention.beta == 0).all()
+        norms = torch.linalg.vector_norm(block.mlp.w_down, dim=(1, 2))
+        torch.testing.assert_close(norms, torch.full((4,), 8**0.5))
+    assert [weight.tolist() for weight in model.residual.weights.values()][0] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("overrides", [{"aoe_every": 1, "shared_expert_size": 16}, {}])
+def test_a_missing_weight_is_initialised_and_all_others_are_loaded(overrides, tmp_path):
+    config = tiny(num_hidden_layers=2, full_attention_every=0, **overrides)
+    model = make(config).float()
+    for tensor in (*model.parameters(), *model.buffers()):  # nothing as it was initialised
+        tensor.data.add_(1.0)
+    state = model.state_dict()
+    one, other = (make_fresh(config, seed).state_dict() for seed in (0, 1))
+    constant = {name: value for name, value in one.items() if torch.equal(value, other[name])}
+    assert {"blocks.0.attention.beta", "blocks.1.mlp.selection_bias", "size_embedding.fc2.weight"} < set(
+        constant
+    )
+    for missing in state:
+        kept = {name: value for name, value in state.items() if name != missing}
+        loaded = VotEncoder.from_pretrained(None, config=config, state_dict=kept).state_dict()
+        assert loaded.keys() == state.keys()
+        assert [name for name in kept if not torch.equal(loaded[name], kept[name])] == [], missing
+        assert loaded[missing].isfinite().all() and not torch.equal(loaded[missing], state[missing]), missing
+        if missing in constant:
+            assert torch.equal(loaded[missing], constant[missing]), missing
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames it to activation checkpointing
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}], ids=["default", "reentrant"])
+def test_gradient_checkpointing_gives_equal_gradients(options):
+    model = make(tiny()).train()
+    pixels, grid, fps = inputs(GRIDS)
+
+    def gradients():
+        model.zero_grad()
+        out = model(pixels, grid, fps)
+        (out.pooler_output.square().sum() + out.last_hidden_state.sum() + out.balance_loss).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    calls = []
+    handle = model.blocks[1].attention_norm.register_forward_hook(lambda *_: calls.append(1))
+    wanted, plain = gradients(), len(calls)
+    model.gradient_checkpointing_enable(options)
+    found = gradients()
+    handle.remove()
+    assert model.is_gradient_checkpointing
+    assert plain == 1 and len(calls) == 3  # the block ran again in the backward
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+def test_a_configuration_of_an_earlier_version_says_frame(tmp_path):
+    config = tiny(causal="frame", full_attention_every=0)
+    assert config.causal == "group"
+    config.save_pretrained(tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    assert '"causal": "group"' in saved
+    (tmp_path / "config.json").write_text(saved.replace('"causal": "group"', '"causal": "frame"'))
+    assert VotEncoderConfig.from_pretrained(tmp_path).causal == "group"
+    assert VotEncoder(config).blocks[0].attention.causal == "group"
 
 
 def test_presets():
@@ -261,7 +392,7 @@ def test_the_backend_of_the_experts_reaches_every_layer():
         ({"hidden_size": 33}, "multiple"),
         ({"attention": "magic"}, "attention must be"),
         ({"causal": "token"}, "causal must be"),
-        ({"causal": "frame", "group": 4}, 'group="frame"'),
+        ({"causal": "group", "group": 4}, 'group="frame"'),
         ({"window": [1, 1]}, "window lists 2"),
         (
             {"shared_expert_size": 48},

@@ -15,6 +15,7 @@ from vot_kernels.models.encoder.objectives import (
     sigmoid_contrastive_loss,
 )
 from vot_kernels.packing import PackedLayout
+from vot_kernels.testing import shifted
 
 GRIDS = [[2, 2, 3], [1, 1, 4], [3, 2, 1]]
 
@@ -75,7 +76,7 @@ class TestSigmoidContrastiveLoss:
         [
             (((3, 2), (4, 2)), 2, r"\[3, 2\] and \[4, 2\]"),
             (((0, 2), (0, 2)), 2, "N >= 1"),
-            (((3,), (3,)), 2, r"\[N, width\]"),
+            (((3,), (3,)), 2, r"\[N, dim\]"),
             (((3, 2), (3, 2)), 0, "chunk_size must be >= 1, got 0"),
         ],
     )
@@ -115,7 +116,7 @@ def peak_bytes(run) -> int:
 
 class TestTokenDistillation:
     def setup_method(self):
-        torch.manual_seed(1)
+        torch.manual_seed(shifted(1))
         self.layout = PackedLayout.from_grid_thw(GRIDS)
         self.objective = TokenDistillation(6, 10)
         self.student = torch.randn(self.layout.num_tokens, 6, requires_grad=True)

@@ -12,6 +12,7 @@ from vot_kernels.models.encoder import VotEncoderConfig
 from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect, to_stsg
 from vot_kernels.models.perception.head import HeadOutput, take_glimpses
 from vot_kernels.models.perception.loss import Targets, match, perception_loss
+from vot_kernels.testing import shifted
 from vot_kernels.train.perception.batches import TrainingBatches, dense_targets, digitworld_config
 from vot_kernels.train.perception.stage import make_processor
 
@@ -36,7 +37,7 @@ def targets(episodes):
 
 
 def small_model(seed: int = 0, **overrides) -> VotPerceptionModel:
-    torch.manual_seed(seed)
+    torch.manual_seed(shifted(seed))
     encoder = VotEncoderConfig.preset(
         "nano",
         hidden_size=32,
@@ -201,8 +202,23 @@ def test_clips_are_independent_and_mixed_sizes_go_together():
             assert a.name == b.name and a.frames == b.frames
 
 
+def test_queries_begin_apart_from_each_other_also_where_they_are_missing(tmp_path):
+    model = small_model()
+    state = model.state_dict()
+    assert torch.equal(state["domain_precision"], torch.eye(32)) and state["domain_threshold"] == torch.inf
+    for missing in ("head.queries.weight", "domain_precision", "domain_threshold"):
+        kept = {name: value for name, value in state.items() if name != missing}
+        loaded = VotPerceptionModel.from_pretrained(None, config=model.config, state_dict=kept).state_dict()
+        assert all(torch.equal(loaded[name], kept[name]) for name in kept)
+        queries = loaded["head.queries.weight"]
+        torch.testing.assert_close(queries @ queries.T, torch.eye(len(queries)), rtol=0, atol=1e-5)
+        if missing.startswith("domain"):
+            assert torch.equal(loaded[missing], state[missing])
+
+
 def test_every_parameter_of_the_head_learns(targets):
     model = small_model().train()
+    torch.nn.init.normal_(model.encoder.size_embedding.fc2.weight)  # its zeros let nothing through to fc1
     batch = TrainingBatches(0, 4)[0]
     output = model(**make_processor(model)(list(batch.clips), fps=batch.fps))
     (head,) = output.clips
@@ -220,7 +236,7 @@ def test_every_parameter_of_the_head_learns(targets):
 
 def test_domain_distance_separates_and_survives_saving(tmp_path):
     model = small_model()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(shifted(0))
     known = torch.randn(300, 32, generator=generator) * torch.linspace(0.1, 2, 32)
     model.fit_domain(known[:200], known[200:])
     assert (model.domain_distance(known) < model.domain_threshold).all()

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.marks import compiled, interpreted
 from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func, op
-from vot_kernels.ops.flash_attention.reference import aligned_mask
-from vot_kernels.ops.launch import INTERPRETING
+from vot_kernels.ops.flash_attention import torch as flash_torch
+from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
+from vot_kernels.ops.flash_attention.reference import aligned_mask, flash_attention
 from vot_kernels.ops.packed_attention import packed_attention
+from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.range_attention import torch as _range_attention
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
@@ -17,14 +20,12 @@ from vot_kernels.testing import (
     assert_close_to_exact,
     check_against_reference,
     make_tensor,
-    rerun_on_the_interpreter,
     spread,
     uninitialized_is_nan,
 )
 
 ROWS, KEYS = (5, 0, 17, 1, 33, 4), (5, 3, 9, 0, 40, 4)
-BACKEND = "triton" if INTERPRETING else "torch"
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
+BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
 
 
 def bounds(lengths):
@@ -61,17 +62,13 @@ def by_hand(q, k, v, rows=ROWS, keys=KEYS, *, causal=False, window=(-1, -1), sca
     return torch.cat([torch.stack(outputs), torch.zeros_like(q[i:])])
 
 
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [(-1, -1), (3, -1), (-1, 2), (2, 1), (0, 0)])
-def test_outputs_and_gradients(window, causal):
+def test_outputs_and_gradients(window, causal, backend):
     with uninitialized_is_nan():
         check_against_reference(
-            lambda *x: [call(*x, causal=causal, window_size=window, backend=BACKEND)],
+            lambda *x: [call(*x, causal=causal, window_size=window, backend=backend)],
             lambda *x: [by_hand(*x, causal=causal, window=window)],
             make_inputs(),
             roundings=16,
@@ -79,11 +76,12 @@ def test_outputs_and_gradients(window, causal):
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_heads_dtypes_and_scale(dtype, kv_heads):
+def test_heads_dtypes_and_scale(dtype, kv_heads, backend):
     check_against_reference(
-        lambda *x: [call(*x, causal=True, softmax_scale=0.3, backend=BACKEND)],
+        lambda *x: [call(*x, causal=True, softmax_scale=0.3, backend=backend)],
         lambda *x: [by_hand(*x, causal=True, scale=0.3)],
         make_inputs(heads=4, kv_heads=kv_heads, dtype=dtype),
         roundings=16 if dtype == torch.float32 else 4,
@@ -98,7 +96,7 @@ def test_reference_backend():
         torch.testing.assert_close(found, by_hand(*inputs, causal=causal, window=window))
 
 
-@pytest.mark.parametrize("backend", ["reference", BACKEND])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_lse_of_every_row(backend):
     q, k, v = make_inputs()
     _, lse, probabilities = call(q, k, v, causal=True, return_attn_probs=True, backend=backend)
@@ -121,14 +119,15 @@ def test_a_wrong_alignment_would_be_noticed():
     assert aligned_mask(3, 2, None, 0).tolist() == [[False, False], [True, False], [True, True]]
 
 
-def test_every_argument_may_be_strided():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_argument_may_be_strided(backend):
     """The cumulative lengths too, as columns of a matrix."""
     rows, keys = bounds(ROWS), bounds(KEYS)
     inputs = make_inputs(slack=0)
 
     def results(rows, keys, inputs, view):
         leaves = [view(x).requires_grad_() for x in inputs]
-        out = flash_attn_varlen_func(*leaves, rows, keys, max(ROWS), max(KEYS), causal=True, backend=BACKEND)
+        out = flash_attn_varlen_func(*leaves, rows, keys, max(ROWS), max(KEYS), causal=True, backend=backend)
         return [out, *torch.autograd.grad(out, leaves, view(make_tensor(*out.shape, seed=7)))]
 
     expected = results(rows, keys, inputs, torch.clone)
@@ -136,26 +135,28 @@ def test_every_argument_may_be_strided():
         assert torch.equal(a, b)
 
 
-def test_equal_lengths_are_packed_attention():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_lengths_are_packed_attention(backend):
     lengths = (5, 0, 17, 33)
     q, k, v = make_inputs(lengths, lengths, slack=0)
     layout = PackedLayout.from_lengths(lengths)
     for causal in (False, True):
-        found = call(q, k, v, lengths, lengths, causal=causal, backend=BACKEND)
+        found = call(q, k, v, lengths, lengths, causal=causal, backend=backend)
         expected = packed_attention(q, k, v, layout, causal=causal, backend="reference")
         torch.testing.assert_close(found, expected)
 
 
-def test_batches():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches(backend):
     q, k, v = make_inputs((21, 21), (34, 34), slack=0)
     batch = [q.unflatten(0, (2, 21)), k.unflatten(0, (2, 34)), v.unflatten(0, (2, 34))]
-    out, lse, _ = flash_attn_func(*batch, causal=True, return_attn_probs=True, backend=BACKEND)
+    out, lse, _ = flash_attn_func(*batch, causal=True, return_attn_probs=True, backend=backend)
     flat, flat_lse, _ = call(
-        q, k, v, (21, 21), (34, 34), causal=True, return_attn_probs=True, backend=BACKEND
+        q, k, v, (21, 21), (34, 34), causal=True, return_attn_probs=True, backend=backend
     )
     assert torch.equal(out, flat.unflatten(0, (2, 21))) and lse.shape == (2, 2, 21)
     assert torch.equal(lse[1], flat_lse[:, 21:])
-    assert torch.equal(flash_attn_func(*batch, 0.0, None, True, backend=BACKEND), out), "by position"
+    assert torch.equal(flash_attn_func(*batch, 0.0, None, True, backend=backend), out), "by position"
 
 
 LONG_ROWS, LONG_KEYS = (300, 40, 300, 150), (340, 700, 340, 20)  # several blocks of rows that share a mask
@@ -200,13 +201,14 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("segments", [1, 3])
 def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
     rows, keys = (1000,) * segments, (1500,) * segments
-    inputs = [*make_inputs(rows, keys, 1, 1, 16), bounds(rows), bounds(keys)]
+    inputs, options = Inputs(*make_inputs(rows, keys, 1, 1, 16)), Options(scale=0.25)
+    geometry = Geometry(bounds(rows), bounds(keys), *sides)
     with LargestResult() as seen:
-        out, lse = op._batched_forward(*inputs, *sides, 0.25)
-        op._batched_backward(out, out, lse, *inputs, *sides, 0.25)
-    assert 1000 * 16 <= seen.numbers <= 2 * inputs[1].numel() < 1000 * 1500
+        out, lse = flash_torch.forward(inputs, geometry, options)
+        flash_torch.backward(Saved(inputs, out, lse), Grads(out), geometry, options)
+    assert 1000 * 16 <= seen.numbers <= 2 * inputs.k.numel() < 1000 * 1500
     with LargestResult() as seen:
-        op._by_reference(*inputs, *sides, 0.25)
+        flash_attention(*inputs, *geometry, options.scale)
     assert seen.numbers >= 1000 * 1500, "all pairs would be noticed"
 
 
@@ -214,7 +216,7 @@ def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
 @pytest.mark.parametrize("causal", [False, True])
 def test_opcheck_and_compile(causal):
     q, k, v = (x.requires_grad_() for x in make_inputs())
-    options = (None, 0 if causal else None, 0.25, "torch")
+    options = (None, 0 if causal else None, 0.25, False, "torch")
     torch.library.opcheck(op._flash_attention_fwd, (q, k, v, bounds(ROWS), bounds(KEYS), *options))
     out, lse = op._flash_attention_fwd(q, k, v, bounds(ROWS), bounds(KEYS), *options)
     saved = [x.detach() for x in (out, out, lse, q, k, v)]

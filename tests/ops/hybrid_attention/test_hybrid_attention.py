@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vot_kernels.ops.dispatch import BACKENDS, OPS, describe_backends
+from vot_kernels.ops.dispatch import BACKENDS, FUNCTIONS, describe_backends
 from vot_kernels.ops.hybrid_attention import (
     HybridAttentionState,
     hybrid_attention,
@@ -353,13 +353,13 @@ def test_matmul_path_equals_the_fused_kernel(monkeypatch, causal, budget):
         assert max_error(a, b) < 1e-12
 
 
-def op_arguments(causal="none", given=False):
+def op_arguments(causal=None, given=False):
     layout = PackedLayout.from_lengths((9, 0, 5), group_size=2)
     q, k, v = make_qkv(15, 2, 4, kv_heads=1)  # one slack row
     features = (make_tensor(15, 2, 3).abs(), make_tensor(15, 1, 3).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
-    return (q, k, v, BETA[:2], *features, *tensors, 1, 0, causal, "softmax", 0.5)
+    return (q, k, v, BETA[:2], *features, *tensors, 1, 0, causal, "softmax", 0.5, None, "torch")
 
 
 @pytest.mark.parametrize("given_features", [False, True])
@@ -502,7 +502,11 @@ def bad(**changes):
             "feature_map must be one of 'softmax', 'elu', 'relu', got 'exp'",
             {"feature_map": "exp"},
         ),
-        (ValueError, "causal must be one of None, 'group', 'token', got True", {"causal": True}),
+        (
+            ValueError,
+            "causal must be one of None, 'group', 'token', False, True, got 'frame'",
+            {"causal": "frame"},
+        ),
         (ValueError, "backend must be one of 'auto', .* got 'cuda'", {"backend": "cuda"}),
         (ValueError, "no Triton kernel runs on CPU tensors", {"backend": "triton"}),
         (ValueError, "window must be an int >= 0.* got -1", {"window": -1}),
@@ -529,10 +533,11 @@ def test_malformed_inputs_get_one_sentence(error, message, changes):
 
 def test_dispatch_lists_every_reason():
     described = describe_backends("cpu")
-    assert set(described) == set(OPS)
+    assert set(described) == set(FUNCTIONS)
     for op, backends in described.items():
         assert list(backends) == list(BACKENDS)
-        assert backends["triton"] and not backends["torch"] and not backends["reference"], op
+        assert backends["triton"] and not backends["torch"], op
+        assert bool(backends["reference"]) == (op == "hybrid_attention_step"), op
     refused = describe_backends("cpu", torch.int32)["hybrid_attention"]
     assert all(refused[name] for name in BACKENDS)
 

@@ -1,8 +1,7 @@
 """hybrid_attention and packed_attention with backend="triton", as users call them, on Triton's interpreter.
 
-The kernels' own tests are in test_range_attention_triton.py; here stand what surrounds them: dispatch, options,
-autograd, torch.compile, streams. Triton reads TRITON_INTERPRET when it is imported, so the tests run in a process
-of their own: the first one starts it, and the others skip themselves outside of it.
+The kernels' own tests are in tests/ops/parts/range_attention; here stands what surrounds them: dispatch, options,
+autograd, torch.compile, streams.
 """
 
 import math
@@ -12,9 +11,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.marks import interpreted
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention import hybrid_attention, hybrid_attention_step, reference
-from vot_kernels.ops.launch import INTERPRETING
 from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
 from vot_kernels.packing import PackedLayout
@@ -25,7 +24,6 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     max_error,
-    rerun_on_the_interpreter,
     spread,
     uninitialized_is_nan,
     with_slack,
@@ -33,16 +31,10 @@ from vot_kernels.testing import (
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
 
 CAUSAL = [None, "group", "token"]
 BETA = torch.tensor([0.5, -math.inf])
 LENGTHS = (9, 0, 2)  # groups of 4: three, none and one
-
-
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 def check(layout, inputs, **options):
@@ -214,7 +206,7 @@ def op_arguments(given):
     features = (make_tensor(7, 1, 16).abs(), make_tensor(7, 1, 16).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
-    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, "none", "softmax", 0.5, "triton")
+    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, None, "softmax", 0.5, None, "triton")
 
 
 @interpreted

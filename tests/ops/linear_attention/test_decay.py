@@ -10,7 +10,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vot_kernels.ops.linear_attention import linear_attention, reference
-from vot_kernels.ops.linear_attention import op as module
+from vot_kernels.ops.linear_attention import torch as module
+from vot_kernels.ops.parts.plans import forget_plans
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     PACKINGS,
@@ -30,9 +31,9 @@ BOTH = pytest.mark.parametrize("backend", ["torch", "reference"])
 def small_chunks(monkeypatch):
     """Chunks of 8 tokens, so that short segments have several."""
     monkeypatch.setattr(module, "_CHUNK", 8)
-    module._plan.cache_clear()
+    forget_plans()
     yield
-    module._plan.cache_clear()
+    forget_plans()
 
 
 def log_decays(*decays, dtype=torch.float32):
@@ -239,7 +240,7 @@ def test_opcheck():
     layout = PackedLayout.from_lengths((19, 0, 5))
     q, k, v = make_qkv(25, 2, 4, kv_heads=1)
     decay = log_decays(0.9, 0.5)
-    arguments = (q, k, v, layout.cu_seqlens, layout.host_cu_seqlens, "elu", True, "torch", decay)
+    arguments = (q, k, v, decay, layout.cu_seqlens, layout.host_cu_seqlens, "token", "elu", "torch")
     out, inverse = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
     for wanted in (False, True):

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from vot_kernels.ops.hybrid_attention import reference as hybrid_reference
 from vot_kernels.ops.linear_attention import linear_attention, reference
-from vot_kernels.ops.linear_attention import op as module
+from vot_kernels.ops.linear_attention import torch as module
+from vot_kernels.ops.parts.group_states.torch import feature_map
+from vot_kernels.ops.parts.plans import forget_plans
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     PACKINGS,
@@ -25,9 +28,9 @@ MAPS = ["softmax", "elu", "relu"]
 def small_chunks(monkeypatch):
     """Chunks of 8 tokens, so that short segments have several."""
     monkeypatch.setattr(module, "_CHUNK", 8)
-    module._plan.cache_clear()
+    forget_plans()
     yield
-    module._plan.cache_clear()
+    forget_plans()
 
 
 def check(layout, inputs, **options):
@@ -35,7 +38,6 @@ def check(layout, inputs, **options):
         lambda q, k, v: [linear_attention(q, k, v, layout, backend="torch", **options)],
         lambda q, k, v: reference.linear_attention(q, k, v, layout, **options)[:1],
         inputs,
-        roundings=4.0 if inputs[0].dtype.itemsize < 8 else 16.0,  # float64 has no finer yardstick
         floor=1.0,  # the gradient of a lone token is a difference of equal terms of about 1
     )
 
@@ -105,6 +107,58 @@ def test_rows_without_weight_are_zero_with_zero_gradients(causal, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("causal", [False, True])
+def test_a_lone_token_sees_itself_however_little_it_weighs(causal, backend):
+    """Softmax features of e^-95 make Z a subnormal number, whose inverse is none."""
+    q, k, v = make_qkv(1, 1)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0], k[..., 1] = 95, 95
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = linear_attention(*inputs, PackedLayout.from_lengths((1,)), causal=causal, backend=backend)
+    grad = make_tensor(1, 1, 16)
+    dq, dk, dv = torch.autograd.grad(out, inputs, grad)
+    assert max_error(out, v) < 2e-6 and max_error(dv, grad) < 2e-6  # a few roundings
+    assert float(torch.stack([dq, dk]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("phi", [feature_map, hybrid_reference.feature_map], ids=["torch", "reference"])
+def test_elu_features_keep_their_digits(phi):
+    """Relative to each: exp(x) - 1 + 1 errs by 5e-4 at x = -12."""
+    x = torch.tensor([-80.0, -12.0, -1e-4, 0.0, 1e-4, 3.0])
+    expected = torch.where(x > 0, x.double() + 1, x.double().exp())
+    assert max_error(phi(x, "elu").double() / expected, torch.ones(6)) < 1e-6
+    assert phi(torch.tensor([torch.nan]), "elu").isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_elu_of_very_negative_inputs(backend):
+    """Small features weigh as much as large ones in a mean: output and gradients are those of float64."""
+    layout = PackedLayout.from_lengths((18, 7, 25))
+    q, k, v = make_qkv(50)
+    grad, found = make_tensor(50, 2, 16), []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q - 12, k - 12, v)]
+        out = linear_attention(*inputs, layout, feature_map="elu", causal=True, backend=backend)
+        found.append((out, *torch.autograd.grad(out, inputs, grad.to(dtype))))
+    for actual, exact in zip(*found, strict=True):
+        assert max_error(actual, exact) < 1e-5
+
+
+@pytest.mark.parametrize("log_decay", [None, -3.0])
+@pytest.mark.parametrize("size", [50.0, 95.0])
+@pytest.mark.parametrize("name", MAPS)
+def test_large_inputs_give_finite_results(name, size, log_decay):
+    q, k, v = make_qkv(106)
+    inputs = [x.requires_grad_() for x in (size * q, size * k, v)]
+    decay = None if log_decay is None else torch.full((2,), log_decay)
+    layout = PackedLayout.from_lengths((37, 0, 64, 5))
+    out = linear_attention(*inputs, layout, feature_map=name, causal=True, log_decay=decay, backend="torch")
+    grads = torch.autograd.grad(out, inputs, make_tensor(106, 2, 16))
+    assert all(x.isfinite().all() for x in (out, *grads))
+    assert out.abs().amax() <= v.abs().amax() * (1 + 1e-5)  # a weighted mean
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_and_slack_do_not_leak(causal, backend):
     layout = PackedLayout.from_lengths((9, 12, 20))
     clean = [x.requires_grad_() for x in make_qkv(41)]
@@ -120,14 +174,14 @@ def test_neighbours_and_slack_do_not_leak(causal, backend):
         assert torch.equal(a[kept], b[kept]) and (a[41:] == 0).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [None, "token"])
 def test_opcheck(causal):
     layout = PackedLayout.from_lengths((19, 0, 5))
     q, k, v = make_qkv(25, 2, 4, kv_heads=1)
-    arguments = (q, k, v, layout.cu_seqlens, layout.host_cu_seqlens, "elu", causal)
+    arguments = (q, k, v, None, layout.cu_seqlens, layout.host_cu_seqlens, causal, "elu", "torch")
     out, total = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
-    torch.library.opcheck(backward, (torch.ones_like(out), out, total, *arguments))
+    torch.library.opcheck(backward, (torch.ones_like(out), out, total, *arguments, False))
     for x in (q, k, v):
         x.requires_grad_()
     torch.library.opcheck(torch.ops.vot_kernels.linear_attention_fwd.default, arguments)
@@ -147,12 +201,20 @@ def test_compiles_once_for_all_packings(causal):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_token_and_true_are_one_and_so_are_none_and_false(backend):
+    layout, inputs = PackedLayout.from_lengths((19, 4)), make_qkv(23)
+    for causal, mode in ((True, "token"), (False, None)):
+        out = linear_attention(*inputs, layout, causal=causal, backend=backend)
+        assert torch.equal(linear_attention(*inputs, layout, causal=mode, backend=backend), out)
+
+
 def test_malformed_inputs():
     layout = PackedLayout.from_lengths((6,))
     q, k, v = make_qkv(6)
     with pytest.raises(ValueError, match="feature_map must be one of .* got 'exp'"):
         linear_attention(q, k, v, layout, feature_map="exp")
-    with pytest.raises(ValueError, match="causal must be one of False, True, got 'group'"):
+    with pytest.raises(ValueError, match="causal must be one of None, 'token', False, True, got 'group'"):
         linear_attention(q, k, v, layout, causal="group")
     with pytest.raises(ValueError, match="linear_attention .*no Triton kernel"):
         linear_attention(q, k, v, layout, backend="triton")

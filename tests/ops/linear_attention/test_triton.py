@@ -1,7 +1,6 @@
 """The Triton kernels of linear attention: on the interpreter against the reference, and what they launch.
 
-Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in a process of their own: the first
-test starts it. On the interpreter a tile has 32 rows, a block 16 rows and 64 columns, see the configs.
+On the interpreter a tile has 32 rows, a block 16 rows and 64 columns, see the configs.
 """
 
 import math
@@ -10,8 +9,9 @@ from dataclasses import fields
 import pytest
 import torch
 
+from tests.marks import compiled, interpreted
 from vot_kernels.ops.dispatch import CAPABILITIES, Inputs, select
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.linear_attention import linear_attention, reference
 from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
 from vot_kernels.packing import PackedLayout
@@ -22,7 +22,6 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
-    rerun_on_the_interpreter,
     spread,
     uninitialized_is_nan,
     with_slack,
@@ -32,13 +31,6 @@ pytest.importorskip("triton")
 
 CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 MODES = pytest.mark.parametrize("mode", ["bidirectional", "causal", "decay"])
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
-
-
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 def check(lengths, inputs, *, log_decay=None, **options):
@@ -119,6 +111,18 @@ def test_float16_does_not_overflow():
     """Sums over the segment go past 65504, their quotient does not."""
     q, k, v = (x.half() for x in make_qkv(40, 1))
     check((40,), [q, k.fill_(2000), v], feature_map="relu")
+
+
+@interpreted
+@MODES
+def test_a_subnormal_normaliser_gives_finite_results(mode):
+    """Softmax features of e^-95: the inverse of Z is bounded."""
+    q, k, v = make_qkv(1, 1)
+    q, k = torch.zeros_like(q), torch.zeros_like(k)
+    q[..., 0], k[..., 1] = 95, 95
+    layout = PackedLayout.from_lengths((1,))
+    results = gradients(layout, (q, k, v), make_tensor(1, 1, 16), **mode_options(mode))
+    assert all(x.isfinite().all() for x in results)
 
 
 @interpreted
@@ -296,11 +300,13 @@ def test_opcheck(mode):
     layout, options = PackedLayout.from_lengths((35, 0)), mode_options(mode)
     q, k, v = make_qkv(36, 1)
     bounds = (layout.cu_seqlens, layout.host_cu_seqlens)
-    arguments = (q, k, v, *bounds, "elu", options["causal"], "triton", options.get("log_decay"))
+    causal, decay = "token" if options["causal"] else None, options.get("log_decay")
+    arguments = (q, k, v, decay, *bounds, causal, "elu", "triton")
     out, inverse = torch.ops.vot_kernels.linear_attention_fwd(*arguments)
     tests = ("test_schema", "test_faketensor")
     backward = torch.ops.vot_kernels.linear_attention_bwd.default
-    torch.library.opcheck(backward, (torch.ones_like(out), out, inverse, *arguments), test_utils=tests)
+    given = (torch.ones_like(out), out, inverse, *arguments, decay is not None)
+    torch.library.opcheck(backward, given, test_utils=tests)
     torch.library.opcheck(torch.ops.vot_kernels.linear_attention_fwd.default, arguments, test_utils=tests)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.packed_attention import packed_attention, reference
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
@@ -123,11 +124,22 @@ def test_compiles_once_for_all_packings():
     assert counter.frame_count == 1
 
 
+def test_token_and_true_are_one_and_so_are_none_and_false():
+    layout = PackedLayout.from_lengths((9, 4), group_size=3)
+    inputs = make_qkv(13, 2)
+    for backend in ("torch", "reference"):
+        for causal, mode in ((True, "token"), (False, None)):
+            out = packed_attention(*inputs, layout, causal=causal, backend=backend)
+            assert torch.equal(packed_attention(*inputs, layout, causal=mode, backend=backend), out)
+            whole = hybrid_attention(*inputs, layout, window=None, causal=causal, backend=backend)
+            assert torch.equal(whole, out)
+
+
 def test_malformed_inputs():
     layout = PackedLayout.from_lengths((6,))
     q, k, v = make_qkv(6)
-    with pytest.raises(ValueError, match="causal must be one of False, True, got 'token'"):
-        packed_attention(q, k, v, layout, causal="token")
+    with pytest.raises(ValueError, match="causal must be one of None, 'token', False, True, got 'group'"):
+        packed_attention(q, k, v, layout, causal="group")
     with pytest.raises(ValueError, match="5 rows, fewer than the 6 tokens"):
         packed_attention(q[:5], k[:5], v[:5], layout)
     with pytest.raises(ValueError, match="packed_attention .*no Triton kernel"):

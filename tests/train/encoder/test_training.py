@@ -192,7 +192,7 @@ def test_teachers_are_loaded_and_named_for_what_they_are(tmp_path, teacher):
     assert loaded.fingerprint == Teacher("", small.encoder).fingerprint
     teacher.encoder.save_pretrained(tmp_path / "wide")
     assert load_teacher(tmp_path / "wide").fingerprint == teacher.fingerprint
-    with pytest.raises(FileNotFoundError, match="holds no teacher"):
+    with pytest.raises(FileNotFoundError, match="A teacher must be"):
         load_teacher(tmp_path / "nowhere")
 
 
@@ -212,8 +212,8 @@ def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path):
     ("options", "message"),
     [
         ({"distillation": 0.0, "contrastive": 0.0}, "one of them positive, got 0.0 and 0.0"),
-        ({"contrastive": -1.0}, "must be >= 0"),
-        ({"batch_size": 1}, "at least 2 clips"),
+        ({"contrastive": -1.0}, "must be at least 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
 def test_bad_settings(options, message):
@@ -223,5 +223,5 @@ def test_bad_settings(options, message):
 
 def test_a_teacher_with_other_patches_is_refused(teacher):
     config = VotEncoderConfig.preset("nano")
-    with pytest.raises(ValueError, match="patches are 16 px wide, the student's 8"):
+    with pytest.raises(ValueError, match="patch_size must be the student's, got 16 and 8"):
         build(SHORT, config, teacher)

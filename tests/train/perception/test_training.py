@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from vot_kernels.models.perception import VotPerceptionModel
 from vot_kernels.train.perception.batches import TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
-from vot_kernels.train.perception.run import format_metrics, publish
+from vot_kernels.train.perception.run import publish, run
 from vot_kernels.train.perception.stage import PerceptionTraining, make_processor, train_perception
+from vot_kernels.train.report import format_metrics
 
 SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2)
 
@@ -45,6 +46,44 @@ def test_resuming_gives_the_same_weights(trained, tmp_path):
             assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_the_second_stage_is_resumed_and_skipped_when_done(trained, tmp_path):
+    _, straight, losses = trained
+    train_perception(tmp_path, SETTINGS, stop_at=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "dynamics"]
+    assert [p.name for p in (tmp_path / "dynamics").iterdir()] == ["checkpoint-1"]
+    seen = []
+    for _ in range(2):  # the second time there is nothing left to train
+        resumed = train_perception(
+            tmp_path, SETTINGS, report=lambda step, terms: seen.append((step, terms["loss"]))
+        )
+        assert seen == [(6, losses[5])]
+        for name, value in straight.state_dict().items():
+            if not name.startswith("domain_"):
+                assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_nothing_is_published_before_it_is_measured(trained, tmp_path):
+    _, model, _ = trained
+
+    def interrupt(published):
+        assert not (tmp_path / "model").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(model, tmp_path / "model", interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_publishes_the_model_and_how_it_was_made(trained):
+    out, _, _ = trained
+    table = run(out, SETTINGS, eval_clips=1)
+    record = json.loads((out / "model" / "training.json").read_text())
+    assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
+    assert record["command"] == (
+        "vot train perception --steps 4 --dynamics-steps 2 --batch-size 2 --learning-rate 0.002 --seed 0"
+    )
+
+
 def test_other_settings_are_not_resumed(trained):
     out, _, _ = trained
     with pytest.raises(ValueError, match="batch_size was 2, now 3"):
@@ -69,7 +108,9 @@ def test_an_interrupted_run_leaves_a_whole_checkpoint(tmp_path):
 
 def test_the_published_checkpoint_is_small_and_the_same(trained, tmp_path):
     _, model, _ = trained
-    folder = publish(model, tmp_path / "model")
+    folder = tmp_path / "model"
+    record = publish(model, folder, lambda published: {"finite": bool(published.domain_threshold.isfinite())})
+    assert json.loads((folder / "training.json").read_text()) == record == {"finite": True}
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 6_000_000
     assert all(f.suffix in (".json", ".safetensors") for f in folder.iterdir())
     again = VotPerceptionModel.from_pretrained(folder, dtype=torch.float32).eval()

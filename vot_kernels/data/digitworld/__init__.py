@@ -1,19 +1,14 @@
 """DigitWorld: coloured handwritten digits that hit each other, with exact truth and balanced questions."""
 
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
-from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch, training_batch
+from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules, answer_text_by_rules
 from vot_kernels.data.digitworld.scene import SPLITS, Scene
-from vot_kernels.data.digitworld.sidecar import (
-    Sidecar,
-    load_question_set,
-    load_sidecar,
-    save_question_set,
-)
+from vot_kernels.data.digitworld.sidecar import Sidecar, load_sidecar, save_episode
 from vot_kernels.data.digitworld.sprites import COLOUR_NAMES, COLOURS
 from vot_kernels.data.digitworld.truth import VOCABULARY
 
@@ -38,8 +33,6 @@ __all__ = [
     "generate_episode",
     "generate_questions",
     "h264_roundtrip",
-    "load_question_set",
     "load_sidecar",
-    "save_question_set",
-    "training_batch",
+    "save_episode",
 ]

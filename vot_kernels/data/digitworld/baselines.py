@@ -9,6 +9,7 @@ import numpy as np
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
+from vot_kernels.extras import imports_for
 from vot_kernels.scene_graph.graph import STSG
 
 BASELINES = ("chance", "majority", "question_only", "single_frame", "shuffled_frames")
@@ -32,13 +33,11 @@ class QuestionOnly:
     """
 
     def __init__(self, train: Sequence[Question], seed: int = 0) -> None:
-        try:
+        with imports_for("The question-only baseline", "train"):
             from sklearn.feature_extraction import FeatureHasher
             from sklearn.linear_model import LogisticRegression
-        except ImportError as error:
-            raise ImportError("This baseline needs scikit-learn: pip install 'vot-kernels[video]'") from error
         if not train:
-            raise ValueError("Got no training questions; the question-only baseline needs some.")
+            raise ValueError("train must hold at least one question, got none.")
         self._hasher: Any = FeatureHasher(2**15, input_type="string")
         self._model: Any = LogisticRegression(C=0.1, solver="liblinear", random_state=seed)
         rows = [features for question in train for features in _features(question)]
@@ -91,7 +90,7 @@ def baseline_answers(
     train: questions of the split "train", for the two fitted baselines. The graphs may be true or predicted.
     """
     if len(questions) != len(stsgs):
-        raise ValueError(f"Got {len(questions)} questions and {len(stsgs)} graphs; give one graph each.")
+        raise ValueError(f"stsgs must be one per question, got {len(stsgs)} for {len(questions)} questions.")
     rng = np.random.default_rng(seed)
     majority, question_only = Majority(train), QuestionOnly(train, seed)
     pairs = list(zip(questions, stsgs, strict=True))

@@ -1,4 +1,4 @@
-"""Training batches of DigitWorld: frames with truth tensors, a pure function of (split, seed, step)."""
+"""Batches of DigitWorld episodes: frames with truth tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vot_kernels.data.digitworld.codec import h264_roundtrip
-from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.data.digitworld.episode import Episode
 from vot_kernels.data.digitworld.sprites import COLOUR_NAMES
 
 MAX_OBJECTS = 5
@@ -17,9 +17,17 @@ CRFS = (18, 29)  # H.264 quality drawn per clip, lowest included, highest exclud
 class TrainingBatch:
     """B clips of T frames, objects padded to N; padded entries are 0 (digit and colour: -1).
 
-    frames uint8 [B, T, H, W, 3]; times float64 [T] seconds; centers float32 [B, T, N, 2] px (x, y);
-    mask bool [B, N]; digit, colour int64 [B, N] (colour indexes `COLOUR_NAMES`);
-    hits bool [B, T, N, N], symmetric; bounces bool [B, T, N]; radius float px; indices int64 [B].
+    Attributes:
+        frames: uint8 `[B, T, H, W, 3]`.
+        times: float64 `[T]`, seconds.
+        centers: float32 `[B, T, N, 2]`, px (x, y).
+        mask: bool `[B, N]`, True for objects that exist.
+        digit: int64 `[B, N]`.
+        colour: int64 `[B, N]`, index in `COLOUR_NAMES`.
+        hits: bool `[B, T, N, N]`, symmetric.
+        bounces: bool `[B, T, N]`.
+        radius: px.
+        indices: int64 `[B]`, index of each episode.
     """
 
     frames: np.ndarray
@@ -34,34 +42,6 @@ class TrainingBatch:
     indices: np.ndarray
 
 
-def training_batch(
-    step: int,
-    batch_size: int,
-    *,
-    seed: int = 0,
-    split: str = "train",
-    codec_fraction: float = 0.0,
-    size: tuple[int, int] | None = None,
-    num_frames: int | None = None,
-    max_objects: int = MAX_OBJECTS,
-) -> TrainingBatch:
-    """Batch number `step`: the episodes step·batch_size … (step + 1)·batch_size - 1 of `split`.
-
-    The share `codec_fraction` (0 to 1) of the clips goes through H.264 and back. size (height, width) px and
-    num_frames override the split's own. Resuming at a step gives the same batch as running up to it.
-    """
-    if step < 0 or batch_size < 1:
-        raise ValueError(f"Got step {step} and batch size {batch_size}; they start at 0 and at 1.")
-    if split == "resolution" and size is None:
-        raise ValueError("The split 'resolution' mixes frame sizes; give size=(height, width) to batch it.")
-    indices = range(step * batch_size, (step + 1) * batch_size)
-    return episode_batch(
-        [generate_episode(split, index, seed, size=size, num_frames=num_frames) for index in indices],
-        codec_fraction=codec_fraction,
-        max_objects=max_objects,
-    )
-
-
 def episode_batch(
     episodes: Sequence[Episode],
     *,
@@ -69,17 +49,24 @@ def episode_batch(
     max_objects: int = MAX_OBJECTS,
     render: bool = True,
 ) -> TrainingBatch:
-    """Stack episodes of one size, length and radius; see `training_batch`. Without `render` all is black."""
+    """Stack episodes of one size, length and radius.
+
+    Args:
+        episodes: at least one.
+        codec_fraction: share of the clips, from 0 to 1, that goes through H.264 and back.
+        max_objects: to how many objects the truth is padded.
+        render: draw the frames; without it they are black.
+    """
     if not episodes:
-        raise ValueError("Got no episodes; a batch needs at least one.")
+        raise ValueError("episodes must hold at least one, got none.")
     if not 0 <= codec_fraction <= 1:
-        raise ValueError(f"Got codec_fraction {codec_fraction}; it must lie in 0 to 1.")
+        raise ValueError(f"codec_fraction must be from 0 to 1, got {codec_fraction}.")
     kinds = {(e.scene.size, e.scene.num_frames) for e in episodes}
     if len(kinds) > 1:
-        raise ValueError(f"Got clips of {len(kinds)} different sizes or lengths; a batch needs one.")
+        raise ValueError(f"The clips of a batch must have one size and length, got {len(kinds)}.")
     most = max(len(e.scene.digits) for e in episodes)
     if most > max_objects:
-        raise ValueError(f"Got a clip of {most} objects; max_objects is {max_objects}.")
+        raise ValueError(f"A clip must have at most {max_objects} objects (max_objects), got {most}.")
 
     batch, frames = len(episodes), episodes[0].scene.num_frames
     centers = np.zeros((batch, frames, max_objects, 2), np.float32)

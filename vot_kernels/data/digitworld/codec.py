@@ -5,6 +5,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from vot_kernels.extras import imports_for
+
 
 def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.ndarray:
     """Encode uint8 [T, H, W, 3] as H.264 (yuv420p, ultrafast, one thread) in memory and decode it again.
@@ -13,15 +15,15 @@ def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.nd
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"Got frames {frames.dtype} {frames.shape}; they must be uint8 [T, H, W, 3].")
+        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}.")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"Got {frames.shape[2]} × {frames.shape[1]} px; H.264 4:2:0 needs even sides.")
+        raise ValueError(
+            f"Width and height must be even for H.264, got {frames.shape[2]} × {frames.shape[1]}."
+        )
     if not 0 <= crf <= 51:
-        raise ValueError(f"Got crf {crf}; it must lie in 0 to 51.")
-    try:
+        raise ValueError(f"crf must be from 0 to 51, got {crf}.")
+    with imports_for("H.264", "video"):
         import av
-    except ImportError as error:
-        raise ImportError("H.264 needs PyAV: pip install 'vot-kernels[video]'") from error
 
     rate = Fraction(fps).limit_denominator(1000)
     file = io.BytesIO()

@@ -1,11 +1,8 @@
 """Episodes of DigitWorld: a clip with its exact truth, deterministic in (split, index, seed)."""
 
-import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +16,13 @@ from vot_kernels.scene_graph.graph import STSG
 
 @dataclass(frozen=True)
 class Episode:
-    """One clip. Objects keep one order everywhere: object n is track f"o{n + 1}"."""
+    """One clip. Objects keep one order everywhere: object n is track f"o{n + 1}".
+
+    Attributes:
+        split, index, seed: what determines the clip.
+        scene: what is drawn, and how.
+        motion: how it moves.
+    """
 
     split: str
     index: int
@@ -81,15 +84,6 @@ class Episode:
             [self.seed, SPLITS.index(self.split), self.index, zlib.crc32(purpose.encode())]
         )
 
-    def save(self, path: str | os.PathLike[str], *, questions: Sequence[Question] | None = None) -> Path:
-        """Write the clip as mp4 and its truth beside it as JSON; returns the path of the JSON.
-
-        `questions` replaces the episode's own. See `vot_kernels.data.digitworld.sidecar`.
-        """
-        from vot_kernels.data.digitworld.sidecar import save_episode
-
-        return save_episode(self, path, self.questions if questions is None else questions)
-
     def frames(self) -> np.ndarray:
         """Render: uint8 [T, H, W, 3], RGB."""
         scene = self.scene
@@ -106,13 +100,19 @@ def generate_episode(
 ) -> Episode:
     """Draw an episode; the same (split, index, seed) gives the same clip on every machine.
 
-    split: one of `SPLITS`; size (height, width) px and num_frames override the split's own.
-    Raises ValueError for an unknown split, a negative index, or sizes held out from "train".
+    Args:
+        split: one of `SPLITS`.
+        index, seed: whole numbers from 0 on.
+        size: (height, width) in px, in place of the split's own.
+        num_frames: number of frames, in place of the split's own.
+
+    Raises:
+        ValueError: an unknown split, a negative index or seed, or a size or length held out from "train".
     """
     if split not in SPLITS:
-        raise ValueError(f"Got split {split!r}; it must be one of {', '.join(SPLITS)}.")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if index < 0 or seed < 0:
-        raise ValueError(f"Got index {index} and seed {seed}; both must be 0 or more.")
+        raise ValueError(f"index and seed must be at least 0, got {index} and {seed}.")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene, motion = draw_scene(split, rng, size=size, num_frames=num_frames)
     return Episode(split, index, seed, scene, motion)

@@ -30,10 +30,10 @@ def generate_questions(
     beginning of it is balanced as well. Deterministic in all arguments.
     """
     if count < 1:
-        raise ValueError(f"Got count {count}; ask for at least 1 question.")
+        raise ValueError(f"count must be at least 1, got {count}.")
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ValueError(f"Got kinds {list(kinds)}; choose from {', '.join(KINDS)}.")
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {list(kinds)}.")
     plan = _plan(count, kinds)
     wanted = Counter(plan)
     seen: Counter[tuple[str, str]] = Counter()

@@ -56,9 +56,14 @@ WOBBLE = math.radians(1.5)  # answers of re-simulations must survive velocities 
 class Question:
     """A question with a closed set of answers.
 
-    kind: one of `KINDS`; cell: one of `CELLS[kind]`; candidates: 2 to 5 answers in shuffled order, `answer`
-    among them; flip: a counterfactual whose answer is the opposite of what happened; objects: the track ids
-    named in the text.
+    Attributes:
+        kind: one of `KINDS`.
+        text: the question.
+        candidates: 2 to 5 answers in shuffled order, among them `answer`.
+        answer: the right answer.
+        flip: whether this is a counterfactual whose answer is the opposite of what happened.
+        cell: one of `CELLS[kind]`.
+        objects: track ids named in the text.
     """
 
     kind: str

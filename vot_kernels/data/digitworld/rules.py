@@ -18,7 +18,7 @@ def answer_by_rules(question: Question, stsg: STSG) -> str:
 def answer_text_by_rules(text: str, candidates: Sequence[str], stsg: STSG) -> str:
     """As `answer_by_rules`, from the wording. ValueError for wordings that DigitWorld does not use."""
     if not candidates:
-        raise ValueError("Got no candidates; give at least one answer to choose from.")
+        raise ValueError("candidates must hold at least one answer, got none.")
     for pattern, rule in _RULES:
         if match := re.fullmatch(pattern, text.strip(), flags=re.IGNORECASE):
             answer = _apply(rule, match.groups(), candidates, stsg)

@@ -24,7 +24,19 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip before it is simulated. positions [N, 2] px, velocities [N, 2] px/s, size (height, width) px."""
+    """A clip before it is simulated, with N objects.
+
+    Attributes:
+        positions: float64 `[N, 2]`, px.
+        velocities: float64 `[N, 2]`, px/s.
+        radius: half the side of a sprite's box, px.
+        digits: digit of each object.
+        images: index of each object's image.
+        colours: name of each object's colour.
+        size: (height, width), px.
+        num_frames: length of the clip.
+        fps: frames per second.
+    """
 
     positions: np.ndarray
     velocities: np.ndarray
@@ -76,7 +88,7 @@ def draw_scene(
 ) -> tuple[Scene, Motion]:
     """Draw a scene of `split` and its motion; `size` (height, width) px and `num_frames` override."""
     if split not in SPLITS:
-        raise ValueError(f"Got split {split!r}; it must be one of {', '.join(SPLITS)}.")
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     if split == "train" and size in HELD_OUT_SIZES:
         raise ValueError(
             f"Size {size} is held out for the split 'resolution' and must not be used in 'train'."
@@ -84,11 +96,11 @@ def draw_scene(
     if split == "train" and num_frames is not None and num_frames >= LONG_FRAMES:
         raise ValueError(f"{LONG_FRAMES} frames and more are held out for the split 'long', not for 'train'.")
     if num_frames is not None and num_frames < 2:
-        raise ValueError(f"Got {num_frames} frames; a clip needs at least 2.")
+        raise ValueError(f"num_frames must be at least 2, got {num_frames}.")
     if size is None:
         size = HELD_OUT_SIZES[rng.integers(2)] if split == "resolution" else DEFAULT_SIZE
     if min(size) < 40:
-        raise ValueError(f"Got frame size {size}; both sides must be at least 40 px.")
+        raise ValueError(f"Both sides of size must be at least 40 px, got {size}.")
     frames = num_frames or (LONG_FRAMES if split == "long" else NUM_FRAMES)
     count = 5 if split == "five_objects" else int(rng.integers(3, 5))
     colours = tuple(COLOUR_NAMES[i] for i in rng.permutation(len(COLOUR_NAMES))[:count])

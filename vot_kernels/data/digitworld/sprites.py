@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from vot_kernels.extras import imports_for
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (255, 40, 40),
     "green": (40, 210, 40),
@@ -29,12 +31,8 @@ _SPLIT_SEED = 20250315  # fixed: which images are held out must never depend on 
 @lru_cache(maxsize=1)
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
     """(images float32 [1797, 8, 8] in [0, 1], labels int64 [1797])."""
-    try:
+    with imports_for("DigitWorld, whose digits are scikit-learn's,", "train"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "DigitWorld draws scikit-learn's digits: pip install 'vot-kernels[video]'"
-        ) from error
     bunch = load_digits()
     images = (bunch.images / 16.0).astype(np.float32)
     images.flags.writeable = False

@@ -16,7 +16,13 @@ MAX_EVENTS = 100_000
 
 @dataclass(frozen=True)
 class Hit:
-    """Two discs touch: time in seconds, body indices a < b, approach speed along their line of centres."""
+    """Two discs touch.
+
+    Attributes:
+        time: seconds.
+        a, b: body indices, a < b.
+        speed: approach speed along the line of centres, px/s.
+    """
 
     time: float
     a: int
@@ -30,7 +36,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Bounce:
-    """A disc touches a wall: time in seconds, body index, one of `WALLS`."""
+    """A disc touches a wall.
+
+    Attributes:
+        time: seconds.
+        body: body index.
+        wall: one of `WALLS`.
+    """
 
     time: float
     body: int
@@ -41,8 +53,12 @@ class Bounce:
 class Motion:
     """Piecewise linear paths. Piece s starts at `times[s]` with `positions[s]` and `velocities[s]`.
 
-    times float64 [pieces] seconds; positions float64 [pieces, bodies, 2] px; velocities likewise, px/s;
-    hits and bounces in time order, all within (0, duration].
+    Attributes:
+        times: float64 `[pieces]`, seconds.
+        positions: float64 `[pieces, bodies, 2]`, px.
+        velocities: float64 `[pieces, bodies, 2]`, px/s.
+        hits, bounces: in time order, all within (0, duration].
+        duration: seconds.
     """
 
     times: np.ndarray
@@ -88,7 +104,7 @@ def simulate(
     xs, ys = _columns(positions, "positions")
     us, vs = _columns(velocities, "velocities")
     if len(xs) != len(us):
-        raise ValueError(f"Got {len(xs)} positions and {len(us)} velocities; their numbers must be equal.")
+        raise ValueError(f"velocities must be as many as positions, got {len(us)} and {len(xs)}.")
     _check_placement(xs, ys, radius, width, height)
 
     times = [0.0]
@@ -125,7 +141,7 @@ def simulate(
 def _columns(values: np.ndarray | Sequence[Sequence[float]], name: str) -> tuple[list[float], list[float]]:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or array.shape[1] != 2 or not np.isfinite(array).all():
-        raise ValueError(f"Got {name} of shape {array.shape}; they must be finite numbers [bodies, 2].")
+        raise ValueError(f"{name} must be finite numbers [bodies, 2], got {array.tolist()}.")
     return array[:, 0].tolist(), array[:, 1].tolist()
 
 

@@ -63,7 +63,8 @@ class VotEncoderConfig(PreTrainedConfig):
             (None there means exact softmax attention).
         full_attention_every: every n-th layer is exact softmax; 0 switches that off.
         group: "frame", "rows:N" or a number of tokens; the unit that windows count.
-        causal: None, or "frame": no token sees a later frame, and clips can be streamed.
+        causal: None, or "group": no token sees a later group, here a frame, and clips can be streamed. Configurations
+            saved by earlier versions say "frame".
         feature_map: "softmax", "elu" or "relu", the feature map of the linear part.
         learned_beta: learn the weight exp(beta) of the far part per head.
         qk_norm, rope_theta, rope: RMS norm of queries and keys, and 3-D rotary positions.
@@ -93,7 +94,7 @@ class VotEncoderConfig(PreTrainedConfig):
         window: int | list[int | None] = 1,
         full_attention_every: int = 4,
         group: str | int = "frame",
-        causal: Literal["frame"] | None = None,
+        causal: Literal["group", "frame"] | None = None,
         feature_map: Literal["softmax", "elu", "relu"] = "softmax",
         learned_beta: bool = True,
         qk_norm: bool = True,
@@ -127,7 +128,7 @@ class VotEncoderConfig(PreTrainedConfig):
         self.window = window
         self.full_attention_every = full_attention_every
         self.group = group
-        self.causal = causal
+        self.causal = "group" if causal == "frame" else causal
         self.feature_map = feature_map
         self.learned_beta = learned_beta
         self.qk_norm = qk_norm
@@ -187,12 +188,12 @@ class VotEncoderConfig(PreTrainedConfig):
             )
         if self.attention not in ("hybrid", "softmax", "linear"):
             raise ValueError(f'attention must be "hybrid", "softmax" or "linear", got {self.attention!r}.')
-        if self.causal not in (None, "frame"):
-            raise ValueError(f'causal must be None or "frame", got {self.causal!r}.')
+        if self.causal not in (None, "group"):
+            raise ValueError(f'causal must be None or "group", got {self.causal!r}.')
         if self.causal and self.group != "frame":
-            raise ValueError(f'causal="frame" needs group="frame", got {self.group!r}.')
+            raise ValueError(f'causal="group" needs group="frame", got {self.group!r}.')
         if self.causal and self.attention == "linear":
-            raise ValueError('attention="linear" has no frame-causal form; use "hybrid" with window=0.')
+            raise ValueError('attention="linear" has no causal form over groups; use "hybrid" with window=0.')
         if not 0 <= self.shared_expert_size < self.intermediate_size:
             raise ValueError(
                 f"shared_expert_size must be from 0 to intermediate_size - 1, {self.intermediate_size - 1}, "

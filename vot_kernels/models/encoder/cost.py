@@ -16,9 +16,12 @@ from vot_kernels.packing import PackedLayout
 class EncoderCost:
     """Cost of one forward pass over one clip; a multiply-add counts as two FLOPs.
 
-    parameters: of the model. tokens: of the clip. linear_flops: matrix products with weights (of the experts
-    only what is used). attention_flops: scores and values, near and far. dense_attention_flops: the same if
-    every layer were exact softmax attention.
+    Attributes:
+        parameters: parameters of the model.
+        tokens: tokens of the clip.
+        linear_flops: matrix products with weights; of the experts only those that are used.
+        attention_flops: scores and values, near and far.
+        dense_attention_flops: the same if every layer were exact softmax attention.
     """
 
     parameters: int
@@ -64,9 +67,9 @@ def describe_preset(name: str) -> dict[str, Any]:
 
 
 def _linear_flops(module: nn.Module) -> int:
-    """Per token. Norms of all experts are taken; the rest of an expert runs for the chosen ones alone.
+    """FLOPs per token. The norms of all experts are computed; the rest of an expert runs only if it is chosen.
 
-    A shared expert is made of linear layers, which `modules` lists on their own.
+    A shared expert consists of linear layers, which `modules` lists separately.
     """
     if isinstance(module, AutonomyOfExperts):
         experts = {name: 2 * p[0].numel() for name, p in module.named_parameters(recurse=False)}

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
@@ -30,29 +32,33 @@ class VotEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[tokens, hidden_size]`.
         pooler_output: `[clips, hidden_size]`, attention-pooled; zero for an empty clip.
-        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them).
+        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them); in training, or if
+            asked for.
+        expert_load: `[AoE blocks, num_experts]`, share of the tokens that chose each expert, no gradient; likewise,
+            but None without AoE blocks.
         hidden_states: the embedding and the output of every block, if asked for.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class VotEncoderBlock(nn.Module):
+class VotEncoderBlock(GradientCheckpointingLayer):
     """Pre-norm block: hybrid attention, then AoE or a dense SwiGLU."""
 
     def __init__(self, config: VotEncoderConfig, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.attention_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        dim = config.hidden_size
+        self.attention_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.attention = _attention(config, config.layer_windows[layer])
-        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.mlp: nn.Module
         if config.is_aoe(layer):
             self.mlp = AutonomyOfExperts(
-                width,
+                dim,
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
                 rank=config.expert_rank,
@@ -61,23 +67,37 @@ class VotEncoderBlock(nn.Module):
                 shared_hidden=config.shared_expert_size,
             )
         else:
-            self.mlp = SwiGLU(width, config.intermediate_size)
+            self.mlp = SwiGLU(dim, config.intermediate_size)
 
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, hidden_size]` to the same."""
+    def forward(
+        self, x: Tensor, layout: PackedLayout, output_balance: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`[tokens, hidden_size]` to the same, and the balance loss and the load of its experts.
+
+        The last two are None in a dense block and without `output_balance`.
+        """
         x = x + self.attention(self.attention_norm(x), layout)
-        return x + self.mlp(self.mlp_norm(x))
+        if output_balance and isinstance(self.mlp, AutonomyOfExperts):
+            y, aux = self.mlp(self.mlp_norm(x), return_aux=True)
+            return x + y, aux.balance_loss, aux.load
+        return x + self.mlp(self.mlp_norm(x)), None, None
 
     def step(
         self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None
     ) -> tuple[Tensor, HybridAttentionState]:
-        """One frame of a stream; the attention's state is carried."""
+        """One frame of a stream; the attention's state is carried.
+
+        Raises:
+            TypeError: the attention is linear, which has no stream.
+        """
+        if not isinstance(self.attention, HybridAttention):
+            raise TypeError(f"A stream needs HybridAttention, got {type(self.attention).__name__}.")
         attended, state = self.attention.step(self.attention_norm(x), layout, state)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention:
+def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention | LinearAttention:
     options: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
         "feature_map": config.feature_map,
@@ -86,13 +106,14 @@ def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention:
     }
     if config.attention == "linear":
         return LinearAttention(config.hidden_size, config.num_attention_heads, **options)
-    causal = "group" if config.causal == "frame" else None
-    attention = HybridAttention(
-        config.hidden_size, config.num_attention_heads, window=window, causal=causal, **options
+    return HybridAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        window=window,
+        causal=config.causal,
+        beta_init=0.0 if config.learned_beta else None,
+        **options,
     )
-    if not config.learned_beta:
-        attention.beta = None
-    return attention
 
 
 class VotEncoderPreTrainedModel(PreTrainedModel):
@@ -101,18 +122,29 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
     config_class = VotEncoderConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # transformers skips a module of a model that is not its own if all tensors directly in it are initialised,
+        # hence also if there are none. Such a module may set those of its children: SizeAwareEmbedding does.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Each module knows how to initialise itself; what was loaded is left alone."""
+        """Each module knows how to initialise itself; tensors that were loaded keep their values."""
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset) and not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+        tensors = [*module.parameters(), *module.buffers()]
+        loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
+        if callable(reset) and len(loaded) < len(tensors):
+            values = [tensor.clone() for tensor in loaded]
             reset()
+            for tensor, value in zip(loaded, values, strict=True):
+                tensor.copy_(value)
 
 
 @dataclass
 class VotStreamState:
-    """What a frame-causal encoder carries from frame to frame; its size does not grow.
+    """What a causal encoder carries from frame to frame; its size does not grow.
 
     Attributes:
         frame: frames seen so far.
@@ -133,10 +165,10 @@ class VotEncoder(VotEncoderPreTrainedModel):
 
     def __init__(self, config: VotEncoderConfig):
         super().__init__(config)
-        width = config.hidden_size
-        self.patch_embedding = nn.Linear(config.patch_numbers, width)
+        dim = config.hidden_size
+        self.patch_embedding = nn.Linear(config.patch_numbers, dim)
         self.size_embedding: SizeAwareEmbedding | None = (
-            SizeAwareEmbedding(width, use_frames=config.causal is None) if config.size_embedding else None
+            SizeAwareEmbedding(dim, use_frames=config.causal is None) if config.size_embedding else None
         )
         self.blocks = nn.ModuleList(VotEncoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.residual: DenseResidual | None = (
@@ -146,10 +178,11 @@ class VotEncoder(VotEncoderPreTrainedModel):
             if config.dense_residual
             else None
         )
-        self.norm = nn.RMSNorm(width, eps=config.norm_eps)
-        self.pooling = PackedAttentionPooling(width, config.pooling_heads)
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.pooling = PackedAttentionPooling(dim, config.pooling_heads)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -157,23 +190,30 @@ class VotEncoder(VotEncoderPreTrainedModel):
         fps: Tensor | None = None,
         layout: PackedLayout | None = None,
         output_hidden_states: bool = False,
+        output_balance: bool | None = None,
     ) -> VotEncoderOutput:
-        """Encode packed clips.
+        """Encode packed clips. With `return_dict=False` the output is a tuple of what is not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
             image_grid_thw: integer `[clips, 3]`, (frames, height, width) in patches.
             fps: float `[clips]`, frames per second, 0 for images; None is all 0.
-            layout: built once from the grid if the same packing is used again.
+            layout: from `self.layout(image_grid_thw)`, to build it once where the same packing is used again, or
+                outside of a compiled graph, which cannot build it.
             output_hidden_states: return the embedding and every block's output too.
+            output_balance: return `balance_loss` and `expert_load` too; None is in training alone.
         """
+        output_balance = self.training if output_balance is None else output_balance
         layout = self.layout(image_grid_thw, pixel_values.device) if layout is None else layout
         self._check(pixel_values, layout)
         x = self._embed(pixel_values, layout, fps)
-        states = [x]
+        states, losses, loads = [x], [], []
         history = self._history(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, layout)
+            x, loss, load = block(x, layout, output_balance)
+            if loss is not None:
+                losses.append(loss)
+                loads.append(load)
             if self.residual is not None:
                 x = self.residual(x, i + 1, history)
             if output_hidden_states:
@@ -182,7 +222,8 @@ class VotEncoder(VotEncoderPreTrainedModel):
         return VotEncoderOutput(
             last_hidden_state=x,
             pooler_output=self.pooling(x, layout),
-            balance_loss=self._balance_loss(x),
+            balance_loss=_mean(losses, like=x) if output_balance else None,
+            expert_load=torch.stack(loads) if loads else None,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
@@ -194,7 +235,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
-        self._set_backend(HybridAttention, backend)
+        self._set_backend((HybridAttention, LinearAttention), backend)
 
     def set_experts_backend(self, backend: str) -> None:
         """Choose what computes the experts, as `set_attention_backend` does for the attention.
@@ -202,12 +243,14 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
-        self._set_backend(AutonomyOfExperts, backend)
+        self._set_backend((AutonomyOfExperts,), backend)
 
-    def _set_backend(self, kind: type[HybridAttention] | type[AutonomyOfExperts], backend: str) -> None:
+    def _set_backend(
+        self, kinds: tuple[type[HybridAttention | LinearAttention | AutonomyOfExperts], ...], backend: str
+    ) -> None:
         check_choice("backend", backend, ("auto", *BACKENDS))
         for module in self.modules():
-            if isinstance(module, kind):
+            if isinstance(module, kinds):
                 module.backend = backend
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
@@ -215,9 +258,9 @@ class VotEncoder(VotEncoderPreTrainedModel):
         return PackedLayout.from_grid_thw(image_grid_thw, self.config.group, device)
 
     def start_stream(self) -> VotStreamState:
-        """The state before the first frame of a stream; needs `causal="frame"` and no full-attention layer."""
-        if self.config.causal != "frame":
-            raise ValueError('Streaming needs an encoder with causal="frame".')
+        """The state before the first frame of a stream; needs `causal="group"` and no full-attention layer."""
+        if self.config.causal != "group":
+            raise ValueError('Streaming needs an encoder with causal="group".')
         full = [i for i, window in enumerate(self.config.layer_windows) if window is None]
         if full:
             raise ValueError(
@@ -256,11 +299,6 @@ class VotEncoder(VotEncoderPreTrainedModel):
         x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         return x if self.size_embedding is None else self.size_embedding(x, layout, fps)
 
-    def _balance_loss(self, like: Tensor) -> Tensor:
-        experts = [m for m in self.blocks.modules() if isinstance(m, AutonomyOfExperts)]
-        losses = [m.balance_loss for m in experts if m.balance_loss is not None]
-        return torch.stack(losses).mean() if losses else like.new_zeros(())
-
     def _check(self, pixel_values: Tensor, layout: PackedLayout) -> None:
         expected = [layout.num_tokens, self.config.patch_numbers]
         if list(pixel_values.shape) != expected:
@@ -268,3 +306,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
                 f"pixel_values must have the shape {expected} (patches of image_grid_thw, numbers in a patch), "
                 f"got {list(pixel_values.shape)}."
             )
+
+
+def _mean(losses: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(losses).mean() if losses else like.new_zeros(())

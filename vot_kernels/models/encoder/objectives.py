@@ -12,7 +12,6 @@ from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.nn.rotary import RotaryEmbedding
-from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.packing import PackedLayout
 
 _START = 256  # follows the bytes; with it the empty caption has a token too
@@ -26,7 +25,7 @@ class TokenDistillation(nn.Module):
     channel (see `fit_targets`), so that a student which has learned the mean alone has a cosine of 0.
 
     Args:
-        student_width, teacher_width: of tokens and pooled vectors.
+        student_dim, teacher_dim: widths of tokens and pooled vectors.
         cosine_weight: in [0, 1]; the rest goes to smooth L1.
 
     Source: the distance is that of Ranzinger et al., AM-RADIO, CVPR 2024 (arXiv 2312.06709), section 3.3.
@@ -35,21 +34,21 @@ class TokenDistillation(nn.Module):
     token_statistics: Tensor
     pooled_statistics: Tensor
 
-    def __init__(self, student_width: int, teacher_width: int, cosine_weight: float = 0.9):
+    def __init__(self, student_dim: int, teacher_dim: int, cosine_weight: float = 0.9):
         super().__init__()
         if not 0 <= cosine_weight <= 1:
             raise ValueError(f"cosine_weight must lie in 0 to 1, got {cosine_weight}.")
         self.cosine_weight = cosine_weight
-        self.token_head = nn.Linear(student_width, teacher_width)
-        self.pooled_head = nn.Linear(student_width, teacher_width)
-        neutral = torch.stack([torch.zeros(teacher_width), torch.ones(teacher_width)])
+        self.token_head = nn.Linear(student_dim, teacher_dim)
+        self.pooled_head = nn.Linear(student_dim, teacher_dim)
+        neutral = torch.stack([torch.zeros(teacher_dim), torch.ones(teacher_dim)])
         self.register_buffer("token_statistics", neutral)
         self.register_buffer("pooled_statistics", neutral.clone())
 
     @torch.no_grad()
     def fit_targets(self, tokens: Tensor, pooled: Tensor) -> None:
-        """Take mean and deviation of each channel from teacher tokens `[tokens, teacher_width]` and pooled
-        vectors `[segments, teacher_width]` of a few training batches, at least two rows each."""
+        """Take mean and deviation of each channel from teacher tokens `[tokens, teacher_dim]` and pooled
+        vectors `[segments, teacher_dim]` of a few training batches, at least two rows each."""
         for statistics, values in ((self.token_statistics, tokens), (self.pooled_statistics, pooled)):
             if len(values) < 2:
                 raise ValueError(f"A deviation needs at least two rows, got {len(values)}.")
@@ -67,9 +66,9 @@ class TokenDistillation(nn.Module):
         """The distances "tokens" and "pooled", scalars. No gradient reaches the teacher.
 
         Args:
-            tokens: `[tokens, student_width]`; rows past the layout's tokens are slack and left out.
-            pooled: `[segments, student_width]`.
-            teacher_tokens, teacher_pooled: the same rows, `teacher_width` wide.
+            tokens: `[tokens, student_dim]`; rows past the layout's tokens are slack and left out.
+            pooled: `[segments, student_dim]`.
+            teacher_tokens, teacher_pooled: the same rows, `[..., teacher_dim]`.
             layout, teacher_layout: of the two; their groups may differ, their grids may not.
 
         Raises:
@@ -92,7 +91,7 @@ class TokenDistillation(nn.Module):
 
 
 def mean_tokens(tokens: Tensor, layout: PackedLayout) -> Tensor:
-    """The mean token of each segment: `[tokens, width]` to `[segments, width]`; an empty segment gives 0."""
+    """The mean token of each segment: `[tokens, dim]` to `[segments, dim]`; an empty segment gives 0."""
     total = tokens.new_zeros(layout.num_segments, tokens.shape[1])
     total = total.index_add(0, layout.token_segments, tokens[: layout.num_tokens])
     return total / layout.cu_seqlens.diff().clamp_min(1)[:, None]
@@ -112,7 +111,7 @@ def sigmoid_contrastive_loss(
     O(chunk_size · N) where the whole matrix takes O(N²).
 
     Args:
-        image_embeds, text_embeds: `[N, width]`, floating, usually of length 1; row i of one belongs to row i
+        image_embeds, text_embeds: `[N, dim]`, floating, usually of length 1; row i of one belongs to row i
             of the other.
         logit_scale: scalar, log of the factor. logit_bias: scalar.
         chunk_size: images at a time; need not divide N.
@@ -127,7 +126,7 @@ def sigmoid_contrastive_loss(
     """
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape or len(image_embeds) == 0:
         raise ValueError(
-            "image_embeds and text_embeds must both be [N, width] with N >= 1, "
+            "image_embeds and text_embeds must both be [N, dim] with N >= 1, "
             f"got {list(image_embeds.shape)} and {list(text_embeds.shape)}."
         )
     if chunk_size < 1:
@@ -162,7 +161,7 @@ class ContrastiveHead(nn.Module):
     a row depends on itself alone.
 
     Args:
-        image_width, text_width: of the pooled vectors.
+        image_dim, text_dim: widths of the pooled vectors.
         projection_size: width of the shared space.
         scale, bias: where the factor and the bias of the logits begin. The bias should be about minus the log
             of the texts in a batch, so that the many pairs that do not match begin as such.
@@ -170,20 +169,20 @@ class ContrastiveHead(nn.Module):
 
     def __init__(
         self,
-        image_width: int,
-        text_width: int,
+        image_dim: int,
+        text_dim: int,
         projection_size: int,
         scale: float = 10.0,
         bias: float = -10.0,
     ):
         super().__init__()
-        self.image = _projection(image_width, projection_size)
-        self.text = _projection(text_width, projection_size)
+        self.image = _projection(image_dim, projection_size)
+        self.text = _projection(text_dim, projection_size)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
     def forward(self, image_pooled: Tensor, text_pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, image_width]` and `[M, text_width]` to `[N, projection_size]` and `[M, projection_size]`, every
+        """`[N, image_dim]` and `[M, text_dim]` to `[N, projection_size]` and `[M, projection_size]`, every
         row of length 1. In training N and M must be at least 2."""
         return F.normalize(self.image(image_pooled), dim=-1), F.normalize(self.text(text_pooled), dim=-1)
 
@@ -195,25 +194,25 @@ class ContrastiveHead(nn.Module):
         )
 
 
-def _projection(width: int, size: int) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, size, bias=False))
+def _projection(dim: int, size: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, size, bias=False))
 
 
 class CaptionEncoder(nn.Module):
     """A small text encoder over bytes: captions of any lengths lie packed, none is padded.
 
     Args:
-        width: of the tokens and the pooled vector; a multiple of `heads`.
-        layers: transformer blocks.
-        heads: of the attention and of the pooling.
+        dim: width of the tokens and the pooled vector; a multiple of `num_heads`.
+        num_layers: transformer blocks.
+        num_heads: of the attention and of the pooling.
     """
 
-    def __init__(self, width: int = 96, layers: int = 2, heads: int = 4):
+    def __init__(self, dim: int = 96, num_layers: int = 2, num_heads: int = 4) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_START + 1, width)
-        self.blocks = nn.ModuleList(_CaptionBlock(width, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.pooling = PackedAttentionPooling(width, heads)
+        self.embedding = nn.Embedding(_START + 1, dim)
+        self.blocks = nn.ModuleList(_CaptionBlock(dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.pooling = PackedAttentionPooling(dim, num_heads)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, PackedLayout]:
         """UTF-8 bytes after a start token: int64 `[tokens]` and their layout, on the module's device."""
@@ -223,44 +222,31 @@ class CaptionEncoder(nn.Module):
         return tokens.to(device), PackedLayout.from_lengths([len(c) for c in captions], device=device)
 
     def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """int64 `[tokens]` to one vector per caption, `[captions, width]`."""
+        """int64 `[tokens]` to one vector per caption, `[captions, dim]`."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, layout)
         return self.pooling(self.norm(x), layout)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Captions to `[captions, width]`."""
+        """Captions to `[captions, dim]`."""
         return self(*self.tokenize(texts))
 
 
 class _CaptionBlock(nn.Module):
     """Pre-norm block: attention within each caption, then a SwiGLU."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = _CaptionAttention(
-            width, heads, window=None, rotary=RotaryEmbedding(10_000.0), qk_norm=True
-        )
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width, 8 * width // 3)
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention = HybridAttention(dim, num_heads, window=None, rotary=RotaryEmbedding(10_000.0))
+        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim, 8 * dim // 3)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, width]` to the same."""
+        """`[tokens, dim]` to the same."""
         x = x + self.attention(self.attention_norm(x), layout)
         return x + self.mlp(self.mlp_norm(x))
-
-
-class _CaptionAttention(HybridAttention):
-    """Its projections and norms around `packed_attention`."""
-
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, width]` to the same."""
-        q, k, v = self._project(x, layout)
-        out = packed_attention(q, k, v, layout, backend=self.backend)
-        assert isinstance(out, Tensor)
-        return self.out(out.flatten(1))
 
 
 def _check_same_grids(layout: PackedLayout, other: PackedLayout) -> None:

@@ -36,10 +36,17 @@ _PLACE_STEP = 32  # extra head dimensions come in multiples of this; frames of u
 class RecurrentGraphTransformerConfig:
     """Sizes of a `RecurrentGraphTransformer`.
 
-    vocabulary: the words its embeddings stand for, in order.
-    dim, num_layers, num_heads, mlp_ratio: as in any transformer; dim is a multiple of num_heads.
-    feature_dim: width of the region features per node (None: the graph alone).
-    memory: False cuts the recurrence, for ablation.
+    Attributes:
+        vocabulary: the words its embeddings stand for, in order.
+        dim: width of the node states, a multiple of `num_heads`.
+        num_layers: transformer layers.
+        num_heads: heads of the attention.
+        mlp_ratio: hidden width of the MLPs over `dim`.
+        feature_dim: width of the region features per node; None uses the graph alone.
+        memory: False cuts the recurrence, for ablation.
+
+    Raises:
+        ValueError: sizes below 1 or that do not divide.
     """
 
     vocabulary: Vocabulary
@@ -53,9 +60,9 @@ class RecurrentGraphTransformerConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "mlp_ratio"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} was given; it is at least 1.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dim % self.num_heads:
-            raise ValueError(f"dim={self.dim} was given with num_heads={self.num_heads}; dim is a multiple.")
+            raise ValueError(f"dim must be a multiple of num_heads, got {self.dim} and {self.num_heads}.")
 
     @property
     def num_edge_types(self) -> int:
@@ -167,9 +174,7 @@ class RecurrentGraphTransformer(nn.Module):
         if features is None or self.feature_projection is None or features.shape != (batch.num_nodes, width):
             given = "none" if features is None else list(features.shape)
             wanted = "none" if width is None else [batch.num_nodes, width]
-            raise ValueError(
-                f"Node features of shape {given} were given; this model and batch take {wanted}."
-            )
+            raise ValueError(f"Node features must have the shape {wanted}, got {given}.")
         return self.feature_projection(features[batch.tensor(batch.order, features)])
 
     def _relation_bias(self, batch: "_Batch", like: Tensor) -> tuple[Tensor, Tensor]:

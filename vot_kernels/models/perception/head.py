@@ -21,12 +21,19 @@ _MAX_SHIFT = 0.75  # furthest refinement, in box sides
 class HeadOutput:
     """What the queries found in `B` clips of one grid; `Q` queries, `T` frames.
 
-    centers, coarse_centers: `[B, Q, T, 2]` and sizes `[B, Q, T, 2]`, (x, y) in fractions of the frame.
-    heat: logits `[B, Q, T, P]` over the tokens of each frame; presence: logits `[B, Q, T]`.
-    labels: logits `[B, Q, labels]`; attributes: logits `[B, Q, attributes]`.
-    sought: logits `[B, Q, attributes]`, which attribute each query looks for, before it looks closely.
-    pair_events `[B, Q, Q, T, kinds]`, unary_events `[B, Q, T, kinds]`, and likewise pair_relations and
-    unary_relations: independent logits. Pair events are symmetric.
+    Attributes:
+        centers: `[B, Q, T, 2]`, (x, y) in fractions of the frame.
+        coarse_centers: `[B, Q, T, 2]`, the same before the glimpse refined them.
+        sizes: `[B, Q, T, 2]`, (width, height) in fractions of the frame.
+        heat: `[B, Q, T, P]`, logits over the tokens of each frame.
+        presence: `[B, Q, T]`, logits.
+        labels: `[B, Q, labels]`, logits.
+        attributes: `[B, Q, attributes]`, logits.
+        sought: `[B, Q, attributes]`, logits of the attribute that each query looks for, before it looks closely.
+        pair_events: `[B, Q, Q, T, kinds]`, independent logits, symmetric in the two queries.
+        unary_events: `[B, Q, T, kinds]`, independent logits.
+        pair_relations: `[B, Q, Q, T, kinds]`, independent logits.
+        unary_relations: `[B, Q, T, kinds]`, independent logits.
     """
 
     centers: Tensor
@@ -48,15 +55,15 @@ class STSGHead(nn.Module):
 
     def __init__(self, config: VotPerceptionConfig):
         super().__init__()
-        width = config.encoder.hidden_size
-        self.queries = nn.Embedding(config.num_queries, width)
-        self.sought = nn.Linear(width, max(1, len(config.attributes)))
-        self.token_norm = nn.RMSNorm(width)
+        dim = config.encoder.hidden_size
+        self.queries = nn.Embedding(config.num_queries, dim)
+        self.sought = nn.Linear(dim, max(1, len(config.attributes)))
+        self.token_norm = nn.RMSNorm(dim)
         self.layers = nn.ModuleList(
-            DecoderLayer(width, config.decoder_heads) for _ in range(config.decoder_layers)
+            DecoderLayer(dim, config.decoder_heads) for _ in range(config.decoder_layers)
         )
-        self.localizer = Localizer(width, config.glimpse_size)
-        self.namer = Namer(width, config)
+        self.localizer = Localizer(dim, config.glimpse_size)
+        self.namer = Namer(dim, config)
         self.dynamics = Dynamics(config)
         self.reset_parameters()
 
@@ -76,7 +83,7 @@ class STSGHead(nn.Module):
         """Read clips of one grid.
 
         Args:
-            tokens: `[B, T * h * w, width]`, the encoder's output.
+            tokens: `[B, T * h * w, dim]`, the encoder's output.
             grid: (T, h, w) of every clip.
             frames: `[B, T, 3, H, W]`, the normalised pixels.
         """
@@ -103,15 +110,15 @@ class STSGHead(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention to the clip, and a feed-forward block."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.self_attention = Attention(width, heads)
-        self.cross_attention = Attention(width, heads)
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(3))
-        self.feed_forward = _mlp(width, 2 * width, width)
+        self.self_attention = Attention(dim, num_heads)
+        self.cross_attention = Attention(dim, num_heads)
+        self.norms = nn.ModuleList(nn.RMSNorm(dim) for _ in range(3))
+        self.feed_forward = _mlp(dim, 2 * dim, dim)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """queries `[B, Q, width]`, tokens `[B, N, width]` (already normalised)."""
+        """queries `[B, Q, dim]`, tokens `[B, N, dim]` (already normalised)."""
         normed = self.norms[0](queries)
         queries = queries + self.self_attention(normed, normed)
         queries = queries + self.cross_attention(self.norms[1](queries), tokens)
@@ -121,23 +128,23 @@ class DecoderLayer(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of a few queries over many tokens."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """queries `[B, Q, width]`, tokens `[B, N, width]`."""
-        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.key_value(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """queries `[B, Q, dim]`, tokens `[B, N, dim]`."""
+        q = self.query(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 @dataclass
 class Place:
-    """Where each query's object is; shapes as in `HeadOutput`, features `[B, Q, T, width]`."""
+    """Where each query's object is; shapes as in `HeadOutput`, features `[B, Q, T, dim]`."""
 
     centers: Tensor
     coarse_centers: Tensor
@@ -150,18 +157,18 @@ class Place:
 class Localizer(nn.Module):
     """Points at each object in each frame: attention over tokens, then a glimpse of the pixels."""
 
-    def __init__(self, width: int, glimpse_size: int):
+    def __init__(self, dim: int, glimpse_size: int):
         super().__init__()
         self.glimpse_size = glimpse_size
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.offset_and_size = _mlp(2 * width, width, 4)
-        self.glimpse = _mlp(3 * glimpse_size**2, width, width)
-        self.shift = _mlp(2 * width, width, 2)
-        self.presence = _mlp(2 * width + 1, width, 1)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.offset_and_size = _mlp(2 * dim, dim, 4)
+        self.glimpse = _mlp(3 * glimpse_size**2, dim, dim)
+        self.shift = _mlp(2 * dim, dim, 2)
+        self.presence = _mlp(2 * dim + 1, dim, 1)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: tuple[int, int], frames: Tensor) -> Place:
-        """queries `[B, Q, width]`, tokens `[B, T, P, width]`, grid (h, w), frames `[B, T, 3, H, W]`."""
+        """queries `[B, Q, dim]`, tokens `[B, T, P, dim]`, grid (h, w), frames `[B, T, 3, H, W]`."""
         keys, values = self.key_value(tokens).chunk(2, -1)
         scale = keys.shape[-1] ** -0.5
         heat = torch.einsum("bqd,btpd->bqtp", self.query(queries), keys) * scale
@@ -187,12 +194,12 @@ class Localizer(nn.Module):
 class Namer(nn.Module):
     """Names an object by what its centred glimpses show, averaged over the frames where it is present."""
 
-    def __init__(self, width: int, config: VotPerceptionConfig):
+    def __init__(self, dim: int, config: VotPerceptionConfig):
         super().__init__()
         self.glimpse_size = config.glimpse_size
-        self.glimpse = _mlp(3 * config.glimpse_size**2, 2 * width, width)
-        self.label = _mlp(2 * width, width, len(config.labels))
-        self.attribute = _mlp(2 * width, width, len(config.attributes))
+        self.glimpse = _mlp(3 * config.glimpse_size**2, 2 * dim, dim)
+        self.label = _mlp(2 * dim, dim, len(config.labels))
+        self.attribute = _mlp(2 * dim, dim, len(config.attributes))
 
     def forward(self, queries: Tensor, place: Place, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, Q, labels]` and `[B, Q, attributes]`."""
@@ -208,15 +215,15 @@ class Namer(nn.Module):
 class Dynamics(nn.Module):
     """Relations and events from tracks: small temporal convolutions over relative motion."""
 
-    def __init__(self, config: VotPerceptionConfig, width: int = 48):
+    def __init__(self, config: VotPerceptionConfig, hidden: int = 48):
         super().__init__()
         unary_events, unary_predicates = set(config.unary_events), set(config.unary_predicates)
-        self.pair_event = _TemporalConv(9, width, len([e for e in config.events if e not in unary_events]))
-        self.unary_event = _TemporalConv(10, width, len(config.unary_events))
+        self.pair_event = _TemporalConv(9, hidden, len([e for e in config.events if e not in unary_events]))
+        self.unary_event = _TemporalConv(10, hidden, len(config.unary_events))
         self.pair_relation = _TemporalConv(
-            9, width, len([p for p in config.predicates if p not in unary_predicates])
+            9, hidden, len([p for p in config.predicates if p not in unary_predicates])
         )
-        self.unary_relation = _TemporalConv(10, width, len(config.unary_predicates))
+        self.unary_relation = _TemporalConv(10, hidden, len(config.unary_predicates))
 
     def forward(self, centers: Tensor, sizes: Tensor, frame_size: tuple[int, int]) -> dict[str, Tensor]:
         """centers, sizes `[B, Q, T, 2]` in fractions of a frame of `frame_size` (height, width) pixels."""
@@ -246,13 +253,13 @@ class Dynamics(nn.Module):
 
 
 class _TemporalConv(nn.Module):
-    """`[..., T, in]` -> `[..., T, out]` with a receptive field of seven frames."""
+    """`[..., T, inputs]` to `[..., T, outputs]` with a receptive field of seven frames."""
 
-    def __init__(self, inputs: int, width: int, outputs: int):
+    def __init__(self, inputs: int, hidden: int, outputs: int):
         super().__init__()
-        self.first = nn.Conv1d(inputs, width, 5, padding=2, padding_mode="replicate")
-        self.second = nn.Conv1d(width, width, 3, padding=1, padding_mode="replicate")
-        self.last = nn.Conv1d(width, outputs, 1)
+        self.first = nn.Conv1d(inputs, hidden, 5, padding=2, padding_mode="replicate")
+        self.second = nn.Conv1d(hidden, hidden, 3, padding=1, padding_mode="replicate")
+        self.last = nn.Conv1d(hidden, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         lead = x.shape[:-2]

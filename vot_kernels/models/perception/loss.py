@@ -11,11 +11,19 @@ from vot_kernels.models.perception.head import HeadOutput
 
 @dataclass
 class Targets:
-    """Truth for `B` clips of one grid; `N` objects, padded. Booleans are bool, numbers float32.
+    """Truth for `B` clips of one grid with up to `N` objects; shorter lists are padded.
 
-    centers, sizes: `[B, N, T, 2]` in fractions of the frame; present: `[B, N, T]`; exists: `[B, N]`.
-    labels, attributes: int64 `[B, N]`. pair_events, pair_relations: `[B, N, N, T, kinds]`;
-    unary_events, unary_relations: `[B, N, T, kinds]`.
+    Attributes:
+        centers: float32 `[B, N, T, 2]`, (x, y) in fractions of the frame.
+        sizes: float32 `[B, N, T, 2]`, (width, height) in fractions of the frame.
+        present: bool `[B, N, T]`, whether the object is in the frame.
+        exists: bool `[B, N]`, False for padding.
+        labels: int64 `[B, N]`.
+        attributes: int64 `[B, N]`.
+        pair_events: bool `[B, N, N, T, kinds]`.
+        unary_events: bool `[B, N, T, kinds]`.
+        pair_relations: bool `[B, N, N, T, kinds]`.
+        unary_relations: bool `[B, N, T, kinds]`.
     """
 
     centers: Tensor

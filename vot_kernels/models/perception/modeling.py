@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderPreTrainedModel
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
@@ -22,7 +23,7 @@ class VotPerceptionOutput(ModelOutput):
         clip_index: for each bucket the positions of its clips in the input.
         pooler_output: `[clips, hidden_size]`, the encoder's pooled clip embeddings.
         domain_distance: `[clips]`, Mahalanobis distance of each clip's mean token from the training clips'.
-        balance_loss: mean auxiliary load-balance loss of the AoE blocks.
+        balance_loss, expert_load: those of the encoder; in training, or if asked for.
     """
 
     clips: list[HeadOutput] | None = None
@@ -30,6 +31,7 @@ class VotPerceptionOutput(ModelOutput):
     pooler_output: Tensor | None = None
     domain_distance: Tensor | None = None
     balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None
 
 
 class VotPerceptionModel(VotEncoderPreTrainedModel):
@@ -48,21 +50,39 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         super().__init__(config)
         self.encoder = VotEncoder(config.encoder)
         self.head = STSGHead(config)
-        width = config.encoder.hidden_size
-        self.domain_mean = nn.Buffer(torch.zeros(width))
-        self.domain_precision = nn.Buffer(torch.eye(width))
-        self.domain_threshold = nn.Buffer(torch.tensor(float("inf")))
+        dim = config.encoder.hidden_size
+        self.domain_mean = nn.Buffer(torch.empty(dim))
+        self.domain_precision = nn.Buffer(torch.empty(dim, dim))
+        self.domain_threshold = nn.Buffer(torch.empty(()))
+        self.reset_parameters()
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> VotPerceptionOutput:
-        """See the clips.
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A domain without a limit; encoder and head have a `reset_parameters` of their own."""
+        self.domain_mean.zero_()
+        self.domain_precision.copy_(torch.eye(len(self.domain_mean)))
+        self.domain_threshold.fill_(torch.inf)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        fps: Tensor,
+        output_balance: bool | None = None,
+    ) -> VotPerceptionOutput:
+        """See the clips. With `return_dict=False` the output is a tuple of what is not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
             image_grid_thw: int64 `[clips, 3]`.
             fps: float32 `[clips]`, frames per second.
+            output_balance: as in `VotEncoder`.
         """
-        seen = self.encoder(pixel_values, image_grid_thw, fps=fps)
+        seen = self.encoder(
+            pixel_values, image_grid_thw, fps=fps, output_balance=output_balance, return_dict=True
+        )
         config = self.config.encoder
         frames = unpack_patches(
             pixel_values, image_grid_thw, config.patch_size, temporal_patch_size=config.temporal_patch_size
@@ -86,11 +106,12 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
             pooler_output=seen.pooler_output,
             domain_distance=self.domain_distance(mean_tokens),
             balance_loss=seen.balance_loss,
+            expert_load=seen.expert_load,
         )
 
     def mean_tokens(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> Tensor:
         """The mean token of each clip, `[clips, hidden_size]`: what `fit_domain` takes."""
-        seen = self.encoder(pixel_values, image_grid_thw, fps=fps)
+        seen = self.encoder(pixel_values, image_grid_thw, fps=fps, output_balance=False, return_dict=True)
         return _segment_means(seen.last_hidden_state, image_grid_thw)
 
     def domain_distance(self, mean_tokens: Tensor) -> Tensor:

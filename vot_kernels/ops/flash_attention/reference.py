@@ -40,3 +40,24 @@ def cross_attention(
     scores = scale * (query @ key.transpose(1, 2))
     out, lse = _normalised(scores, near, similarity, nothing, query.new_zeros(q.shape[1], 1, 1), value)
     return out.transpose(0, 1).to(q.dtype), lse.transpose(0, 1)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    left: int | None,
+    right: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse `[total_q, heads]` of all segments; 0 and -inf in rows that belong to none or see nothing."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for row, row_end, key, key_end in zip(*(x[i:] for x in bounds for i in (0, 1)), strict=False):
+        if row < row_end and key < key_end:
+            rows, keys = slice(row, row_end), slice(key, key_end)
+            out[rows], lse[rows] = cross_attention(q[rows], k[keys], v[keys], left, right, scale)
+    return out, lse

@@ -61,8 +61,8 @@ def hybrid_attention_step(
     """The next group of one stream: the rows `hybrid_attention(causal="group")` gives for it.
 
     Feeding a segment group by group gives the result of the whole segment at once. The state is not changed;
-    the returned one replaces it. For inference only. Computed in PyTorch on every device: there is no kernel of
-    one step, and so no choice of a backend.
+    the returned one replaces it. For inference only. PyTorch computes it on every device: no kernel computes one step,
+    so there is no choice of a backend.
 
     Args:
         q, k, v: one group, shaped as for `hybrid_attention`.
@@ -74,7 +74,10 @@ def hybrid_attention_step(
         The output `[tokens, heads, head_dim]` in the dtype of q, and the next state.
 
     Raises:
-        TypeError, ValueError: one sentence on what was given and what is allowed.
+        TypeError: an argument that must be a tensor is none, q is not floating point, dtypes differ, also from those
+            of the stream's earlier groups, or `state` is not a HybridAttentionState.
+        ValueError: shapes or devices do not fit together or to the earlier groups, `feature_map` or `window` is none
+            of the above.
         RuntimeError: gradients are asked for.
     """
     check_qkv(q, k, v)

@@ -7,6 +7,7 @@ The weight of key j to query i is phi(q_i).phi(k_j), times exp(log_decay (i - j)
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.attention_options import Causal
 from vot_kernels.ops.hybrid_attention.reference import _assemble, _bounds, _features, _normalised
 from vot_kernels.packing import PackedLayout
 
@@ -18,7 +19,7 @@ def linear_attention(
     layout: PackedLayout,
     *,
     feature_map: str = "softmax",
-    causal: bool = False,
+    causal: Causal = False,
     log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalised linear attention within each segment: output and log normaliser.

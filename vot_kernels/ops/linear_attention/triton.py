@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.launch import Kernel, ceil_div, contiguous, padded, rows_contiguous, strides
+from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
+from vot_kernels.ops.parts.attention import Grads
 from vot_kernels.ops.parts.group_states.triton import (
     Rows,
     dot_bits,
@@ -26,44 +28,24 @@ _DECAY_PAIRS = Kernel("linear_attention", "decay_pairs", "linear_attention.decay
 _DECAY_STATES = Kernel("linear_attention", "decay_states", "linear_attention.decay:_decay_states_kernel")
 
 
-def linear_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    host_cu_seqlens: Tensor,
-    feature_map: str,
-    causal: bool,
-    log_decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
-    q, k, v = (rows_contiguous(x, compact=True) for x in (q, k, v))
-    shared = _LinearLaunch.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    q, k, v = (rows_contiguous(x, compact=True) for x in (inputs.q, inputs.k, inputs.v))
+    shared = _LinearLaunch.of(q, k, inputs.log_decay, geometry, options)
     rows = Rows(k, v)
     return shared.apply(q, rows, shared.states(rows), normalise=True)
 
 
-def linear_attention_backward(
-    d_out: Tensor,
-    out: Tensor,
-    inverse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    host_cu_seqlens: Tensor,
-    feature_map: str,
-    causal: bool,
-    log_decay: Tensor | None,
-    decay_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv, and float32 that of log_decay if wanted.
+def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
+    """Gradients of q, k and v, and that of log_decay if the options want it.
 
     The states of k and v are made again: they may outweigh the inputs.
     """
-    d_out, q, k, v = (rows_contiguous(x, compact=True) for x in (d_out, q, k, v))
+    inputs, out, inverse = saved
+    tensors = (grads.d_out, inputs.q, inputs.k, inputs.v)
+    d_out, q, k, v = (rows_contiguous(x, compact=True) for x in tensors)
     inverse = inverse.contiguous()
-    shared = _LinearLaunch.of(q, k, cu_seqlens, host_cu_seqlens, feature_map, causal, log_decay)
+    shared = _LinearLaunch.of(q, k, inputs.log_decay, geometry, options)
     keys = Rows(k, v)
     last = torch.empty_like(inverse)  # -do.out, written with dq
     before = shared.states(keys)
@@ -72,8 +54,10 @@ def linear_attention_backward(
     after = shared.states(queries, reverse=True)
     dv, dv_last = shared.apply(k, queries, after, reverse=True)
     dk = shared.feature_grad(v, k, queries, inverse, last, dv, dv_last, after)
-    d_decay = shared.decay(queries, keys, before, after) if decay_gradient else None
-    return dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay
+    d_decay = None
+    if inputs.log_decay is not None and options.decay_gradient:
+        d_decay = shared.decay(queries, keys, before, after).to(inputs.log_decay.dtype)
+    return Inputs(dq, _fold_heads(dk, k), _fold_heads(dv, v), d_decay)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,19 +78,13 @@ class _LinearLaunch:
 
     @classmethod
     def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        cu_seqlens: Tensor,
-        host_cu_seqlens: Tensor,
-        feature_map: str,
-        causal: bool,
-        log_decay: Tensor | None,
+        cls, q: Tensor, k: Tensor, log_decay: Tensor | None, geometry: Geometry, options: Options
     ) -> "_LinearLaunch":
         """Of these queries and keys; log_decay in any floating dtype."""
+        bounds = geometry.cu_seqlens.contiguous(), geometry.host_cu_seqlens
         heads = k.shape[1] if log_decay is None else q.shape[1]
         log_decay = contiguous(log_decay, torch.float32)
-        return cls(cu_seqlens.contiguous(), host_cu_seqlens, feature_map, causal, heads, log_decay)
+        return cls(*bounds, options.feature_map, geometry.causal is not None, heads, log_decay)
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """What each tile begins with; None if every segment is one tile, which finds it on its own."""

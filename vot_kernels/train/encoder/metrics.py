@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.sprites import COLOUR_NAMES
+from vot_kernels.extras import imports_for
 from vot_kernels.train.encoder.stage import (
     EncoderPretraining,
     EncoderTraining,
@@ -92,12 +93,10 @@ def _recall(images: Tensor, texts: Tensor) -> Metrics:
 
 def _probe(fit: _Seen, test: _Seen) -> Metrics:
     """Accuracies of ridge classifiers on standardised pooled vectors, and of the commonest answer."""
-    try:
+    with imports_for("A linear probe", "train"):
         from sklearn.linear_model import RidgeClassifierCV
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError("Linear probes need scikit-learn: pip install 'vot-kernels[video]'.") from error
     known, features = (torch.cat(seen.pooled).numpy() for seen in (fit, test))
     accuracies: dict[str, list[float]] = {}
     for name, wanted, truth in zip(_PROBES, _answers(fit.episodes), _answers(test.episodes), strict=True):

@@ -4,7 +4,7 @@ import inspect
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
-from vot_kernels.train.checkpoint import load_state, save_state
-from vot_kernels.train.optimization import cosine_schedule, parameter_groups, update
+from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
+from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import TRAIN_SIZES
 
 _MAX_PIXELS = 96 * 96
@@ -42,11 +42,15 @@ _FIT_BATCHES = 4  # batches from which the teacher's mean and deviation are take
 class EncoderTraining:
     """Settings of a run; two runs with equal settings give equal weights on one machine.
 
-    steps: optimiser steps; batch_size: clips a step, of mixed sizes; learning_rate: peak, after `warmup`
-    steps, decaying to 0 along a half cosine; weight_decay: AdamW's; clip: largest gradient norm;
-    distillation, contrastive: weights of the objectives, 0 leaves one out; num_frames: of each clip;
-    caption_width, caption_layers: of the caption encoder; h264_share: share of the clips that pass through
-    H.264; seed: of weights and data.
+    Attributes:
+        steps, learning_rate, warmup, clip: see `vot_kernels.train.loop.Schedule`.
+        batch_size: clips per step, of mixed sizes.
+        weight_decay: AdamW's.
+        distillation, contrastive: weights of the objectives; 0 leaves one out.
+        num_frames: frames per clip.
+        caption_width, caption_layers: size of the caption encoder.
+        h264_share: share of the clips that pass through H.264.
+        seed: of weights and data.
     """
 
     steps: int = 1000
@@ -67,16 +71,21 @@ class EncoderTraining:
         weights = (self.distillation, self.contrastive)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                "The weights of distillation and contrast must be >= 0 and one of them positive, "
+                "distillation and contrastive must be at least 0 and one of them positive, "
                 f"got {self.distillation} and {self.contrastive}."
             )
         if self.batch_size < 2:
-            raise ValueError(f"A batch needs at least 2 clips to tell apart, got {self.batch_size}.")
+            raise ValueError(f"batch_size must be at least 2, to tell clips apart, got {self.batch_size}.")
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen encoder and what it is."""
+    """A frozen encoder.
+
+    Attributes:
+        name: what it is, for people.
+        encoder: its parameters are frozen.
+    """
 
     name: str
     encoder: VotEncoder
@@ -108,7 +117,7 @@ def load_teacher(folder: Path) -> Teacher:
         encoder = VotEncoder.from_pretrained(folder, local_files_only=True).float()
         return Teacher(f"encoder checkpoint {folder.name}", encoder)
     raise FileNotFoundError(
-        f"{folder} holds no teacher: it must be a perception or an encoder checkpoint with a config.json."
+        f"A teacher must be a perception or an encoder checkpoint with a config.json, got {folder}."
     )
 
 
@@ -185,7 +194,13 @@ class EncoderPretraining(nn.Module):
 
 @dataclass
 class CaptionedClips:
-    """Clips of mixed sizes, uint8 `[T, H, W, 3]` each, their frame rate, and a caption of each."""
+    """Clips of mixed sizes with captions.
+
+    Attributes:
+        clips: uint8 `[T, H, W, 3]` each.
+        fps: frame rate of all.
+        captions: one per clip.
+    """
 
     clips: list[np.ndarray]
     fps: float
@@ -253,12 +268,11 @@ def train_encoder(
     *,
     save_every: int = 100,
     stop_at: int | None = None,
-    report: Callable[[int, dict[str, float]], None] = lambda step, terms: None,
+    report: Report = no_report,
 ) -> EncoderPretraining:
-    """Train, or go on from the newest checkpoint under `out`; the result is saved by the caller.
+    """Train, or resume from the newest checkpoint under `out`; the caller saves the result.
 
-    Interrupted with Ctrl-C, it saves a checkpoint first. `report(step, loss terms)` is called every step.
-    `stop_at` ends the run early with a checkpoint.
+    See `vot_kernels.train.loop.run_steps` for the options.
 
     Raises:
         ValueError: the teacher cuts frames into other patches, or the checkpoint has other settings.
@@ -269,23 +283,23 @@ def train_encoder(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
-    signature = _signature(settings, config, teacher)
-    step = load_state(out, model, optimizer, signature)
-    end = min(settings.steps, stop_at or settings.steps)
-    try:
-        for batch in CaptionBatches(settings).loader(step, end):
-            terms = model.losses(processor(batch.clips, fps=batch.fps), batch.captions, teacher, settings)
-            torch.stack(list(terms.values())).sum().backward()
-            assert_trainable(model, optimizer, teacher, settings)
-            rate = cosine_schedule(step, settings.steps, settings.learning_rate, settings.warmup)
-            update(model, optimizer, rate, settings.clip)
-            step += 1
-            values = {name: term.item() for name, term in terms.items()}
-            report(step, {"loss": sum(values.values())} | values)
-            if step % save_every == 0 and step < end:
-                save_state(out, step, model, optimizer, signature)
-    finally:  # also on Ctrl-C
-        save_state(out, step, model, optimizer, signature)
+
+    def losses(step: int, batch: CaptionedClips) -> dict[str, Tensor]:
+        return model.losses(processor(batch.clips, fps=batch.fps), batch.captions, teacher, settings)
+
+    run_steps(
+        out,
+        model,
+        optimizer,
+        Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+        CaptionBatches(settings).loader,
+        losses,
+        signature=_signature(settings, config, teacher),
+        save_every=save_every,
+        stop_at=stop_at,
+        report=report,
+        after_backward=lambda: assert_trainable(model, optimizer, teacher, settings),
+    )
     return model.eval()
 
 
@@ -293,8 +307,8 @@ def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher)
     """The model before its first step: random weights, and the teacher's statistics."""
     if teacher.encoder.config.patch_size != config.patch_size:
         raise ValueError(
-            f"The teacher's patches are {teacher.encoder.config.patch_size} px wide, "
-            f"the student's {config.patch_size}; they must be equal."
+            f"The teacher's patch_size must be the student's, got {teacher.encoder.config.patch_size} "
+            f"and {config.patch_size}."
         )
     torch.manual_seed(settings.seed)
     model = EncoderPretraining(config, teacher.encoder.config.hidden_size, settings)
@@ -364,7 +378,7 @@ def assert_trainable(
 
 
 def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> dict[str, Any]:
-    """What must be equal for a run to go on."""
+    """What must be equal for a run to be resumed."""
     fields = set(inspect.signature(VotEncoderConfig.__init__).parameters) - {"self", "kwargs"}
     known = {"teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint}
     return asdict(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}

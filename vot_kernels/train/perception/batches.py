@@ -35,7 +35,13 @@ def digitworld_config() -> VotPerceptionConfig:
 
 @dataclass
 class Batch:
-    """Clips of one size, uint8 `[B, T, H, W, 3]`, their frame rate, and the truth about them."""
+    """Clips of one size with their truth.
+
+    Attributes:
+        clips: uint8 `[B, T, H, W, 3]`.
+        fps: frame rate of all.
+        targets: the truth, as the loss needs it.
+    """
 
     clips: np.ndarray
     fps: float

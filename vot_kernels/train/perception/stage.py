@@ -1,18 +1,18 @@
 """Training the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.loss import dynamics_loss, match, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.train.checkpoint import load_state, save_state
-from vot_kernels.train.optimization import cosine_schedule, parameter_groups, update
+from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
+from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
 
 _DYNAMICS_BATCH = 24
@@ -25,9 +25,14 @@ _DOMAIN_HELD_OUT = 15
 class PerceptionTraining:
     """Settings of a run; two runs with equal settings give equal weights on one machine.
 
-    steps: optimiser steps; batch_size: clips a step; learning_rate: peak, after `warmup` steps, decaying to 0
-    along a half cosine; dynamics_steps: further steps of relations and events alone; weight_decay: AdamW's;
-    clip: largest gradient norm; seed: of weights and data.
+    Attributes:
+        steps: optimiser steps of the whole model.
+        batch_size: clips per step.
+        learning_rate, warmup: of both stages; see `vot_kernels.train.loop.Schedule`.
+        dynamics_steps: further steps, in a second stage that trains relations and events alone.
+        weight_decay: AdamW's.
+        clip: largest gradient norm of the first stage.
+        seed: of weights and data.
     """
 
     steps: int = 420
@@ -46,12 +51,12 @@ def train_perception(
     *,
     save_every: int = 100,
     stop_at: int | None = None,
-    report: Callable[[int, dict[str, float]], None] = lambda step, terms: None,
+    report: Report = no_report,
 ) -> VotPerceptionModel:
-    """Train, or go on from the newest checkpoint under `out`; the result is saved by the caller.
+    """Train both stages, or resume from the newest checkpoint; the caller saves the result.
 
-    Interrupted with Ctrl-C, it saves a checkpoint first. `report(step, loss terms)` is called every step.
-    `stop_at` ends the run early with a checkpoint.
+    Checkpoints of the first stage are in `out`, those of the second in `out/dynamics`. Steps are counted
+    through both, also in `stop_at`. See `vot_kernels.train.loop.run_steps` for the options.
     """
     torch.manual_seed(settings.seed)
     config = digitworld_config()
@@ -62,54 +67,67 @@ def train_perception(
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
     )
-    signature = asdict(settings)
-    step = load_state(out, model, optimizer, signature)
-    end = min(settings.steps, stop_at or settings.steps)
     batches = TrainingBatches(settings.seed, settings.batch_size)
-    try:
-        for batch in batches.loader(step, end):
-            terms = _loss(model, processor, batch)
-            torch.stack(list(terms.values())).sum().backward()
-            rate = cosine_schedule(step, settings.steps, settings.learning_rate, settings.warmup)
-            update(model, optimizer, rate, settings.clip)
-            step += 1
-            values = {name: term.item() for name, term in terms.items()}
-            report(step, {"loss": sum(values.values())} | values)
-            if step % save_every == 0 and step < end:
-                save_state(out, step, model, optimizer, signature)
-    finally:  # also on Ctrl-C
-        save_state(out, step, model, optimizer, signature)
+    step = run_steps(
+        out,
+        model,
+        optimizer,
+        Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+        batches.loader,
+        lambda step, batch: _loss(model, processor, batch),
+        signature=asdict(settings),
+        save_every=save_every,
+        stop_at=stop_at,
+        report=report,
+    )
     if step == settings.steps:
-        train_dynamics(model, settings, report)
-        fit_domain(model, processor, batches, settings.steps)
+        more = None if stop_at is None else max(0, stop_at - step)
+        done = train_dynamics(out / "dynamics", model, settings, save_every, more, report)
+        if done == settings.dynamics_steps:
+            fit_domain(model, processor, batches, settings.steps)
     return model.eval()
 
 
 def train_dynamics(
+    out: Path,
     model: VotPerceptionModel,
     settings: PerceptionTraining,
-    report: Callable[[int, dict[str, float]], None] = lambda step, terms: None,
-) -> None:
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
     """Train relations and events on true tracks with noise, which needs no pixels and so costs little.
 
     Events are rare: a clip holds two or three hits, and without this stage the model sees too few of them.
-    Everything else is frozen.
+    Everything else is frozen. Returns the number of steps done.
     """
     dynamics = model.head.dynamics
-    optimizer = torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = TrainingBatches(settings.seed + 1, _DYNAMICS_BATCH, render=False)
-    for step, batch in enumerate(batches.loader(0, settings.dynamics_steps)):
+
+    def losses(step: int, batch: Batch) -> dict[str, Tensor]:
         targets, frame = batch.targets, batch.clips.shape[2:4]
+        generator = torch.Generator().manual_seed(_noise_seed(settings.seed, step))
         noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
         noise = noise * torch.randn(targets.centers.shape, generator=generator)
         centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
-        terms = dynamics_loss(dynamics(centers, targets.sizes, frame), targets)
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
-        rate = cosine_schedule(step, settings.dynamics_steps, settings.learning_rate, settings.warmup)
-        update(dynamics, optimizer, rate, clip=math.inf)
-        report(settings.steps + step + 1, {"loss": loss.item()})
+        return dynamics_loss(dynamics(centers, targets.sizes, frame), targets)
+
+    return run_steps(
+        out,
+        model,
+        torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0),
+        Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
+        TrainingBatches(settings.seed + 1, _DYNAMICS_BATCH, render=False).loader,
+        losses,
+        signature=asdict(settings),
+        save_every=save_every,
+        stop_at=stop_at,
+        report=lambda step, terms: report(settings.steps + step, terms),
+    )
+
+
+def _noise_seed(seed: int, step: int) -> int:
+    """A seed of its own for every step, so that a resumed run draws the noise of an uninterrupted one."""
+    return int(np.random.default_rng([seed, step]).integers(2**63))
 
 
 def make_processor(model: VotPerceptionModel) -> VotImageProcessor:

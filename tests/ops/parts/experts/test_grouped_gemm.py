@@ -1,7 +1,6 @@
 """The Triton kernels over rows grouped by expert: on the interpreter against plain PyTorch, and what they launch.
 
-Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in a process of their own: the first
-test starts it. On the interpreter blocks have 16 or 32 rows, columns and depth, see the configs.
+On the interpreter blocks have 16 or 32 rows, columns and depth, see the configs.
 """
 
 from itertools import product
@@ -9,21 +8,19 @@ from itertools import product
 import pytest
 import torch
 
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from tests.marks import compiled, interpreted
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.experts.grouped_gemm import combine, grouped_matmul, weight_gradient
 from vot_kernels.ops.parts.experts.slots import Slots
 from vot_kernels.testing import (
     check_against_reference,
     make_tensor,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 from vot_kernels.tuning import lookup
 
 pytest.importorskip("triton")
 
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
 
 # Expert ids of each token's slots, by number of experts.
 CHOICES = {
@@ -37,11 +34,6 @@ CHOICES = {
     "not_all_exist": (3, torch.tensor([[0, 3], [-1, 2], [2, 0], [7, 7], [1, 2]] * 5)),
     "none_exists": (2, torch.full((4, 2), 2)),
 }
-
-
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 def make_slots(experts, indices):

@@ -1,20 +1,19 @@
 """The Triton kernels of the experts' hidden layer: on the interpreter against plain PyTorch, and what they launch.
 
-Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in a process of their own: the first
-test starts it. On the interpreter a tile has 16 rows and 32 columns and is stored in two pieces, see the configs.
+On the interpreter a tile has 16 rows and 32 columns and is stored in two pieces, see the configs.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from tests.marks import compiled, interpreted
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.experts.hidden import expert_hidden, hidden_backward
 from vot_kernels.ops.parts.experts.slots import Slots
 from vot_kernels.testing import (
     assert_close_to_exact,
     make_tensor,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 from vot_kernels.tuning.autotune import shape_candidates
@@ -22,8 +21,6 @@ from vot_kernels.tuning.autotune import shape_candidates
 pytest.importorskip("triton")
 
 FORMS = pytest.mark.parametrize("cached", [True, False], ids=["aoe", "moe"])
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
 
 # Experts of each token.
 CHOICES = {
@@ -37,11 +34,6 @@ CHOICES = {
     "all_unknown": [[4], [-1]],
 }
 EXPERTS = 4
-
-
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 def group(choices, experts=EXPERTS):

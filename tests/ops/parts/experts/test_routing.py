@@ -1,14 +1,14 @@
 """The Triton kernels that choose experts: on the interpreter against plain PyTorch, and what they launch.
 
-Triton reads TRITON_INTERPRET when it is imported, so the numerical tests run in a process of their own: the first
-test starts it. On the interpreter a tile of caches has 16 tokens and 128 columns, programs of the other kernels hold
+On the interpreter a tile of caches has 16 tokens and 128 columns, programs of the other kernels hold
 16 to 64 numbers, and slots are ranked in tiles of 16, see the configs.
 """
 
 import pytest
 import torch
 
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from tests.marks import compiled, interpreted
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.experts.routing import (
     cache_norms,
     group_slots,
@@ -20,22 +20,14 @@ from vot_kernels.testing import (
     ToleranceError,
     assert_close_to_exact,
     make_tensor,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
 )
 from vot_kernels.tuning import INTERPRETER, known_archs, lookup
 
 pytest.importorskip("triton")
 
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="not for the process with TRITON_INTERPRET=1")
 WEIGHTINGS = pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
 NAN = float("nan")
-
-
-@compiled
-def test_on_the_interpreter():
-    rerun_on_the_interpreter(__file__)
 
 
 # Norms of the caches.

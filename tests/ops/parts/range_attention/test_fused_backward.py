@@ -1,8 +1,4 @@
-"""The backward in which the kernel of dk and dv also adds to dq: when it is taken, and that it is right.
-
-Triton reads TRITON_INTERPRET when it is imported, so the tests that run kernels do so in a process of their own:
-the first one starts it, and they skip themselves outside of it.
-"""
+"""The backward in which the kernel of dk and dv also adds to dq: when it is taken, and that it is right."""
 
 import json
 import math
@@ -13,11 +9,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.marks import compiled, interpreted
 from vot_kernels import tuning
 from vot_kernels.ops import launch as launching
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
 from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
 from vot_kernels.ops.parts.range_attention import triton as _range_triton
@@ -35,22 +32,13 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="needs no interpreter")
 
 BETA = torch.tensor([0.5, -math.inf])
-
-
-@compiled
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
 
 
 @pytest.fixture
@@ -289,7 +277,7 @@ def op_arguments(far):
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
     qkv = [with_slack(x, 1, value=0.0) for x in make_qkv(6, 1)]
     window = (0, 0) if far else (None, None)
-    options = (*window, "none", "softmax", 0.5, "triton", "fused")
+    options = (*window, None, "softmax", 0.5, "fused", "triton")
     return (*qkv, BETA[:1].clone() if far else None, None, None, *tensors, *options)
 
 

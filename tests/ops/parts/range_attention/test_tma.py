@@ -1,8 +1,4 @@
-"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit.
-
-Triton reads TRITON_INTERPRET when it is imported, so the tests that run kernels do so in a process of their own:
-the first one starts it, and they skip themselves outside of it.
-"""
+"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit."""
 
 import json
 from threading import Thread
@@ -10,11 +6,13 @@ from threading import Thread
 import pytest
 import torch
 
+from tests.marks import compiled, interpreted
 from vot_kernels import tuning
 from vot_kernels.ops import launch as launching
-from vot_kernels.ops.attention_options import window_sides
-from vot_kernels.ops.hybrid_attention.triton import Geometry, hybrid_attention_forward
-from vot_kernels.ops.launch import INTERPRETING, record_launches
+from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
+from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
+from vot_kernels.ops.launch import record_launches
+from vot_kernels.ops.parts.attention import Options
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     _loads_by_descriptors,
@@ -25,25 +23,15 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETING, reason="needs no interpreter")
-
-
-@compiled
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
 
 
 def near(layout, window=None, causal=None):
-    groups = layout.cu_groups, layout.segment_groups
-    return KeyRanges.of_groups(layout.cu_seqlens, *groups, *window_sides(window, causal), causal or "none")
+    return Geometry.of(layout, window, causal).key_ranges()
 
 
 def run(layout, q, k, v, window=None, causal=None, variant=None):
@@ -54,12 +42,11 @@ def run(layout, q, k, v, window=None, causal=None, variant=None):
 
 def run_hybrid(layout, q, k, v, window, causal=None, variant=None):
     """With a far part, wherever there are groups to be far from."""
-    groups = layout.cu_seqlens, layout.cu_groups, layout.segment_groups, layout.host_segment_groups
-    geometry = Geometry(*groups, *window_sides(window, causal), causal or "none")
+    geometry = Geometry.of(layout, window, causal)
+    options = Options(scale=q.shape[-1] ** -0.5, variant=variant)
     beta = torch.linspace(-1, 1, q.shape[1])
     with uninitialized_is_nan():
-        scale = q.shape[-1] ** -0.5
-        return hybrid_attention_forward(q, k, v, beta, None, None, geometry, "softmax", scale, variant)
+        return hybrid_triton.forward(Inputs(q, k, v, beta), geometry, options)
 
 
 VARIANTS = ("tma", "warp_specialized")

@@ -1,22 +1,15 @@
-"""The range attention kernels against the reference, on Triton's interpreter.
-
-Triton reads TRITON_INTERPRET when it is imported, so the tests run in a process of their own: the first one
-starts it, and the others skip themselves outside of it.
-"""
+"""The range attention kernels against the reference, on Triton's interpreter."""
 
 import math
 
 import pytest
 import torch
 
-from vot_kernels.ops.attention_options import window_sides
+from tests.marks import interpreted
 from vot_kernels.ops.hybrid_attention import reference
-from vot_kernels.ops.hybrid_attention.triton import (
-    Geometry,
-    hybrid_attention_backward,
-    hybrid_attention_forward,
-)
-from vot_kernels.ops.launch import INTERPRETING
+from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
+from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
+from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     range_attention_backward,
@@ -30,19 +23,11 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     poison_segment,
-    rerun_on_the_interpreter,
     uninitialized_is_nan,
     with_slack,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy, on log 0 and NaN
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in a process with TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-def test_on_the_interpreter():
-    pytest.importorskip("triton")
-    rerun_on_the_interpreter(__file__)
 
 
 class RangeAttention(torch.autograd.Function):
@@ -65,8 +50,7 @@ class RangeAttention(torch.autograd.Function):
 
 
 def near(layout, window=None, causal=None):
-    groups = layout.cu_groups, layout.segment_groups
-    return KeyRanges.of_groups(layout.cu_seqlens, *groups, *window_sides(window, causal), causal or "none")
+    return Geometry.of(layout, window, causal).key_ranges()
 
 
 def run(layout, q, k, v, window=None, causal=None, scale=None):
@@ -321,24 +305,24 @@ class HybridAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, beta, q_features, k_features, geometry, feature_map):
-        inputs = q, k, v, beta, q_features, k_features
-        out, lse = hybrid_attention_forward(*inputs, geometry, feature_map, q.shape[-1] ** -0.5)
+        inputs, options = (
+            Inputs(q, k, v, beta, q_features, k_features),
+            Options(feature_map, q.shape[-1] ** -0.5),
+        )
+        out, lse = hybrid_triton.forward(inputs, geometry, options)
         ctx.save_for_backward(out, lse, *inputs)
-        ctx.geometry, ctx.feature_map = geometry, feature_map
+        ctx.arguments = geometry, options
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad, grad_lse):
-        out, lse, q, *inputs = ctx.saved_tensors
-        arguments = *inputs, ctx.geometry, ctx.feature_map, q.shape[-1] ** -0.5
-        grads = hybrid_attention_backward(grad, grad_lse, out, lse, q, *arguments)
-        return *grads, None, None
+    def backward(ctx, d_out, d_lse):
+        out, lse, *inputs = ctx.saved_tensors
+        saved = Saved(Inputs(*inputs), out, lse)
+        return *hybrid_triton.backward(saved, Grads(d_out, d_lse), *ctx.arguments), None, None
 
 
 def hybrid(layout, *inputs, window, causal=None, feature_map="softmax"):
-    groups = layout.cu_seqlens, layout.cu_groups, layout.segment_groups, layout.host_segment_groups
-    geometry = Geometry(*groups, *window_sides(window, causal), causal or "none")
-    return HybridAttention.apply(*inputs, geometry, feature_map)
+    return HybridAttention.apply(*inputs, Geometry.of(layout, window, causal), feature_map)
 
 
 def check_hybrid(layout, inputs, **options):

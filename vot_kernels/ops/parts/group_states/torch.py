@@ -127,18 +127,18 @@ def feature_map(x: Tensor, name: str) -> Tensor:
     """phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
     if name == "softmax":
         return x.softmax(-1)
-    if name == "elu":
-        return torch.nn.functional.elu(x) + 1
+    if name == "elu":  # exp(x) for x < 0, not (exp(x) - 1) + 1, which loses its digits
+        return x.clamp(max=0).exp_().add_(x.relu())
     return x.relu()
 
 
-def feature_map_backward(x: Tensor, features: Tensor, grad: Tensor, name: str) -> Tensor:
+def feature_map_backward(x: Tensor, features: Tensor, d_features: Tensor, name: str) -> Tensor:
     """The gradient of x, given features = phi(x) and their gradient."""
     if name == "softmax":
-        return features * (grad - (features * grad).sum(-1, keepdim=True))
+        return features * (d_features - (features * d_features).sum(-1, keepdim=True))
     if name == "elu":  # elu(x) + 1 is its own derivative for x < 0
-        return grad * features.clamp(max=1)
-    return grad * (x > 0)
+        return d_features * features.clamp(max=1)
+    return d_features * (x > 0)
 
 
 def log_weight(beta: Tensor | None, query: Tensor) -> Tensor:

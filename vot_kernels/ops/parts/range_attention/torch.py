@@ -38,10 +38,10 @@ class RangeBlocks:
         return hidden.triu(high + 1).add_(hidden.tril(low - 1))
 
 
-Pass = tuple[RangeBlocks, ...]
+RangePass = tuple[RangeBlocks, ...]
 
 
-def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
+def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePass:
     """Blocks of `ranges` `[n, 4]`: query begin and end, key begin and end. Empty ranges fall out.
 
     Ascending queries are expected. Adjacent queries with the same keys become one range.
@@ -65,7 +65,7 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> Pass:
     )
 
 
-def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> Pass:
+def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> RangePass:
     """Blocks of `ranges` `[n, 4]` in which a query sees the keys from `left` before to `right` after its place.
 
     The places of the last query and the last key of a range are one. Long ranges are cut into blocks of few
@@ -94,7 +94,7 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
 
 
 def range_attention(
-    q: Tensor, k: Tensor, v: Tensor, passes: Sequence[Pass], scale: float
+    q: Tensor, k: Tensor, v: Tensor, passes: Sequence[RangePass], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q, k, v.
 
@@ -118,28 +118,28 @@ def range_attention(
 
 
 def range_attention_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
+    d_out: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    passes: Sequence[Pass],
+    passes: Sequence[RangePass],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser.
 
-    A gradient on lse enters as D = grad.out - grad_lse. The fused kernel forms D itself, so the term rides
-    in one more column: v' = [v, 1], grad' = [grad, grad_lse], out' = [out, 0] give grad'.v' - grad'.out'.
+    A gradient on lse enters as D = d_out.out - d_lse. The fused kernel forms D itself, so the term rides
+    in one more column: v' = [v, 1], d_out' = [d_out, d_lse], out' = [out, 0] give d_out'.v' - d_out'.out'.
     """
-    if grad_lse is not None:
-        grad, out = torch.cat([grad, grad_lse], -1), _widen(out, 0.0)
+    if d_lse is not None:
+        d_out, out = torch.cat([d_out, d_lse], -1), _widen(out, 0.0)
         q, k, v = _widen(q, 0.0), _widen(k, 0.0), _widen(v, 1.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for item in (item for blocks in passes for item in blocks):
         grads = _attend_backward(
-            item.queries.take(grad).transpose(0, 1),
+            item.queries.take(d_out).transpose(0, 1),
             *_operands(item, q, k, v),
             item.queries.take(out).transpose(0, 1),
             item.queries.take(lse).transpose(0, 1)[..., 0],
@@ -149,7 +149,7 @@ def range_attention_backward(
         )
         for runs, total, part in zip((item.queries, item.keys, item.keys), (dq, dk, dv), grads, strict=True):
             runs.add(total, part.transpose(0, 1))
-    if grad_lse is not None:
+    if d_lse is not None:
         dq, dk, dv = (x[..., :-1] for x in (dq, dk, dv))
     return dq, dk, dv
 
@@ -190,7 +190,7 @@ def _attend(
 
 
 def _attend_backward(
-    grad: Tensor,
+    d_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -202,9 +202,9 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
-    return _attend_matmul_backward(grad, q, k, v, out, lse, causal, scale, mask)
+    return _attend_matmul_backward(d_out, q, k, v, out, lse, causal, scale, mask)
 
 
 def _attend_matmul(
@@ -219,7 +219,7 @@ def _attend_matmul(
 
 
 def _attend_matmul_backward(
-    grad: Tensor,
+    d_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -232,12 +232,12 @@ def _attend_matmul_backward(
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for runs, rows in _tiles(q, k):
         p = _scores(q, k, runs, rows, causal, scale, mask).sub_(lse[runs, :, rows, None]).exp_()
-        do = grad[runs, :, rows]
-        delta = (do * out[runs, :, rows]).sum(-1, keepdim=True)
-        ds = (do @ v[runs].transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
+        g = d_out[runs, :, rows]
+        delta = (g * out[runs, :, rows]).sum(-1, keepdim=True)
+        ds = (g @ v[runs].transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
         dq[runs, :, rows] = ds @ k[runs]
         dk[runs] += ds.transpose(-1, -2) @ q[runs, :, rows]
-        dv[runs] += p.transpose(-1, -2) @ do
+        dv[runs] += p.transpose(-1, -2) @ g
     return dq, dk, dv
 
 

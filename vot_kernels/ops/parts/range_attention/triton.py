@@ -27,8 +27,6 @@ from torch import Tensor
 from vot_kernels.ops.launch import Kernel, contiguous, padded, rows_contiguous, strides, target_arch
 from vot_kernels.tuning import INTERPRETER, Config
 
-VARIANTS = ("tma", "warp_specialized", "fused")
-
 _KEY_RANGES = Kernel("range_attention", "key_ranges", "common.ranges:_key_ranges_kernel")
 _FWD = Kernel("range_attention", "fwd", "range_attention.fwd:_range_attention_fwd_kernel")
 _DQ = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_dq_kernel")
@@ -79,31 +77,6 @@ class KeyRanges:
     ) -> "KeyRanges":
         """All keys of the own segment, or those around the counterpart."""
         return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
-
-    @classmethod
-    def of_groups(
-        cls,
-        cu_seqlens: Tensor,
-        cu_groups: Tensor,
-        segment_groups: Tensor,
-        left: int | None,
-        right: int | None,
-        causal: str,
-    ) -> "KeyRanges":
-        """The near part of hybrid attention; causal is "none", "group" or "token"."""
-        tokens_right = 0 if causal == "token" else None
-        if left is None and causal != "group":  # everything is near: groups play no part
-            return cls.of_segments(cu_seqlens, cu_seqlens, tokens_right=tokens_right)
-        return cls(
-            cu_seqlens,
-            cu_seqlens,
-            cu_groups,
-            cu_groups,
-            segment_groups,
-            left,
-            right if causal == "none" else 0,
-            tokens_right=tokens_right,
-        )
 
     def mirrored(self) -> "KeyRanges":
         """Which rows see each key."""
@@ -177,7 +150,7 @@ def range_attention_forward(
         ranges: which keys each row sees.
         scale: factor on q.k.
         far: the far part of hybrid attention; its groups are those of `ranges`.
-        variant: one of `VARIANTS` to use where there is an entry for it, or None for the default.
+        variant: the name of one to use where there is an entry for it, or None for the default.
 
     Returns:
         The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
@@ -228,7 +201,6 @@ def range_attention_backward(
     v: Tensor,
     ranges: KeyRanges,
     scale: float,
-    *,
     variant: str | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:

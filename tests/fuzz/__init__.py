@@ -1,0 +1,1 @@
+"""Random calls of every public op, compared with the references: `python -m tests.fuzz --calls 10000`."""

@@ -1,0 +1,67 @@
+"""Plans are remembered by the contents of a packing, and forgotten on demand."""
+
+import gc
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from vot_kernels.ops.parts.plans import forget_plans, remember
+
+
+class Bounds(NamedTuple):
+    bounds: torch.Tensor
+    window: int | None
+
+
+def planner():
+    made = []
+
+    @remember
+    def plan(bounds, device):
+        made.append(bounds.bounds.tolist())
+        return object()
+
+    return plan, made
+
+
+def bounds(*numbers, window=1):
+    return Bounds(torch.tensor(numbers, dtype=torch.int32), window)
+
+
+def test_equal_packings_share_a_plan():
+    plan, made = planner()
+    first = plan(bounds(0, 3, 5), "cpu")
+    assert plan(bounds(0, 3, 5), "cpu") is first and made == [[0, 3, 5]]
+    others = [bounds(0, 4, 5), bounds(0, 3), bounds(0, 3, 5, window=None)]
+    assert all(plan(x, "cpu") is not first for x in others)
+    assert plan(bounds(0, 3, 5), "cuda") is not first
+    assert len(made) == 5
+
+
+def test_plans_are_forgotten():
+    plan, made = planner()
+    first = plan(bounds(0, 3), "cpu")
+    forget_plans()
+    assert plan(bounds(0, 3), "cpu") is not first and len(made) == 2
+
+
+def test_a_packing_that_changes_in_place_has_another_plan():
+    plan, _ = planner()
+    given = bounds(0, 3)
+    first = plan(given, "cpu")
+    given.bounds[1] = 4
+    assert plan(given, "cpu") is not first and plan(bounds(0, 3), "cpu") is first
+
+
+def test_tensors_elsewhere_are_compared_by_device_and_no_tensor_is_kept():
+    made = []
+    plan = remember(lambda host, device: made.append(device.device.type) or object())
+    for _ in range(2):
+        host, device = torch.tensor([0, 3]), torch.empty(2, device="meta")
+        plan(host, device)
+    assert made == ["meta"]
+    alive = [weakref.ref(x) for x in (host, device)]
+    del host, device
+    gc.collect()
+    assert not any(x() is not None for x in alive)

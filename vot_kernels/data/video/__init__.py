@@ -1,0 +1,24 @@
+"""Video input: sample frames of a local video, image or animation, with their real presentation times.
+
+Memory is bounded by the frames that are sampled, never by the length of the file: frames are decoded one
+after another, and only those asked for are converted, scaled and kept.
+"""
+
+from vot_kernels.extras import imports_for
+
+with imports_for("Reading video", "video"):
+    from vot_kernels.data.video.clip import VideoClip, VideoInfo
+    from vot_kernels.data.video.load import load_video
+    from vot_kernels.data.video.request import DEFAULT_NUM_FRAMES, MAX_FPS, MAX_NUM_FRAMES, VideoError
+    from vot_kernels.data.video.write import save_mp4
+
+__all__ = [
+    "DEFAULT_NUM_FRAMES",
+    "MAX_FPS",
+    "MAX_NUM_FRAMES",
+    "VideoClip",
+    "VideoError",
+    "VideoInfo",
+    "load_video",
+    "save_mp4",
+]

@@ -1,0 +1,59 @@
+"""Choosing, of frames that come in order of time, those on show at the wanted times."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class Picker:
+    """Takes frames in order of time and keeps, converted, those on show at the wanted times.
+
+    Only one frame that is not kept is held: the latest, whose end is not known until the next one comes.
+    """
+
+    def __init__(self, wanted: np.ndarray, tolerance: float, convert: Callable[[Any], np.ndarray]) -> None:
+        self.wanted = wanted
+        self.tolerance = tolerance  # seconds by which rounding may have moved a time stamp
+        self.convert = convert
+        self.index = 0
+        self.frames: list[np.ndarray] = []
+        self.times: list[float] = []
+        self._held: tuple[float, Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.index >= len(self.wanted)
+
+    @property
+    def next_wanted(self) -> float:
+        return float(self.wanted[self.index])
+
+    def offer(self, start: float, frame: Any) -> None:
+        """The next frame, on show from `start` seconds; it ends the one before."""
+        self.close(start - self.tolerance)
+        self._held = (start, frame)
+
+    def close(self, end: float) -> None:
+        """The held frame is on show until `end` seconds; keep it if a wanted time lies before that."""
+        if self._held is None or self.done or self.next_wanted >= end:
+            return
+        start, frame = self._held
+        self.frames.append(self.convert(frame))
+        self.times.append(start)
+        self.index = int(np.searchsorted(self.wanted, end, side="left"))
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frames `[frames, height, width, 3]` and times `[frames]`; gives up its own frames."""
+        stacked = np.empty((len(self.frames), *self.frames[0].shape), dtype=np.uint8)
+        for i in range(len(self.frames)):
+            stacked[i] = self.frames[i]
+            self.frames[i] = stacked[:0]  # frees the frame, so that no second copy of the clip stands beside
+        return stacked, np.array(self.times, dtype=np.float64)
+
+
+def sampling_warnings(picker: Picker, complete: bool) -> list[str]:
+    wanted, found = len(picker.wanted), len(picker.times)
+    if complete and found < wanted:
+        return [f"{wanted} times were asked for, but the file shows only {found} different frames at them."]
+    return []

@@ -1,0 +1,69 @@
+"""What the attention modules share: projections, query-key norm and rotary positions."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vot_kernels.ops.checks import check_layout, check_tensor
+from vot_kernels.packing import PackedLayout
+
+Rotary = Callable[[Tensor, Tensor, PackedLayout], tuple[Tensor, Tensor]]
+
+
+class AttentionProjections(nn.Module):
+    """Packed tokens to queries, keys and values, and the output projection. It computes no attention.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None is as many.
+        head_dim: None is dim / num_heads.
+        qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
+        bias: biases in the projections.
+        rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        qk_norm: bool,
+        bias: bool,
+        rotary: Rotary | None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {kv_heads}.")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"dim must be a multiple of num_heads or head_dim given, got {dim} and {num_heads}."
+            )
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.rotary = rotary
+        self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[tokens, num_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]` of x `[tokens, dim]`."""
+        check_tensor("x", x, ["tokens", self.dim])
+        check_layout("x", x, layout)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, layout)
+        return q, k, v
+
+    def extra_repr(self) -> str:
+        """The sizes of the heads."""
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,110 @@
+"""What is near and what is far, for every backend but the reference, and the tensors that a backend is given."""
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from vot_kernels.ops.attention_options import Window, window_sides
+from vot_kernels.ops.parts.range_attention.triton import KeyRanges
+from vot_kernels.packing import PackedLayout
+
+
+class Inputs(NamedTuple):
+    """The tensors of `hybrid_attention`, or their gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None = None
+    q_features: Tensor | None = None
+    k_features: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What the backward reads: the inputs, and what the forward returned for them."""
+
+    inputs: Inputs
+    out: Tensor
+    lse: Tensor
+
+
+class Geometry(NamedTuple):
+    """Which groups of a packing are near each other and which are far.
+
+    Attributes:
+        cu_seqlens, cu_groups, segment_groups: int32, as in `PackedLayout`, on the device.
+        host_cu_seqlens, host_cu_groups, host_segment_groups: the same on the host.
+        left, right: near groups on either side, None for all; 0 on the right if causal.
+        causal: None, "group" or "token".
+    """
+
+    cu_seqlens: Tensor
+    cu_groups: Tensor
+    segment_groups: Tensor
+    host_cu_seqlens: Tensor
+    host_cu_groups: Tensor
+    host_segment_groups: Tensor
+    left: int | None
+    right: int | None
+    causal: str | None
+
+    @classmethod
+    def of(cls, layout: PackedLayout, window: Window, causal: str | None) -> "Geometry":
+        """The geometry of `layout`. `window_sides` refuses a malformed window."""
+        return cls(
+            layout.cu_seqlens,
+            layout.cu_groups,
+            layout.segment_groups,
+            layout.host_cu_seqlens,
+            layout.host_cu_groups,
+            layout.host_segment_groups,
+            *window_sides(window, causal),
+            causal,
+        )
+
+    @property
+    def all_near(self) -> bool:
+        """Whether groups play no part: a token is near its whole segment, or all of it up to itself."""
+        return self.left is None and self.causal != "group"
+
+    @property
+    def lags(self) -> tuple[int | None, int | None]:
+        """How many groups back and ahead the far ones begin; None for no such side."""
+        behind = None if self.left is None else self.left + 1
+        ahead = None if self.right is None or self.causal is not None else self.right + 1
+        return behind, ahead
+
+    @property
+    def has_far(self) -> bool:
+        """Whether any group is far from another one of its segment."""
+        lags = [lag for lag in self.lags if lag is not None]
+        counts = self.host_segment_groups.diff()
+        return bool(lags) and counts.numel() > 0 and int(counts.max()) > min(lags)
+
+    def key_ranges(self) -> KeyRanges:
+        """Which keys each row is near, for the kernels."""
+        tokens_right = 0 if self.causal == "token" else None
+        if self.all_near:
+            return KeyRanges.of_segments(self.cu_seqlens, self.cu_seqlens, tokens_right=tokens_right)
+        groups = self.cu_groups, self.cu_groups, self.segment_groups
+        sides = self.left, self.right
+        return KeyRanges(self.cu_seqlens, self.cu_seqlens, *groups, *sides, tokens_right=tokens_right)
+
+    def near_ranges(self) -> np.ndarray:
+        """The same on the host: int64 `[groups, 4]`, where each group begins and ends, and where its near keys do.
+
+        If all is near, each segment is one group. If tokens are causal, a group ends with its own near keys, and a
+        row sees no key after itself.
+        """
+        segments, groups, first = (
+            bounds.numpy().astype(np.int64)
+            for bounds in (self.host_cu_seqlens, self.host_cu_groups, self.host_segment_groups)
+        )
+        if self.all_near:
+            return np.stack([segments[:-1], segments[1:]] * 2, axis=1)
+        counts, index = np.diff(first), np.arange(len(groups) - 1)
+        low, high = np.repeat(first[:-1], counts), np.repeat(first[1:] - 1, counts)
+        low = low if self.left is None else np.maximum(low, index - self.left)
+        high = high if self.right is None else np.minimum(high, index + self.right)
+        return np.stack([groups[:-1], groups[1:], groups[low], groups[high + 1]], axis=1)

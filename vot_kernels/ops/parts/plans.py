@@ -1,0 +1,64 @@
+"""Plans of packings, remembered by contents: all layers of a model share a packing, and each asks for its plan."""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+_forget: list[Callable[[], None]] = []
+
+
+def remember(make: Callable[..., T]) -> Callable[..., T]:
+    """`make`, with its last 32 results kept.
+
+    Arguments are positional: hashable values, tensors, and tuples of these. Tensors on the host are compared by their
+    contents. Tensors elsewhere are compared by their device alone, because reading them would wait for it: what they
+    hold must follow from the other arguments.
+    """
+
+    @lru_cache(maxsize=32)
+    def make_once(arguments: _Arguments) -> T:
+        return make(*arguments.take())
+
+    _forget.append(make_once.cache_clear)
+
+    @wraps(make)
+    def remembered(*arguments: Any) -> T:
+        return make_once(_Arguments(arguments))
+
+    return remembered
+
+
+def forget_plans() -> None:
+    """Drop all plans, so that every op plans anew, as it does for the first layer on a new batch."""
+    for forget in _forget:
+        forget()
+
+
+class _Arguments:
+    """Arguments that are equal if their contents are. `take` gives the tensors away, so that no key keeps them."""
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self._values = values
+        self._contents = _contents(values)
+
+    def take(self) -> tuple[Any, ...]:
+        values, self._values = self._values, ()
+        return values
+
+    def __hash__(self) -> int:
+        return hash(self._contents)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Arguments) and self._contents == other._contents
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_contents, value))
+    if isinstance(value, Tensor):
+        return value.numpy().tobytes() if value.device.type == "cpu" else value.device
+    return value

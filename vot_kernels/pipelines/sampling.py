@@ -1,0 +1,66 @@
+"""Decoding what a model is to look at. No model is imported here, so that a bad file is reported at once."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vot_kernels.data.video import VideoClip, load_video
+
+BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
+"""The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
+
+MAX_FRAMES = 32
+DEFAULT_FPS = 8.0  # of a checkpoint whose config.json names none
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames to look at: by default as many per second as the checkpoint was trained on, at most 32.
+
+    Attributes:
+        fps: frames per second, without that limit.
+        num_frames: this many frames, spread evenly, instead of `fps`.
+        start, end: the range, in seconds.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+def sample_video(
+    path: str | os.PathLike[str], sampling: Sampling, fps: float = DEFAULT_FPS, progress: bool = False
+) -> VideoClip:
+    """Decode the frames that `sampling` asks for; by default `fps` per second, at most `MAX_FRAMES`."""
+    rate, limit = sampling.fps, None
+    if rate is None and sampling.num_frames is None:
+        rate, limit = fps, MAX_FRAMES
+    return load_video(
+        path,
+        fps=rate,
+        max_frames=limit,
+        num_frames=sampling.num_frames,
+        start=sampling.start,
+        end=sampling.end,
+        progress=progress,
+    )
+
+
+def checkpoint_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of a perception checkpoint; None is the bundled one.
+
+    Raises:
+        FileNotFoundError: the folder does not hold a perception checkpoint.
+    """
+    folder = Path(path) if path is not None else BUNDLED_CHECKPOINT
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
+    return folder
+
+
+def checkpoint_fps(path: str | os.PathLike[str] | None = None) -> float:
+    """Frames per second on which a perception checkpoint was trained; None is the bundled one."""
+    return float(json.loads((checkpoint_folder(path) / "config.json").read_text()).get("fps", DEFAULT_FPS))

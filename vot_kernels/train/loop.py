@@ -1,0 +1,95 @@
+"""The loop that every stage runs: resume, step, report, save."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vot_kernels.train.checkpoint import load_state, save_state
+from vot_kernels.train.optimization import cosine_schedule, update
+
+Batch = TypeVar("Batch")
+Report = Callable[[int, dict[str, float]], None]
+
+
+def no_report(step: int, terms: dict[str, float]) -> None:
+    """A report for callers who want none."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stage is optimised.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: peak, after `warmup` steps, from where it decays to 0 along a half cosine.
+        warmup: steps.
+        clip: largest gradient norm; infinity does not clip.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: int
+    clip: float
+
+
+def run_steps(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    batches: Callable[[int, int], Iterable[Batch]],
+    loss_terms: Callable[[int, Batch], dict[str, Tensor]],
+    *,
+    signature: dict[str, Any],
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+    after_backward: Callable[[], None] = lambda: None,
+) -> int:
+    """Train `model`, or resume from the newest checkpoint under `out`, up to `schedule.steps`.
+
+    A checkpoint is saved every `save_every` steps, at the end, and on Ctrl-C or an error. A stage that is
+    already at its end only has its weights loaded.
+
+    Args:
+        out: folder of the checkpoints.
+        model: receives the weights of the checkpoint; what `optimizer` does not know is saved with it.
+        optimizer: of all or some of the parameters.
+        schedule: how many steps, and how large.
+        batches: `batches(start, stop)` yields the batches of the steps `start` … `stop - 1`.
+        loss_terms: the terms of the loss of one step and its batch, scalars: their sum is minimised.
+        signature: what must be equal for a run to be resumed.
+        save_every: steps between two checkpoints.
+        stop_at: end early, after this step, with a checkpoint.
+        report: called after every step with the number of steps done and the loss terms.
+        after_backward: called when the gradients of a step are there.
+
+    Returns:
+        The number of steps done, earlier runs included.
+
+    Raises:
+        ValueError: the checkpoint has another signature.
+    """
+    step = load_state(out, model, optimizer, signature)
+    end = schedule.steps if stop_at is None else min(schedule.steps, stop_at)
+    if step >= end:
+        return step
+    try:
+        for batch in batches(step, end):
+            terms = loss_terms(step, batch)
+            torch.stack(list(terms.values())).sum().backward()
+            after_backward()
+            rate = cosine_schedule(step, schedule.steps, schedule.learning_rate, schedule.warmup)
+            update(model, optimizer, rate, schedule.clip)
+            step += 1
+            values = {name: term.item() for name, term in terms.items()}
+            report(step, {"loss": sum(values.values())} | values)
+            if step % save_every == 0 and step < end:
+                save_state(out, step, model, optimizer, signature)
+    finally:  # also on Ctrl-C
+        save_state(out, step, model, optimizer, signature)
+    return step
