@@ -76,7 +76,7 @@ class Session:
         self.write()
 
     def outcome(self, workload: Workload, direction: str, provider: Provider) -> Outcome:
-        """Of one provider; the first question about a workload and direction holds the race."""
+        """Outcome of one provider; the first request for a workload and direction runs the race."""
         key = (workload.suite, workload.name, direction)
         if key not in self._races:
             chosen = [p for p in providers_of(workload.suite) if p.name in self._providers]

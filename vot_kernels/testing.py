@@ -150,6 +150,14 @@ def with_slack(x: Tensor, rows: int, value: float = float("nan")) -> Tensor:
     return torch.cat([x, x.new_full((rows, *x.shape[1:]), value)])
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same numbers as every second one of a tensor that is otherwise poison; it requires grad if `x` does."""
+    poison = float("nan") if x.is_floating_point() else -(2**30)
+    wide = x.new_full((*x.shape, 2), poison)
+    wide[..., 0] = x.detach()
+    return wide[..., 0].requires_grad_(x.requires_grad)
+
+
 def poison_segment(x: Tensor, layout: PackedLayout, segment: int, value: float = float("nan")) -> Tensor:
     """A copy of `x` in which the rows of one segment are `value`."""
     begin, end = layout.host_cu_seqlens[segment : segment + 2].tolist()

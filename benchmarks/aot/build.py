@@ -261,9 +261,9 @@ def unused_entries(seen: Iterable[Launched], archs: Iterable[str]) -> list[str]:
     # A config's blocks are the entry's own dict, so identity says which of two equal entries was chosen.
     used = {id(launch.blocks) for launch in seen}
     return [
-        f"configs/{arch}/{op}.json: entry {index} of {kernel} is used by no case of benchmarks/aot/cases.py"
+        f"configs/{arch}/{family}.json: entry {index} of {kernel} is used by no case of benchmarks/aot/cases.py"
         for arch in archs
-        for op, table in tuning.tables(arch).items()
+        for family, table in tuning.tables(arch).items()
         for kernel, entries in table.items()
         for index, entry in enumerate(entries)
         if id(entry["blocks"]) not in used

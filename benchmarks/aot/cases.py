@@ -14,7 +14,6 @@ from benchmarks.problems.experts import AoE, MoE
 from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
 from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.ops.launch import record_launches
-from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 
 BFLOAT16 = torch.bfloat16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,8 +54,8 @@ FUSED_PAIR_PRODUCTS = {
 # Each of 2 * head_dim ** 2 operations per row and head; the small triangles of the causal form are left out.
 STATE_PRODUCTS = {
     "_group_states_kernel": 1,
-    "_linear_values_kernel": 1,
-    "_linear_features_kernel": 1,
+    "_linear_apply_kernel": 1,
+    "_linear_feature_grad_kernel": 1,
     "_decay_pairs_kernel": 1,
     "_decay_states_kernel": 1,
 }
@@ -111,10 +110,10 @@ def _packed_attention() -> Iterator[Case]:
     yield _attention(packed_attention, "bf16 d64 causal", BFLOAT16, causal, causal=True)
     for head_dim in (64, 128):
         problem = replace(base, head_dim=head_dim)
-        yield _preferring_tma(_attention(packed_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
-        name = f"bf16 d{head_dim} warp-specialized"
-        case = _attention(packed_attention, name, BFLOAT16, problem, quick=head_dim == 64)
-        yield _preferring_tma(case, warp_specialize=True)
+        yield _attention(packed_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem, _variant="tma")
+        name, variant = f"bf16 d{head_dim} warp-specialized", "warp_specialized"
+        quick = head_dim == 64
+        yield _attention(packed_attention, name, BFLOAT16, problem, quick=quick, _variant=variant)
 
 
 def _hybrid_attention() -> Iterator[Case]:
@@ -133,7 +132,7 @@ def _hybrid_attention() -> Iterator[Case]:
     yield _attention(hybrid_attention, "bf16 d64 features", BFLOAT16, base, **given)
     for head_dim in (64, 128):
         problem = replace(base, head_dim=head_dim)
-        yield _preferring_tma(_attention(hybrid_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem))
+        yield _attention(hybrid_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem, _variant="tma")
 
 
 def _aoe() -> Iterator[Case]:
@@ -228,16 +227,6 @@ def _fused_backward(op: Callable[..., Any], base: Attention, **options: Any) -> 
         fused = {"_variant": "fused", **options}
         case = _attention(op, f"{name} fused", dtype, problem, quick=name == "bf16 d64", **fused)
         yield replace(case, flops=_attention_flops(problem, FUSED_PAIR_PRODUCTS, state_products))
-
-
-def _preferring_tma(case: Case, *, warp_specialize: bool = False) -> Case:
-    """The same call, with tensor descriptors where the configs have an entry for them."""
-
-    def run() -> None:
-        with prefer_tma(warp_specialize=warp_specialize):
-            case.run()
-
-    return replace(case, run=run)
 
 
 def _attention(

@@ -13,7 +13,6 @@ from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.ops.parts.plans import forget_plans
-from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 from vot_kernels.packing import PackedLayout
 
 
@@ -32,13 +31,6 @@ def _attention(
         return linear_attention(q, k, v, layout, causal=problem.causal, backend=backend, **options)
     options |= {"window": problem.window, "beta": beta[0]}
     return hybrid_attention(q, k, v, layout, backend=backend, **options)
-
-
-def _with_descriptors(
-    warp_specialize: bool, problem: Attention, layout: PackedLayout, *inputs: Tensor
-) -> Tensor:
-    with prefer_tma(warp_specialize=warp_specialize):
-        return _attention("triton", problem, layout, *inputs)
 
 
 def _refuses(
@@ -97,12 +89,12 @@ DESCRIPTORS = tuple(
         name=f"vot-kernels triton, {name}",
         suites=("softmax", "hybrid"),
         prepare=_layout,
-        run=partial(_with_descriptors, warp_specialize),
+        run=partial(_attention, "triton", _variant=variant),
         missing=partial(_no_gpu, (9, 0)),
         refuses=partial(_refuses_other_than, ("forward",), "only the forward differs"),
         ours=True,
     )
-    for name, warp_specialize in (("TMA", False), ("TMA, warp-specialized", True))
+    for name, variant in (("TMA", "tma"), ("TMA, warp-specialized", "warp_specialized"))
 )
 
 PROVIDERS = (*BACKENDS, FUSED, *DESCRIPTORS)

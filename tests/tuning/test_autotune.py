@@ -17,7 +17,7 @@ from tests.marks import interpreted
 from vot_kernels import tuning
 from vot_kernels.ops import launch as _launch
 from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
-from vot_kernels.ops.launch import find_config, launch, record_launches
+from vot_kernels.ops.launch import Kernel, launch, record_launches
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
 from vot_kernels.packing import PackedLayout
@@ -166,6 +166,20 @@ def test_other_entries_of_a_file_are_kept(tmp_path):
     assert tuner(tmp_path)[0].find(SHIPPED).blocks["BLOCK_T"] == 32
 
 
+def test_each_variant_is_tuned_apart(tmp_path):
+    tuned, clock = tuner(tmp_path)
+    other = replace(SHIPPED, request=replace(REQUEST, variant="wide"))
+    for config in (SHIPPED, other):
+        tuned.tune(config, clock.run)
+    entries = json.loads(path_in(tmp_path).read_text())["sum"]
+    assert [entry.get("variant") for entry in entries] == ["wide", None]
+    assert len({json.dumps(entry["when"]) for entry in entries}) == 1
+    later, _ = tuner(tmp_path)
+    assert [later.find(config).variant for config in (SHIPPED, other)] == [None, "wide"]
+    third = replace(SHIPPED, request=replace(REQUEST, variant="deep"))
+    assert later.find(third) is None
+
+
 GOOD = {"blocks": {"BLOCK_T": 64, "TILE": 512}, "num_warps": 4, "num_stages": 2}
 
 
@@ -225,7 +239,7 @@ def test_threads_search_once(tmp_path):
     assert sum(config == SHIPPED for config in clock.ran) == 1
 
 
-class Kernel:
+class Noted:
     """Notes its launches as (grid, keywords) and can be told not to fit."""
 
     def __init__(self):
@@ -238,7 +252,7 @@ class Kernel:
 @pytest.fixture
 def tuned_launches(tmp_path, monkeypatch):
     """`launch` with a tuner of CPU tensors whose clock likes many programs."""
-    kernel = Kernel()
+    kernel = Noted()
 
     def measure(run):
         run()
@@ -285,30 +299,30 @@ def test_launches_that_do_not_tune(tuned_launches, why):
 
 
 def test_sums_in_place_are_not_tuned(tuned_launches, monkeypatch):
-    from vot_kernels.ops.linear_attention import triton as _linear_triton
+    from vot_kernels.ops.parts.group_states import triton as launcher
 
     seen = []
-    monkeypatch.setattr(_linear_triton, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
     states, bounds = torch.zeros(3, 1, 8), torch.tensor([0, 3], dtype=torch.int32)
-    _linear_triton.scan_states(states, bounds)
-    _linear_triton.scan_states(states, bounds, out=torch.zeros_like(states))
+    launcher.scan_states(states, bounds)
+    launcher.scan_states(states, bounds, out=torch.zeros_like(states))
     assert seen == [True, False]
 
 
 def test_recorded_launches_have_the_shipped_configs(tuned_launches, monkeypatch):
-    key = {"head_dim": 64, "bits": 16, "far": 0}
-    key = dict(sorted((key | {"tma": 0}).items()))
+    kernel = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_dq_kernel")
+    key = {"bits": 16, "far": 0, "head_dim": 64}
     shipped = lookup("range_attention", "bwd_dq", "sm_90", **key)
     best = replace(shipped, num_stages=1)
     tuned_launches.tuner._known[shipped.request] = best
     device = torch.device("cpu")
     with record_launches("sm_90") as launches:
-        assert find_config("range_attention", "bwd_dq", device, **key) is shipped
+        assert kernel.config(device, key) is shipped
         launch(tuned_launches.kernel, lambda blocks: (1,), shipped, x_ptr=torch.zeros(4))
     assert [one.config for one in launches] == [shipped] and launches[0].grid == (1,)
     assert not tuned_launches.kernel.launches
     monkeypatch.setattr(_launch, "target_arch", lambda device: "sm_90")
-    assert find_config("range_attention", "bwd_dq", device, **key) is best
+    assert kernel.config(device, key) is best
 
 
 def test_only_real_launches_on_a_gpu_are_tuned(tmp_path, monkeypatch):
@@ -396,7 +410,7 @@ def test_results_are_right_whichever_blocks_win(op, sign, tmp_path, monkeypatch)
         )
     assert len(found._known) >= 4
     for request, best in found._known.items():
-        shipped = lookup(request.op, request.kernel, request.arch, **dict(request.key))
+        shipped = lookup(request.family, request.kernel, request.arch, **dict(request.key))
         assert sign * size(best) <= sign * size(shipped)
         assert sign == 1 or size(best) > size(shipped)
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def clear():
 
 @pytest.fixture
 def tables_of(tmp_path, monkeypatch):
-    """Write `text` as the table of op "scan" for each of some architectures, in place of the shipped ones."""
+    """Write `text` as the table of the family "scan" for each of some architectures, in place of the shipped ones."""
 
     def write(text, *archs):
         for arch in archs:
@@ -57,6 +58,44 @@ def test_the_first_entry_that_fits_wins(tables_of, key, block):
     assert config.launch_options() == {"BLOCK": block, "num_warps": 4, "num_stages": 2}
 
 
+def variant_entry(block, variant, default, **when):
+    return {"variant": variant, "default": default, "why": "as an example", **entry(block, **when)}
+
+
+VARIANTS = json.dumps(
+    {
+        "sum": [
+            variant_entry(1, "wide", False, bits=16),
+            variant_entry(2, "deep", False, bits=[16, 32]),
+            variant_entry(3, "quick", True, bits=64),
+            entry(4),
+        ]
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "block", "variant"),
+    [
+        (16, {}, 4, None),
+        (16, {"prefer": ("wide",)}, 1, "wide"),
+        (16, {"prefer": ("deep", "wide")}, 2, "deep"),
+        (32, {"prefer": ("wide", "deep")}, 2, "deep"),
+        (32, {"prefer": ("wide",)}, 4, None),
+        (16, {"prefer": ("unheard of",)}, 4, None),
+        (64, {}, 3, "quick"),
+        (64, {"prefer": ("wide",)}, 3, "quick"),
+        (64, {"exclude": ("quick",)}, 4, None),
+        (16, {"prefer": ("wide",), "exclude": ("wide",)}, 1, "wide"),
+    ],
+)
+def test_variants_are_taken_by_default_or_by_name(tables_of, bits, options, block, variant):
+    tables_of(VARIANTS, "sm_90")
+    config = lookup("scan", "sum", "sm_90", bits=bits, **options)
+    assert config.blocks == {"BLOCK": block} and config.variant == variant
+    assert config is lookup("scan", "sum", "sm_90", bits=bits, **options)  # cached
+
+
 @pytest.mark.parametrize(("kernel", "key"), [("sum", {"bits": 8}), ("sum", {}), ("product", {"bits": 16})])
 def test_nothing_fits(tables_of, kernel, key):
     tables_of(TABLE, "sm_90")
@@ -90,17 +129,28 @@ def test_missing_and_broken_tables(tables_of):
 
 
 ARCHS = [*known_archs("linear_attention"), INTERPRETER]
+NAMES_OF_AN_ENTRY = {"when", "blocks", "num_warps", "num_stages", "limits"}
+
+
+def families():
+    """The folders of device code that kernels are launched from."""
+    folders = [path for path in (Path(__file__).parents[2] / "kernels" / "triton").iterdir() if path.is_dir()]
+    return {path.name for path in folders if path.name not in ("common", "__pycache__")}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shipped_tables_are_well_formed(arch):
     found = tables(arch)
-    assert "linear_attention" in found
-    for op, kernels in found.items():
+    assert set(found) == families()
+    for family, kernels in found.items():
         for kernel, entries in kernels.items():
             for one in entries:
-                where = f"{arch}/{op}/{kernel}: {one}"
-                assert set(one) <= {"when", "blocks", "num_warps", "num_stages", "limits"}, where
+                where = f"{arch}/{family}/{kernel}: {one}"
+                assert set(one) <= {*NAMES_OF_AN_ENTRY, "variant", "default", "why"}, where
+                assert isinstance(one.get("why", ""), str) and isinstance(one.get("variant", ""), str), where
+                assert ("variant" in one) == ("default" in one), where
+                assert one.get("default", True) in (True, False), where
+                assert one.get("default", True) or "why" in one or arch == INTERPRETER, where
                 assert one["num_warps"] in (1, 2, 4, 8, 16) and 1 <= one["num_stages"] <= 8, where
                 sizes = [value for name, value in one["blocks"].items() if name.startswith(("BLOCK", "TILE"))]
                 assert all(size > 0 and size & (size - 1) == 0 for size in sizes), where
@@ -112,15 +162,16 @@ def test_shipped_tables_are_well_formed(arch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_linear_attention_is_covered(dtype, head_dim, arch):
     """Whatever dispatch accepts has a config for every kernel, and a tile is a whole number of blocks."""
-    from vot_kernels.ops.linear_attention.triton import _DOT_BITS, _padded
+    from vot_kernels.ops.launch import padded
+    from vot_kernels.ops.parts.group_states.triton import dot_bits
 
-    key = {"dot_bits": _DOT_BITS[dtype], "head_dim": _padded(head_dim)}
-    states = lookup("linear_attention", "group_states", arch, width=_padded(head_dim), **key)
+    key = {"dot_bits": dot_bits(torch.empty(0, dtype=dtype)), "head_dim": padded(head_dim)}
+    states = lookup("group_states", "group_states", arch, width=padded(head_dim), **key)
     configs = [states] + [
         lookup("linear_attention", kernel, arch, causal=causal, **key)
-        for kernel in ("linear_values", "linear_features")
+        for kernel in ("apply", "feature_grad")
         for causal in (0, 1)
     ]
     assert all(states.blocks["TILE"] % config.blocks["BLOCK_T"] == 0 for config in configs)
     for kernel in ("reduce_states", "scan_states"):
-        assert lookup("linear_attention", kernel, arch, dot_bits=key["dot_bits"]).blocks["BLOCK"] > 0
+        assert lookup("group_states", kernel, arch, dot_bits=key["dot_bits"]).blocks["BLOCK"] > 0

@@ -1,13 +1,25 @@
-"""Launching Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation."""
+"""Launching Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation.
 
+A launcher declares each kernel once and launches it by keyword:
+
+    FWD = Kernel("range_attention", "fwd", "range_attention.fwd:_range_attention_fwd_kernel")
+    FWD.launch(grid, key={"head_dim": 64, "bits": 16}, q_ptr=q, **strides(q=q))
+"""
+
+import contextvars
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
+from math import gcd
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vot_kernels.tuning import INTERPRETER, Config, lookup
 from vot_kernels.tuning.autotune import TUNER, Tuner
@@ -36,19 +48,82 @@ class Launch:
 # Read once, as Triton itself does, and plain globals: torch.compile traces through the dispatch.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
+_VECTOR = 8  # numbers of 16 bits in the widest load
 _OLDEST_GPU = (8, 0)  # older ones have no bfloat16 and too little shared memory for the shipped blocks
 _recording: tuple[str, list[Launch]] | None = None
 
 
-def find_config(op: str, kernel: str, device: torch.device, **key: int) -> Config:
-    """The config of `kernel` of `op` for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one.
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by name. Its device code is imported at the first launch, and Triton with it.
 
-    Raises:
-        LookupError: see `vot_kernels.tuning.lookup`.
+    Attributes:
+        family: its config table is `vot_kernels/tuning/configs/<arch>/<family>.json`.
+        name: of its entries there.
+        source: where it is below `vot_kernels.kernels`, "module:function".
     """
-    shipped = lookup(op, kernel, target_arch(device), **key)
-    tuner = _tuner(device)
-    return shipped if tuner is None else tuner.find(shipped) or shipped
+
+    family: str
+    name: str
+    source: str
+
+    @cached_property
+    def function(self) -> Any:
+        """The `@triton.jit` function."""
+        module, function = self.source.split(":")
+        return getattr(import_module(f"vot_kernels.kernels.{module}"), function)
+
+    def config(
+        self,
+        device: torch.device,
+        key: Mapping[str, int] | None = None,
+        *,
+        prefer: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+    ) -> Config:
+        """The config for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one of that variant.
+
+        See `vot_kernels.tuning.lookup` for the variants and for what is raised.
+        """
+        options: dict[str, Any] = {**(key or {}), "prefer": prefer, "exclude": exclude}
+        shipped = lookup(self.family, self.name, target_arch(device), **options)
+        tuner = _tuner(device)
+        return shipped if tuner is None else tuner.find(shipped) or shipped
+
+    def launch(
+        self,
+        grid: Grid,
+        *,
+        key: Mapping[str, int] | None = None,
+        config: Config | None = None,
+        **arguments: Any,
+    ) -> None:
+        """`launch` with the config for `key`, or with one that the caller has looked up.
+
+        Args:
+            arguments: a tensor `x_ptr` must be contiguous unless `x_stride`, `x_head_stride` or the like are among
+                them, as `strides` returns them.
+
+        Raises:
+            ValueError: a tensor is not contiguous and the kernel is not told its strides.
+        """
+        for name, x in arguments.items():
+            if isinstance(x, Tensor) and not x.is_contiguous():
+                _check_strides(f"{self.family} {self.name}", name, x, arguments)
+        found = self.config(_device(arguments), key) if config is None else config
+        launch(self.function, grid, found, **arguments)
+
+
+def _check_strides(kernel: str, name: str, x: Tensor, arguments: Iterable[str]) -> None:
+    """Refuse a tensor of which the kernel would read the wrong numbers."""
+    prefix, others = name.removesuffix("ptr").lower(), [*map(str.lower, arguments)]
+    told = [other for other in others if re.fullmatch(rf"{prefix}(\w+_)?stride", other)]
+    columns = x.stride(-1) == 1 or x.shape[-1] == 1 or f"{prefix}transposed" in others
+    if len(told) != x.ndim - 1 or not columns:
+        raise ValueError(
+            f"{kernel}: {name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel is told "
+            f"{len(told)} of them and takes the rest for contiguous."
+        )
 
 
 def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
@@ -57,8 +132,9 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
     Nothing is launched on an empty grid. While `record_launches` is active, the launch is noted instead.
 
     Args:
-        grid: a function of the blocks. Numbers forbid tuning, which repeats the launch with other blocks: a
-            kernel must have them that reads what it writes.
+        kernel: the `@triton.jit` function.
+        grid: a function of the blocks. A fixed grid disables tuning, which repeats the launch with other blocks: it
+            is for kernels that read what they write.
     """
 
     def programs(config: Config) -> tuple[int, ...]:
@@ -69,16 +145,47 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
     if _recording is not None:
         _recording[1].append(Launch(kernel, programs(config), {**arguments, **config.blocks}, config))
         return
-    device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
+    device = _device(arguments)
 
     def run(config: Config) -> None:
         kernel[programs(config)](**arguments, **config.launch_options())
 
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        tuner = _tuner(device) if callable(grid) and config.request is not None else None
+    def tune_and_run() -> None:
+        best, tuner = config, _tuner(device) if callable(grid) and config.request is not None else None
         if tuner is not None and not torch.cuda.is_current_stream_capturing():
-            config = tuner.tune(config, run)
-        run(config)
+            best = tuner.tune(config, run)
+        run(best)
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if config.blocks.get("USE_TMA"):
+            with_workspace(tune_and_run)
+        else:
+            tune_and_run()
+
+
+def with_workspace(run: Callable[[], None]) -> None:
+    """Call `run`, which launches a kernel that makes tensor descriptors: Triton asks PyTorch for their memory.
+
+    Triton keeps the allocator in a context variable, which is unset on the threads of autograd. It is set in a
+    copy of the context, so that the caller's own allocator stays.
+    """
+
+    def run_here() -> None:
+        import triton
+
+        triton.set_allocator(_allocate_workspace)
+        run()
+
+    contextvars.copy_context().run(run_here)
+
+
+def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of the current device and stream, as the launch; the caching allocator reuses it in stream order."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
+def _device(arguments: Mapping[str, Any]) -> torch.device:
+    return next(x.device for x in arguments.values() if isinstance(x, Tensor))
 
 
 def _tuner(device: torch.device) -> Tuner | None:
@@ -103,7 +210,7 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
 
 
 def target_arch(device: torch.device) -> str:
-    """The architecture to choose a config for: of the GPU, of `record_launches`, or "interpreter"."""
+    """The architecture to choose a config for: that of the GPU or of `record_launches`, or "interpreter"."""
     if _recording is not None:
         return _recording[0]
     if device.type == "cuda":
@@ -131,7 +238,7 @@ def why_not_triton(device: torch.device) -> list[str]:
 
 
 def _why_too_old(device: torch.device) -> list[str]:
-    """Of a GPU that is not there nothing bad is known."""
+    """No GPU is visible (compile-only run): assume it is supported."""
     if not torch.cuda.is_available():
         return []
     gpu = torch.cuda.get_device_properties(device)  # unlike get_device_capability, torch.compile can trace it
@@ -146,11 +253,53 @@ def ceil_div(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a copy of it whose last dimension lies side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def padded(width: int) -> int:
+    """Columns of a block that holds `width` of them: a power of two, at least the 16 of a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
-def matrices_contiguous(w: torch.Tensor) -> torch.Tensor:
+def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """`x` in `dtype` if given, or one copy of it: contiguous. None stays None."""
+    return None if x is None else x.to(dtype or x.dtype).contiguous()
+
+
+def rows_contiguous(x: Tensor, *, compact: bool = False) -> Tensor:
+    """`x`, or one copy of it whose columns lie side by side. Any other stride is taken as it is.
+
+    Args:
+        compact: 128 rows must also span less than 2**31 numbers, for kernels that address a block with 32 bits.
+    """
+    side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if side_by_side and not (compact and x.stride(0) >= 2**24) else x.contiguous()
+
+
+def matrices_contiguous(w: Tensor) -> Tensor:
     """`w` `[n, rows, columns]`, or a copy of it: the rows or the columns of its matrices lie side by side."""
     return w if 1 in w.stride()[1:] else w.contiguous()
+
+
+def strides(matrices: Mapping[str, Tensor | None] | None = None, /, **rows: Tensor | None) -> dict[str, Any]:
+    """How a kernel finds the numbers of its arguments, in units of `STRIDE_UNIT` numbers; 0 for None.
+
+    Triton asks of an argument whether it is a multiple of 16. A multiple of 8 is enough for the widest loads, and heads
+    of 72 or 40 numbers are one, so that the unit is the largest divisor of all strides up to 8.
+
+    Args:
+        matrices: `[n, rows, columns]` as `matrices_contiguous` returns them. `NAME_stride` is that of the dimension
+            that is not contiguous, the columns if `NAME_TRANSPOSED`; `NAME_expert_stride` leads to the next matrix.
+        rows: `[rows, columns]` or `[rows, heads, columns]` as `rows_contiguous` returns them: `NAME_stride` from row to
+            row, and for the latter `NAME_head_stride`.
+    """
+    found, transposed = {}, {}
+    for name, x in rows.items():
+        found[f"{name}_stride"] = 0 if x is None else x.stride(0)
+        if x is not None and x.ndim == 3:
+            found[f"{name}_head_stride"] = x.stride(1)
+    for name, w in (matrices or {}).items():
+        columns_apart = w is not None and w.stride(2) != 1
+        transposed[f"{name.upper()}_TRANSPOSED"] = columns_apart
+        found[f"{name}_expert_stride"] = 0 if w is None else w.stride(0)
+        found[f"{name}_stride"] = 0 if w is None else w.stride(2 if columns_apart else 1)
+    small = all(n < 2**31 for n in found.values())  # the kernels multiply by the unit in 32 bits
+    unit = gcd(_VECTOR, *found.values()) if small else 1
+    return {name: n // unit for name, n in found.items()} | transposed | {"STRIDE_UNIT": unit}

@@ -1,14 +1,22 @@
 """Launch parameters of the Triton kernels: a pure, cached lookup in the JSON files beside this one.
 
-`configs/<arch>/<op>.json` maps the name of a kernel to its entries, the first that fits wins:
+`configs/<arch>/<family>.json`, one for each folder of `kernels/triton` that is launched from, maps the name of a kernel
+to its entries. The first entry that fits wins:
 
-    {"kernel_name": [{"when": {"head_dim": 64, "bits": [16, 32]}, "blocks": {"BLOCK_T": 64},
+    {"kernel_name": [{"variant": "tma", "default": false, "why": "slower below 2,000 tokens",
+                      "when": {"head_dim": 64, "bits": [16, 32]}, "blocks": {"BLOCK_T": 64, "USE_TMA": 1},
                       "num_warps": 4, "num_stages": 3,
-                      "limits": {"registers": 168, "spill_bytes": 0, "wgmma": true}}]}
+                      "limits": {"registers": 168, "spill_bytes": 0, "tma": true}}]}
 
-`when` holds what the entry is for: a number, or [smallest, largest]; what it does not name may be anything.
-`blocks` become constexprs of the kernel. `limits` are what ahead-of-time compilation must keep to
-(`python -m benchmarks.aot`). The number of tokens is never a key: packings of any length share a kernel.
+* `when`: what the entry is for, each a number or [smallest, largest]. What it does not name may be anything. The number
+  of tokens is never a key: packings of any length share a kernel.
+* `blocks`: constexprs of the kernel.
+* `limits`: what ahead-of-time compilation must keep to (`python -m benchmarks.aot`).
+* `variant`: the name of another form of the kernel, as "tma", "warp_specialized" and "fused" of range attention. With
+  `"default": true` ordinary launches use the entry, with false only those that ask for the variant: to make it the
+  default of a GPU is to change this one word. An entry without a variant is the plain kernel, always a default.
+* `why`: the reason for a choice, in words. Nothing reads it.
+
 Nothing here depends on the environment or the home directory; `autotune` does, if asked to.
 """
 
@@ -24,17 +32,25 @@ CONFIGS = Path(__file__).parent / "configs"
 INTERPRETER = "interpreter"  # small blocks, so that small shapes take the paths between blocks too
 
 
-Table = dict[str, list[dict[str, Any]]]
+Entry = dict[str, Any]
+Table = dict[str, list[Entry]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a config was looked up for: the arguments of `lookup`, the key sorted by name."""
+    """What a config was looked up for.
 
-    op: str
+    Attributes:
+        family, kernel, arch: the arguments of `lookup`.
+        key: its key, sorted by name.
+        variant: that of the entry that was found, None for the plain kernel.
+    """
+
+    family: str
     kernel: str
     arch: str
     key: tuple[tuple[str, int], ...]
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,75 +71,110 @@ class Config:
     limits: Mapping[str, int | bool] = field(default_factory=dict)
     request: Request | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def variant(self) -> str | None:
+        """The name of the kernel's form, None for the plain one."""
+        return None if self.request is None else self.request.variant
+
     def launch_options(self) -> dict[str, int]:
         """Keywords of a launch: the blocks, then num_warps and num_stages."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-@lru_cache(maxsize=1024)
-def _lookup(op: str, kernel: str, arch: str, key: tuple[tuple[str, int], ...]) -> Config:
-    config = first_fitting(_table(op, nearest_arch(op, arch)), Request(op, kernel, arch, key))
-    if config is None:
-        path = CONFIGS / arch / f"{op}.json"
-        raise LookupError(f"No config of {op}/{kernel} for {arch} fits {dict(key)}; see {path}.")
-    return config
+def lookup(
+    family: str,
+    kernel: str,
+    arch: str,
+    *,
+    prefer: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    **key: int,
+) -> Config:
+    """The shipped config of `kernel` of `family` on `arch` ("sm_90", "interpreter", ...) for `key`.
 
-
-def first_fitting(table: Table, request: Request) -> Config | None:
-    """The first config of `table` that fits."""
-    wanted = dict(request.key)
-    for entry in table.get(request.kernel, []):
-        if all(_fits(wanted, name, allowed) for name, allowed in entry.get("when", {}).items()):
-            limits = entry.get("limits", {})
-            return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits, request)
-    return None
-
-
-def lookup(op: str, kernel: str, arch: str, **key: int) -> Config:
-    """The shipped config of `kernel` of `op` on `arch` ("sm_90", "interpreter", ...) for `key`.
+    Args:
+        prefer: variants to take, whether default or not. The first of them that has a fitting entry wins, and if none
+            has, the first fitting entry that is a default.
+        exclude: variants not to take by default.
 
     Raises:
-        LookupError: no entry fits, or there is no table for the op at all.
+        LookupError: no entry fits, or there is no table for the family at all.
     """
-    return _lookup(op, kernel, arch, tuple(sorted(key.items())))
+    return _lookup(family, kernel, arch, prefer, exclude, tuple(sorted(key.items())))
+
+
+@lru_cache(maxsize=1024)
+def _lookup(
+    family: str,
+    kernel: str,
+    arch: str,
+    prefer: tuple[str, ...],
+    exclude: tuple[str, ...],
+    key: tuple[tuple[str, int], ...],
+) -> Config:
+    fitting = fitting_entries(_table(family, nearest_arch(family, arch)), kernel, key)
+    chosen = [entry for variant in prefer for entry in fitting if entry.get("variant") == variant]
+    chosen += [
+        entry for entry in fitting if entry.get("default", True) and entry.get("variant") not in exclude
+    ]
+    if not chosen:
+        path = CONFIGS / arch / f"{family}.json"
+        raise LookupError(f"No config of {family}/{kernel} for {arch} fits {dict(key)}; see {path}.")
+    return as_config(chosen[0], Request(family, kernel, arch, key, chosen[0].get("variant")))
+
+
+def fitting_entries(table: Table, kernel: str, key: tuple[tuple[str, int], ...]) -> list[Entry]:
+    """The entries of `kernel` for `key`, of any variant."""
+    wanted = dict(key)
+    return [
+        entry
+        for entry in table.get(kernel, [])
+        if all(_fits(wanted, name, allowed) for name, allowed in entry.get("when", {}).items())
+    ]
+
+
+def as_config(entry: Entry, request: Request) -> Config:
+    """The config that an entry of a table describes."""
+    limits = entry.get("limits", {})
+    return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits, request)
 
 
 @lru_cache(maxsize=256)
-def nearest_arch(op: str, arch: str) -> str:
-    """`arch` if `op` has a table for it, else the nearest older one, else the oldest; warns once."""
-    known = known_archs(op)
+def nearest_arch(family: str, arch: str) -> str:
+    """`arch` if `family` has a table for it, else the nearest older one, else the oldest; warns once."""
+    known = known_archs(family)
     if arch in known or arch == INTERPRETER:
         return arch
     if not known:
-        raise LookupError(f"{op} has no configs in {CONFIGS}.")
+        raise LookupError(f"{family} has no configs in {CONFIGS}.")
     older = [name for name in known if _number(name) <= _number(arch)]
     found = older[-1] if older else known[0]
     warnings.warn(
-        f"vot-kernels ships no {op} configs for {arch} and uses those of {found}; results are the same, "
-        f"speed may not be. Add {CONFIGS.name}/{arch}/{op}.json to tune for this GPU.",
+        f"vot-kernels ships no {family} configs for {arch} and uses those of {found}; results are the same, "
+        f"speed may not be. Add {CONFIGS.name}/{arch}/{family}.json to tune for this GPU.",
         stacklevel=2,
     )
     return found
 
 
-def known_archs(op: str) -> tuple[str, ...]:
-    """GPU architectures with a table for `op`, oldest first."""
-    found = [path.parent.name for path in CONFIGS.glob(f"sm_*/{op}.json")]
+def known_archs(family: str) -> tuple[str, ...]:
+    """GPU architectures with a table for `family`, oldest first."""
+    found = [path.parent.name for path in CONFIGS.glob(f"sm_*/{family}.json")]
     return tuple(sorted(found, key=_number))
 
 
 def tables(arch: str) -> dict[str, Table]:
-    """Every op's table for `arch`, as it lies in the files."""
+    """Every family's table for `arch`, as it lies in the files."""
     return {path.stem: _table(path.stem, arch) for path in sorted((CONFIGS / arch).glob("*.json"))}
 
 
 @lru_cache(maxsize=256)
-def _table(op: str, arch: str) -> Table:
-    path = CONFIGS / arch / f"{op}.json"
+def _table(family: str, arch: str) -> Table:
+    path = CONFIGS / arch / f"{family}.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise LookupError(f"{op} has no configs for {arch}: {path} is missing.") from None
+        raise LookupError(f"{family} has no configs for {arch}: {path} is missing.") from None
     except json.JSONDecodeError as error:
         raise LookupError(f"{path} is not valid JSON: {error}.") from None
 

@@ -1,8 +1,8 @@
 """Tuning at run time, on the GPU at hand and only on request: `VOT_AUTOTUNE=1`, read once at import.
 
-Then the first launch of a kernel for a key (op, kernel, architecture, and what the entries' `when` may name)
-times candidates around the shipped config on its own arguments, and keeps the fastest in
-`<arch>/<op>.json` in `$VOT_TUNING_DIR`, by default ~/.cache/vot-kernels/tuning. Later runs with
+Then the first launch of a kernel for a key (family, kernel, variant, architecture, and what the entries' `when` may
+name) times candidates around the shipped config on its own arguments, and keeps the fastest in
+`<arch>/<family>.json` in `$VOT_TUNING_DIR`, by default ~/.cache/vot-kernels/tuning. Later runs with
 `VOT_AUTOTUNE=1` read it from there. Without it no such file is looked at: what a program computes does not
 depend on the home directory.
 
@@ -11,14 +11,13 @@ takes 10 to 60 seconds per kernel; nothing is tuned while a CUDA graph is captur
 blocks add in another order: results may differ in their last bits from those of the shipped configs.
 
 The files have the format of the shipped ones: to contribute their entries, put them in front of those in
-`configs/<arch>/<op>.json`.
+`configs/<arch>/<family>.json`.
 """
 
 import json
 import math
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.tuning import Config, Request, Table, first_fitting
+from vot_kernels.files import atomic_write
+from vot_kernels.tuning import Config, Request, Table, as_config, fitting_entries
 
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3, 4)
@@ -67,7 +67,7 @@ class Tuner:
     """The tuned configs in a folder, and the search for more. May be used from several threads.
 
     Args:
-        folder: holds `<arch>/<op>.json`; made when there is something to write.
+        folder: holds `<arch>/<family>.json`; made when there is something to write.
         measure: time in milliseconds of a function that launches a kernel.
     """
 
@@ -87,7 +87,7 @@ class Tuner:
         request = _request(shipped)
         if request not in self._known:
             table = self._table(request)
-            found = shipped if table is None else first_fitting(table, request)
+            found = shipped if table is None else _tuned(table, request)
             if found is None or set(found.blocks) != set(shipped.blocks):
                 return None
             self._known[request] = found
@@ -122,7 +122,7 @@ class Tuner:
             return math.inf
 
     def _path(self, request: Request) -> Path:
-        return self._folder / request.arch / f"{request.op}.json"
+        return self._folder / request.arch / f"{request.family}.json"
 
     def _table(self, request: Request) -> Table | None:
         """What the file holds, read once; None, with a warning, if it cannot be used."""
@@ -143,9 +143,14 @@ class Tuner:
         path, when = self._path(request), dict(request.key)
         try:
             table = _read(path)
-            others = [entry for entry in table.get(request.kernel, []) if entry.get("when", {}) != when]
-            table[request.kernel] = [_entry(config, when), *others]
-            _replace(path, _format(table))
+            new = _entry(config, when)
+            same = (new["when"], new.get("variant"))
+            others = [
+                x for x in table.get(request.kernel, []) if (x.get("when", {}), x.get("variant")) != same
+            ]
+            table[request.kernel] = [new, *others]
+            with atomic_write(path) as temporary:
+                temporary.write_text(_format(table), encoding="utf-8")
         except (OSError, ValueError) as error:
             warnings.warn(
                 f"{path} cannot be written, so the tuned config lasts as long as this process: {error}.",
@@ -167,6 +172,13 @@ def _request(config: Config) -> Request:
     if config.request is None:
         raise ValueError(f"{config} cannot be tuned: it does not come from a lookup.")
     return config.request
+
+
+def _tuned(table: Table, request: Request) -> Config | None:
+    """The first fitting entry of the variant that was chosen without this table."""
+    entries = fitting_entries(table, request.kernel, request.key)
+    same = [entry for entry in entries if entry.get("variant") == request.variant]
+    return as_config(same[0], request) if same else None
 
 
 def _read(path: Path) -> Table:
@@ -206,7 +218,8 @@ def _is_range(allowed: Any) -> bool:
 
 
 def _entry(config: Config, when: dict[str, int]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"when": when, "blocks": dict(config.blocks)}
+    variant: dict[str, Any] = {} if config.variant is None else {"variant": config.variant}
+    entry: dict[str, Any] = {**variant, "when": when, "blocks": dict(config.blocks)}
     entry |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return {**entry, "limits": dict(config.limits)} if config.limits else entry
 
@@ -220,23 +233,12 @@ def _format(table: Table) -> str:
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _tell(shipped: Config, before: float, best: Config, after: float) -> None:
     request = _request(shipped)
-    key = " ".join(f"{name}={value}" for name, value in request.key)
+    words = [] if request.variant is None else [request.variant]
+    key = " ".join(words + [f"{name}={value}" for name, value in request.key])
     print(
-        f"vot-kernels: {request.op}/{request.kernel} on {request.arch} ({key}): "
+        f"vot-kernels: {request.family}/{request.kernel} on {request.arch} ({key}): "
         f"{_words(shipped)}: {before:.4f} ms -> {_words(best)}: {after:.4f} ms, {before / after:.2f}x",
         file=sys.stderr,
     )

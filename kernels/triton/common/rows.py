@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def head_rows(pointer, head, head_stride, stride, UNIT: tl.constexpr):
+    """Where the rows of one head of `[rows, heads, columns]` begin, and how many numbers lead from one to the next.
+
+    head_stride, stride: in units of UNIT numbers, as `vot_kernels.ops.launch.strides` counts them.
+    """
+    return pointer + head.to(tl.int64) * (head_stride * UNIT), stride * UNIT
+
+
+@triton.jit
 def row_source(
     pointer,
     end,
@@ -17,7 +26,7 @@ def row_source(
     """What `load_rows` takes blocks of the rows before `end` from: a descriptor if USE_TMA, else `pointer` itself.
 
     The descriptor ends where the rows do, so that no block holds rows of a neighbour: their NaN would survive
-    the multiplication with weights of 0. `_launch_with_workspace` says what a descriptor needs of the host.
+    the multiplication with weights of 0. `launch.with_workspace` says what a descriptor needs of the host.
     """
     if USE_TMA:
         end = tl.maximum(end, 1)  # of no rows there is no descriptor, nor is one ever read
@@ -93,3 +102,43 @@ def store_rows(
         mask = mask & (column < HEAD_DIM)[None, :]
     pointers = pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(pointers, block.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_block(
+    pointer, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """`[ROWS, COLUMNS]` from row `first` and `column` on; 0 from row `end` and from column WIDTH on.
+
+    Part of the columns, with addresses of 32 bits, where `load_rows` reads whole rows with 64.
+
+    ROWS * stride < 2**31: only the first row needs an address of 64 bits.
+    """
+    row = tl.arange(0, ROWS)
+    index = tl.arange(0, COLUMNS)
+    mask = (row < end - first)[:, None]
+    if WIDTH % COLUMNS != 0:
+        mask = mask & (index < WIDTH - column)[None, :]
+    pointer += first.to(tl.int64) * stride + column
+    return tl.load(pointer + (row[:, None] * stride + index[None, :]), mask, other=0.0)
+
+
+@triton.jit
+def store_block(
+    pointer, block, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Write a block as `load_block` reads it, in the dtype of `pointer`."""
+    row = tl.arange(0, ROWS)
+    index = tl.arange(0, COLUMNS)
+    mask = (row < end - first)[:, None]
+    if WIDTH % COLUMNS != 0:
+        mask = mask & (index < WIDTH - column)[None, :]
+    pointers = pointer + first.to(tl.int64) * stride + column + (row[:, None] * stride + index[None, :])
+    tl.store(pointers, block.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
+    """One number of each of ROWS rows, 0 from row `end` on."""
+    row = tl.arange(0, ROWS)
+    return tl.load(pointer + first.to(tl.int64) * stride + row * stride, row < end - first, other=0.0)

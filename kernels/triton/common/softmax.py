@@ -1,4 +1,8 @@
-"""Softmax by blocks of keys, in powers of two."""
+"""Softmax by blocks of keys, in powers of two.
+
+In the classical names of flash attention, `peak` is m_i, the running maximum of a row; `total` is l_i, the running sum
+of its weights; `sums` is acc, the running sum of its weighted values; and `decay` is alpha, which rescales them.
+"""
 
 import triton
 import triton.language as tl

@@ -68,8 +68,8 @@ def _grouped_matmul_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TRANSPOSED2: tl.constexpr,
+    W_TRANSPOSED: tl.constexpr,
+    W2_TRANSPOSED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,7 +81,7 @@ def _grouped_matmul_kernel(
     a `[tokens or slots, K]`; w `[experts, K, N]`; a2 `[slots, K2]`, w2 `[experts, K2, N]`, both or None; scale float32
     `[slots]`, addend `[slots, N]`, both or None; out `[slots, N]`, contiguous; order: int32 `[slots]`, or None where
     the rows of a are the places; offsets: int32 `[experts + 1]`. Strides count in STRIDE_UNIT numbers; those of w are
-    of the dimension that is not contiguous: its columns if TRANSPOSED, else its rows. Rows of out that belong to no
+    of the dimension that is not contiguous: its columns if W_TRANSPOSED, else its rows. Rows of out that belong to no
     expert are not written.
     Grid: (slots // BLOCK_M + experts) * cdiv(N, BLOCK_N).
     """
@@ -104,13 +104,13 @@ def _grouped_matmul_kernel(
         addend = tl.load(addend_ptr + column[None, :], (column < N)[None, :], other=0.0)
         sums += tl.load(scale_ptr + place)[:, None] * addend
     sums = _add_product(
-        sums, a_ptr, row, a_stride * STRIDE_UNIT, w_ptr, column, w_stride * STRIDE_UNIT, K, N, TRANSPOSED, BLOCK_K
+        sums, a_ptr, row, a_stride * STRIDE_UNIT, w_ptr, column, w_stride * STRIDE_UNIT, K, N, W_TRANSPOSED, BLOCK_K
     )  # fmt: skip
     if a2_ptr is not None:
         w2_ptr += expert.to(tl.int64) * (w2_expert_stride * STRIDE_UNIT)
         sums = _add_product(
             sums, a2_ptr, place, a2_stride * STRIDE_UNIT, w2_ptr, column, w2_stride * STRIDE_UNIT, K2, N,
-            TRANSPOSED2, BLOCK_K,
+            W2_TRANSPOSED, BLOCK_K,
         )  # fmt: skip
     inside = (index < end - first)[:, None] & (column < N)[None, :]
     out_ptr += place.to(tl.int64)[:, None] * N
@@ -118,7 +118,7 @@ def _grouped_matmul_kernel(
 
 
 @triton.jit
-def _load_rows(pointer, order_ptr, place, inside, stride, column, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
+def _load_places(pointer, order_ptr, place, inside, stride, column, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
     """The rows of the places `inside`, columns `column`; 0 elsewhere and from column WIDTH on."""
     row = place if order_ptr is None else tl.load(order_ptr + place, inside, other=0) // TOP_K
     pointers = pointer + (row.to(tl.int64)[:, None] * stride + column[None, :])
@@ -168,8 +168,8 @@ def _weight_gradient_kernel(
     for start in range(0, count, BLOCK_K):
         inside = index < count - start
         place = begin + start + index
-        a = _load_rows(a_ptr, a_order_ptr, place, inside, a_stride * STRIDE_UNIT, row, M, TOP_K)
-        b = _load_rows(b_ptr, b_order_ptr, place, inside, b_stride * STRIDE_UNIT, column, N, TOP_K)
+        a = _load_places(a_ptr, a_order_ptr, place, inside, a_stride * STRIDE_UNIT, row, M, TOP_K)
+        b = _load_places(b_ptr, b_order_ptr, place, inside, b_stride * STRIDE_UNIT, column, N, TOP_K)
         sums = tl.dot(tl.trans(a), b, sums, input_precision="ieee")
     out_ptr += expert.to(tl.int64) * M * N + row.to(tl.int64)[:, None] * N
     inside = (row < M)[:, None] & (column < N)[None, :]

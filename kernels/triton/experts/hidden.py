@@ -12,8 +12,8 @@ from .tiles import locate_output_tile
 
 
 @triton.jit
-def _load_rows(row_ptr, start, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[rows, BLOCK_K]` numbers from `start` on of the rows that begin at `row_ptr`; 0 from SIZE on."""
+def _load_depth(row_ptr, start, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`[rows, BLOCK_K]`: numbers from `start` on of the rows that begin at each of `row_ptr`; 0 from SIZE on."""
     k = start + tl.arange(0, BLOCK_K)
     pointers = row_ptr[:, None] + k[None, :]
     mask = (k < SIZE)[None, :]
@@ -66,7 +66,7 @@ def _product(
     """float32 `[BLOCK_M, BLOCK_N]`: the rows that begin at `row_ptr` times W^T `[SIZE, COLUMNS]`."""
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, SIZE, BLOCK_K):
-        rows = _load_rows(row_ptr, start, SIZE, BLOCK_K)
+        rows = _load_depth(row_ptr, start, SIZE, BLOCK_K)
         weight = _load_weight(
             weight_ptr, start, column, stride, SIZE, COLUMNS, STRIDE_UNIT, TRANSPOSED, BLOCK_K, BLOCK_N
         )
@@ -95,7 +95,7 @@ def _two_products(
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, SIZE, BLOCK_K):
-        rows = _load_rows(row_ptr, start, SIZE, BLOCK_K)
+        rows = _load_depth(row_ptr, start, SIZE, BLOCK_K)
         weight = _load_weight(
             first_ptr,
             start,
@@ -324,15 +324,15 @@ def _load_pieces(
 
 @triton.jit
 def _store_gradients(
-    grad,
+    d_hidden,
     pre,
     value,
     weight,
     row,
     end,
     first_column,
-    grad_pre_ptr,
-    grad_value_ptr,
+    d_pre_ptr,
+    d_value_ptr,
     weighted_ptr,
     HIDDEN: tl.constexpr,
     PRE_SAVED: tl.constexpr,
@@ -340,25 +340,25 @@ def _store_gradients(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """All gradients, PIECE columns at a time; returns the sums over the columns of grad * hidden, one per row.
+    """All gradients, PIECE columns at a time; returns the sums over the columns of d_hidden * hidden, one per row.
 
-    grad: float32 `[BLOCK_M, COLUMNS]`, of hidden without the mixing weight; pre likewise, or if PRE_SAVED a tree of
+    d_hidden: float32 `[BLOCK_M, COLUMNS]`, of hidden without the mixing weight; pre likewise, or if PRE_SAVED a tree of
     pieces as value is. weight: float32 `[BLOCK_M]`.
     """
     if COLUMNS > PIECE:
         HALF: tl.constexpr = COLUMNS // 2
-        grad_left, grad_right = _halves(grad, BLOCK_M, COLUMNS)
+        d_hidden_left, d_hidden_right = _halves(d_hidden, BLOCK_M, COLUMNS)
         if PRE_SAVED:
             pre_left, pre_right = pre
         else:
             pre_left, pre_right = _halves(pre, BLOCK_M, COLUMNS)
         sums = _store_gradients(
-            grad_left, pre_left, value[0], weight, row, end, first_column,
-            grad_pre_ptr, grad_value_ptr, weighted_ptr, HIDDEN, PRE_SAVED, BLOCK_M, HALF, PIECE,
+            d_hidden_left, pre_left, value[0], weight, row, end, first_column,
+            d_pre_ptr, d_value_ptr, weighted_ptr, HIDDEN, PRE_SAVED, BLOCK_M, HALF, PIECE,
         )  # fmt: skip
         sums += _store_gradients(
-            grad_right, pre_right, value[1], weight, row, end, first_column + HALF,
-            grad_pre_ptr, grad_value_ptr, weighted_ptr, HIDDEN, PRE_SAVED, BLOCK_M, HALF, PIECE,
+            d_hidden_right, pre_right, value[1], weight, row, end, first_column + HALF,
+            d_pre_ptr, d_value_ptr, weighted_ptr, HIDDEN, PRE_SAVED, BLOCK_M, HALF, PIECE,
         )  # fmt: skip
     else:
         STRIDE: tl.constexpr = 2 * HIDDEN if PRE_SAVED else HIDDEN
@@ -371,11 +371,11 @@ def _store_gradients(
         sigmoid = tl.sigmoid(pre)
         silu = pre * sigmoid
         hidden = silu * value
-        weighted = weight[:, None] * grad
-        sums = tl.sum(tl.where((column < HIDDEN)[None, :], grad * hidden, 0.0), 1)
+        weighted = weight[:, None] * d_hidden
+        sums = tl.sum(tl.where((column < HIDDEN)[None, :], d_hidden * hidden, 0.0), 1)
         # d silu(pre) / d pre = s + silu (1 - s)
-        tl.store(grad_pre_ptr + offsets, (weighted * value * (sigmoid + silu * (1 - sigmoid))).to(TYPE), mask)
-        tl.store(grad_value_ptr + offsets, (weighted * silu).to(TYPE), mask)
+        tl.store(d_pre_ptr + offsets, (weighted * value * (sigmoid + silu * (1 - sigmoid))).to(TYPE), mask)
+        tl.store(d_value_ptr + offsets, (weighted * silu).to(TYPE), mask)
         offsets = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
         tl.store(weighted_ptr + offsets, (weight[:, None] * hidden).to(TYPE), mask)
     return sums
@@ -383,7 +383,7 @@ def _store_gradients(
 
 @triton.jit(do_not_specialize=["experts", "slots", "top_k"])
 def _expert_hidden_bwd_kernel(
-    grad_ptr,
+    d_y_ptr,
     w_out_ptr,
     saved_ptr,
     cache_ptr,
@@ -391,11 +391,11 @@ def _expert_hidden_bwd_kernel(
     weights_ptr,
     order_ptr,
     offsets_ptr,
-    grad_pre_ptr,
-    grad_value_ptr,
+    d_pre_ptr,
+    d_value_ptr,
     weighted_ptr,
     partials_ptr,
-    grad_stride,
+    d_y_stride,
     w_out_expert_stride,
     w_out_stride,
     cache_stride,
@@ -418,10 +418,10 @@ def _expert_hidden_bwd_kernel(
 ):
     """Gradients of pre and value, hidden times its mixing weight, and parts of the gradients of these weights.
 
-    grad `[tokens, DIM]`, of the mixed output; w_out `[experts, HIDDEN, DIM]`; saved, cache and w_gate as in the
-    forward; weights float32 `[tokens, top_k]`. weighted `[slots, HIDDEN]`; grad_pre and grad_value likewise, or with
-    cache None the halves of `[slots, 2 * HIDDEN]`; partials float32 `[column tiles, slots]`. Columns of a tile are
-    TILE_N, for partials has a row for each; they are stored PIECE at a time.
+    d_y `[tokens, DIM]`, of the mixed output; w_out `[experts, HIDDEN, DIM]`; saved, cache and w_gate as in the
+    forward; weights float32 `[tokens, top_k]`. weighted `[slots, HIDDEN]`; d_pre and d_value likewise, or with
+    cache None side by side in d_pre `[slots, 2 * HIDDEN]`; partials float32 `[column tiles, slots]`. A tile has TILE_N
+    columns, because partials has a row for each tile; they are stored PIECE at a time.
     Grid: (slots // BLOCK_M + experts) * column tiles.
     """
     expert, first, end, tile = locate_output_tile(
@@ -446,9 +446,10 @@ def _expert_hidden_bwd_kernel(
         saved_ptr + (SAVED - HIDDEN), place, tile * TILE_N, HIDDEN, SAVED, BLOCK_M, TILE_N, PIECE
     )
     if cache_ptr is None:
+        d_value_ptr = d_pre_ptr + HIDDEN
         pre = _load_pieces(saved_ptr, place, tile * TILE_N, HIDDEN, SAVED, BLOCK_M, TILE_N, PIECE)
-    grad = _product(
-        grad_ptr + (slot // top_k).to(tl.int64) * grad_stride * STRIDE_UNIT,
+    d_hidden = _product(
+        d_y_ptr + (slot // top_k).to(tl.int64) * d_y_stride * STRIDE_UNIT,
         w_out_ptr + expert.to(tl.int64) * w_out_expert_stride * STRIDE_UNIT,
         column,
         w_out_stride,
@@ -475,15 +476,15 @@ def _expert_hidden_bwd_kernel(
             BLOCK_K,
         )
     sums = _store_gradients(
-        grad,
+        d_hidden,
         pre,
         value,
         weight,
         row,
         end,
         tile * TILE_N,
-        grad_pre_ptr,
-        grad_value_ptr,
+        d_pre_ptr,
+        d_value_ptr,
         weighted_ptr,
         HIDDEN,
         cache_ptr is None,

@@ -1,4 +1,4 @@
-"""The slots of all tokens grouped by expert, and the way back from places to slots: see `Slots` in `_experts.py`.
+"""The slots of all tokens grouped by expert, and the way back from places to slots: see `Slots`.
 
 Slots are cut into tiles of TILE. `_rank_slots_kernel` counts the slots of each expert in each tile; the running sum
 of these counts, all tiles of one expert before the next expert, says where each expert's slots of each tile begin;
@@ -64,12 +64,12 @@ def _place_slots_kernel(
 @triton.jit(do_not_specialize=["tokens", "blocks"])
 def _mixing_backward_kernel(
     partials_ptr,
-    grad_weights_ptr,
+    d_weights_ptr,
     places_ptr,
     norms_ptr,
     indices_ptr,
     weights_ptr,
-    grad_ptr,
+    d_mix_ptr,
     scale_ptr,
     tokens,
     blocks,
@@ -79,10 +79,10 @@ def _mixing_backward_kernel(
 ):
     """The gradient of the mixing weights `[tokens, TOP_K]` and, of each cache, what its norm adds to its gradient.
 
-    grad = the sum of partials `[blocks, tokens * TOP_K]` at the slot's place (+ grad_weights), in the order of the
-    blocks. Through w = softmax(p) of the chosen norms p = |c|, dc = dp c / p with dp = w (grad - sum of w grad):
+    d_mix = the sum of partials `[blocks, tokens * TOP_K]` at the slot's place (+ d_weights), in the order of the
+    blocks. Through w = softmax(p) of the chosen norms p = |c|, dc = dp c / p with dp = w (d_mix - sum of w d_mix):
     scale `[tokens * TOP_K]` is dp / p at the slot's place, 0 where p = 0. All float32 but the int32 places and the
-    integer indices. With scale_ptr None: grad alone, and norms, indices and weights are not read.
+    integer indices. With scale_ptr None: d_mix alone, and norms, indices and weights are not read.
     """
     WIDTH: tl.constexpr = triton.next_power_of_2(TOP_K)
     ROWS: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1
@@ -95,17 +95,17 @@ def _mixing_backward_kernel(
 
     # Tokens that follow each other have places that do, in each of their experts: the loads share their lines.
     pointers = partials_ptr + place
-    grad = tl.zeros([ROWS, WIDTH], tl.float32)
+    d_mix = tl.zeros([ROWS, WIDTH], tl.float32)
     for _ in tl.range(blocks, loop_unroll_factor=4):
-        grad += tl.load(pointers, grouped, other=0.0)
+        d_mix += tl.load(pointers, grouped, other=0.0)
         pointers += tokens.to(tl.int64) * TOP_K
-    if grad_weights_ptr is not None:
-        grad += tl.load(grad_weights_ptr + slot, mask, other=0.0)
-    tl.store(grad_ptr + slot, grad, mask)
+    if d_weights_ptr is not None:
+        d_mix += tl.load(d_weights_ptr + slot, mask, other=0.0)
+    tl.store(d_mix_ptr + slot, d_mix, mask)
 
     if scale_ptr is not None:
         weight = tl.load(weights_ptr + slot, mask, other=0.0)
         expert = tl.load(indices_ptr + slot, grouped, other=0)
         norm = tl.load(norms_ptr + token[:, None] * EXPERTS + expert, grouped, other=0.0)
-        grad_norm = weight * (grad - tl.sum(weight * grad, 1)[:, None])
-        tl.store(scale_ptr + place, tl.where(norm > 0, grad_norm / norm, 0.0), grouped)
+        d_norm = weight * (d_mix - tl.sum(weight * d_mix, 1)[:, None])
+        tl.store(scale_ptr + place, tl.where(norm > 0, d_norm / norm, 0.0), grouped)

@@ -18,8 +18,8 @@ def _cache_norms_kernel(
     cache_ptr,
     tokens,
     X_STRIDE: tl.constexpr,
-    EXPERT_STRIDE: tl.constexpr,
-    RANK_STRIDE: tl.constexpr,
+    W_EXPERT_STRIDE: tl.constexpr,
+    W_RANK_STRIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     RANK: tl.constexpr,
     DIM: tl.constexpr,
@@ -57,8 +57,8 @@ def _cache_norms_kernel(
     depth = tl.arange(0, BLOCK_D)
     # Rows outside repeat the last one: without a mask on rows there is more room for the accumulator.
     x_pointers = x_ptr + tl.minimum(row, tokens - 1)[:, None] * X_STRIDE + depth[None, :]
-    w_row = tl.minimum(expert, EXPERTS - 1).to(tl.int64) * EXPERT_STRIDE
-    w_row += tl.minimum(rank, RANK - 1).to(tl.int64) * RANK_STRIDE
+    w_row = tl.minimum(expert, EXPERTS - 1).to(tl.int64) * W_EXPERT_STRIDE
+    w_row += tl.minimum(rank, RANK - 1).to(tl.int64) * W_RANK_STRIDE
     w_pointers = w_ptr + w_row[:, None] + depth[None, :]
 
     cache = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)

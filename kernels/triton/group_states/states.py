@@ -18,45 +18,8 @@ last tile of a segment is short, and none reads its state on the way forwards, n
 import triton
 import triton.language as tl
 
+from ..common.rows import load_block, load_column
 from ..common.tiles import locate_tile
-
-
-@triton.jit
-def load_block(
-    pointer, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """`[ROWS, COLUMNS]` from row `first` and `column` on; 0 from row `end` and from column WIDTH on.
-
-    ROWS * stride < 2**31: only the first row needs an address of 64 bits.
-    """
-    row = tl.arange(0, ROWS)
-    index = tl.arange(0, COLUMNS)
-    mask = (row < end - first)[:, None]
-    if WIDTH % COLUMNS != 0:
-        mask = mask & (index < WIDTH - column)[None, :]
-    pointer += first.to(tl.int64) * stride + column
-    return tl.load(pointer + (row[:, None] * stride + index[None, :]), mask, other=0.0)
-
-
-@triton.jit
-def store_block(
-    pointer, block, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Write a block as `load_block` reads it, in the dtype of `pointer`."""
-    row = tl.arange(0, ROWS)
-    index = tl.arange(0, COLUMNS)
-    mask = (row < end - first)[:, None]
-    if WIDTH % COLUMNS != 0:
-        mask = mask & (index < WIDTH - column)[None, :]
-    pointers = pointer + first.to(tl.int64) * stride + column + (row[:, None] * stride + index[None, :])
-    tl.store(pointers, block.to(pointer.dtype.element_ty), mask)
-
-
-@triton.jit
-def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
-    """One number of each of ROWS rows, 0 from row `end` on."""
-    row = tl.arange(0, ROWS)
-    return tl.load(pointer + first.to(tl.int64) * stride + row * stride, row < end - first, other=0.0)
 
 
 @triton.jit
@@ -149,6 +112,23 @@ def load_features(
 
 
 @triton.jit
+def feature_map_backward(features, gradient, product, FEATURE_MAP: tl.constexpr):
+    """The gradient of x, given phi(x) and its gradient.
+
+    product: of both, summed over the features; None where it is known to be 0. Only softmax asks for it.
+    """
+    if FEATURE_MAP == "softmax":
+        if product is not None:
+            gradient = gradient - product[:, None]
+        gradient = features * gradient
+    elif FEATURE_MAP == "elu":  # elu(x) + 1 is its own derivative for x < 0
+        gradient = gradient * tl.minimum(features, 1.0)
+    elif FEATURE_MAP == "relu":
+        gradient = tl.where(features > 0, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
 def load_state(
     state_ptr,
     present,
@@ -174,9 +154,9 @@ def tile_state(
     values_ptr,
     weights_ptr,
     last_ptr,
-    features_token_stride,
+    features_stride,
     features_head_stride,
-    values_token_stride,
+    values_stride,
     values_head_stride,
     heads,
     first_head,
@@ -207,21 +187,14 @@ def tile_state(
         token = first + i % blocks * BLOCK_T
         head = (first_head + i // blocks).to(tl.int64)
         features = load_features(
-            features_ptr + head * features_head_stride,
-            token,
-            end,
-            features_token_stride,
-            row,
-            WIDTH,
-            FEATURE_MAP,
-            BLOCK_T,
-            ROWS,
-        )
+            features_ptr + head * features_head_stride, token, end, features_stride, row, WIDTH, FEATURE_MAP,
+            BLOCK_T, ROWS,
+        )  # fmt: skip
         values = load_block(
             values_ptr + head * values_head_stride,
             token,
             end,
-            values_token_stride,
+            values_stride,
             column,
             HEAD_DIM,
             BLOCK_T,
@@ -253,14 +226,15 @@ def _group_states_kernel(
     bounds_ptr,
     states_ptr,
     partials_ptr,
-    features_token_stride,
+    features_stride,
     features_head_stride,
-    values_token_stride,
+    values_stride,
     values_head_stride,
     num_groups,
     kv_heads,
     repeats,
     shared,
+    STRIDE_UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
@@ -275,7 +249,8 @@ def _group_states_kernel(
     float32 `[tokens, kv_heads * repeats]` or None for 1. bounds: int32 `[num_groups + 1]`. states: a slot per
     group, written for groups of at most TILE rows, the empty ones too; or None. partials: a slot per tile.
     log_decay: float32 `[kv_heads]` or None. With it query heads have states of their own: kv_heads counts them,
-    repeats is 1, and `shared` of them read one head of features and values (else 1).
+    repeats is 1, and `shared` of them read one head of features and values (else 1). Strides count in STRIDE_UNIT
+    numbers.
     Grid: (tokens // TILE + num_groups) * kv_heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
@@ -296,31 +271,11 @@ def _group_states_kernel(
     if log_decay_ptr is not None:
         log_decay = tl.load(log_decay_ptr + kv_head)
     state, normaliser = tile_state(
-        features_ptr,
-        values_ptr,
-        weights_ptr,
-        last_ptr,
-        features_token_stride,
-        features_head_stride,
-        values_token_stride,
-        values_head_stride,
-        kv_heads * repeats,
-        kv_head * repeats // shared,
-        repeats,
-        log_decay,
-        first,
-        tl.minimum(first + TILE, end),
-        0,
-        column,
-        WIDTH,
-        HEAD_DIM,
-        FEATURE_MAP,
-        REVERSE,
-        False,
-        BLOCK_T,
-        BLOCK_W,
-        BLOCK_V,
-    )
+        features_ptr, values_ptr, weights_ptr, last_ptr, features_stride * STRIDE_UNIT,
+        features_head_stride * STRIDE_UNIT, values_stride * STRIDE_UNIT, values_head_stride * STRIDE_UNIT,
+        kv_heads * repeats, kv_head * repeats // shared, repeats, log_decay, first, tl.minimum(first + TILE, end),
+        0, column, WIDTH, HEAD_DIM, FEATURE_MAP, REVERSE, False, BLOCK_T, BLOCK_W, BLOCK_V,
+    )  # fmt: skip
     SIZE: tl.constexpr = WIDTH * (HEAD_DIM + 1)
     target = partials_ptr + (tile.to(tl.int64) * kv_heads + kv_head) * SIZE
     if states_ptr is not None:

@@ -1,7 +1,7 @@
 """The gradient of the log decay of causal linear attention: the sum of (i - j) w_ij dw_ij over the pairs j < i.
 
 w_ij = exp(log_decay (i - j)) phi(q_i).phi(k_j) is the weight of a pair and dw_ij = c_i g_i.v'_j its gradient without
-the decay, in the terms of `linear_rows.py`. Within a tile the pairs are formed one by one. A pair of different
+the decay, in the terms of `rows.py`. Within a tile the pairs are formed one by one. A pair of different
 tiles has the distance from j to the end of its tile, plus the tiles between, plus that from the start of its tile to i.
 So with F the state of all rows before a tile, G that of all rows after it, and S, Q the tile's own for the rows
 after and before it, the sum over these pairs is the sum over the tiles of
@@ -14,8 +14,6 @@ Distances are summed as they are. The difference of two sums over places would b
 from vot_kernels.kernels.group_states.states import (
     decay_over,
     dot,
-    load_block,
-    load_column,
     load_features,
     load_state,
     tile_state,
@@ -24,13 +22,14 @@ from vot_kernels.kernels.group_states.states import (
 import triton
 import triton.language as tl
 
+from ..common.rows import head_rows, load_block, load_column
 from ..common.tiles import locate_tile
 
 
 @triton.jit(do_not_specialize=["num_segments"])
 def _decay_pairs_kernel(
     query_ptr,
-    grad_ptr,
+    d_out_ptr,
     key_ptr,
     value_ptr,
     weights_ptr,
@@ -38,17 +37,18 @@ def _decay_pairs_kernel(
     log_decay_ptr,
     bounds_ptr,
     out_ptr,
-    query_token_stride,
+    query_stride,
     query_head_stride,
-    grad_token_stride,
-    grad_head_stride,
-    key_token_stride,
+    d_out_stride,
+    d_out_head_stride,
+    key_stride,
     key_head_stride,
-    value_token_stride,
+    value_stride,
     value_head_stride,
     num_segments,
     heads,
     shared,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -56,8 +56,9 @@ def _decay_pairs_kernel(
 ):
     """The sum over the pairs within each tile, float32 `[tiles, heads]`; 0 for a tile without rows.
 
-    query, grad (of the output) `[tokens, heads, HEAD_DIM]`; key, value `[tokens, heads // shared, HEAD_DIM]`;
-    weights, last: float32 `[tokens, heads]`, c_i and -do_i.o_i. Grid: (tokens // TILE + num_segments) * heads.
+    query, d_out `[tokens, heads, HEAD_DIM]`; key, value `[tokens, heads // shared, HEAD_DIM]`;
+    weights, last: float32 `[tokens, heads]`, c_i and -do_i.o_i. Strides count in STRIDE_UNIT numbers.
+    Grid: (tokens // TILE + num_segments) * heads.
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     TYPE: tl.constexpr = value_ptr.dtype.element_ty
@@ -67,28 +68,26 @@ def _decay_pairs_kernel(
     stop = tl.minimum(first + TILE, tl.load(bounds_ptr + segment + 1))
     log_decay = tl.load(log_decay_ptr + head)
     reach = tl.minimum(128.0 / tl.maximum(-log_decay, 1e-6), TILE).to(tl.int32)  # exp(-128) is 0 in float32
-    query_ptr += head * query_head_stride
-    grad_ptr += head * grad_head_stride
-    key_ptr += head // shared * key_head_stride
-    value_ptr += head // shared * value_head_stride
+    query_ptr, query_stride = head_rows(query_ptr, head, query_head_stride, query_stride, STRIDE_UNIT)
+    d_out_ptr, d_out_stride = head_rows(d_out_ptr, head, d_out_head_stride, d_out_stride, STRIDE_UNIT)
+    key_ptr, key_stride = head_rows(key_ptr, head // shared, key_head_stride, key_stride, STRIDE_UNIT)
+    value_ptr, value_stride = head_rows(
+        value_ptr, head // shared, value_head_stride, value_stride, STRIDE_UNIT
+    )
     place = tl.arange(0, BLOCK_T)
     total = tl.zeros([BLOCK_T], tl.float32)
     for i in range(tl.cdiv(stop - first, BLOCK_T)):
         row = first + i * BLOCK_T
-        query = load_features(
-            query_ptr, row, stop, query_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D
-        )
+        query = load_features(query_ptr, row, stop, query_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D)
         weights = load_column(weights_ptr + head, row, stop, heads, BLOCK_T)
-        grad = load_block(grad_ptr, row, stop, grad_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+        d_out = load_block(d_out_ptr, row, stop, d_out_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
         last = load_column(last_ptr + head, row, stop, heads, BLOCK_T)
         for j in range(tl.maximum(i - tl.cdiv(reach, BLOCK_T), 0), i + 1):
             other = first + j * BLOCK_T
-            key = load_features(
-                key_ptr, other, stop, key_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D
-            )
-            value = load_block(value_ptr, other, stop, value_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+            key = load_features(key_ptr, other, stop, key_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D)
+            value = load_block(value_ptr, other, stop, value_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
             # One product after the other: side by side, float32 operands do not fit into registers.
-            pairs = dot(grad, tl.trans(value), TYPE) + last[:, None]
+            pairs = dot(d_out, tl.trans(value), TYPE) + last[:, None]
             pairs *= weights[:, None]
             distance = (i - j) * BLOCK_T + place[:, None] - place[None, :]
             pairs *= tl.where(distance > 0, decay_over(log_decay, distance) * distance, 0.0)
@@ -99,7 +98,7 @@ def _decay_pairs_kernel(
 @triton.jit(do_not_specialize=["num_segments"])
 def _decay_states_kernel(
     query_ptr,
-    grad_ptr,
+    d_out_ptr,
     key_ptr,
     value_ptr,
     weights_ptr,
@@ -109,17 +108,18 @@ def _decay_states_kernel(
     after_ptr,
     bounds_ptr,
     out_ptr,
-    query_token_stride,
+    query_stride,
     query_head_stride,
-    grad_token_stride,
-    grad_head_stride,
-    key_token_stride,
+    d_out_stride,
+    d_out_head_stride,
+    key_stride,
     key_head_stride,
-    value_token_stride,
+    value_stride,
     value_head_stride,
     num_segments,
     heads,
     shared,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -146,31 +146,11 @@ def _decay_states_kernel(
         return
 
     state, last = tile_state(
-        key_ptr,
-        value_ptr,
-        None,
-        None,
-        key_token_stride,
-        key_head_stride,
-        value_token_stride,
-        value_head_stride,
-        heads,
-        head // shared,
-        1,
-        log_decay,
-        first,
-        tl.minimum(first + TILE, end),
-        0,
-        column,
-        HEAD_DIM,
-        HEAD_DIM,
-        FEATURE_MAP,
-        False,
-        True,
-        BLOCK_T,
-        BLOCK_F,
-        BLOCK_V,
-    )
+        key_ptr, value_ptr, None, None, key_stride * STRIDE_UNIT, key_head_stride * STRIDE_UNIT,
+        value_stride * STRIDE_UNIT, value_head_stride * STRIDE_UNIT, heads, head // shared, 1, log_decay,
+        first, tl.minimum(first + TILE, end), 0, column, HEAD_DIM, HEAD_DIM, FEATURE_MAP, False, True,
+        BLOCK_T, BLOCK_F, BLOCK_V,
+    )  # fmt: skip
     place = (tile * heads + head) * HEAD_DIM * (HEAD_DIM + 1)
     after, after_last = load_state(
         after_ptr + place, first + TILE < end, 0, column, HEAD_DIM, HEAD_DIM, BLOCK_F, BLOCK_V
@@ -182,31 +162,11 @@ def _decay_states_kernel(
     total = tl.sum((state + across * before) * after)
     total_last = tl.sum((last + across * before_last) * after_last)
     state, last = tile_state(
-        query_ptr,
-        grad_ptr,
-        weights_ptr,
-        last_ptr,
-        query_token_stride,
-        query_head_stride,
-        grad_token_stride,
-        grad_head_stride,
-        heads,
-        head,
-        1,
-        log_decay,
-        first,
-        tl.minimum(first + TILE, end),
-        0,
-        column,
-        HEAD_DIM,
-        HEAD_DIM,
-        FEATURE_MAP,
-        True,
-        True,
-        BLOCK_T,
-        BLOCK_F,
-        BLOCK_V,
-    )
+        query_ptr, d_out_ptr, weights_ptr, last_ptr, query_stride * STRIDE_UNIT, query_head_stride * STRIDE_UNIT,
+        d_out_stride * STRIDE_UNIT, d_out_head_stride * STRIDE_UNIT, heads, head, 1, log_decay,
+        first, tl.minimum(first + TILE, end), 0, column, HEAD_DIM, HEAD_DIM, FEATURE_MAP, True, True,
+        BLOCK_T, BLOCK_F, BLOCK_V,
+    )  # fmt: skip
     total += tl.sum(state * before)
     total_last += tl.sum(last * before_last)
     tl.store(out_ptr + program, total + tl.where(column == 0, total_last, 0.0))  # one column for all blocks

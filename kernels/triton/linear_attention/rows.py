@@ -2,10 +2,10 @@
 
 With v' = [v, 1], g_i = [do_i, -do_i.o_i] and c_i = 1 / Z_i the four results are two sums of one shape:
 
-    values kernel     o_i    = c_i phi(q_i) S,                S = sum_j phi(k_j) v'_j^T
-                      dv_j   = phi(k_j) dS,                  dS = sum_i c_i phi(q_i) g_i^T
-    features kernel   dphi(q_i) = c_i S g_i
-                      dphi(k_j) = dS v'_j
+    apply kernel          o_i    = c_i phi(q_i) S,                S = sum_j phi(k_j) v'_j^T
+                          dv_j   = phi(k_j) dS,                  dS = sum_i c_i phi(q_i) g_i^T
+    feature grad kernel   dphi(q_i) = c_i S g_i
+                          dphi(k_j) = dS v'_j
 
 over all rows of the segment, or j <= i. A program walks the rows of one tile by blocks. If causal, it carries
 the state from block to block, backwards for the key side, and adds the triangle of its own block. S is split by
@@ -19,18 +19,17 @@ exp(log_decay * distance), a row adds itself likewise to the next one, and the t
 from vot_kernels.kernels.group_states.states import (
     decay_over,
     dot,
-    load_block,
-    load_column,
+    feature_map_backward,
     load_features,
     load_state,
     softmax_scale,
-    store_block,
     tile_state,
 )
 
 import triton
 import triton.language as tl
 
+from ..common.rows import head_rows, load_block, load_column, store_block
 from ..common.tiles import locate_tile
 
 
@@ -108,29 +107,41 @@ def _first_state(
     weights_ptr,
     last_ptr,
     states_ptr,
-    features_token_stride,
+    features_stride,
     features_head_stride,
-    values_token_stride,
+    values_stride,
     values_head_stride,
     heads,
     other_heads,
     repeats,
     head,
-    slot,
-    present,
-    first,
+    segment,
+    tile,
+    begin,
     end,
+    first,
+    stop,
     row,
     column,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     CAUSAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The block (row, column) of the state that a tile begins with: loaded if `present`, summed, or 0."""
+    """The block (row, column) of the state that a tile begins with: loaded, summed over the segment, or 0.
+
+    If CAUSAL, the slots of `states` are tiles, and the first one of a segment (REVERSE: the last one) begins with 0.
+    """
     if states_ptr is not None:
+        slot = segment
+        present = True
+        if CAUSAL:
+            slot = tile
+            present = (first + TILE < end) if REVERSE else (first > begin)
         kv_heads = tl.minimum(heads, other_heads)
         place = slot.to(tl.int64) * kv_heads + head * kv_heads // heads
         state_ptr = states_ptr + place * HEAD_DIM * (HEAD_DIM + 1)
@@ -140,36 +151,15 @@ def _first_state(
         normaliser = tl.zeros([ROWS], tl.float32)
     else:
         state, normaliser = tile_state(
-            features_ptr,
-            values_ptr,
-            weights_ptr,
-            last_ptr,
-            features_token_stride,
-            features_head_stride,
-            values_token_stride,
-            values_head_stride,
-            other_heads,
-            head * other_heads // heads,
-            repeats,
-            None,
-            first,
-            end,
-            row,
-            column,
-            HEAD_DIM,
-            HEAD_DIM,
-            FEATURE_MAP,
-            False,
-            False,
-            BLOCK_T,
-            ROWS,
-            COLUMNS,
-        )
+            features_ptr, values_ptr, weights_ptr, last_ptr, features_stride, features_head_stride, values_stride,
+            values_head_stride, other_heads, head * other_heads // heads, repeats, None, first, stop, row, column,
+            HEAD_DIM, HEAD_DIM, FEATURE_MAP, False, False, BLOCK_T, ROWS, COLUMNS,
+        )  # fmt: skip
     return state, normaliser
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments"])
-def _linear_values_kernel(
+def _linear_apply_kernel(
     x_ptr,
     features_ptr,
     values_ptr,
@@ -180,11 +170,11 @@ def _linear_values_kernel(
     bounds_ptr,
     out_ptr,
     out_last_ptr,
-    x_token_stride,
+    x_stride,
     x_head_stride,
-    features_token_stride,
+    features_stride,
     features_head_stride,
-    values_token_stride,
+    values_stride,
     values_head_stride,
     num_tokens,
     num_segments,
@@ -192,6 +182,7 @@ def _linear_values_kernel(
     other_heads,
     repeats,
     shared,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -208,7 +199,8 @@ def _linear_values_kernel(
     where every segment is one tile, whose state is then summed here. out `[tokens, heads, HEAD_DIM]`,
     out_last float32 `[tokens, heads]`. log_decay: float32 `[heads]` or None, causal alone. With it heads and
     other_heads both count query heads, and `shared` of them read one head of keys: of features and values, or
-    (REVERSE) of x; without it `shared` is 1. Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
+    (REVERSE) of x; without it `shared` is 1. Strides count in STRIDE_UNIT numbers.
+    Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
     BLOCK_F: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -234,47 +226,25 @@ def _linear_values_kernel(
         return
 
     other_head = head * other_heads // heads
-    if CAUSAL:
-        slot = tile
-        present = (first + TILE < end) if REVERSE else (first > begin)
-    else:
-        slot = segment
-        present = True
+    features_stride *= STRIDE_UNIT
+    features_head_stride *= STRIDE_UNIT
+    values_stride *= STRIDE_UNIT
+    values_head_stride *= STRIDE_UNIT
     state, normaliser = _first_state(
-        features_ptr,
-        values_ptr,
-        weights_ptr,
-        last_ptr,
-        states_ptr,
-        features_token_stride,
-        features_head_stride,
-        values_token_stride,
-        values_head_stride,
-        heads,
-        other_heads,
-        repeats,
-        head,
-        slot,
-        present,
-        first,
-        stop,
-        0,
-        column,
-        HEAD_DIM,
-        FEATURE_MAP,
-        CAUSAL,
-        BLOCK_T,
-        BLOCK_F,
-        BLOCK_V,
-    )
+        features_ptr, values_ptr, weights_ptr, last_ptr, states_ptr,
+        features_stride, features_head_stride, values_stride, values_head_stride, heads, other_heads, repeats,
+        head, segment, tile, begin, end, first, stop, 0, column, HEAD_DIM, FEATURE_MAP, CAUSAL, REVERSE, TILE,
+        BLOCK_T, BLOCK_F, BLOCK_V,
+    )  # fmt: skip
 
     if log_decay_ptr is not None:
         log_decay = tl.load(log_decay_ptr + head)
         x_decay, y_decay, across, between = _block_decays(log_decay, REVERSE, BLOCK_T)
-    x_ptr += (head // shared if REVERSE else head) * x_head_stride
+    x_head = head // shared if REVERSE else head
+    x_ptr, x_stride = head_rows(x_ptr, x_head, x_head_stride, x_stride, STRIDE_UNIT)
     for i in range(blocks):
         row = first + (blocks - 1 - i if REVERSE else i) * BLOCK_T
-        x = load_features(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
+        x = load_features(x_ptr, row, stop, x_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
         sums = dot(x, state, TYPE)
         last = tl.sum(x * normaliser[None, :], 1)
         if log_decay_ptr is not None:
@@ -288,30 +258,14 @@ def _linear_values_kernel(
                 source = other if REVERSE else other // shared
                 y_ptr = features_ptr + source * features_head_stride
                 y = load_features(
-                    y_ptr, row, stop, features_token_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
+                    y_ptr, row, stop, features_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
                 )
                 values = load_block(
-                    values_ptr + source * values_head_stride,
-                    row,
-                    stop,
-                    values_token_stride,
-                    column,
-                    HEAD_DIM,
-                    BLOCK_T,
+                    values_ptr + source * values_head_stride, row, stop, values_stride, column, HEAD_DIM, BLOCK_T,
                     BLOCK_V,
-                )
+                )  # fmt: skip
                 scores = _products(
-                    x,
-                    y,
-                    x_ptr,
-                    y_ptr,
-                    row,
-                    stop,
-                    x_token_stride,
-                    features_token_stride,
-                    HEAD_DIM,
-                    FEATURE_MAP,
-                    TYPE,
+                    x, y, x_ptr, y_ptr, row, stop, x_stride, features_stride, HEAD_DIM, FEATURE_MAP, TYPE
                 )
                 scores = _triangle(scores, REVERSE, BLOCK_T)
                 if weights_ptr is not None:
@@ -338,7 +292,7 @@ def _linear_values_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_segments"])
-def _linear_features_kernel(
+def _linear_feature_grad_kernel(
     x_ptr,
     own_ptr,
     features_ptr,
@@ -350,14 +304,14 @@ def _linear_features_kernel(
     out_last_ptr,
     states_ptr,
     bounds_ptr,
-    grad_ptr,
-    x_token_stride,
+    d_own_ptr,
+    x_stride,
     x_head_stride,
-    own_token_stride,
+    own_stride,
     own_head_stride,
-    features_token_stride,
+    features_stride,
     features_head_stride,
-    values_token_stride,
+    values_stride,
     values_head_stride,
     num_tokens,
     num_segments,
@@ -365,6 +319,7 @@ def _linear_features_kernel(
     other_heads,
     repeats,
     shared,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     KEY_SIDE: tl.constexpr,
@@ -373,15 +328,15 @@ def _linear_features_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """The gradient of `own`: grad phi(own_i) = S_i x'_i, taken through phi.
+    """d_own, the gradient of `own`: dphi(own_i) = S_i x'_i, taken through phi.
 
     Query side: own = q, x = do, out = o; k (features) and v (values) make S. The weights c_i and the last column
     -do_i.o_i, which is written to `last`, belong to the rows of x. Key side: own = k, x = v with the last column
     1, out = dv; q (features) and do (values) with weights c and `last` make S, walking backwards.
 
-    x, own, out, grad `[tokens, heads, HEAD_DIM]`, features, values `[tokens, other_heads, HEAD_DIM]`, out and grad
+    x, own, out, d_own `[tokens, heads, HEAD_DIM]`, features, values `[tokens, other_heads, HEAD_DIM]`, out and d_own
     contiguous; weights, last: float32 `[tokens, query heads]`; out_last: float32 `[tokens, heads]`, the column
-    that the values kernel wrote (key side). states, log_decay and shared as in the values kernel, key side for REVERSE.
+    that the apply kernel wrote (key side). states, log_decay and shared as in the apply kernel, key side for REVERSE.
     Grid: (tokens // TILE + num_segments + 1) * heads * feature blocks.
     """
     FEATURE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_F)
@@ -394,64 +349,40 @@ def _linear_features_kernel(
     segment, begin, end, first, stop = _locate(bounds_ptr, num_tokens, num_segments, tile, TILE)
     if first >= end:
         return
-    grad_ptr += head * HEAD_DIM
+    d_own_ptr += head * HEAD_DIM
     blocks = tl.cdiv(stop - first, BLOCK_T)
     if segment == num_segments:
         for i in range(blocks):
             row = first + i * BLOCK_T
             nothing = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-            store_block(grad_ptr, nothing, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)
+            store_block(d_own_ptr, nothing, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)
         return
 
     other_head = head * other_heads // heads
-    if CAUSAL:
-        slot = tile
-        present = (first + TILE < end) if KEY_SIDE else (first > begin)
-    else:
-        slot = segment
-        present = True
+    features_stride *= STRIDE_UNIT
+    features_head_stride *= STRIDE_UNIT
+    values_stride *= STRIDE_UNIT
+    values_head_stride *= STRIDE_UNIT
     state, normaliser = _first_state(
-        features_ptr,
-        values_ptr,
-        weights_ptr if KEY_SIDE else None,
-        last_ptr if KEY_SIDE else None,
-        states_ptr,
-        features_token_stride,
-        features_head_stride,
-        values_token_stride,
-        values_head_stride,
-        heads,
-        other_heads,
-        repeats,
-        head,
-        slot,
-        present,
-        first,
-        stop,
-        column,
-        0,
-        HEAD_DIM,
-        FEATURE_MAP,
-        CAUSAL,
-        BLOCK_T,
-        BLOCK_F,
-        BLOCK_D,
-    )
+        features_ptr, values_ptr, weights_ptr if KEY_SIDE else None, last_ptr if KEY_SIDE else None, states_ptr,
+        features_stride, features_head_stride, values_stride, values_head_stride, heads, other_heads, repeats,
+        head, segment, tile, begin, end, first, stop, column, 0, HEAD_DIM, FEATURE_MAP, CAUSAL, KEY_SIDE, TILE,
+        BLOCK_T, BLOCK_F, BLOCK_D,
+    )  # fmt: skip
 
     if log_decay_ptr is not None:
         log_decay = tl.load(log_decay_ptr + head)
         x_decay, y_decay, across, between = _block_decays(log_decay, KEY_SIDE, BLOCK_T)
     own_head = head // shared if KEY_SIDE else head
-    x_ptr += own_head * x_head_stride
-    own_ptr += own_head * own_head_stride
+    x_ptr, x_stride = head_rows(x_ptr, own_head, x_head_stride, x_stride, STRIDE_UNIT)
+    own_ptr, own_stride = head_rows(own_ptr, own_head, own_head_stride, own_stride, STRIDE_UNIT)
     out_ptr += head * HEAD_DIM
     for i in range(blocks):
         row = first + (blocks - 1 - i if KEY_SIDE else i) * BLOCK_T
         index = row + tl.arange(0, BLOCK_T)
-        own = load_features(
-            own_ptr, row, stop, own_token_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F
-        )
-        x = load_block(x_ptr, row, stop, x_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+        own = load_features(own_ptr, row, stop, own_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
+        x = load_block(x_ptr, row, stop, x_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+        pull = None  # 0 on the query side: the output does not change with the length of phi(q)
         if KEY_SIDE:
             x_last = tl.full([BLOCK_T], 1.0, tl.float32)
             if FEATURE_MAP == "softmax" and BLOCK_F < HEAD_DIM:
@@ -474,30 +405,13 @@ def _linear_features_kernel(
                 other = other_head + repeat
                 source = other if KEY_SIDE else other // shared
                 features = load_features(
-                    features_ptr + source * features_head_stride,
-                    row,
-                    stop,
-                    features_token_stride,
-                    column,
-                    HEAD_DIM,
-                    FEATURE_MAP,
-                    BLOCK_T,
-                    BLOCK_F,
-                )
+                    features_ptr + source * features_head_stride, row, stop, features_stride, column, HEAD_DIM,
+                    FEATURE_MAP, BLOCK_T, BLOCK_F,
+                )  # fmt: skip
                 y_ptr = values_ptr + source * values_head_stride
-                values = load_block(y_ptr, row, stop, values_token_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
+                values = load_block(y_ptr, row, stop, values_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
                 scores = _products(
-                    x,
-                    values,
-                    x_ptr,
-                    y_ptr,
-                    row,
-                    stop,
-                    x_token_stride,
-                    values_token_stride,
-                    HEAD_DIM,
-                    "none",
-                    TYPE,
+                    x, values, x_ptr, y_ptr, row, stop, x_stride, values_stride, HEAD_DIM, "none", TYPE
                 )
                 if KEY_SIDE:
                     features *= load_column(weights_ptr + other, row, stop, other_heads, BLOCK_T)[:, None]
@@ -518,14 +432,7 @@ def _linear_features_kernel(
                 state += dot(tl.trans(carried), values, TYPE)
         if not KEY_SIDE:
             grad *= load_column(weights_ptr + head, row, stop, heads, BLOCK_T)[:, None]
-        if FEATURE_MAP == "softmax":
-            if KEY_SIDE:  # the output does not change with the length of phi(q): there phi.grad is 0
-                if BLOCK_F >= HEAD_DIM:
-                    pull = tl.sum(own * grad, 1)
-                grad -= pull[:, None]
-            grad *= own
-        elif FEATURE_MAP == "elu":  # elu(x) + 1 is its own derivative for x < 0
-            grad *= tl.where(own < 1, own, 1.0)
-        elif FEATURE_MAP == "relu":
-            grad = tl.where(own > 0, grad, 0.0)
-        store_block(grad_ptr, grad, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)
+        if KEY_SIDE and (FEATURE_MAP == "softmax" and BLOCK_F >= HEAD_DIM):
+            pull = tl.sum(own * grad, 1)
+        grad = feature_map_backward(own, grad, pull, FEATURE_MAP)
+        store_block(d_own_ptr, grad, row, stop, heads * HEAD_DIM, column, HEAD_DIM, BLOCK_T, BLOCK_F)

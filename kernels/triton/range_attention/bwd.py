@@ -14,22 +14,22 @@ far from group g, dF_g of those that group g is far from (of c_i phi(q_i) and g_
     dphi(q_i) = c_i F_g g_i,   dphi(k_j) = dF_g [v_j, 1],   dv_j += phi(k_j) dF_g,   dbeta = sum phi(q_i).dphi(q_i).
 """
 
-from vot_kernels.kernels.group_states.states import load_features
+from vot_kernels.kernels.group_states.states import feature_map_backward, load_features
 
 import triton
 import triton.language as tl
 
 from ..common.ranges import masked_block, tile_ranges
-from ..common.rows import load_rows, store_rows
+from ..common.rows import head_rows, load_rows, store_rows
 from ..common.softmax import LOG2_E
 from ..common.tiles import locate_tile
-from .far import add_far_values, far_gradient, feature_map_backward, tile_groups
+from .far import add_far_values, far_gradient, tile_groups
 
 
 @triton.jit
 def _add_keys(
     query,
-    grad,
+    d_out,
     lse,
     delta,
     k_ptr,
@@ -56,15 +56,15 @@ def _add_keys(
         index = first_key + tl.arange(0, BLOCK_K)
         seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
         weights = tl.where(seen, weights, 0.0)
-    d_weights = tl.dot(grad, tl.trans(value), input_precision="ieee")
+    d_weights = tl.dot(d_out, tl.trans(value), input_precision="ieee")
     d_scores = weights * (d_weights - delta[:, None])
     return tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
 def _range_attention_dq_kernel(
-    grad_ptr,
-    grad_lse_ptr,
+    d_out_ptr,
+    d_lse_ptr,
     out_ptr,
     lse_ptr,
     q_ptr,
@@ -86,8 +86,8 @@ def _range_attention_dq_kernel(
     rows,
     repeats,
     scale,
-    grad_stride,
-    grad_head_stride,
+    d_out_stride,
+    d_out_head_stride,
     out_stride,
     out_head_stride,
     q_stride,
@@ -111,7 +111,7 @@ def _range_attention_dq_kernel(
 ):
     """dq of one tile of rows and one head, and their delta D = do.o - dlse for the other kernel.
 
-    grad, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, grad_lse (or None), delta: float32 `[rows, heads]`.
+    d_out, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, d_lse (or None), delta: float32 `[rows, heads]`.
     Grid, slack and far part as in the forward. The latter writes c to far_weight and phi(q).dphi(q) to d_beta,
     float32 `[rows, heads]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq where that is None.
 
@@ -126,23 +126,18 @@ def _range_attention_dq_kernel(
         low, high, begin, end, count, first_full, end_full = tile_ranges(
             ranges_ptr, rows, first_row, end_row, BLOCK_Q, BLOCK_K
         )
-    grad_ptr += head.to(tl.int64) * (grad_head_stride * STRIDE_UNIT)
-    grad_stride *= STRIDE_UNIT
-    out_ptr += head.to(tl.int64) * (out_head_stride * STRIDE_UNIT)
-    out_stride *= STRIDE_UNIT
-    q_ptr += head.to(tl.int64) * (q_head_stride * STRIDE_UNIT)
-    q_stride *= STRIDE_UNIT
-    k_ptr += (head // repeats).to(tl.int64) * (k_head_stride * STRIDE_UNIT)
-    k_stride *= STRIDE_UNIT
-    v_ptr += (head // repeats).to(tl.int64) * (v_head_stride * STRIDE_UNIT)
-    v_stride *= STRIDE_UNIT
-    grad = load_rows(grad_ptr, first_row, end_row, grad_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
+    d_out_ptr, d_out_stride = head_rows(d_out_ptr, head, d_out_head_stride, d_out_stride, STRIDE_UNIT)
+    out_ptr, out_stride = head_rows(out_ptr, head, out_head_stride, out_stride, STRIDE_UNIT)
+    q_ptr, q_stride = head_rows(q_ptr, head, q_head_stride, q_stride, STRIDE_UNIT)
+    k_ptr, k_stride = head_rows(k_ptr, head // repeats, k_head_stride, k_stride, STRIDE_UNIT)
+    v_ptr, v_stride = head_rows(v_ptr, head // repeats, v_head_stride, v_stride, STRIDE_UNIT)
+    d_out = load_rows(d_out_ptr, first_row, end_row, d_out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
     out = load_rows(out_ptr, first_row, end_row, out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     row = first_row + tl.arange(0, BLOCK_Q)
     place = row.to(tl.int64) * heads + head
-    if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + place, row < end_row, other=0.0)
+    if d_lse_ptr is not None:
+        delta -= tl.load(d_lse_ptr + place, row < end_row, other=0.0)
     tl.store(delta_ptr + place, delta, row < end_row)
     lse = tl.load(lse_ptr + place, row < end_row, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
@@ -154,13 +149,13 @@ def _range_attention_dq_kernel(
         for block in range(count - (end_full - first_full)):
             first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
             dq = _add_keys(
-                query, grad, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
+                query, d_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
                 HEAD_DIM, BLOCK_D, BLOCK_K, True,
             )  # fmt: skip
         for block in range(first_full, end_full):
             first_key = begin + block * BLOCK_K
             dq = _add_keys(
-                query, grad, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
+                query, d_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
                 HEAD_DIM, BLOCK_D, BLOCK_K, False,
             )  # fmt: skip
         dq *= scale
@@ -169,24 +164,18 @@ def _range_attention_dq_kernel(
     if far_ptr is not None:
         log2_beta = 0.0 if beta_ptr is None else tl.load(beta_ptr + head) * LOG2_E
         weight = tl.exp2(tl.minimum(log2_beta - lse, 120.0))
-        features_ptr += head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
+        features_ptr, features_stride = head_rows(
+            features_ptr, head, features_head_stride, features_stride, STRIDE_UNIT
+        )
         far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
         first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
         d_features = far_gradient(
-            grad_ptr, grad_stride, -delta, far_ptr, row_groups_ptr, first, end, first_row, end_row,
+            d_out_ptr, d_out_stride, -delta, far_ptr, row_groups_ptr, first, end, first_row, end_row,
             heads // repeats, WIDTH, HEAD_DIM, BLOCK_W, BLOCK_Q, BLOCK_F,
         )  # fmt: skip
         d_features *= weight[:, None]
         features = load_features(
-            features_ptr,
-            first_row,
-            end_row,
-            features_stride * STRIDE_UNIT,
-            0,
-            WIDTH,
-            FEATURE_MAP,
-            BLOCK_Q,
-            BLOCK_W,
+            features_ptr, first_row, end_row, features_stride, 0, WIDTH, FEATURE_MAP, BLOCK_Q, BLOCK_W
         )
         product = tl.sum(features * d_features, 1)
         tl.store(far_weight_ptr + place, weight, row < limit)
@@ -261,11 +250,11 @@ def _add_rows(
     key,
     value,
     q_ptr,
-    grad_ptr,
+    d_out_ptr,
     lse_ptr,
     delta_ptr,
     q_stride,
-    grad_stride,
+    d_out_stride,
     heads,
     first_row,
     end,
@@ -288,7 +277,7 @@ def _add_rows(
     Scores stand transposed: `[keys, rows]`.
     """
     query = load_rows(q_ptr, first_row, end, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
-    grad = load_rows(grad_ptr, first_row, end, grad_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
+    d_out = load_rows(d_out_ptr, first_row, end, d_out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
     row = first_row + tl.arange(0, BLOCK_Q)
     place = row.to(tl.int64) * heads
     if MASKED:
@@ -303,8 +292,8 @@ def _add_rows(
     if MASKED:
         seen = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
         weights = tl.where(seen, weights, 0.0)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-    d_weights = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
+    d_weights = tl.dot(value, tl.trans(d_out), input_precision="ieee")
     d_scores = (weights * (d_weights - delta[None, :])).to(query.dtype)
     dk = tl.dot(d_scores, query, dk, input_precision="ieee")
     if ADD_DQ:
@@ -315,7 +304,7 @@ def _add_rows(
 
 @triton.jit(do_not_specialize=["segments", "groups", "keys", "repeats", "heads"])
 def _range_attention_dkdv_kernel(
-    grad_ptr,
+    d_out_ptr,
     lse_ptr,
     delta_ptr,
     q_ptr,
@@ -336,8 +325,8 @@ def _range_attention_dkdv_kernel(
     heads,
     repeats,
     scale,
-    grad_stride,
-    grad_head_stride,
+    d_out_stride,
+    d_out_head_stride,
     q_stride,
     q_head_stride,
     k_stride,
@@ -378,22 +367,18 @@ def _range_attention_dkdv_kernel(
         dq = _dq_target(dq_ptr, end, heads, HEAD_DIM, BLOCK_D, BLOCK_Q, USE_TMA)
         # Keys of 0 stand for those past the end. Their weights, if not masked, may be infinite: inf * 0 is NaN.
         end_full = tl.where(first_key + BLOCK_K > end_key, first_full, end_full)
-    k_ptr += kv_head.to(tl.int64) * (k_head_stride * STRIDE_UNIT)
-    k_stride *= STRIDE_UNIT
-    v_ptr += kv_head.to(tl.int64) * (v_head_stride * STRIDE_UNIT)
-    v_stride *= STRIDE_UNIT
+    k_ptr, k_stride = head_rows(k_ptr, kv_head, k_head_stride, k_stride, STRIDE_UNIT)
+    v_ptr, v_stride = head_rows(v_ptr, kv_head, v_head_stride, v_stride, STRIDE_UNIT)
     key = load_rows(k_ptr, first_key, end_key, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, True)
     value = load_rows(v_ptr, first_key, end_key, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, True)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    q_head_stride *= STRIDE_UNIT
-    grad_head_stride *= STRIDE_UNIT
     head = kv_head * repeats
-    q_ptr += head.to(tl.int64) * q_head_stride
-    q_stride *= STRIDE_UNIT
-    grad_ptr += head.to(tl.int64) * grad_head_stride
-    grad_stride *= STRIDE_UNIT
+    q_ptr, q_stride = head_rows(q_ptr, head, q_head_stride, q_stride, STRIDE_UNIT)
+    q_head_stride *= STRIDE_UNIT
+    d_out_ptr, d_out_stride = head_rows(d_out_ptr, head, d_out_head_stride, d_out_stride, STRIDE_UNIT)
+    d_out_head_stride *= STRIDE_UNIT
     lse_ptr += head
     delta_ptr += head
     # One loop over heads and blocks: nested ones cost some 30 registers more.
@@ -402,8 +387,8 @@ def _range_attention_dkdv_kernel(
         repeat = (step // masked).to(tl.int64)
         first_row = begin + masked_block(step % masked, first_full, end_full) * BLOCK_Q
         dk, dv = _add_rows(
-            key, value, q_ptr + repeat * q_head_stride, grad_ptr + repeat * grad_head_stride,
-            lse_ptr + repeat, delta_ptr + repeat, q_stride, grad_stride, heads, first_row, end,
+            key, value, q_ptr + repeat * q_head_stride, d_out_ptr + repeat * d_out_head_stride,
+            lse_ptr + repeat, delta_ptr + repeat, q_stride, d_out_stride, heads, first_row, end,
             low, high, scale, dk, dv, dq, head + step // masked, HEAD_DIM, BLOCK_D, BLOCK_Q, True, ADD_DQ, USE_TMA,
         )  # fmt: skip
     full = end_full - first_full
@@ -411,8 +396,8 @@ def _range_attention_dkdv_kernel(
         repeat = (step // full).to(tl.int64)
         first_row = begin + (first_full + step % full) * BLOCK_Q
         dk, dv = _add_rows(
-            key, value, q_ptr + repeat * q_head_stride, grad_ptr + repeat * grad_head_stride,
-            lse_ptr + repeat, delta_ptr + repeat, q_stride, grad_stride, heads, first_row, end,
+            key, value, q_ptr + repeat * q_head_stride, d_out_ptr + repeat * d_out_head_stride,
+            lse_ptr + repeat, delta_ptr + repeat, q_stride, d_out_stride, heads, first_row, end,
             low, high, scale, dk, dv, dq, head + step // full, HEAD_DIM, BLOCK_D, BLOCK_Q, False, ADD_DQ, USE_TMA,
         )  # fmt: skip
 
@@ -421,8 +406,9 @@ def _range_attention_dkdv_kernel(
     dk = tl.where(inside, dk * scale, 0.0)
     dv = tl.where(inside, dv, 0.0)
     if far_ptr is not None:
-        features_ptr += kv_head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
-        features_stride *= STRIDE_UNIT
+        features_ptr, features_stride = head_rows(
+            features_ptr, kv_head, features_head_stride, features_stride, STRIDE_UNIT
+        )
         far_ptr += kv_head.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
         first, end = tile_groups(key_groups_ptr, groups, first_key, end_key, BLOCK_K)
         dv = add_far_values(

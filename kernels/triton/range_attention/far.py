@@ -4,12 +4,13 @@ A state is S `[WIDTH, HEAD_DIM]` and z `[WIDTH]` as in `states.py`, one per grou
 points to that of group 0 and the own kv head. A tile may touch several groups: each takes its rows alone.
 """
 
-from vot_kernels.kernels.group_states.states import dot, load_block, load_features, load_state
+from vot_kernels.kernels.group_states.states import dot, load_features, load_state
 
 import triton
 import triton.language as tl
 
 from ..common.ranges import find_interval
+from ..common.rows import load_block
 
 
 @triton.jit
@@ -132,16 +133,4 @@ def far_gradient(
             own = rows_of_group(row_groups_ptr, group, first_row, BLOCK)
             own_values = tl.where(own[:, None], values, 0.0)
             gradient += dot(own_values, tl.trans(state), values_ptr.dtype.element_ty)
-    return gradient
-
-
-@triton.jit
-def feature_map_backward(features, gradient, product, FEATURE_MAP: tl.constexpr):
-    """The gradient of x, given phi(x), its gradient, and the product of both summed over the features."""
-    if FEATURE_MAP == "softmax":
-        gradient = features * (gradient - product[:, None])
-    elif FEATURE_MAP == "elu":  # elu(x) + 1 is its own derivative for x < 0
-        gradient = gradient * tl.minimum(features, 1.0)
-    elif FEATURE_MAP == "relu":
-        gradient = tl.where(features > 0, gradient, 0.0)
     return gradient

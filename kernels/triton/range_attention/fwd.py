@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..common.ranges import masked_block, tile_ranges
-from ..common.rows import load_source, row_source, store_rows
+from ..common.rows import head_rows, load_source, row_source, store_rows
 from ..common.softmax import LN_2, LOG2_E, softmax_step
 from ..common.tiles import locate_tile, locate_tile_by_steps
 from .far import add_far_values, far_total, tile_groups
@@ -160,12 +160,9 @@ def _range_attention_fwd_kernel(
     low, high, begin, end, count, first_full, end_full = tile_ranges(
         ranges_ptr, rows, first_row, end_row, BLOCK_Q, BLOCK_K
     )
-    q_ptr += head.to(tl.int64) * (q_head_stride * STRIDE_UNIT)
-    q_stride *= STRIDE_UNIT
-    k_ptr += (head // repeats).to(tl.int64) * (k_head_stride * STRIDE_UNIT)
-    k_stride *= STRIDE_UNIT
-    v_ptr += (head // repeats).to(tl.int64) * (v_head_stride * STRIDE_UNIT)
-    v_stride *= STRIDE_UNIT
+    q_ptr, q_stride = head_rows(q_ptr, head, q_head_stride, q_stride, STRIDE_UNIT)
+    k_ptr, k_stride = head_rows(k_ptr, head // repeats, k_head_stride, k_stride, STRIDE_UNIT)
+    v_ptr, v_stride = head_rows(v_ptr, head // repeats, v_head_stride, v_stride, STRIDE_UNIT)
     keys = row_source(k_ptr, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
     values = row_source(v_ptr, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
     queries = row_source(q_ptr, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, WARP_SPECIALIZE)
@@ -180,7 +177,7 @@ def _range_attention_fwd_kernel(
     masked = count - (end_full - first_full)
     if WARP_SPECIALIZE:
         # One loop for all blocks, in the same order. It carries low and high, counted from the block's first key:
-        # if it took them from outside, the compiler would have the producer load them, who knows descriptors alone.
+        # otherwise the compiler makes the producer warp load them, and it can only load through descriptors.
         origin = begin
         low -= begin
         high -= begin
@@ -211,16 +208,20 @@ def _range_attention_fwd_kernel(
 
     if far_ptr is not None:
         log2_beta = 0.0 if beta_ptr is None else tl.load(beta_ptr + head) * LOG2_E
-        features_ptr += head.to(tl.int64) * (features_head_stride * STRIDE_UNIT)
+        features_ptr, features_stride = head_rows(
+            features_ptr, head, features_head_stride, features_stride, STRIDE_UNIT
+        )
         far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
         sums, peak, total = _add_far(
-            sums, peak, total, log2_beta, features_ptr, features_stride * STRIDE_UNIT, far_ptr, row_groups_ptr,
+            sums, peak, total, log2_beta, features_ptr, features_stride, far_ptr, row_groups_ptr,
             groups, first_row, end_row, heads // repeats, WIDTH, FEATURE_MAP, v_ptr.dtype.element_ty,
             HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
         )  # fmt: skip
 
     row = first_row + tl.arange(0, BLOCK_Q)
-    found = (total != 0) & (row < end_row)  # NaN is found: it must show; slack rows took part in full blocks
+    found = (total != 0) & (
+        row < end_row
+    )  # NaN counts as found, so that it propagates; slack rows took part in full blocks
     total = tl.where(found, total, 1.0)
     sums = tl.where(found[:, None], sums / total[:, None], 0.0)
     lse = tl.where(found, (peak + tl.log2(total)) * LN_2, float("-inf"))

@@ -21,6 +21,7 @@ from vot_kernels.testing import (
     make_experts,
     make_moe,
     make_tensor,
+    spread,
     uninitialized_is_nan,
 )
 
@@ -73,6 +74,32 @@ def check_moe(inputs):
 def test_aoe_outputs_and_gradients(top_k, dtype, weighting):
     """With 6 of 6 the stored caches are gathered, with fewer than half they are computed again."""
     check_aoe(make_experts(dtype=dtype), top_k, weighting, bias=make_tensor(6, seed=9))
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_every_argument_may_be_strided(top_k):
+    """Those that the kernels take for contiguous too: the bias, the choices and their weights."""
+
+    def results(run, inputs, grad, *rest):
+        leaves = [x.requires_grad_() for x in inputs]
+        y = run(*leaves, *rest, backend="triton")
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    def run_aoe(*inputs, backend):
+        *inputs, bias = inputs
+        return aoe(*inputs, top_k, bias=bias, backend=backend)
+
+    def run_moe(x, a, b, weights, idx, *, backend):
+        return moe(x, a, b, idx, weights, backend=backend)
+
+    x, a, b, idx, weights = make_moe(top_k=top_k)
+    cases = [(run_aoe, make_experts(experts=2), make_tensor(2, seed=9)), (run_moe, (x, a, b, weights), idx)]
+    for run, inputs, last in cases:
+        grad = make_tensor(*inputs[0].shape, seed=7)
+        expected = results(run, [x.clone() for x in inputs], grad, last)
+        actual = results(run, list(map(spread, inputs)), spread(grad), spread(last))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @interpreted

@@ -20,6 +20,7 @@ from vot_kernels.testing import (
     assert_close_to_exact,
     check_against_reference,
     make_tensor,
+    spread,
     uninitialized_is_nan,
 )
 
@@ -116,6 +117,22 @@ def test_a_wrong_alignment_would_be_noticed():
         assert_close_to_exact(by_hand(*inputs, window=(-1, 1)), low, exact, roundings=16)
     assert aligned_mask(2, 3, None, 0).tolist() == [[True, True, False], [True, True, True]]
     assert aligned_mask(3, 2, None, 0).tolist() == [[False, False], [True, False], [True, True]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_argument_may_be_strided(backend):
+    """The cumulative lengths too, as columns of a matrix."""
+    rows, keys = bounds(ROWS), bounds(KEYS)
+    inputs = make_inputs(slack=0)
+
+    def results(rows, keys, inputs, view):
+        leaves = [view(x).requires_grad_() for x in inputs]
+        out = flash_attn_varlen_func(*leaves, rows, keys, max(ROWS), max(KEYS), causal=True, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, view(make_tensor(*out.shape, seed=7)))]
+
+    expected = results(rows, keys, inputs, torch.clone)
+    for a, b in zip(results(spread(rows), spread(keys), inputs, spread), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

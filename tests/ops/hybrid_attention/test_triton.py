@@ -5,6 +5,7 @@ autograd, torch.compile, streams.
 """
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     max_error,
+    spread,
     uninitialized_is_nan,
     with_slack,
 )
@@ -153,6 +155,40 @@ def test_strides(given):
     expected = results([x.clone() for x in inputs], expanded=False)
     for a, b in zip(results([x.mT.contiguous().mT for x in inputs], expanded=True), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("given", [False, True])
+def test_every_argument_may_be_strided(given):
+    """The bounds, beta and the gradient of lse too, of which the kernels are told no strides."""
+    layout = PackedLayout.from_lengths((7, 0, 5), group_size=3)
+    inputs = [*make_qkv(12, 2, kv_heads=1), BETA.clone()]
+    inputs += [make_tensor(12, heads, 16, seed=heads).abs() for heads in (2, 1)] if given else []
+    grads = make_tensor(12, 2, 16, seed=7), make_tensor(12, 2, seed=8)
+
+    def results(layout, inputs, grads):
+        q, k, v, beta, *features = leaves = [x.requires_grad_() for x in inputs]
+        options = dict(zip(("q_features", "k_features"), features, strict=False))
+        options |= {"beta": beta, "window": 0, "return_lse": True, "backend": "triton"}
+        out = hybrid_attention(q, k, v, layout, **options)
+        return [*out, *torch.autograd.grad(out, leaves, grads)]
+
+    strided = PackedLayout(*(spread(getattr(layout, x.name)) for x in fields(layout)))
+    expected = results(layout, [x.clone() for x in inputs], grads)
+    actual = results(strided, list(map(spread, inputs)), list(map(spread, grads)))
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_one_beta_for_all_heads():
+    layout, (q, k, v) = PackedLayout.from_lengths((9,), group_size=3), make_qkv(9, 2, kv_heads=1)
+    beta = torch.tensor([1.5])
+    out, expected = (
+        hybrid_attention(q, k, v, layout, window=0, beta=x, backend="triton")
+        for x in (beta.expand(2), beta.repeat(2))
+    )
+    assert torch.equal(out, expected)
 
 
 def gradients(layout, inputs, *, function=hybrid_attention, **options):

@@ -4,6 +4,7 @@ On the interpreter a tile has 32 rows, a block 16 rows and 64 columns, see the c
 """
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.marks import compiled, interpreted
 from vot_kernels.ops.dispatch import CAPABILITIES, Inputs, select
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.linear_attention import linear_attention, reference
-from vot_kernels.ops.linear_attention.triton import Rows, group_states, scan_states
+from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import (
     PACKINGS,
@@ -21,6 +22,7 @@ from vot_kernels.testing import (
     make_tensor,
     max_error,
     poison_segment,
+    spread,
     uninitialized_is_nan,
     with_slack,
 )
@@ -270,6 +272,19 @@ def test_strides(mode):
 
 @interpreted
 @MODES
+def test_every_argument_may_be_strided(mode):
+    """The bounds and the decay too, of which the kernels are told no strides."""
+    layout, options = PackedLayout.from_lengths((33, 0, 40)), mode_options(mode, 2)
+    inputs, grad = make_qkv(73, 2, kv_heads=1), make_tensor(73, 2, 16)
+    expected = gradients(layout, inputs, grad, **options)
+    strided = PackedLayout(*(spread(getattr(layout, x.name)) for x in fields(layout)))
+    options = {name: spread(x) if torch.is_tensor(x) else x for name, x in options.items()}
+    actual = gradients(strided, list(map(spread, inputs)), spread(grad), **options)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@interpreted
+@MODES
 def test_rows_without_weight_are_zero_with_zero_gradients(mode):
     layout, options = PackedLayout.from_lengths((35,)), mode_options(mode)
     q, k, v = make_qkv(35, 1)
@@ -369,19 +384,19 @@ def names_of(launches):
         (
             (3000, 9),
             False,
-            ["group_states", "reduce_states", "linear_values"]
-            + ["group_states", "reduce_states", "linear_features"]
-            + ["group_states", "reduce_states", "linear_values", "linear_features"],
+            ["group_states", "reduce_states", "linear_apply"]
+            + ["group_states", "reduce_states", "linear_feature_grad"]
+            + ["group_states", "reduce_states", "linear_apply", "linear_feature_grad"],
         ),
         (
             (3000, 9),
             True,
-            ["group_states", "scan_states", "linear_values"]
-            + ["group_states", "scan_states", "linear_features"]
-            + ["group_states", "scan_states", "linear_values", "linear_features"],
+            ["group_states", "scan_states", "linear_apply"]
+            + ["group_states", "scan_states", "linear_feature_grad"]
+            + ["group_states", "scan_states", "linear_apply", "linear_feature_grad"],
         ),
-        ((40, 9), False, ["linear_values", "linear_features", "linear_values", "linear_features"]),
-        ((40, 9), True, ["linear_values", "linear_features", "linear_values", "linear_features"]),
+        ((40, 9), False, ["linear_apply", "linear_feature_grad", "linear_apply", "linear_feature_grad"]),
+        ((40, 9), True, ["linear_apply", "linear_feature_grad", "linear_apply", "linear_feature_grad"]),
     ],
 )
 def test_recorded_launches(lengths, causal, expected):

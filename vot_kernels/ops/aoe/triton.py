@@ -7,11 +7,11 @@ rows that lie together, and no two programs write to one number.
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch
 from vot_kernels.ops.parts.experts.grouped_gemm import combine, grouped_matmul, weight_gradient
 from vot_kernels.ops.parts.experts.hidden import expert_hidden, hidden_backward
 from vot_kernels.ops.parts.experts.routing import (
     cache_norms,
+    gather_caches,
     group_slots,
     mixing_backward,
     select_experts,
@@ -19,7 +19,6 @@ from vot_kernels.ops.parts.experts.routing import (
 from vot_kernels.ops.parts.experts.slots import (
     Experts,
     Saved,
-    Slots,
     norm_gradient,
     norms_backward,
     over_norm,
@@ -38,7 +37,7 @@ def forward(
     if caches is None:
         cache = grouped_matmul(x, experts.w_down.transpose(1, 2), slots, gather=True)
     else:
-        cache = _gather_caches(caches, slots)
+        cache = gather_caches(caches, slots)
     hidden, value = expert_hidden(x, experts.w_p, (cache, experts.w_up), slots, save)
     y = combine(grouped_matmul(hidden, experts.w_o, slots), slots, x.shape[0], weights)
     if value is None:
@@ -75,25 +74,3 @@ def backward(
         more_x, more_down = norms_backward(x, experts.w_down, scale, x.dtype)
         d_x, d_w_down = (d_x + more_x).to(x.dtype), (d_w_down + more_down).to(x.dtype)
     return d_x, d_w_down, d_w_up, d_w_p, d_w_o
-
-
-def _gather_caches(caches: Tensor, slots: Slots) -> Tensor:
-    """`[slots, rank]` in the order of places, from `[tokens, experts, rank]`."""
-    from vot_kernels.kernels.experts.gather import _gather_caches_kernel
-
-    experts, rank = caches.shape[1:]
-    count = slots.order.shape[0]
-    out = caches.new_empty(count, rank)
-    launch(
-        _gather_caches_kernel,
-        lambda blocks: (count // blocks["BLOCK_M"] + experts, ceil_div(rank, blocks["BLOCK_R"])),
-        find_config("experts", "gather_caches", caches.device),
-        caches_ptr=caches,
-        out_ptr=out,
-        order_ptr=slots.order,
-        offsets_ptr=slots.offsets,
-        experts=experts,
-        top_k=slots.top_k,
-        RANK=rank,
-    )
-    return out

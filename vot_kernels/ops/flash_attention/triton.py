@@ -17,5 +17,7 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     inputs, out, lse = saved
     ranges = geometry.key_ranges()
     return Inputs(
-        *range_attention_backward(*grads, out, lse, *inputs, ranges, options.scale, options.repeats)
+        *range_attention_backward(
+            *grads, out, lse, *inputs, ranges, options.scale, deterministic=options.deterministic
+        )
     )

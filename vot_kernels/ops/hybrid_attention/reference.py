@@ -86,7 +86,7 @@ def _normalised(
     kappa = (scores - pivot).masked_fill(~near, -torch.inf).exp()
     kappa = kappa + torch.where(far, beta - pivot, -torch.inf).exp() * similarity
     total = kappa.sum(-1, keepdim=True)
-    found = total != 0  # NaN is found: it must show
+    found = total != 0  # NaN counts as found, so that it propagates
     total = torch.where(found, total, 1)
     out = torch.where(found, kappa @ value / total, 0)
     return out, torch.where(found, pivot + total.log(), -torch.inf)[..., 0]

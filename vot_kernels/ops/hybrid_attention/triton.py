@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
-from vot_kernels.ops.linear_attention.triton import Rows, _addressable, group_states, scan_states
+from vot_kernels.ops.launch import rows_contiguous
 from vot_kernels.ops.parts.attention import Grads, Options
+from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
 from vot_kernels.ops.parts.range_attention.triton import (
     FarPart,
     fuses_backward,
@@ -19,13 +20,14 @@ from vot_kernels.ops.parts.range_attention.triton import (
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Output and lse, float32 `[tokens, heads]`."""
     q, k, v = inputs.q, inputs.k, inputs.v
+    ranges = geometry.key_ranges()
     if not geometry.has_far:
-        return range_attention_forward(q, k, v, geometry.key_ranges(), options.scale)
-    v = _addressable(v)
+        return range_attention_forward(q, k, v, ranges, options.scale, variant=options.variant)
+    v = _compact(v)
     queries, keys, name = _features(inputs, options.feature_map)
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
     far = FarPart(states, queries, name, inputs.beta)
-    return range_attention_forward(q, k, v, geometry.key_ranges(), options.scale, far)
+    return range_attention_forward(q, k, v, ranges, options.scale, far, variant=options.variant)
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
@@ -35,17 +37,18 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     """
     inputs, out, lse = saved
     q, k, v, beta, q_features, k_features = inputs
-    ranges, repeats = geometry.key_ranges(), options.repeats
+    ranges = geometry.key_ranges()
     if not geometry.has_far:
-        near = range_attention_backward(*grads, out, lse, q, k, v, ranges, options.scale, repeats)
+        choice = options.variant, options.deterministic
+        near = range_attention_backward(*grads, out, lse, q, k, v, ranges, options.scale, *choice)
         unused = (None if x is None else torch.zeros_like(x) for x in (beta, q_features, k_features))
         return Inputs(*near, *unused)
-    d_out, v = _addressable(grads.d_out), _addressable(v)  # a gradient may be expanded, as that of a sum is
+    d_out, v = _compact(grads.d_out), _compact(v)  # a gradient may be expanded, as that of a sum is
     near_part = (q, k, v, ranges, options.scale)
     queries, keys, name = _features(inputs, options.feature_map)
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
     far = FarPart(states, queries, name, beta)
-    fused = fuses_backward(q, repeats, far=True)
+    fused = fuses_backward(q, options.variant, options.deterministic, far=True)
     rows = range_attention_rows_backward(d_out, grads.d_lse, out, lse, *near_part, far, fused=fused)
     gradients = Rows(queries, d_out, rows.far_weight, -rows.delta)
     states = _far_states(geometry, gradients, k.shape[1], name, mirrored=True)
@@ -72,5 +75,9 @@ def _far_states(
 def _features(inputs: Inputs, feature_map: str) -> tuple[Tensor, Tensor, str]:
     """What phi is made of on either side, and the feature map that is still to be applied."""
     if inputs.q_features is None or inputs.k_features is None:
-        return _addressable(inputs.q), _addressable(inputs.k), feature_map
-    return _addressable(inputs.q_features), _addressable(inputs.k_features), "none"
+        return _compact(inputs.q), _compact(inputs.k), feature_map
+    return _compact(inputs.q_features), _compact(inputs.k_features), "none"
+
+
+def _compact(x: Tensor) -> Tensor:
+    return rows_contiguous(x, compact=True)

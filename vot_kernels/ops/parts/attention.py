@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-VARIANTS = (None, "fused")
+VARIANTS = (None, "tma", "warp_specialized", "fused")
 
 
 class Options(NamedTuple):
@@ -17,20 +17,14 @@ class Options(NamedTuple):
         feature_map: phi of far tokens.
         scale: factor on q.k of near tokens.
         deterministic: whether the backward must give the same bits for the same inputs.
-        variant: one of `VARIANTS`, the form of a kernel to take whatever the config table prefers, None for what it
-            prefers. "fused" is the backward with 5 matrix products per block instead of 7, which adds up dq in no
-            fixed order.
+        variant: one of `VARIANTS`, the form of the Triton kernels of range attention to use where it can run, or None
+            for the default of the config tables.
     """
 
     feature_map: str = "softmax"
     scale: float = 1.0
     deterministic: bool = False
     variant: str | None = None
-
-    @property
-    def repeats(self) -> bool | None:
-        """Whether the bits of the backward must repeat: True, False with "fused", None for no wish."""
-        return False if self.variant == "fused" else self.deterministic or None
 
 
 class Grads(NamedTuple):

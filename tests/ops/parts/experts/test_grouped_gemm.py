@@ -338,7 +338,7 @@ def test_recorded_launches(dtype, arch):
         assert len(found.grid) == 1 and found.grid[0] > 0
         assert found.config.blocks.items() <= found.arguments.items()
     assert [x.arguments["STRIDE_UNIT"] for x in launches] == [8] * 4
-    assert [x.arguments["TRANSPOSED"] for x in launches[:2]] == [True, False]
+    assert [x.arguments["W_TRANSPOSED"] for x in launches[:2]] == [True, False]
 
 
 @compiled
@@ -361,16 +361,21 @@ def test_batches_of_any_size_share_their_kernels():
 
 @compiled
 def test_strides_that_are_no_multiple_of_8():
-    assert [x.arguments["STRIDE_UNIT"] for x in recorded(sizes=(96, 7, 200))] == [1, 1, 8, 8]
+    launches = recorded(sizes=(96, 7, 200))
+    assert [x.arguments["STRIDE_UNIT"] for x in launches] == [8, 1, 8, 8]
+    assert [dict(x.config.request.key)["vector"] for x in launches[:3]] == [1, 1, 8]
+    launches = recorded(sizes=(100, 20, 100))
+    assert [x.arguments["STRIDE_UNIT"] for x in launches] == [4] * 4
+    assert [dict(x.config.request.key)["vector"] for x in launches[:3]] == [4] * 3
 
 
 @compiled
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "interpreter"])
 @pytest.mark.parametrize("bits", [16, 32])
 def test_every_size_has_a_config(bits, arch):
-    for columns, vector in product([1, 16, 40, 64, 100, 128, 257, 400, 768, 6472], [1, 8]):
+    for columns, vector in product([1, 16, 40, 64, 100, 128, 257, 400, 768, 6472], [1, 4, 8]):
         key = {"bits": bits, "vector": vector, "columns": columns}
-        lookup("grouped_gemm", "matmul", arch, **key)
+        lookup("experts", "matmul", arch, **key)
         for outputs, gather in product([16 * columns, 2**26 * columns], [0, 1]):
-            lookup("grouped_gemm", "weight_gradient", arch, **key, outputs=outputs, gather=gather)
-        lookup("grouped_gemm", "combine", arch, bits=bits, vector=vector)
+            lookup("experts", "weight_gradient", arch, **key, outputs=outputs, gather=gather)
+        lookup("experts", "combine", arch)

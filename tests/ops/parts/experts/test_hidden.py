@@ -52,15 +52,15 @@ def group(choices, experts=EXPERTS):
 
 
 def make(choices, cached, dim=40, rank=24, width=40, dtype=torch.float32, experts=EXPERTS):
-    """x, w_value, gate, slots, and for the backward grad_y, w_out, weights."""
+    """x, w_value, gate, slots, and for the backward d_y, w_out, weights."""
     tokens, slots = len(choices), group(choices, experts)
-    x, grad_y = (make_tensor(tokens, dim, dtype=dtype, seed=seed) for seed in (0, 1))
+    x, d_y = (make_tensor(tokens, dim, dtype=dtype, seed=seed) for seed in (0, 1))
     w_value, w_out, w_gate = (make_tensor(experts, width, dim, dtype=dtype, seed=seed) for seed in (2, 3, 4))
     cache = make_tensor(slots.order.shape[0], rank, dtype=dtype, seed=5)
     w_up = make_tensor(experts, width, rank, dtype=dtype, seed=6) / rank**0.5
     weights = make_tensor(tokens, slots.top_k, seed=7).softmax(-1)
     gate = (cache, w_up) if cached else w_gate / dim**0.5
-    return x, w_value / dim**0.5, gate, slots, grad_y, w_out / dim**0.5, weights
+    return x, w_value / dim**0.5, gate, slots, d_y, w_out / dim**0.5, weights
 
 
 def occupied(slots):
@@ -87,15 +87,15 @@ def plain_products(x, w_value, gate, slots):
     return pre, per_place(rows, w_value, experts)
 
 
-def plain_backward(grad_y, w_out, pre, value, weights, slots):
-    """grad_pre, grad_value, weighted, and the gradient of each place's mixing weight, by autograd."""
+def plain_backward(d_y, w_out, pre, value, weights, slots):
+    """d_pre, d_value, weighted, and the gradient of each place's mixing weight, by autograd."""
     _, experts, order = occupied(slots)
     mix = weights.flatten()[order].to(pre.dtype)
     pre, value, mix = (x.detach().requires_grad_() for x in (pre, value, mix))
     weighted = mix[:, None] * (F.silu(pre) * value)
-    grad = per_place(grad_y[order // slots.top_k], w_out, experts)
-    grad_pre, grad_value, grad_mix = torch.autograd.grad(weighted, (pre, value, mix), grad)
-    return grad_pre, grad_value, weighted.detach(), grad_mix
+    grad = per_place(d_y[order // slots.top_k], w_out, experts)
+    d_pre, d_value, grad_mix = torch.autograd.grad(weighted, (pre, value, mix), grad)
+    return d_pre, d_value, weighted.detach(), grad_mix
 
 
 def double(inputs):
@@ -109,25 +109,25 @@ def split(saved, gate):
     return (None, saved) if isinstance(gate, tuple) else saved.chunk(2, dim=1)
 
 
-def run(x, w_value, gate, slots, grad_y, w_out, weights):
-    """hidden, pre or None, value, grad_pre, grad_value, weighted, and the gradient of the mixing weights."""
+def run(x, w_value, gate, slots, d_y, w_out, weights):
+    """hidden, pre or None, value, d_pre, d_value, weighted, and the gradient of the mixing weights."""
     cached = gate if isinstance(gate, tuple) else None
     with uninitialized_is_nan():
         hidden, saved = expert_hidden(x, w_value, gate, slots, True)
-        *grads, weighted, partials = hidden_backward(grad_y, w_out, saved, cached, weights, slots)
+        *grads, weighted, partials = hidden_backward(d_y, w_out, saved, cached, weights, slots)
     assert partials.dtype == torch.float32 and partials.shape[1] == slots.order.shape[0]
     if cached is None:
         grads = grads[0].chunk(2, dim=1)
     return hidden, *split(saved, gate), *grads, weighted, partials.sum(0)
 
 
-NAMES = ("hidden", "pre", "value", "grad_pre", "grad_value", "weighted", "partials")
+NAMES = ("hidden", "pre", "value", "d_pre", "d_value", "weighted", "partials")
 
 
-def check(x, w_value, gate, slots, grad_y, w_out, weights):
+def check(x, w_value, gate, slots, d_y, w_out, weights):
     """Both directions obey the tolerance rule; gaps in what the kernels write show as NaN."""
     used = int(slots.offsets[-1])
-    results = run(x, w_value, gate, slots, grad_y, w_out, weights)
+    results = run(x, w_value, gate, slots, d_y, w_out, weights)
     pairs = []
     for convert in (lambda inputs: inputs, double):
         pre, value = plain_products(*convert((x, w_value, gate)), slots)
@@ -135,7 +135,7 @@ def check(x, w_value, gate, slots, grad_y, w_out, weights):
         # The backward is judged by what it was given: the rounded numbers of the forward.
         given_pre, given_value = (None if y is None else convert(y[:used]) for y in results[1:3])
         pre = pre if given_pre is None else given_pre
-        backward = plain_backward(*convert((grad_y, w_out)), pre, given_value, weights, slots)
+        backward = plain_backward(*convert((d_y, w_out)), pre, given_value, weights, slots)
         pairs.append(forward + backward)
     for name, actual, low, exact in zip(NAMES, results, *pairs, strict=True):
         if actual is None:
@@ -176,11 +176,11 @@ def test_float16(cached):
 @FORMS
 def test_no_slots(cached):
     """No tokens: nothing is launched, and the results have the right shapes."""
-    x, w_value, gate, _, grad_y, w_out, weights = make([[0, 1]], cached)
+    x, w_value, gate, _, d_y, w_out, weights = make([[0, 1]], cached)
     empty = torch.empty(0, dtype=torch.int32)
     slots = Slots(empty, empty, torch.zeros(EXPERTS + 1, dtype=torch.int32), 2)
     gate = (gate[0][:0], gate[1]) if cached else gate
-    hidden, pre, *others, grad_mix = run(x[:0], w_value, gate, slots, grad_y[:0], w_out, weights[:0])
+    hidden, pre, *others, grad_mix = run(x[:0], w_value, gate, slots, d_y[:0], w_out, weights[:0])
     assert (pre is None) == cached
     assert all(y.shape == (0, 40) for y in (hidden, *others)) and grad_mix.shape == (0,)
 
@@ -226,10 +226,10 @@ def inside(x):
 @FORMS
 @pytest.mark.parametrize("view", [transposed, spread, inside])
 def test_strides(view, cached):
-    x, w_value, gate, slots, grad_y, w_out, weights = make(CHOICES["mixed"], cached, 24, 16, 40)
-    expected = run(x, w_value, gate, slots, grad_y, w_out, weights)
+    x, w_value, gate, slots, d_y, w_out, weights = make(CHOICES["mixed"], cached, 24, 16, 40)
+    expected = run(x, w_value, gate, slots, d_y, w_out, weights)
     gate = tuple(view(y) for y in gate) if cached else view(gate)
-    views = [view(y) for y in (x, w_value, grad_y, w_out, weights)]
+    views = [view(y) for y in (x, w_value, d_y, w_out, weights)]
     assert not any(y.is_contiguous() for y in views)
     assert same(run(*views[:2], gate, slots, *views[2:]), expected)
 
@@ -237,27 +237,27 @@ def test_strides(view, cached):
 @interpreted
 def test_one_weight_for_all_experts_and_one_gradient_for_all_tokens():
     """Strides of 0, as expand makes them."""
-    x, w_value, gate, slots, grad_y, w_out, weights = make(CHOICES["mixed"], True)
+    x, w_value, gate, slots, d_y, w_out, weights = make(CHOICES["mixed"], True)
     w_value, w_out = (w[:1].expand(EXPERTS, -1, -1) for w in (w_value, w_out))
-    grad_y = torch.ones(()).expand(grad_y.shape)
-    expected = run(x, w_value.contiguous(), gate, slots, grad_y.contiguous(), w_out.contiguous(), weights)
-    assert same(run(x, w_value, gate, slots, grad_y, w_out, weights), expected)
+    d_y = torch.ones(()).expand(d_y.shape)
+    expected = run(x, w_value.contiguous(), gate, slots, d_y.contiguous(), w_out.contiguous(), weights)
+    assert same(run(x, w_value, gate, slots, d_y, w_out, weights), expected)
 
 
 @interpreted
 @FORMS
 def test_nan_stays_with_its_token(cached):
     """In the token's input, its upstream gradient and its caches; beyond the last expert everything is NaN."""
-    x, w_value, gate, slots, grad_y, w_out, weights = make(CHOICES["some_unknown"], cached)
+    x, w_value, gate, slots, d_y, w_out, weights = make(CHOICES["some_unknown"], cached)
     used, _, order = occupied(slots)
-    clean = run(x, w_value, gate, slots, grad_y, w_out, weights)
+    clean = run(x, w_value, gate, slots, d_y, w_out, weights)
     ill = order // slots.top_k == 4
-    for y in (x, grad_y, weights):
+    for y in (x, d_y, weights):
         y[4] = torch.nan
     if cached:
         gate[0][used:] = torch.nan
         gate[0][:used][ill] = torch.nan
-    results = run(x, w_value, gate, slots, grad_y, w_out, weights)
+    results = run(x, w_value, gate, slots, d_y, w_out, weights)
     assert 0 < ill.sum() < used < len(slots.order)
     for actual, expected in zip(results, clean, strict=True):
         if actual is not None:
@@ -273,7 +273,7 @@ def test_nan_stays_with_its_token(cached):
 @pytest.mark.parametrize("magnitude", [100.0, 1000.0])
 def test_large_gates_do_not_overflow(magnitude, cached):
     """SiLU is 0 or its argument there, and its derivative 0 or 1."""
-    x, w_value, gate, slots, grad_y, w_out, weights = make(CHOICES["mixed"], cached)
+    x, w_value, gate, slots, d_y, w_out, weights = make(CHOICES["mixed"], cached)
     signs = make_tensor(40, seed=8).sign()
     if cached:
         gate[0].fill_(1.0)
@@ -281,11 +281,11 @@ def test_large_gates_do_not_overflow(magnitude, cached):
     else:
         x.fill_(1.0)
         gate.copy_((magnitude / 40 * signs)[:, None].expand(40, 40))
-    check(x, w_value, gate, slots, grad_y, w_out, weights)
-    _, _, value, grad_pre, grad_value, *_ = run(x, w_value, gate, slots, grad_y, w_out, weights)
+    check(x, w_value, gate, slots, d_y, w_out, weights)
+    _, _, value, d_pre, d_value, *_ = run(x, w_value, gate, slots, d_y, w_out, weights)
     positive = signs > 0
-    assert (grad_value[:, positive] != 0).all() and (grad_pre[:, positive] != 0).all()
-    assert max(y[:, ~positive].abs().max() for y in (grad_pre, grad_value)) < 1e-30
+    assert (d_value[:, positive] != 0).all() and (d_pre[:, positive] != 0).all()
+    assert max(y[:, ~positive].abs().max() for y in (d_pre, d_value)) < 1e-30
 
 
 def recorded(
@@ -326,7 +326,7 @@ def test_recorded_launches():
         assert all(grad.shape == (600, width) and grad.is_contiguous() for grad in grads)
     assert (len(cached), len(plain)) == (4, 3)
     arguments = launches[3].arguments
-    assert arguments["grad_value_ptr"].data_ptr() - arguments["grad_pre_ptr"].data_ptr() == 2 * 3840
+    assert arguments["d_value_ptr"] is None and arguments["d_pre_ptr"].shape[1] == 2 * 3840
 
 
 @compiled

@@ -486,15 +486,22 @@ def test_no_buffer_as_large_as_the_caches():
 
 
 @compiled
-@pytest.mark.parametrize("arch", [*known_archs("routing"), INTERPRETER])
+@pytest.mark.parametrize("arch", [*known_archs("experts"), INTERPRETER])
 def test_every_size_has_a_config_whose_blocks_hold_a_span(arch):
     for bits in (16, 32):
         for aligned in (0, 1):
             for columns, span in [(8, 8), (16, 16), (64, 64), (128, 128), (3200, 32), (32768, 128)]:
                 key = {"bits": bits, "aligned": aligned, "columns": columns, "keep": 0}
-                blocks = lookup("routing", "cache_norms", arch, **key).blocks
+                blocks = lookup("experts", "cache_norms", arch, **key).blocks
                 assert blocks["BLOCK_C"] % span == 0 and blocks["BLOCK_D"] >= 16
-    for kernel in ("sum_spans", "select_experts", "rank_slots", "place_slots", "mixing_backward"):
-        assert lookup("routing", kernel, arch)
-    ranks = lookup("routing", "rank_slots", arch).blocks
+    for kernel in (
+        "sum_spans",
+        "select_experts",
+        "rank_slots",
+        "place_slots",
+        "gather_caches",
+        "mixing_backward",
+    ):
+        assert lookup("experts", kernel, arch)
+    ranks = lookup("experts", "rank_slots", arch).blocks
     assert ranks["TILE"] % ranks["BLOCK"] == 0

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import compiled, interpreted
 from vot_kernels import tuning
+from vot_kernels.ops import launch as launching
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
 from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
 from vot_kernels.ops.launch import record_launches
@@ -42,15 +43,15 @@ BETA = torch.tensor([0.5, -math.inf])
 def added(monkeypatch):
     """Of each launch for dk and dv so far, whether it adds to dq."""
     seen = []
-    inner = _range_triton._launch_with_workspace
+    inner = launching.launch
 
     def launch(kernel, grid, config, **arguments):
         if "dk_ptr" in arguments:
-            seen.append(bool(config.blocks.get("ADD_DQ", 0)))
-            assert (arguments["dq_ptr"] is not None) == seen[-1]
+            seen.append(config.variant == "fused")
+            assert (arguments["dq_ptr"] is not None) == bool(config.blocks.get("ADD_DQ", 0)) == seen[-1]
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return seen
 
 
@@ -210,8 +211,8 @@ def test_rows_that_see_nothing_have_gradient_zero():
     with uninitialized_is_nan():
         out, lse = range_attention_forward(q, k, v, ranges, 0.25)
         saved = make_tensor(47, 2, 16, seed=3), None, out, lse, q, k, v, ranges, 0.25
-        found = range_attention_backward(*saved, deterministic=False)
-        wanted = range_attention_backward(*saved, deterministic=True)
+        found = range_attention_backward(*saved, variant="fused")
+        wanted = range_attention_backward(*saved)
     for x, y in zip(found, wanted, strict=True):
         assert max_error(x, y) < 1e-5
     unseen = [*range(33), *range(40, 44)]
@@ -258,8 +259,8 @@ def test_adding_through_descriptors_gives_the_same(head_dim, monkeypatch):
     assert not reduced
     inner = _range_triton._keys_config
 
-    def through_descriptors(*arguments):
-        config = inner(*arguments)
+    def through_descriptors(*arguments, **variants):
+        config = inner(*arguments, **variants)
         return replace(config, blocks={**config.blocks, "USE_TMA": 1})
 
     monkeypatch.setattr(_range_triton, "_keys_config", through_descriptors)
@@ -319,9 +320,9 @@ def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monk
     asked = []
     inner = _range_triton.fuses_backward
 
-    def ask(q, wish, **options):
-        asked.append(wish)
-        return inner(q, wish, **options)
+    def ask(q, variant, deterministic, **options):
+        asked.append((variant, deterministic))
+        return inner(q, variant, deterministic, **options)
 
     monkeypatch.setattr(_range_triton, "fuses_backward", ask)
     bounds = PackedLayout.from_lengths((5, 6)).cu_seqlens
@@ -329,7 +330,7 @@ def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monk
     options = {"deterministic": deterministic, "backend": "triton"}
     out = flash_attn_varlen_func(*leaves, bounds, bounds, 6, 6, **options)
     torch.autograd.grad(out.sum(), leaves)
-    assert asked == [True if deterministic else None]
+    assert asked == [(None, deterministic)]
 
 
 # The choice, which takes no interpreter.
@@ -416,13 +417,18 @@ def table(monkeypatch, tmp_path):
 
 
 @compiled
-def test_one_number_makes_it_the_default_of_a_gpu_and_head_dim(table):
+def test_one_word_makes_it_the_default_of_a_gpu_and_head_dim(table):
     pytest.importorskip("triton")
 
     def switch_on(entry):
         when = entry["when"]
-        if "fused" in when and when["head_dim"] == 64 and when["bits"] == 16 and not when["far"]:
-            when["fused"] = [1, 2]
+        if (
+            entry.get("variant") == "fused"
+            and when["head_dim"] == 64
+            and when["bits"] == 16
+            and not when["far"]
+        ):
+            entry["default"] = True
 
     table(switch_on)
     assert is_fused(recorded("sm_90", variant=None))
@@ -430,6 +436,9 @@ def test_one_number_makes_it_the_default_of_a_gpu_and_head_dim(table):
     assert not is_fused(recorded("sm_90", variant=None, head_dim=128))
     assert not is_fused(recorded("sm_90", variant=None, dtype=torch.float32))
     assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=0))
+    q = torch.empty(4, 1, 64, dtype=torch.bfloat16)
+    with record_launches("sm_90"):
+        assert fuses_backward(q) and not fuses_backward(q, deterministic=True)
     with uninitialized_is_nan():  # it switches deterministic algorithms on
         assert not is_fused(recorded("sm_90", variant=None))
         assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=None))
@@ -441,21 +450,22 @@ def test_what_adds_to_dq_is_not_tuned(monkeypatch):
     """Tuning repeats a launch, and so would add again: it leaves launches alone whose grid is given in numbers."""
     pytest.importorskip("triton")
     grids = {}
-    inner = _range_triton._launch_with_workspace
+    inner = launching.launch
 
     def launch(kernel, grid, config, **arguments):
-        grids[bool(config.blocks.get("ADD_DQ", 0))] = callable(grid)
+        if "dk_ptr" in arguments:
+            grids[config.variant] = callable(grid)
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
-    for deterministic in (True, False):
+    monkeypatch.setattr(launching, "launch", launch)
+    for variant in (None, "fused"):
         q, k, v = (torch.empty(8, 1, 64) for _ in range(3))
         bounds = PackedLayout.from_lengths((8,)).cu_seqlens
         ranges = KeyRanges.of_segments(bounds, bounds)
         with record_launches("sm_90"):
             saved = q, None, q, torch.empty(8, 1), q, k, v, ranges, 0.1
-            range_attention_backward(*saved, deterministic=deterministic)
-    assert grids == {False: True, True: False}
+            range_attention_backward(*saved, variant=variant)
+    assert grids == {None: True, "fused": False}
 
 
 @compiled
@@ -478,12 +488,17 @@ def test_an_unknown_variant_is_refused(op):
     layout = PackedLayout.from_lengths((4,))
     with pytest.raises(ValueError) as caught:
         op(*make_qkv(4), layout, _variant="fast")
-    assert str(caught.value) == "_variant must be one of None, 'fused', got 'fast'."
+    message = "_variant must be one of None, 'tma', 'warp_specialized', 'fused', got 'fast'."
+    assert str(caught.value) == message
 
 
 @compiled
 def test_whether_it_fuses_is_known_before_it_runs():
     q = torch.empty(4, 1, 64, dtype=torch.bfloat16)
     with record_launches("sm_90"):
-        assert [fuses_backward(q, wish) for wish in (True, None, False)] == [False, False, True]
-        assert [fuses_backward(q, wish, far=True) for wish in (True, None, False)] == [False, False, True]
+        for far in (False, True):
+            assert [fuses_backward(q, variant, far=far) for variant in (None, "tma", "fused")] == [
+                False,
+                False,
+                True,
+            ]

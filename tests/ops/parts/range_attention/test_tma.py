@@ -2,24 +2,20 @@
 
 import json
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.marks import compiled, interpreted
 from vot_kernels import tuning
+from vot_kernels.ops import launch as launching
 from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.attention import Options
-from vot_kernels.ops.parts.range_attention import triton as _range_triton
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
-    _allocate_workspace,
-    _launch_with_workspace,
-    _takes_descriptors,
-    prefer_tma,
+    _loads_by_descriptors,
     range_attention_forward,
 )
 from vot_kernels.packing import PackedLayout
@@ -36,51 +32,53 @@ def near(layout, window=None, causal=None):
     return Geometry.of(layout, window, causal).key_ranges()
 
 
-def run(layout, q, k, v, window=None, causal=None):
+def run(layout, q, k, v, window=None, causal=None, variant=None):
+    ranges, scale = near(layout, window, causal), q.shape[-1] ** -0.5
     with uninitialized_is_nan():
-        return range_attention_forward(q, k, v, near(layout, window, causal), q.shape[-1] ** -0.5)
+        return range_attention_forward(q, k, v, ranges, scale, variant=variant)
 
 
-def run_hybrid(layout, q, k, v, window, causal=None):
+def run_hybrid(layout, q, k, v, window, causal=None, variant=None):
     """With a far part, wherever there are groups to be far from."""
-    geometry, options = Geometry.of(layout, window, causal), Options(scale=q.shape[-1] ** -0.5)
+    geometry = Geometry.of(layout, window, causal)
+    options = Options(scale=q.shape[-1] ** -0.5, variant=variant)
     beta = torch.linspace(-1, 1, q.shape[1])
     with uninitialized_is_nan():
         return hybrid_triton.forward(Inputs(q, k, v, beta), geometry, options)
 
 
-POINTERS, DESCRIPTORS, SPECIALIZED = "pointers", "descriptors", "warp-specialized descriptors"
+VARIANTS = ("tma", "warp_specialized")
+WAYS = {None: (0, 0), "tma": (1, 0), "warp_specialized": (1, 1)}
 
 
-def path(config):
-    """How a forward of this config loads keys and values."""
-    if not config.blocks.get("USE_TMA", 0):
-        return POINTERS
-    return SPECIALIZED if config.blocks.get("WARP_SPECIALIZE", 0) else DESCRIPTORS
+def way(config):
+    """The variant of a forward, once it is sure that its blocks say the same."""
+    blocks = config.blocks.get("USE_TMA", 0), config.blocks.get("WARP_SPECIALIZE", 0)
+    assert blocks == WAYS[config.variant]
+    return config.variant
 
 
 @pytest.fixture
 def uses(monkeypatch):
-    """Of each forward kernel launched so far, how it loads."""
+    """The variant of each forward launched so far."""
     seen = []
-    inner = _launch_with_workspace
+    inner = launching.launch
 
     def launch(kernel, grid, config, **arguments):
-        seen.append(path(config))
+        if kernel.__name__ == "_range_attention_fwd_kernel":
+            seen.append(way(config))
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return seen
 
 
 def every_way(uses, function, *arguments, far=False, **options):
-    """The results by each path, once it is sure that they came about so; no far part is warp-specialized."""
+    """The results of each variant, once it is sure that they came about so; no far part is warp-specialized."""
     uses.clear()
-    results = [function(*arguments, **options)]
-    for warp_specialize in (True,) if far else (False, True):
-        with prefer_tma(warp_specialize=warp_specialize):
-            results.append(function(*arguments, **options))
-    assert uses == ([POINTERS, DESCRIPTORS] if far else [POINTERS, DESCRIPTORS, SPECIALIZED])
+    variants = [None, "warp_specialized"] if far else [None, *VARIANTS]
+    results = [function(*arguments, variant=variant, **options) for variant in variants]
+    assert uses == ([None, "tma"] if far else variants)
     return results
 
 
@@ -100,8 +98,7 @@ def test_packings(uses, lengths):
 
 @interpreted
 def test_no_rows_launch_nothing(uses):
-    with prefer_tma(warp_specialize=True):
-        out, lse = run(PackedLayout.from_lengths((0, 0)), *make_qkv(0, 1, 16))
+    out, lse = run(PackedLayout.from_lengths((0, 0)), *make_qkv(0, 1, 16), variant="warp_specialized")
     assert out.shape == (0, 1, 16) and lse.shape == (0, 1) and uses == []
 
 
@@ -130,14 +127,13 @@ def test_far_groups(uses, window, causal):
 
 
 @interpreted
-@pytest.mark.parametrize("warp_specialize", [False, True])
-def test_neither_a_neighbour_nor_slack_is_read(warp_specialize):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_neither_a_neighbour_nor_slack_is_read(variant):
     """Not even times a weight of 0: that of NaN would be NaN."""
     layout = PackedLayout.from_lengths((18, 7, 20), group_size=6)
     inputs = make_qkv(45, 1, 16)
     poisoned = [with_slack(poison_segment(x, layout, 1), 20) for x in inputs]
-    with prefer_tma(warp_specialize=warp_specialize):
-        clean, dirty = run(layout, *inputs), run(layout, *poisoned)
+    clean, dirty = (run(layout, *x, variant=variant) for x in (inputs, poisoned))
     for x, y, nothing in zip(clean, dirty, (0, -torch.inf), strict=True):
         assert torch.equal(x[:18], y[:18]) and torch.equal(x[25:], y[25:45])
         assert y[18:25].isnan().all() and (y[45:] == nothing).all()
@@ -167,10 +163,9 @@ def test_strides(uses):
 def test_inputs_that_fit_no_descriptor_take_pointers(uses, make):
     layout = PackedLayout.from_lengths((17, 2), group_size=7)
     inputs = make(19)
-    for warp_specialize in (False, True):
-        with prefer_tma(warp_specialize=warp_specialize):
-            out, lse = run(layout, *inputs)
-    assert uses == [POINTERS] * 2
+    for variant in VARIANTS:
+        out, lse = run(layout, *inputs, variant=variant)
+    assert uses == [None] * 2
     wanted = run(layout, *(x.clone(memory_format=torch.contiguous_format) for x in inputs))
     assert torch.equal(out, wanted[0]) and torch.equal(lse, wanted[1])
 
@@ -180,9 +175,8 @@ def test_inputs_that_fit_no_descriptor_take_pointers(uses, make):
 def test_one_input_that_fits_no_descriptor_is_enough(uses, unfit):
     inputs = list(make_qkv(19, 1, 16))
     inputs[unfit] = unaligned(19, 16)[unfit]
-    with prefer_tma():
-        run(PackedLayout.from_lengths((17, 2)), *inputs)
-    assert uses == [POINTERS]
+    run(PackedLayout.from_lengths((17, 2)), *inputs, variant="tma")
+    assert uses == [None]
 
 
 def unaligned(rows, head_dim):
@@ -218,65 +212,68 @@ UNFIT = {
 @pytest.mark.parametrize("x", FITTING.values(), ids=FITTING.keys())
 def test_what_descriptors_take(x):
     for arch in ("sm_90", "sm_100", "sm_120", tuning.INTERPRETER):
-        assert _takes_descriptors(arch, x, tensor())
+        assert _loads_by_descriptors(arch, x, tensor())
     for arch in ("sm_75", "sm_80", "sm_86", "sm_89"):
-        assert not _takes_descriptors(arch, x, tensor())
+        assert not _loads_by_descriptors(arch, x, tensor())
 
 
 @pytest.mark.parametrize("x", UNFIT.values(), ids=UNFIT.keys())
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", tuning.INTERPRETER])
 def test_what_descriptors_do_not_take(x, arch):
-    assert not _takes_descriptors(arch, x, tensor())
-    assert not _takes_descriptors(arch, tensor(), x)
+    assert not _loads_by_descriptors(arch, x, tensor())
+    assert not _loads_by_descriptors(arch, tensor(), x)
 
 
-def chosen(arch, head_dim=64, dtype=torch.bfloat16, offset=0):
+def chosen(arch, variant=None, head_dim=64, dtype=torch.bfloat16, offset=0):
     """The config of a forward on `arch`."""
     wide = torch.empty(3, 50, 2, head_dim + 8, dtype=dtype)[..., offset : offset + head_dim]
     with record_launches(arch) as launches:
-        run(PackedLayout.from_lengths((30, 20)), *wide)
+        run(PackedLayout.from_lengths((30, 20)), *wide, variant=variant)
     return launches[-1].config
 
 
 @compiled
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_entries_use_descriptors_where_preferred_and_possible(arch, head_dim):
+def test_shipped_entries_use_descriptors_where_asked_for_and_possible(arch, head_dim):
     pytest.importorskip("triton")
-    ordinary = chosen(arch, head_dim)
-    assert path(ordinary) == POINTERS
-    for warp_specialize, wanted in ((False, DESCRIPTORS), (True, SPECIALIZED)):
-        with prefer_tma(warp_specialize=warp_specialize):
-            preferred = chosen(arch, head_dim)
-            assert path(preferred) == wanted and preferred.limits["tma"]
-            assert preferred.limits.get("warp_specialized", False) == warp_specialize
-            assert not preferred.limits["spill_bytes"]
-            assert preferred.limits["registers"] <= ordinary.limits["registers"]
-            assert chosen(arch, head_dim, offset=4) == ordinary
-    assert chosen(arch, head_dim) == ordinary
+    ordinary = chosen(arch, head_dim=head_dim)
+    assert way(ordinary) is None
+    for variant in VARIANTS:
+        found = chosen(arch, variant, head_dim)
+        assert way(found) == variant and found.limits["tma"]
+        assert found.limits.get("warp_specialized", False) == (variant == "warp_specialized")
+        assert not found.limits["spill_bytes"]
+        assert found.limits["registers"] <= ordinary.limits["registers"]
+        assert chosen(arch, variant, head_dim, offset=4) == ordinary
 
 
 @compiled
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_warp_specialization_is_for_what_has_an_entry_alone(arch):
-    """Without one, as with float32 or a far part, the next best path is taken."""
+    """Without one, as with float32 or a far part, the next best variant is taken."""
     pytest.importorskip("triton")
     q, k, v = make_qkv(64, 1, 64, dtype=torch.bfloat16)
     layout = PackedLayout.from_lengths((64,), group_size=16)
-    with prefer_tma(warp_specialize=True), record_launches(arch) as launches:
-        run_hybrid(layout, q, k, v, window=0)
-        run(layout, *(x.float() for x in (q, k, v)))
+    with record_launches(arch) as launches:
+        run_hybrid(layout, q, k, v, window=0, variant="warp_specialized")
+        run(layout, *(x.float() for x in (q, k, v)), variant="warp_specialized")
     forwards = [x.config for x in launches if x.kernel.__name__ == "_range_attention_fwd_kernel"]
-    assert [path(config) for config in forwards] == [DESCRIPTORS, POINTERS]
+    assert [way(config) for config in forwards] == ["tma", None]
+
+
+@compiled
+def test_a_variant_of_the_backward_changes_no_forward():
+    pytest.importorskip("triton")
+    assert chosen("sm_90", "fused") == chosen("sm_90")
 
 
 @compiled
 def test_older_gpus_never_use_descriptors():
     pytest.importorskip("triton")
     ordinary = chosen("sm_80")
-    for warp_specialize in (False, True):
-        with prefer_tma(warp_specialize=warp_specialize):
-            assert chosen("sm_80") == ordinary and path(ordinary) == POINTERS
+    assert way(ordinary) is None
+    assert all(chosen("sm_80", variant) == ordinary for variant in VARIANTS)
     for arch in (arch for arch in tuning.known_archs("range_attention") if int(arch[3:]) < 90):
         assert not any(
             entry["blocks"].get("USE_TMA", 0) for entry in tuning.tables(arch)["range_attention"]["fwd"]
@@ -284,15 +281,15 @@ def test_older_gpus_never_use_descriptors():
 
 
 @compiled
-@pytest.mark.parametrize("switched", [DESCRIPTORS, SPECIALIZED])
-def test_an_entry_switches_descriptors_on(switched, monkeypatch, tmp_path):
-    """As the module says: let an entry begin at `"tma": 1`, and ordinary calls use it where they can."""
+@pytest.mark.parametrize("switched", VARIANTS)
+def test_one_word_of_an_entry_switches_descriptors_on(switched, monkeypatch, tmp_path):
+    """`"default": true`, and ordinary calls use the variant where they can."""
     pytest.importorskip("triton")
     table = tuning.tables("sm_90")["range_attention"]
     entries = json.loads(json.dumps(table["fwd"]))
     for entry in entries:
-        if path(SimpleNamespace(**entry)) == switched:
-            entry["when"]["tma"] = [1, 3]
+        if entry.get("variant") == switched:
+            entry["default"] = True
     (tmp_path / "sm_90").mkdir()
     (tmp_path / "sm_90" / "range_attention.json").write_text(json.dumps({**table, "fwd": entries}))
     monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
@@ -300,43 +297,42 @@ def test_an_entry_switches_descriptors_on(switched, monkeypatch, tmp_path):
     try:
         for cache in caches:
             cache.cache_clear()
-        assert path(chosen("sm_90")) == switched
-        assert path(chosen("sm_90", offset=4)) == POINTERS
+        assert way(chosen("sm_90")) == switched
+        assert way(chosen("sm_90", offset=4)) is None
     finally:
         for cache in caches:
             cache.cache_clear()
 
 
 @compiled
-def test_the_workspace_is_there_on_every_thread_and_the_callers_allocator_stays(monkeypatch):
+def test_the_workspace_is_there_on_every_thread_and_the_callers_allocator_stays():
     triton = pytest.importorskip("triton")
     from triton.runtime._allocation import _allocator
 
-    seen = []
-    monkeypatch.setattr(_range_triton, "launch", lambda *_, **__: seen.append(_allocator.get()))
+    class Noted:
+        """A kernel that notes the allocator of its launches."""
+
+        seen = []
+
+        def __getitem__(self, grid):
+            return lambda **_: self.seen.append(_allocator.get())
+
     before = _allocator.get()
 
     def own(size, alignment, stream):
         raise AssertionError("never asked")
 
+    def launch(blocks):
+        launching.launch(Noted(), (1,), tuning.Config(blocks, 4, 1), x_ptr=torch.zeros(4))
+
     triton.set_allocator(own)
     try:
-        _launch_with_workspace(None, (1,), None)
-        thread = Thread(target=_launch_with_workspace, args=(None, (1,), None))
+        launch({"USE_TMA": 1})
+        thread = Thread(target=launch, args=({"USE_TMA": 1},))
         thread.start()
         thread.join()
-        assert seen == [_allocate_workspace] * 2
+        launch({"USE_TMA": 0})
+        assert Noted.seen == [launching._allocate_workspace] * 2 + [own]
         assert _allocator.get() is own
     finally:
         triton.set_allocator(before)
-
-
-@compiled
-def test_preferring_ends_with_its_block():
-    pytest.importorskip("triton")
-    with pytest.raises(KeyError), prefer_tma():
-        with prefer_tma(warp_specialize=True):
-            assert path(chosen("sm_90")) == SPECIALIZED
-        assert path(chosen("sm_90")) == DESCRIPTORS
-        raise KeyError
-    assert path(chosen("sm_90")) == POINTERS

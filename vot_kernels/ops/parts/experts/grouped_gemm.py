@@ -4,15 +4,23 @@
 """
 
 from collections.abc import Mapping
+from math import gcd
 
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch, matrices_contiguous, rows_contiguous
+from vot_kernels.ops.launch import (
+    Kernel,
+    ceil_div,
+    contiguous,
+    matrices_contiguous,
+    rows_contiguous,
+    strides,
+)
 from vot_kernels.ops.parts.experts.slots import Slots
-from vot_kernels.tuning import Config
 
-OP = "grouped_gemm"
-_VECTOR = 8  # numbers of 16 bits in the widest load
+_MATMUL = Kernel("experts", "matmul", "experts.grouped_gemm:_grouped_matmul_kernel")
+_WEIGHT_GRADIENT = Kernel("experts", "weight_gradient", "experts.grouped_gemm:_weight_gradient_kernel")
+_COMBINE = Kernel("experts", "combine", "experts.combine:_combine_kernel")
 
 
 def grouped_matmul(
@@ -39,8 +47,6 @@ def grouped_matmul(
     Returns:
         `[slots, N]` in the dtype of `a`; rows from offsets[-1] on are uninitialized.
     """
-    from vot_kernels.kernels.experts.grouped_gemm import _grouped_matmul_kernel
-
     experts, depth, columns = w.shape
     places = slots.order.shape[0]
     a, w = rows_contiguous(a), matrices_contiguous(w)
@@ -51,24 +57,14 @@ def grouped_matmul(
         return out
 
     depth2 = 0 if a2 is None else a2.shape[1]
-    strides = _strides(
-        (columns, depth, depth2),
-        a=_row_stride(a),
-        w=_matrix_stride(w),
-        w_expert=w.stride(0),
-        a2=_row_stride(a2),
-        w2=_matrix_stride(w2),
-        w2_expert=0 if w2 is None else w2.stride(0),
-        addend=_row_stride(rows),
-    )
+    told = strides({"w": w, "w2": w2}, a=a, a2=a2, addend=rows)
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
         return ((places // blocks["BLOCK_M"] + experts) * ceil_div(columns, blocks["BLOCK_N"]),)
 
-    launch(
-        _grouped_matmul_kernel,
+    _MATMUL.launch(
         grid,
-        _config("matmul", a, strides, columns=columns),
+        key=_key(a, told["STRIDE_UNIT"], columns, depth, depth2) | {"columns": columns},
         a_ptr=a,
         w_ptr=w,
         a2_ptr=a2,
@@ -79,12 +75,10 @@ def grouped_matmul(
         order_ptr=slots.order if gather else None,
         offsets_ptr=slots.offsets,
         experts=experts,
-        **strides,
+        **told,
         N=columns,
         K=depth,
         K2=depth2,
-        TRANSPOSED=w.stride(2) != 1,
-        TRANSPOSED2=w2 is not None and w2.stride(2) != 1,
         TOP_K=slots.top_k if gather else 1,
     )
     return out
@@ -104,28 +98,26 @@ def weight_gradient(
     Returns:
         `[experts, M, N]` in the dtype of `a`; 0 for experts without places.
     """
-    from vot_kernels.kernels.experts.grouped_gemm import _weight_gradient_kernel
-
     experts, (rows, columns) = slots.offsets.shape[0] - 1, (a.shape[1], b.shape[1])
     a, b = rows_contiguous(a), rows_contiguous(b)
     out = a.new_empty(experts, rows, columns)
-    strides = _strides((rows, columns), a=_row_stride(a), b=_row_stride(b))
+    told = strides(a=a, b=b)
     gather = gather_a or gather_b
+    key = _key(a, told["STRIDE_UNIT"], rows, columns)
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
         return (experts * ceil_div(rows, blocks["BLOCK_M"]) * ceil_div(columns, blocks["BLOCK_N"]),)
 
-    launch(
-        _weight_gradient_kernel,
+    _WEIGHT_GRADIENT.launch(
         grid,
-        _config("weight_gradient", a, strides, columns=columns, outputs=out.numel(), gather=int(gather)),
+        key=key | {"columns": columns, "outputs": out.numel(), "gather": int(gather)},
         a_ptr=a,
         b_ptr=b,
         out_ptr=out,
         a_order_ptr=slots.order if gather_a else None,
         b_order_ptr=slots.order if gather_b else None,
         offsets_ptr=slots.offsets,
-        **strides,
+        **told,
         M=rows,
         N=columns,
         TOP_K=slots.top_k if gather else 1,
@@ -145,56 +137,29 @@ def combine(rows: Tensor, slots: Slots, tokens: int, weights: Tensor | None) -> 
     Returns:
         `[tokens, N]` in the dtype of `rows`.
     """
-    from vot_kernels.kernels.experts.combine import _combine_kernel
-
     columns = rows.shape[1]
     if not slots.places.shape[0]:
         return rows.new_zeros(tokens, columns)
     rows = rows_contiguous(rows)
     out = rows.new_empty(tokens, columns)
-    strides = _strides((columns,), rows=_row_stride(rows))
 
     def grid(blocks: Mapping[str, int]) -> tuple[int]:
         return (ceil_div(tokens, blocks["BLOCK_T"]) * ceil_div(columns, blocks["BLOCK_N"]),)
 
-    launch(
-        _combine_kernel,
+    _COMBINE.launch(
         grid,
-        _config("combine", rows, strides),
         rows_ptr=rows,
         places_ptr=slots.places,
-        weights_ptr=None if weights is None else weights.contiguous(),
+        weights_ptr=contiguous(weights),
         out_ptr=out,
         tokens=tokens,
-        **strides,
+        **strides(rows=rows),
         N=columns,
         TOP_K=slots.top_k,
     )
     return out
 
 
-def _config(kernel: str, x: Tensor, strides: Mapping[str, int], **key: int) -> Config:
-    """`vector`: whether loads are wide; where they are not, a thread needs more addresses."""
-    key |= {"bits": 8 * x.dtype.itemsize, "vector": strides["STRIDE_UNIT"]}
-    return find_config(OP, kernel, x.device, **key)
-
-
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
-
-
-def _matrix_stride(w: Tensor | None) -> int:
-    """Of the dimension that is not contiguous."""
-    if w is None:
-        return 0
-    return w.stride(1) if w.stride(2) == 1 else w.stride(2)
-
-
-def _strides(sizes: tuple[int, ...], **strides: int) -> dict[str, int]:
-    """`NAME_stride` in units of `STRIDE_UNIT` numbers: 8 if all strides and the sizes of rows are multiples of it.
-
-    Triton asks of an argument whether it is a multiple of 16; that of 8 is enough for the widest loads.
-    """
-    wide = all(n % _VECTOR == 0 and n < 2**31 for n in (*sizes, *strides.values()))
-    unit = _VECTOR if wide else 1
-    return {f"{name}_stride": n // unit for name, n in strides.items()} | {"STRIDE_UNIT": unit}
+def _key(x: Tensor, unit: int, *sizes: int) -> dict[str, int]:
+    """`vector`: how many numbers a load takes at once; where these are few, a thread needs more addresses."""
+    return {"bits": 8 * x.dtype.itemsize, "vector": gcd(unit, *sizes)}

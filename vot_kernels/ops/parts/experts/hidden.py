@@ -5,17 +5,16 @@ the device for a number.
 """
 
 from math import gcd
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch, matrices_contiguous, rows_contiguous
+from vot_kernels.ops.launch import Kernel, ceil_div, matrices_contiguous, rows_contiguous, strides
 from vot_kernels.ops.parts.experts.slots import Slots
-from vot_kernels.tuning import Config
 
-OP = "expert_hidden"
-_VECTOR = 8  # numbers of 16 bits in the widest load
+_FWD = Kernel("experts", "hidden_fwd", "experts.hidden:_expert_hidden_kernel")
+_BWD = Kernel("experts", "hidden_bwd", "experts.hidden:_expert_hidden_bwd_kernel")
 
 
 def expert_hidden(
@@ -35,19 +34,16 @@ def expert_hidden(
         hidden `[slots, hidden]`, and with `save` value `[slots, hidden]`, or with w_gate pre and value side by
         side `[slots, 2 * hidden]`; else None. All in the dtype of x.
     """
-    from vot_kernels.kernels.experts.hidden import _expert_hidden_kernel
-
     cache, w_gate = gate if isinstance(gate, tuple) else (None, gate)
     x, cache = rows_contiguous(x), None if cache is None else rows_contiguous(cache)
     w_value, w_gate = matrices_contiguous(w_value), matrices_contiguous(w_gate)
     places, (experts, width, dim) = slots.order.shape[0], w_value.shape
     hidden = x.new_empty(places, width)
     saved = x.new_empty(places, 2 * width if cache is None else width) if save else None
-    strides = _strides({"x": x, "cache": cache}, {"w_value": w_value, "w_gate": w_gate})
-    launch(
-        _expert_hidden_kernel,
+    told = strides({"w_value": w_value, "w_gate": w_gate}, x=x, cache=cache)
+    _FWD.launch(
         lambda blocks: (_programs(slots, width, blocks["BLOCK_M"], blocks["BLOCK_N"]),),
-        _config("fwd", x, cache, gcd(strides["STRIDE_UNIT"], width)),
+        key=_key(x, cache, gcd(told["STRIDE_UNIT"], width)),
         x_ptr=x,
         w_value_ptr=w_value,
         cache_ptr=cache,
@@ -56,7 +52,7 @@ def expert_hidden(
         offsets_ptr=slots.offsets,
         hidden_ptr=hidden,
         saved_ptr=saved,
-        **strides,
+        **told,
         experts=experts,
         slots=places,
         top_k=slots.top_k,
@@ -69,18 +65,18 @@ def expert_hidden(
 
 @overload
 def hidden_backward(
-    grad_y: Tensor, w_out: Tensor, saved: Tensor, gate: tuple[Tensor, Tensor], weights: Tensor, slots: Slots
+    d_y: Tensor, w_out: Tensor, saved: Tensor, gate: tuple[Tensor, Tensor], weights: Tensor, slots: Slots
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 @overload
 def hidden_backward(
-    grad_y: Tensor, w_out: Tensor, saved: Tensor, gate: None, weights: Tensor, slots: Slots
+    d_y: Tensor, w_out: Tensor, saved: Tensor, gate: None, weights: Tensor, slots: Slots
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def hidden_backward(
-    grad_y: Tensor,
+    d_y: Tensor,
     w_out: Tensor,
     saved: Tensor,
     gate: tuple[Tensor, Tensor] | None,
@@ -90,7 +86,7 @@ def hidden_backward(
     """Gradients through y[t] = Σ_j weights[t, j] · hidden[place of slot (t, j)] W_out.
 
     Args:
-        grad_y: `[tokens, dim]`.
+        d_y: `[tokens, dim]`.
         w_out: `[experts, hidden, dim]`, any strides.
         saved: as the forward returned it.
         gate: (cache, w_up) of the forward, from which pre is computed again; None where it had w_gate.
@@ -98,31 +94,25 @@ def hidden_backward(
         slots: those of the forward.
 
     Returns:
-        grad_pre and grad_value `[slots, hidden]`, or where there is no cache the two side by side, one tensor
+        d_pre and d_value `[slots, hidden]`, or where there is no cache the two side by side, one tensor
         `[slots, 2 * hidden]`; weighted `[slots, hidden]`, the mixing weight times hidden; these in the dtype of
         `saved`. Last, partials float32 `[blocks, slots]`: their sum over the blocks of columns is the gradient of
         each place's mixing weight.
     """
-    from vot_kernels.kernels.experts.hidden import _expert_hidden_bwd_kernel
-
     cache, w_up = (None, None) if gate is None else (rows_contiguous(gate[0]), matrices_contiguous(gate[1]))
-    grad_y, w_out, saved = rows_contiguous(grad_y), matrices_contiguous(w_out), saved.contiguous()
+    d_y, w_out, saved = rows_contiguous(d_y), matrices_contiguous(w_out), saved.contiguous()
     places, (experts, width, dim) = slots.order.shape[0], w_out.shape
-    if cache is None:
-        grads = [saved.new_empty(places, 2 * width)]
-        grad_pre, grad_value = grads[0].chunk(2, dim=1)
-    else:
-        grads = [grad_pre, grad_value] = [saved.new_empty(places, width) for _ in range(2)]
+    d_pre = saved.new_empty(places, 2 * width if cache is None else width)
+    d_value = None if cache is None else torch.empty_like(d_pre)
     weighted = saved.new_empty(places, width)
-    strides = _strides({"grad": grad_y, "cache": cache}, {"w_out": w_out, "w_gate": w_up})
-    config = _config("bwd", saved, cache, gcd(strides["STRIDE_UNIT"], width))
+    told = strides({"w_out": w_out, "w_gate": w_up}, d_y=d_y, cache=cache)
+    config = _BWD.config(saved.device, _key(saved, cache, gcd(told["STRIDE_UNIT"], width)))
     # A tile and not a block: tuning leaves it alone, so that `partials` has the rows of any candidate.
     partials = saved.new_empty(ceil_div(width, config.blocks["TILE_N"]), places, dtype=torch.float32)
-    launch(
-        _expert_hidden_bwd_kernel,
+    _BWD.launch(
         lambda blocks: (_programs(slots, width, blocks["BLOCK_M"], blocks["TILE_N"]),),
-        config,
-        grad_ptr=grad_y,
+        config=config,
+        d_y_ptr=d_y,
         w_out_ptr=w_out,
         saved_ptr=saved,
         cache_ptr=cache,
@@ -130,11 +120,11 @@ def hidden_backward(
         weights_ptr=weights.contiguous(),
         order_ptr=slots.order,
         offsets_ptr=slots.offsets,
-        grad_pre_ptr=grad_pre,
-        grad_value_ptr=grad_value,
+        d_pre_ptr=d_pre,
+        d_value_ptr=d_value,
         weighted_ptr=weighted,
         partials_ptr=partials,
-        **strides,
+        **told,
         experts=experts,
         slots=places,
         top_k=slots.top_k,
@@ -142,34 +132,15 @@ def hidden_backward(
         RANK=0 if cache is None else cache.shape[1],
         HIDDEN=width,
     )
-    return *grads, weighted, partials
+    return (d_pre, weighted, partials) if d_value is None else (d_pre, d_value, weighted, partials)
 
 
-def _config(kernel: str, x: Tensor, cache: Tensor | None, vector: int) -> Config:
+def _key(x: Tensor, cache: Tensor | None, vector: int) -> dict[str, int]:
     """vector: how many numbers lie side by side wherever a load or a store begins, 8 at most."""
-    key = {"bits": 8 * x.dtype.itemsize, "cached": int(cache is not None), "vector": vector}
-    return find_config(OP, kernel, x.device, **key)
+    return {"bits": 8 * x.dtype.itemsize, "cached": int(cache is not None), "vector": vector}
 
 
 def _programs(slots: Slots, width: int, rows: int, columns: int) -> int:
     """One per tile; every expert has a tile more than it may need."""
     places, experts = slots.order.shape[0], slots.offsets.shape[0] - 1
     return (places // rows + experts) * ceil_div(width, columns) if places else 0
-
-
-def _strides(rows: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> dict[str, Any]:
-    """`NAME_stride` of all, `NAME_expert_stride` and `NAME_TRANSPOSED` of the weights, and `STRIDE_UNIT`.
-
-    The stride of a weight is that of its last two dimensions which is not 1; transposed is a weight whose last
-    dimension has it. None has 0. Strides are in units of `STRIDE_UNIT` numbers: Triton asks of an argument whether
-    it is a multiple of 16, and that of 8 is enough for the widest loads.
-    """
-    strides = {f"{name}_stride": 0 if x is None else x.stride(0) for name, x in rows.items()}
-    transposed = {
-        f"{name.upper()}_TRANSPOSED": w is not None and w.stride(2) != 1 for name, w in weights.items()
-    }
-    for name, w in weights.items():
-        strides[f"{name}_expert_stride"] = 0 if w is None else w.stride(0)
-        strides[f"{name}_stride"] = 0 if w is None else w.stride(2 if w.stride(2) != 1 else 1)
-    unit = gcd(_VECTOR, *strides.values())
-    return {name: stride // unit for name, stride in strides.items()} | transposed | {"STRIDE_UNIT": unit}

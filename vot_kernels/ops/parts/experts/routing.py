@@ -1,17 +1,24 @@
-"""Launchers of the Triton kernels that choose experts and group the choices by expert.
+"""Launchers of the Triton kernels that choose experts and group the choices, and their caches, by expert.
 
 Nothing here asks the device for a number. Sizes of the weights are constants of the kernels, the number of tokens
 is not.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import ceil_div, find_config, launch, rows_contiguous
+from vot_kernels.ops.launch import Kernel, ceil_div, contiguous, rows_contiguous
 from vot_kernels.ops.parts.experts.slots import Slots
-from vot_kernels.tuning import Config
 
-OP = "routing"
+_CACHE_NORMS = Kernel("experts", "cache_norms", "experts.norms:_cache_norms_kernel")
+_SUM_SPANS = Kernel("experts", "sum_spans", "experts.norms:_sum_spans_kernel")
+_SELECT_EXPERTS = Kernel("experts", "select_experts", "experts.topk:_select_experts_kernel")
+_RANK_SLOTS = Kernel("experts", "rank_slots", "experts.index:_rank_slots_kernel")
+_PLACE_SLOTS = Kernel("experts", "place_slots", "experts.index:_place_slots_kernel")
+_GATHER_CACHES = Kernel("experts", "gather_caches", "experts.gather:_gather_caches_kernel")
+_MIXING_BACKWARD = Kernel("experts", "mixing_backward", "experts.index:_mixing_backward_kernel")
 _SPANS = (128, 64, 32, 16)  # columns whose squares are summed in one go; 8 where these pad a rank too much
 
 
@@ -24,8 +31,6 @@ def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Te
         x: `[tokens, dim]`, float32, float16 or bfloat16, any strides.
         w_down: `[experts, rank, dim]`, the same dtype, any strides.
     """
-    from vot_kernels.kernels.experts.norms import _cache_norms_kernel
-
     x, w_down = rows_contiguous(x), rows_contiguous(w_down)
     tokens, (experts, rank, dim) = x.shape[0], w_down.shape
     span = _span(rank)
@@ -35,18 +40,17 @@ def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Te
     sums = x.new_empty((tokens, experts * spans), dtype=torch.float32)
     aligned = _aligned(rank * x.itemsize) and _has_aligned_rows(x) and _has_aligned_rows(w_down)
     key = {"bits": 8 * x.itemsize, "aligned": int(aligned), "columns": columns, "keep": int(keep_cache)}
-    launch(
-        _cache_norms_kernel,
+    _CACHE_NORMS.launch(
         lambda blocks: (ceil_div(tokens, blocks["BLOCK_T"]) * ceil_div(columns, blocks["BLOCK_C"]),),
-        find_config(OP, "cache_norms", x.device, **key),
+        key=key,
         x_ptr=x,
         w_ptr=w_down,
         sums_ptr=sums,
         cache_ptr=cache,
         tokens=tokens,
         X_STRIDE=x.stride(0) if tokens > 1 else dim,
-        EXPERT_STRIDE=w_down.stride(0),
-        RANK_STRIDE=w_down.stride(1),
+        W_EXPERT_STRIDE=w_down.stride(0),
+        W_RANK_STRIDE=w_down.stride(1),
         EXPERTS=experts,
         RANK=rank,
         DIM=dim,
@@ -67,19 +71,15 @@ def select_experts(
         bias: `[experts]` or None.
         weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
     """
-    from vot_kernels.kernels.experts.topk import _select_experts_kernel
-
     squares = squares.contiguous()
     tokens, experts = squares.shape
     norms = torch.empty_like(squares)
     indices = squares.new_empty((tokens, top_k), dtype=torch.int64)
     weights = squares.new_empty(tokens, top_k)
-    launch(
-        _select_experts_kernel,
+    _SELECT_EXPERTS.launch(
         lambda blocks: (_row_blocks(tokens, experts, blocks["BLOCK"]),),
-        _config("select_experts", squares),
         squares_ptr=squares,
-        bias_ptr=None if bias is None else bias.float().contiguous(),
+        bias_ptr=contiguous(bias, torch.float32),
         norms_ptr=norms,
         indices_ptr=indices,
         weights_ptr=weights,
@@ -98,30 +98,25 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
         indices: int32 or int64 `[tokens, top_k]`, any strides. A token may name an expert twice; ids outside 0 to
             experts - 1 are skipped.
     """
-    from vot_kernels.kernels.experts.index import _place_slots_kernel, _rank_slots_kernel
-
     indices = indices.contiguous()
     slots = indices.numel()
-    config = _config("rank_slots", indices)
+    config = _RANK_SLOTS.config(indices.device)
     tile = config.blocks["TILE"]
     tiles = max(ceil_div(slots, tile), 1)
     counts = indices.new_zeros(experts * tiles + 1, dtype=torch.int32)
     order, places = (indices.new_empty(slots, dtype=torch.int32) for _ in range(2))
-    sizes = {"slots": slots, "tiles": tiles, "experts": experts}
-    launch(
-        _rank_slots_kernel,
+    sizes: dict[str, Any] = {"slots": slots, "tiles": tiles, "experts": experts}
+    _RANK_SLOTS.launch(
         lambda _: (ceil_div(slots, tile),),
-        config,
+        config=config,
         indices_ptr=indices,
         places_ptr=places,
         counts_ptr=counts,
         **sizes,
     )
     starts = torch.cumsum(counts, 0, dtype=torch.int32)
-    launch(
-        _place_slots_kernel,
-        (ceil_div(slots, tile),),  # numbers: places are read and written
-        _config("place_slots", indices),
+    _PLACE_SLOTS.launch(
+        (ceil_div(slots, tile),),  # a fixed grid disables tuning: this kernel updates `places` in place
         indices_ptr=indices,
         starts_ptr=starts,
         places_ptr=places,
@@ -132,9 +127,27 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     return Slots(order, places, starts[::tiles].contiguous(), indices.shape[1])
 
 
+def gather_caches(caches: Tensor, slots: Slots) -> Tensor:
+    """`[slots, rank]` in the order of places, from `[tokens, experts, rank]`."""
+    experts, rank = caches.shape[1:]
+    count = slots.order.shape[0]
+    out = caches.new_empty(count, rank)
+    _GATHER_CACHES.launch(
+        lambda blocks: (count // blocks["BLOCK_M"] + experts, ceil_div(rank, blocks["BLOCK_R"])),
+        caches_ptr=contiguous(caches),
+        out_ptr=out,
+        order_ptr=slots.order,
+        offsets_ptr=slots.offsets,
+        experts=experts,
+        top_k=slots.top_k,
+        RANK=rank,
+    )
+    return out
+
+
 def mixing_backward(
     partials: Tensor,
-    grad_weights: Tensor | None,
+    d_weights: Tensor | None,
     slots: Slots,
     norms: Tensor,
     indices: Tensor,
@@ -142,24 +155,24 @@ def mixing_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the mixing weights, and what the norm of each cache adds to the gradient of that cache.
 
-    With w the softmax over the chosen norms p = |c|: grad_mix = the sum of partials at the slot's place +
-    grad_weights; dp = w (grad_mix - sum of w grad_mix over the token's slots); the gradient of c through p is
+    With w the softmax over the chosen norms p = |c|: d_mix = the sum of partials at the slot's place +
+    d_weights; dp = w (d_mix - sum of w d_mix over the token's slots); the gradient of c through p is
     scale c, scale = dp / p, 0 where p is 0.
 
     Args:
         partials: float32 `[blocks, slots]`, in the order of places.
-        grad_weights: float32 `[tokens, top_k]` or None.
+        d_weights: float32 `[tokens, top_k]` or None.
         norms: float32 `[tokens, experts]`.
         indices: integer `[tokens, top_k]`.
         weights: float32 `[tokens, top_k]`.
 
     Returns:
-        grad_mix float32 `[tokens, top_k]` and scale float32 `[slots]` in the order of places, undefined from
+        d_mix float32 `[tokens, top_k]` and scale float32 `[slots]` in the order of places, undefined from
         offsets[-1] on.
     """
     scale = partials.new_empty(partials.shape[1])
-    grad_mix = _mixing_backward(partials, grad_weights, slots, norms, indices, weights, scale)
-    return grad_mix, scale
+    d_mix = _mixing_backward(partials, d_weights, slots, norms, indices, weights, scale)
+    return d_mix, scale
 
 
 def sum_partials(partials: Tensor, slots: Slots) -> Tensor:
@@ -169,58 +182,46 @@ def sum_partials(partials: Tensor, slots: Slots) -> Tensor:
 
 def _mixing_backward(
     partials: Tensor,
-    grad_weights: Tensor | None,
+    d_weights: Tensor | None,
     slots: Slots,
     norms: Tensor | None,
     indices: Tensor | None,
     weights: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor:
-    from vot_kernels.kernels.experts.index import _mixing_backward_kernel
-
     top_k = slots.top_k
     tokens = slots.places.shape[0] // top_k
-    grad_mix = partials.new_empty(tokens, top_k)
-    launch(
-        _mixing_backward_kernel,
+    d_mix = partials.new_empty(tokens, top_k)
+    _MIXING_BACKWARD.launch(
         lambda blocks: (_row_blocks(tokens, top_k, blocks["BLOCK"]),),
-        _config("mixing_backward", partials),
-        partials_ptr=partials.contiguous(),
-        grad_weights_ptr=_contiguous(grad_weights),
+        partials_ptr=contiguous(partials),
+        d_weights_ptr=contiguous(d_weights),
         places_ptr=slots.places,
-        norms_ptr=_contiguous(norms),
-        indices_ptr=_contiguous(indices),
-        weights_ptr=_contiguous(weights),
-        grad_ptr=grad_mix,
+        norms_ptr=contiguous(norms),
+        indices_ptr=contiguous(indices),
+        weights_ptr=contiguous(weights),
+        d_mix_ptr=d_mix,
         scale_ptr=scale,
         tokens=tokens,
         blocks=partials.shape[0],
         EXPERTS=slots.offsets.shape[0] - 1,
         TOP_K=top_k,
     )
-    return grad_mix
+    return d_mix
 
 
 def _sum_spans(sums: Tensor, experts: int) -> Tensor:
     """float32 `[tokens, experts]` of sums `[tokens, experts * spans]`."""
-    from vot_kernels.kernels.experts.norms import _sum_spans_kernel
-
     squares = sums.new_empty(sums.shape[0], experts)
     spans = sums.shape[1] // experts
-    launch(
-        _sum_spans_kernel,
+    _SUM_SPANS.launch(
         lambda blocks: (_row_blocks(squares.numel(), spans, blocks["BLOCK"]),),
-        _config("sum_spans", sums),
         sums_ptr=sums,
         squares_ptr=squares,
         count=squares.numel(),
         SPANS=spans,
     )
     return squares
-
-
-def _config(kernel: str, x: Tensor) -> Config:
-    return find_config(OP, kernel, x.device)
 
 
 def _span(rank: int) -> int:
@@ -236,10 +237,6 @@ def _has_aligned_rows(x: Tensor) -> bool:
 def _aligned(*lengths: int) -> bool:
     """Whether what is as many bytes apart can be read and written 16 bytes at a time."""
     return all(length % 16 == 0 for length in lengths)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _row_blocks(rows: int, width: int, block: int) -> int:

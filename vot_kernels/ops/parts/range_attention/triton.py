@@ -1,37 +1,38 @@
-"""Launcher of the range attention kernels: packed, windowed, causal and near attention, forward and backward.
+"""Launchers of the range attention kernels: packed, windowed, causal and near attention, forward and backward.
 
 The kernels know one thing of all these: the range of keys that each row sees. `KeyRanges` says how it comes
 about; a small kernel writes it out per call, so nothing waits for the device and every packing, window and
 causal mode runs the same compiled kernel. A window that covers a segment gives the very numbers of exact
 attention.
 
-The forward can load keys and values through tensor descriptors, on sm_90 and newer. An entry "fwd" of
-`tuning/configs/<arch>/range_attention.json` whose blocks say `"USE_TMA": 1` does, and with `"WARP_SPECIALIZE": 1`
-warps of their own do the loading. The key `tma` says when: 0 where the inputs or the GPU allow no descriptors, 1
-where they do, 2 where they do inside of `prefer_tma()`, 3 inside of `prefer_tma(warp_specialize=True)`. The shipped
-entries begin at 2 or 3, for no GPU has timed them, and so take no part in ordinary calls. To switch one on, let it
-begin at 1, `"tma": [1, 3]`; to measure all ways without touching a file, call the op inside of `prefer_tma`.
+Three variants are named in `tuning/configs/<arch>/range_attention.json`, which also says whether one is the default:
 
-The backward is a pair of kernels, or with an entry "bwd_dkdv" of `"ADD_DQ": 1` the fused form, see `bwd.py`.
-The key `fused` says when: 0 where the bits must repeat, 2 where they need not, 1 where the caller has no wish. The
-shipped entries say 2, for no GPU has timed them either; `"fused": [1, 2]` makes one the default. Where its blocks say
-`"USE_TMA": 1` the adding is done through descriptors, and the key `tma` is 1 where these can be had.
+* "tma": the forward loads keys and values through tensor descriptors, on sm_90 and newer. The bits are the same.
+* "warp_specialized": likewise, and warps of their own do the loading. Where there is no entry, as with a far part, a
+  launch that asks for it gets "tma".
+* "fused": the backward multiplies 5 matrices per block instead of 7, see `kernels/triton/range_attention/bwd.py`. It
+  adds up dq in no fixed order, and so is never the default under `torch.use_deterministic_algorithms(True)`.
+
+A launch takes the default unless its `variant` names another one. Inputs or a GPU that a variant is not for get the
+plain kernels: descriptors ask for aligned inputs and for sm_90.
 """
 
-import contextvars
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.launch import Grid, find_config, launch, rows_contiguous, target_arch
+from vot_kernels.ops.launch import Kernel, contiguous, padded, rows_contiguous, strides, target_arch
 from vot_kernels.tuning import INTERPRETER, Config
 
+_KEY_RANGES = Kernel("range_attention", "key_ranges", "common.ranges:_key_ranges_kernel")
+_FWD = Kernel("range_attention", "fwd", "range_attention.fwd:_range_attention_fwd_kernel")
+_DQ = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_dq_kernel")
+_START = Kernel("range_attention", "bwd_start", "range_attention.bwd:_range_attention_dq_kernel")
+_DKDV = Kernel("range_attention", "bwd_dkdv", "range_attention.bwd:_range_attention_dkdv_kernel")
 _UNLIMITED = 2**31 - 1
-_VECTOR = 8  # numbers of 16 bits in the widest load
 _DESCRIPTOR_BYTES = 16  # what a tensor descriptor asks of bases and strides
 
 
@@ -61,6 +62,11 @@ class KeyRanges:
     tokens_left: int | None = None
     tokens_right: int | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):  # the kernels are told no strides of them
+            if isinstance(x := getattr(self, field.name), Tensor):
+                object.__setattr__(self, field.name, x.contiguous())
+
     @classmethod
     def of_segments(
         cls,
@@ -86,17 +92,12 @@ class KeyRanges:
             self.tokens_left,
         )
 
-    def write(self, rows: int) -> Tensor:
+    def tensor(self, rows: int) -> Tensor:
         """int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
-        from vot_kernels.kernels.common.ranges import _key_ranges_kernel
-
         ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
         groups = self.row_groups.shape[0] - 1
-        config = find_config("range_attention", "key_ranges", ranges.device)
-        launch(
-            _key_ranges_kernel,
+        _KEY_RANGES.launch(
             lambda blocks: (rows // blocks["BLOCK_T"] + groups if groups else 0,),
-            config,
             ranges_ptr=ranges,
             row_groups_ptr=self.row_groups,
             key_groups_ptr=self.key_groups,
@@ -118,7 +119,7 @@ class FarPart:
 
     Attributes:
         states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
-            from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` has it.
+            from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` makes it.
         features: `[rows, heads, width]`: q, or given features.
         feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
         beta: `[heads]`, log of the weight of far tokens; None is 0.
@@ -130,23 +131,15 @@ class FarPart:
     beta: Tensor | None = None
 
 
-_tma_preference = 1
-
-
-@contextmanager
-def prefer_tma(*, warp_specialize: bool = False) -> Iterator[None]:
-    """Inside of it, forwards take the config entries of `"tma": 2` or 3 where they can; results are the same."""
-    global _tma_preference
-    before = _tma_preference
-    _tma_preference = 3 if warp_specialize else 2
-    try:
-        yield
-    finally:
-        _tma_preference = before
-
-
 def range_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, scale: float, far: FarPart | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranges: KeyRanges,
+    scale: float,
+    far: FarPart | None = None,
+    *,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every row to its keys, and with `far` linear attention to the other groups.
 
@@ -157,13 +150,12 @@ def range_attention_forward(
         ranges: which keys each row sees.
         scale: factor on q.k.
         far: the far part of hybrid attention; its groups are those of `ranges`.
+        variant: the name of one to use where there is an entry for it, or None for the default.
 
     Returns:
         The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
         rows that see nothing.
     """
-    from vot_kernels.kernels.range_attention.fwd import _range_attention_fwd_kernel
-
     if scale < 0:  # a peak of scores is one after scaling too only if the scale is positive
         q, scale = -q, -scale
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
@@ -174,27 +166,27 @@ def range_attention_forward(
     segments = ranges.cu_rows.shape[0] - 1
     if not segments or not rows:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = _config("fwd", q, far=int(far is not None), tma=_tma_key(q, k, v))
-    _launch_with_workspace(
-        _range_attention_fwd_kernel,
+    key = _key(q, far is not None, descriptors=_loads_by_descriptors(target_arch(q.device), q, k, v))
+    wanted = {None: (), "warp_specialized": ("warp_specialized", "tma")}.get(variant, (str(variant),))
+    _FWD.launch(
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
-        config,
+        config=_FWD.config(q.device, key, prefer=wanted),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         out_ptr=out,
         lse_ptr=lse,
-        ranges_ptr=ranges.write(rows),
+        ranges_ptr=ranges.tensor(rows),
         cu_rows_ptr=ranges.cu_rows,
         **_far_arguments(far, features, head_dim),
-        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        beta_ptr=None if far is None else contiguous(far.beta, torch.float32),
         row_groups_ptr=ranges.row_groups,
         segments=segments,
         groups=ranges.row_groups.shape[0] - 1,
         rows=rows,
         repeats=heads // k.shape[1],
         scale=scale,
-        **_strides(q=q, k=k, v=v, features=features),
+        **strides(q=q, k=k, v=v, features=features),
     )
     return out, lse
 
@@ -209,7 +201,8 @@ def range_attention_backward(
     v: Tensor,
     ranges: KeyRanges,
     scale: float,
-    deterministic: bool | None = None,
+    variant: str | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
 
@@ -218,43 +211,41 @@ def range_attention_backward(
         d_lse: gradient of lse, `[rows, heads]`, or None.
         out, lse: what the forward returned, or those merged with other keys.
         q, k, v, ranges, scale: as in the forward.
-        deterministic: see `fuses_backward`.
+        variant, deterministic: see `fuses_backward`.
     """
-    fused = fuses_backward(q, deterministic)
+    fused = fuses_backward(q, variant, deterministic)
     rows = range_attention_rows_backward(d_out, d_lse, out, lse, q, k, v, ranges, scale, fused=fused)
     dq = rows.dq if fused else None
     dk, dv, _ = range_attention_keys_backward(d_out, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
     return rows.dq.to(q.dtype), dk, dv
 
 
-def fuses_backward(q: Tensor, deterministic: bool | None, *, far: bool = False) -> bool:
+def fuses_backward(
+    q: Tensor, variant: str | None = None, deterministic: bool = False, *, far: bool = False
+) -> bool:
     """Whether the backward runs in the fused form, in which the second half adds to dq too, in no fixed order.
 
     Args:
         q: as in the forward.
-        deterministic: True for the pair of kernels, of which the same inputs give the same bits; False for the
-            fused form, where there is an entry for it; None for what the entry says, and the pair where PyTorch
-            is told to use deterministic algorithms alone.
+        variant: "fused" to have it wherever there is an entry for it, or None for the default.
+        deterministic: the bits must repeat, so that the default is not the fused form. The same is true under
+            `torch.use_deterministic_algorithms(True)`.
         far: whether there is a far part.
     """
-    return bool(_keys_config(q, far, _fused_key(deterministic)).blocks.get("ADD_DQ", 0))
+    if variant == "fused":
+        return _keys_config(q, far, prefer=("fused",)).variant == "fused"
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        return False
+    return _keys_config(q, far).variant == "fused"
 
 
-_PAIR, _EITHER, _FUSED = range(3)
+def _keys_config(q: Tensor, far: bool, **variants: tuple[str, ...]) -> Config:
+    """That of the second half of the backward; variants: see `Kernel.config`."""
+    key = _key(q, far, descriptors=_adds_by_descriptors(target_arch(q.device), q.shape[2]))
+    return _DKDV.config(q.device, key, **variants)
 
 
-def _fused_key(deterministic: bool | None) -> int:
-    if deterministic is None:
-        return _PAIR if torch.are_deterministic_algorithms_enabled() else _EITHER
-    return _PAIR if deterministic else _FUSED
-
-
-def _keys_config(q: Tensor, far: bool, fused: int) -> Config:
-    descriptors = _adds_through_descriptors(target_arch(q.device), q.shape[2])
-    return _config("bwd_dkdv", q, far=int(far), fused=fused, tma=int(descriptors))
-
-
-def _adds_through_descriptors(arch: str, head_dim: int) -> bool:
+def _adds_by_descriptors(arch: str, head_dim: int) -> bool:
     """Whether kernels on `arch` can add to blocks of a float32 `[rows, heads, head_dim]` through descriptors."""
     known = arch != INTERPRETER and int(arch.removeprefix("sm_")) >= 90
     return known and head_dim * torch.float32.itemsize % _DESCRIPTOR_BYTES == 0
@@ -296,8 +287,6 @@ def range_attention_rows_backward(
     fused: bool = False,
 ) -> RowGradients:
     """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
-    from vot_kernels.kernels.range_attention.bwd import _range_attention_dq_kernel
-
     d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
     features = q if far is None else rows_contiguous(far.features)
@@ -316,13 +305,13 @@ def range_attention_rows_backward(
             if x is not None:
                 x.zero_()
         return found
-    config = _config("bwd_start" if fused else "bwd_dq", q, far=int(far is not None))
-    launch(
-        _range_attention_dq_kernel,
+    kernel = _START if fused else _DQ
+    skipped: dict[str, Any] = {"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}
+    kernel.launch(
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
-        config,
-        grad_ptr=d_out,
-        grad_lse_ptr=None if d_lse is None else d_lse.float().contiguous(),
+        key=_key(q, far is not None),
+        d_out_ptr=d_out,
+        d_lse_ptr=contiguous(d_lse, torch.float32),
         out_ptr=out,
         lse_ptr=lse.contiguous(),
         q_ptr=q,
@@ -330,10 +319,10 @@ def range_attention_rows_backward(
         v_ptr=v,
         dq_ptr=found.dq,
         delta_ptr=found.delta,
-        ranges_ptr=None if fused else ranges.write(rows),
+        ranges_ptr=None if fused else ranges.tensor(rows),
         cu_rows_ptr=ranges.cu_rows,
         **_far_arguments(far, features, head_dim),
-        beta_ptr=None if far is None or far.beta is None else far.beta.float(),
+        beta_ptr=None if far is None else contiguous(far.beta, torch.float32),
         d_features_ptr=found.d_features,
         d_beta_ptr=found.d_beta,
         far_weight_ptr=found.far_weight,
@@ -343,9 +332,9 @@ def range_attention_rows_backward(
         rows=rows,
         repeats=heads // k.shape[1],
         scale=scale,
-        **_strides(grad=d_out, out=out, q=q, k=k, v=v, features=features),
-        BLOCK_W=_padded(features.shape[2]),
-        **({"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}),
+        **strides(d_out=d_out, out=out, q=q, k=k, v=v, features=features),
+        BLOCK_W=padded(features.shape[2]),
+        **skipped,
     )
     return found
 
@@ -374,8 +363,6 @@ def range_attention_keys_backward(
     Returns:
         dk, dv, and the gradient of given features of k, else None.
     """
-    from vot_kernels.kernels.range_attention.bwd import _range_attention_dkdv_kernel
-
     d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
@@ -386,25 +373,27 @@ def range_attention_keys_backward(
     segments = ranges.cu_rows.shape[0] - 1
     if not segments:
         return dk.zero_(), dv.zero_(), None if d_features is None else d_features.zero_()
-    config = _keys_config(q, far is not None, _PAIR if dq is None else _FUSED)
+    fused = {"exclude": ("fused",)} if dq is None else {"prefer": ("fused",)}
+    config = _keys_config(q, far is not None, **fused)
 
     def grid(blocks: Mapping[str, int]) -> tuple[int, ...]:
         return keys // blocks["BLOCK_K"] + segments, kv_heads
 
-    _launch_with_workspace(
-        _range_attention_dkdv_kernel,
-        grid if dq is None else grid(config.blocks),  # numbers: to time it, tuning would add to dq again
-        config,
-        grad_ptr=d_out,
+    _DKDV.launch(
+        grid
+        if dq is None
+        else grid(config.blocks),  # a fixed grid disables tuning, which would add to dq again
+        config=config,
+        d_out_ptr=d_out,
         lse_ptr=lse.contiguous(),
-        delta_ptr=delta,
+        delta_ptr=delta.contiguous(),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         dk_ptr=dk,
         dv_ptr=dv,
         dq_ptr=dq,
-        ranges_ptr=ranges.mirrored().write(keys),
+        ranges_ptr=ranges.mirrored().tensor(keys),
         cu_keys_ptr=ranges.cu_keys,
         **_far_arguments(far, features, head_dim),
         d_features_ptr=d_features,
@@ -415,26 +404,22 @@ def range_attention_keys_backward(
         heads=heads,
         repeats=heads // kv_heads,
         scale=scale,
-        **_strides(grad=d_out, q=q, k=k, v=v, features=features),
-        BLOCK_W=_padded(features.shape[2]),
+        **strides(d_out=d_out, q=q, k=k, v=v, features=features),
+        BLOCK_W=padded(features.shape[2]),
     )
     return dk, dv, d_features
 
 
 def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
     """What the kernels share of a far part, or say in its absence; and the head_dim that goes with it."""
-    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": _padded(head_dim)}
+    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
     if far is None:
         return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
     pointers = {"far_ptr": far.states, "features_ptr": features}
     return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
 
 
-def _tma_key(q: Tensor, k: Tensor, v: Tensor) -> int:
-    return _tma_preference if _takes_descriptors(target_arch(k.device), q, k, v) else 0
-
-
-def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:
+def _loads_by_descriptors(arch: str, *tensors: Tensor) -> bool:
     """Whether kernels on `arch` can load blocks of rows of `tensors` through tensor descriptors.
 
     tensors: `[rows, heads, head_dim]`. Descriptors take bases and strides that are multiples of 16 bytes, and
@@ -445,54 +430,16 @@ def _takes_descriptors(arch: str, *tensors: Tensor) -> bool:
         row, head, column = x.stride()
         starts = x.data_ptr(), row * x.itemsize, head * x.itemsize
         aligned = column == 1 and all(start % _DESCRIPTOR_BYTES == 0 for start in starts)
-        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == _padded(x.shape[2])
+        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == padded(x.shape[2])
 
     known = arch == INTERPRETER or int(arch.removeprefix("sm_")) >= 90
     return known and all(fits(x) for x in tensors)
 
 
-def _launch_with_workspace(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
-    """`launch`, for a kernel that makes tensor descriptors: these lie in memory that Triton asks PyTorch for.
-
-    Triton keeps the allocator in a context variable, which is unset on the threads of autograd. It is set in a
-    copy of the context, so that the caller's own allocator stays.
-    """
-
-    def run() -> None:
-        import triton
-
-        triton.set_allocator(_allocate_workspace)
-        launch(kernel, grid, config, **arguments)
-
-    contextvars.copy_context().run(run)
-
-
-def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Of the current device and stream, as the launch; the caching allocator reuses it in stream order."""
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
-
-
-def _config(kernel: str, q: Tensor, **key: int) -> Config:
-    key |= {"head_dim": _padded(q.shape[2]), "bits": 8 * q.dtype.itemsize}
-    return find_config("range_attention", kernel, q.device, **key)
-
-
-def _padded(head_dim: int) -> int:
-    """The next power of two, 16 at least: what the matrix units take."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def _key(q: Tensor, far: bool, **known: bool) -> dict[str, int]:
+    sizes = {"head_dim": padded(q.shape[2]), "bits": 8 * q.dtype.itemsize, "far": int(far)}
+    return sizes | {name: int(value) for name, value in known.items()}
 
 
 def _limit(count: int | None) -> int:
     return _UNLIMITED if count is None else min(count, _UNLIMITED)
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """`NAME_stride` over rows and `NAME_head_stride` of each tensor, in units of `STRIDE_UNIT` numbers.
-
-    Triton asks of an argument whether it is a multiple of 16; that of 8 is enough for the widest loads, and
-    heads of 72 or 40 numbers have it.
-    """
-    strides = {f"{name}_stride": x.stride(0) for name, x in tensors.items()}
-    strides |= {f"{name}_head_stride": x.stride(1) for name, x in tensors.items()}
-    unit = _VECTOR if all(n % _VECTOR == 0 and n < 2**31 for n in strides.values()) else 1
-    return {name: n // unit for name, n in strides.items()} | {"STRIDE_UNIT": unit}

@@ -1,0 +1,181 @@
+"""Launchers of the group state kernels: the state of each group, and running sums of states.
+
+States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_dim]`, then z `[width]`; see
+`kernels/triton/group_states/states.py`. Nothing here asks the device for a number.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vot_kernels.ops.launch import Kernel, ceil_div, contiguous, padded, strides
+from vot_kernels.tuning import Config
+
+_TILES = Kernel("group_states", "group_states", "group_states.states:_group_states_kernel")
+_REDUCE = Kernel("group_states", "reduce_states", "group_states.states:_reduce_states_kernel")
+_SCAN = Kernel("group_states", "scan_states", "group_states.states:_scan_states_kernel")
+# Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
+_DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows that make up a state.
+
+    Attributes:
+        features: `[tokens, heads, width]`, width >= 16; `feature_map` is applied to them ("none": taken as
+            they are, and of the dtype of the values).
+        values: `[tokens, heads, head_dim]`. Columns of both lie side by side in memory.
+        weights: float32 `[tokens, heads]`, factors of the features, or None for 1.
+        last: float32 `[tokens, heads]`, the column appended to the values, or None for 1.
+    """
+
+    features: Tensor
+    values: Tensor
+    weights: Tensor | None = None
+    last: Tensor | None = None
+
+
+def dot_bits(x: Tensor) -> int:
+    """Bits that the matrix products of inputs like `x` keep of their factors."""
+    return _DOT_BITS[x.dtype]
+
+
+def states_config(rows: Rows) -> Config:
+    """How the states of `rows` are summed; its TILE says how many rows make a partial state."""
+    sizes = {"width": padded(rows.features.shape[2]), "head_dim": padded(rows.values.shape[2])}
+    return _TILES.config(rows.values.device, {**sizes, "dot_bits": dot_bits(rows.values)})
+
+
+def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:
+    """The state of each group `[groups, kv_heads, width * (head_dim + 1)]`; heads // kv_heads heads add up.
+
+    bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
+    """
+    size = _state_size(rows)
+    states = _new_states(rows, bounds.shape[0] - 1, kv_heads)
+    partials, tile = _tile_states(rows, bounds, kv_heads, feature_map, states)
+    _REDUCE.launch(
+        lambda blocks: (states.shape[0] * kv_heads * ceil_div(size, blocks["BLOCK"]),),
+        key={"dot_bits": dot_bits(rows.values)},
+        states_ptr=states,
+        partials_ptr=partials,
+        bounds_ptr=contiguous(bounds),
+        kv_heads=kv_heads,
+        SIZE=size,
+        TILE=tile,
+    )
+    return states
+
+
+def running_states(
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    *,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
+) -> Tensor:
+    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it.
+
+    log_decay: float32 `[kv_heads]`; then kv_heads counts query heads, and several may read one head of `rows`.
+    """
+    partials, tile = _tile_states(
+        rows, bounds, kv_heads, feature_map, None, log_decay, reverse=reverse and log_decay is not None
+    )
+    return scan_states(partials, bounds, reverse=reverse, tile=tile, log_decay=log_decay)
+
+
+def scan_states(
+    states: Tensor,
+    bounds: Tensor,
+    *,
+    lag: int = 1,
+    reverse: bool = False,
+    tile: int = 0,
+    out: Tensor | None = None,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    """Sums of the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
+
+    Args:
+        states: `[slots, kv_heads, size]`.
+        bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
+            slots being tiles of as many rows.
+        out: add to this, contiguous, instead of writing a new tensor.
+        log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
+    """
+    kv_heads, size = states.shape[1:]
+    key = {"dot_bits": dot_bits(states), "decay": int(log_decay is not None)}
+    config = _SCAN.config(states.device, key)
+    sums = torch.empty_like(states, memory_format=torch.contiguous_format) if out is None else out
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
+
+    _SCAN.launch(
+        grid
+        if out is None
+        else grid(config.blocks),  # a fixed grid disables tuning: the kernel adds to `out`
+        config=config,
+        states_ptr=contiguous(states),
+        sums_ptr=sums,
+        log_decay_ptr=contiguous(log_decay),
+        bounds_ptr=contiguous(bounds),
+        kv_heads=kv_heads,
+        lag=lag,
+        SIZE=size,
+        TILE=tile,
+        REVERSE=reverse,
+        ACCUMULATE=out is not None,
+    )
+    return sums
+
+
+def _tile_states(
+    rows: Rows,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    states: Tensor | None,
+    log_decay: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, int]:
+    """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
+    config = states_config(rows)
+    tokens, heads, width = rows.features.shape
+    tiles = tokens // config.blocks["TILE"] + bounds.shape[0] - 1
+    partials = _new_states(rows, tiles, kv_heads)
+    _TILES.launch(
+        lambda blocks: (tiles * kv_heads * ceil_div(rows.values.shape[2], blocks["BLOCK_V"]),),
+        config=config,
+        features_ptr=rows.features,
+        values_ptr=rows.values,
+        weights_ptr=contiguous(rows.weights),
+        last_ptr=contiguous(rows.last),
+        log_decay_ptr=contiguous(log_decay),
+        bounds_ptr=contiguous(bounds),
+        states_ptr=states,
+        partials_ptr=partials,
+        **strides(features=rows.features, values=rows.values),
+        num_groups=bounds.shape[0] - 1,
+        kv_heads=kv_heads,
+        repeats=max(heads // kv_heads, 1),
+        shared=max(kv_heads // heads, 1),
+        WIDTH=width,
+        HEAD_DIM=rows.values.shape[2],
+        FEATURE_MAP=feature_map,
+        REVERSE=reverse,
+    )
+    return partials, config.blocks["TILE"]
+
+
+def _new_states(rows: Rows, slots: int, kv_heads: int) -> Tensor:
+    return rows.values.new_empty((slots, kv_heads, _state_size(rows)), dtype=torch.float32)
+
+
+def _state_size(rows: Rows) -> int:
+    return rows.features.shape[2] * (rows.values.shape[2] + 1)
