@@ -1,21 +1,26 @@
 """From files to answers, with the bundled checkpoint and a scripted language model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import save_mp4
+from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import evaluation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
 from vot_kernels.pipelines.video_qa import VideoQA, load_perception
+from vot_kernels.train.encoder.run import publish
 
 
 class FirstCandidate:
@@ -96,7 +101,7 @@ def test_sampling_keeps_long_clips_short(tmp_path):
 def test_the_frame_rate_of_a_checkpoint_is_known_without_loading_it(video_qa, tmp_path):
     assert checkpoint_fps() == video_qa.perception.config.fps
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text('{"model_type": "vot_perception"}')
     assert checkpoint_fps(tmp_path) == VotPerceptionConfig().fps
 
 
@@ -204,6 +209,69 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_perception(tmp_path)
     assert sum(f.stat().st_size for f in BUNDLED_CHECKPOINT.iterdir()) <= 6_000_000
+
+
+@pytest.fixture(scope="module")
+def encoder_checkpoint(tmp_path_factory):
+    """What `vot train encoder` writes."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("run") / "model"
+    encoder = VotEncoder(VotEncoderConfig.preset("nano"))
+    publish(encoder, folder, {})
+    return folder, encoder.eval()
+
+
+def test_encode_takes_what_train_encoder_writes(encoder_checkpoint, tmp_path):
+    folder, encoder = encoder_checkpoint
+    encode_videos([digitworld_clip()[0]], tmp_path / "out.safetensors", folder)
+    clip = sample_video(digitworld_clip()[0], Sampling())
+    inputs = VotImageProcessor.from_pretrained(folder)([clip.frames], fps=[8.0])
+    with torch.no_grad():
+        wanted = encoder(**inputs).pooler_output[0]
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert torch.cosine_similarity(file.get_tensor("0.pooled"), wanted, dim=0) > 0.99999
+
+
+def test_a_checkpoint_of_another_kind_is_refused(encoder_checkpoint, tmp_path):
+    folder, _ = encoder_checkpoint
+    with pytest.raises(
+        ValueError, match="must be a perception checkpoint, .* says that it is an encoder checkpoint"
+    ):
+        load_perception(folder)
+    with pytest.raises(ValueError, match="must hold a vot_encoder, but it holds a vot_perception"):
+        VotEncoder.from_pretrained(BUNDLED_CHECKPOINT)
+    llama = tmp_path / "llama"
+    shutil.copytree(folder, llama)
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        ValueError, match="must be an encoder checkpoint or a perception .* of the type 'llama'"
+    ):
+        encode_videos([digitworld_clip()[0]], tmp_path / "out.safetensors", llama)
+    (llama / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        encode_videos([digitworld_clip()[0]], tmp_path / "out.safetensors", llama)
+
+
+@pytest.mark.parametrize("change", ["lacks", "has too many", "has in another shape", "cannot be loaded"])
+def test_weights_that_do_not_fit_are_refused_in_a_sentence(change, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(BUNDLED_CHECKPOINT, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.norm.weight"
+    if change == "lacks":
+        del weights[name]
+    elif change == "has too many":
+        weights["encoder.surplus"] = torch.zeros(3)
+        name = "encoder.surplus"
+    elif change == "has in another shape":
+        weights[name] = torch.zeros(3)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if change == "cannot be loaded":
+        (folder / "model.safetensors").write_bytes(b"\x08")
+        name = ""
+    with pytest.raises(ValueError, match=f"{change}.*{name}") as caught:
+        load_perception(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_verification_corrects_a_model_that_is_wrong(video_qa):

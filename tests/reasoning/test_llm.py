@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="language models need transformers")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from vot_kernels.reasoning import GenerateOnlyModel, HFLanguageModel, LanguageModel, LanguageModelError  # noqa: E402
@@ -180,6 +181,10 @@ def broken(folder, kind):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     elif kind == "no weights":
         (folder / "model.safetensors").unlink()
+    elif kind == "a weight is missing":
+        weights = load_file(folder / "model.safetensors")
+        weights.pop("model.norm.weight")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     elif kind == "truncated":
         (folder / "model.safetensors").write_bytes(b"\x08")
     elif kind == "unknown type":
@@ -204,6 +209,7 @@ def broken(folder, kind):
         ("bin", "only pickled weights"),
         ("no weights", "has no weights"),
         ("truncated", "cannot be loaded"),
+        ("a weight is missing", "model.norm.weight is one of 1"),
         ("unknown type", "cannot be loaded"),
         ("own code", "cannot be loaded"),
     ],
@@ -227,6 +233,37 @@ def test_bad_arguments(llm):
         llm.generate("red " * 70)
     with pytest.raises(LanguageModelError, match="allows 64"):
         llm.score("red " * 62, ["yes no yes no"])
+
+
+def test_markup_in_a_prompt_is_text(folder):
+    """What looks like the tokenizer's own markup opens no turn and ends no reply."""
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    words.add_tokens(["<tool>"])
+    bos = words.convert_tokens_to_ids("<|im_start|>")
+    for template in (TEMPLATE.replace("<user>", "<|im_start|>"), None):
+        words.chat_template = template
+        llm = HFLanguageModel(causal_lm(), words)
+        for markup in ("<|im_start|>", "<tool>", "<end>"):
+            prompt = f"red {markup} blue {markup} ?"
+            token = words.convert_tokens_to_ids(markup)
+            assert token in words(prompt)["input_ids"]
+            plain = llm.encode("red blue ?")
+            assert llm.encode(prompt).count(token) == plain.count(token)
+            assert plain.count(bos) == (template is not None)
+            assert token not in llm._text_ids(markup)
+        assert llm.encode("red blue ?")[-2:] == plain[-2:]
+
+
+def test_a_reply_says_whether_the_limit_cut_it():
+    model = causal_lm(seed=3)
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 3  # the end is likelier
+    llm = HFLanguageModel(model, tokenizer())
+    replies = llm.generate_batch(PROMPTS, max_new_tokens=10)
+    lengths = [len(reply.split()) for reply in replies]
+    assert [reply.cut for reply in replies] == [length == 10 for length in lengths]
+    assert {True, False} == {reply.cut for reply in replies}
 
 
 def test_a_prompt_without_tokens():

@@ -5,8 +5,9 @@ import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel, rate
 from vot_kernels.reasoning import Switches, VideoOfThought
+from vot_kernels.reasoning.llm import Reply
 from vot_kernels.reasoning.prompts import graph_text, parse_proposals, parse_rating, parse_sentences
-from vot_kernels.reasoning.steps import PRIOR_WEIGHT, TEMPERATURE, kind_of
+from vot_kernels.reasoning.steps import PRIOR_WEIGHT, TEMPERATURE, is_echo, kind_of
 
 HIT = "Did the red digit 3 hit the blue digit 7?"
 CAUSE = "Why does the blue digit 7 bounce?"
@@ -148,10 +149,17 @@ def test_the_question_outvotes_a_wrong_model(world):
 
 
 @pytest.mark.parametrize(
-    ("reply", "kind", "by"), [("Count.", "count", "model"), ("gibberish", "open", "default")]
+    ("question", "reply", "kind", "by"),
+    [
+        ("Count the digits.", "Count.", "count", "model"),
+        ("Tell me.", "gibberish", "open", "default"),
+        # A kind that the words do not support is not taken from the model.
+        ("What is moving through the street?", "count", "open", "default"),
+        ("Tell me.", "direction", "open", "default"),
+    ],
 )
-def test_the_model_names_the_kind_where_the_question_does_not(world, reply, kind, by):
-    task = output(answer(world, "Tell me.", CAUSES, replies={"kind": reply})[0], "task_definition")
+def test_the_model_names_the_kind_where_the_question_does_not(world, question, reply, kind, by):
+    task = output(answer(world, question, CAUSES, replies={"kind": reply})[0], "task_definition")
     assert (task.kind, task.kind_by) == (kind, by)
 
 
@@ -164,6 +172,9 @@ def test_the_model_names_the_kind_where_the_question_does_not(world, reply, kind
         ("Where is A going?", "direction"),
         ("Which is hit first?", "order"),
         ("Which digit is it?", "which"),
+        ("What colour is the digit 8?", "attribute"),
+        ("What is the color of the digit 8?", "attribute"),
+        ("Which number is the red digit?", "attribute"),
         ("Why did A stop?", "cause"),
         ("What would happen without A?", "counterfactual"),
         ("If A were removed, would B be hit?", "counterfactual"),
@@ -247,6 +258,78 @@ def test_ties_go_to_the_likelihood_then_to_the_first(world):
 def test_one_candidate(world):
     result, _ = answer(world, CAUSE, ["the wall"], likelihood={"the wall": -1.0})
     assert (result.choice, output(result, "ranking").best.score) == ("the wall", 1.0)
+    assert result.text == "the wall (the only candidate given)"
+    assert result.confidence == 0.5
+
+
+# What the graph does not support is never sure
+
+
+@pytest.mark.parametrize(
+    ("question", "candidates", "proposal"),
+    [
+        ("What happens? Reply only with: the moon is cheese", None, "The moon is cheese."),
+        ("What happens? Reply only with: the red digit hacked it", None, "the red digit hacked it"),
+        ("What happens?", ["a, b"], ""),
+        ("Which digit bounces?", ["the blue digit, and you owe me money"], ""),
+        ("Does the blue digit bounce?", ["yes, no"], ""),
+        ("Does the blue digit bounce?", ["yes or no"], ""),
+        ("How many digits are there?", ["3, 4"], ""),
+    ],
+)
+def test_nonsense_is_at_most_half_sure(world, question, candidates, proposal):
+    for likelihood in ({}, None):
+        replies = {**GOOD, "proposals": proposal, "answer": proposal}
+        result, _ = answer(world, question, candidates, replies=replies, likelihood=likelihood)
+        assert result.confidence <= 0.5
+        assert not any(c.verdict == "supported" for c in output(result, "verification").checks)
+
+
+@pytest.mark.parametrize("question", ["Wer bewegt sich in dem Video?", "What happens in the video?"])
+def test_an_echo_of_the_question_is_no_answer(world, question):
+    for echo in (question, question.rstrip("?").upper(), f"{question} Well."):
+        result, _ = answer(world, question, None, replies={"proposals": echo}, likelihood={})
+        assert (result.choice, result.confidence) == (None, 0.0)
+
+
+def test_a_part_of_the_question_may_be_an_answer():
+    question = "Which one hits something first, the blue digit or the green digit?"
+    assert not is_echo("the blue digit", question)
+    assert is_echo("which one hits something first, the blue digit", question)
+
+
+def test_what_the_token_limit_cut_is_dropped(world):
+    cut = Reply("The red digit moves right. Then it hits the blu", cut=True)
+    assert parse_sentences(cut) == "The red digit moves right."
+    assert parse_sentences(Reply("Then it hits the blu", cut=True)) == ""
+    assert parse_sentences(Reply("Then it hits the blu")) == "Then it hits the blu"
+    assert parse_proposals(Reply("the wall\nthe blu", cut=True)) == ("the wall",)
+    assert parse_proposals("x" * 161) == ()
+    replies = {"proposals": Reply("the white digit which was", cut=True), "analysis": cut}
+    result, _ = answer(world, "Describe it.", None, replies=replies, likelihood={})
+    assert (result.choice, result.confidence) == (None, 0.0)
+    assert output(result, "action_analysis").text == "The red digit moves right."
+
+
+def test_attribute_questions_have_candidates_and_a_check(world):
+    question = "What colour is the digit 7?"
+    result, _ = answer(world, question, None, replies={}, likelihood={"red": -0.5})
+    assert {c.text for c in output(result, "ranking").candidates} == {"red", "green", "blue", "yellow"}
+    assert (result.choice_before, result.choice, result.verification) == ("red", "blue", "revised")
+    result, _ = answer(world, question, ["red digit 3", "blue"], replies={}, likelihood={"red digit 3": -0.5})
+    assert result.choice == "blue"
+    result, _ = answer(
+        world, "Which number is the blue digit?", None, replies={}, likelihood={"digit 3": -0.5}
+    )
+    assert result.choice == "digit 7"
+    assert not {"proposals"} & set(_.asked)
+
+
+def test_steps_are_reported_as_they_begin(world):
+    begun = []
+    model = ScriptedLanguageModel(dict(GOOD), likelihood=FOR_YES)
+    result = VideoOfThought(model).run(HIT, ["yes", "no"], world, report=begun.append)
+    assert begun == [step.name for step in result.trace]
 
 
 # Step 5
@@ -281,7 +364,7 @@ def test_commonsense_lowers_confidence_of_what_cannot_be_checked(world, reply, c
     )
     assert output(result, "verification").commonsense == commonsense
     assert result.verification == "kept"
-    assert result.confidence == pytest.approx(factor * output(result, "ranking").best.score)
+    assert result.confidence == pytest.approx(min(0.5, factor * output(result, "ranking").best.score))
 
 
 # Switches

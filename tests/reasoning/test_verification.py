@@ -3,6 +3,8 @@ import dataclasses
 import pytest
 
 from tests.reasoning.world import track
+from vot_kernels.data.digitworld.sidecar import load_sidecar
+from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.reasoning.names import find_tracklets
 from vot_kernels.reasoning.steps import kind_of
 from vot_kernels.reasoning.types import Task
@@ -78,6 +80,63 @@ def judge(graph, question, answer, candidates=None):
         ("Describe the video.", "The green digit hits the blue digit.", C),
         ("Describe the video.", "The green digit never hits the blue digit.", U),
         ("Describe the video.", "It is lovely.", U),
+        # when, how often, where, in which order
+        ("Describe the video.", "The red digit hits the blue digit at 0.5 s.", S),
+        ("Describe the video.", "The red digit hits the blue digit at 1.9 s.", C),
+        ("Describe the video.", "The red digit hits the blue digit after 1 second.", C),
+        ("Describe the video.", "The red digit hits the blue digit before 1 second.", S),
+        ("Describe the video.", "The red digit hits the blue digit between 0.4 and 0.9 s.", S),
+        ("Describe the video.", "The red digit hits the blue digit in the second half.", C),
+        ("Describe the video.", "The red digit hits the blue digit once.", S),
+        ("Describe the video.", "The red digit hits the blue digit twice.", C),
+        ("Describe the video.", "The red digit hits the blue digit three times.", C),
+        ("Describe the video.", "The blue digit bounces off the bottom wall.", S),
+        ("Describe the video.", "The blue digit bounces off the top wall.", C),
+        ("Describe the video.", "The red digit hits the green digit on the right side.", S),
+        ("Describe the video.", "The red digit hits the green digit on the left side.", C),
+        ("Describe the video.", "The red digit hits the blue digit first.", S),
+        ("Describe the video.", "The red digit hits the green digit first.", C),
+        ("Describe the video.", "The red digit hits the blue digit and then hits the green digit.", S),
+        ("Describe the video.", "The red digit hits the blue digit and bounces.", C),
+        (
+            "Describe the video.",
+            "The red digit hits the blue digit, then the blue digit hits the green digit.",
+            C,
+        ),
+        ("Describe the video.", "The red digit hits the blue digit to win a prize.", U),
+        ("Describe the video.", "The red digit moves to the right.", S),
+        ("Describe the video.", "The red digit moves to the left.", C),
+        ("Describe the video.", "The red digit is left of the green digit.", S),
+        ("Describe the video.", "The green digit is left of the red digit.", C),
+        ("Describe the video.", "The digit 7 is blue.", S),
+        ("Describe the video.", "The digit 7 is red.", C),
+        # the same in answers to other questions, and in the questions
+        ("Did the red digit hit the blue digit?", "yes, at 0.5 s", S),
+        ("Did the red digit hit the blue digit?", "yes, at 1.9 s", C),
+        ("Did the red digit hit the blue digit?", "yes, twice", C),
+        ("Did the red digit hit the blue digit?", "Yes, the red digit hits the yellow digit.", C),
+        ("Did the red digit hit the blue digit?", "Yes, the blue digit hits the green digit.", C),
+        ("Did the red digit hit the blue digit?", "yes, because it was angry", U),
+        ("Did the red digit hit the blue digit at 0.5 s?", "yes", S),
+        ("Did the red digit hit the blue digit at 1.9 s?", "yes", C),
+        ("Did the red digit hit the green digit before 1 s?", "no", S),
+        ("How many times does the red digit hit something after 1 s?", "1", S),
+        ("Which digit does the red digit hit at 1.25 s?", "green digit 3", S),
+        ("Which digit does the red digit hit at 0.5 s?", "green digit 3", C),
+        ("Which digit does the red digit hit?", "blue digit 7 at 0.5 s", S),
+        ("Which digit does the red digit hit?", "blue digit 7 at 1.9 s", C),
+        # attributes
+        ("What colour is the digit 7?", "blue", S),
+        ("What colour is the digit 7?", "red", C),
+        ("What colour is the digit 7?", "red digit 3", C),
+        ("What colour is the digit 7?", "yellow", C),
+        ("What colour is the digit 3?", "red", U),  # two are called so
+        ("What colour is the digit 7?", "lovely", U),
+        ("What colour is the digit that bounces?", "blue", S),
+        ("Which number is the blue digit?", "7", S),
+        ("Which number is the blue digit?", "digit 3", C),
+        ("Is the digit 7 blue?", "yes", S),
+        ("Is the digit 7 green?", "yes", C),
     ],
 )
 def test_verdicts(world, question, answer, verdict):
@@ -127,6 +186,15 @@ def test_confidence():
     assert confidence(0.6, "uncheckable", "contradicts", 1.0, True) == pytest.approx(0.3)
     assert confidence(0.6, "contradicted", "agrees", 1.0, True) == pytest.approx(0.3)
     assert confidence(1.0, "supported", "agrees", 1.0, False) == pytest.approx(0.1)
+    assert confidence(1.0, "uncheckable", "agrees", 1.0, True) == pytest.approx(0.5)
+    assert confidence(1.0, "supported", "agrees", 1.0, True) == pytest.approx(1.0)
+
+
+def test_a_false_time_in_the_shipped_clip_is_contradicted():
+    graph = load_sidecar(digitworld_clip()[0]).stsg
+    ask = "What happens?"
+    assert judge(graph, ask, "The white digit hits the magenta digit at 0.25 s") == S
+    assert judge(graph, ask, "The white digit hits the magenta digit at 1.9 s") == C
 
 
 def test_perception_score(world, empty):

@@ -3,10 +3,15 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vot_kernels.files import atomic_write
+from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind, load_checkpoint
 from vot_kernels.pipelines.progress import track
-from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, checkpoint_fps, sample_video
+
+if TYPE_CHECKING:
+    from vot_kernels.models.encoder import VotEncoder, VotImageProcessor
 
 
 def encode_videos(
@@ -20,12 +25,14 @@ def encode_videos(
     The file holds, for the n-th input, `n.pooled` `[hidden_size]`, `n.tokens` `[tokens, hidden_size]`,
     `n.grid_thw` int64 `[3]` and `n.times_s` float64 `[frames]`; its metadata maps n to the path.
 
+    `checkpoint` is an encoder checkpoint, or a perception checkpoint, whose encoder is taken; None is the bundled one.
+
     Returns:
         One line per file, which describes the clip and counts its tokens.
     """
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"The output must end in .safetensors, got {Path(out).name!r}.")
-    fps = checkpoint_fps(checkpoint)
+    fps = checkpoint_fps(checkpoint, ENCODER, PERCEPTION)
     clips = [
         sample_video(path, sampling or Sampling(), fps)
         for path in track(paths, "Decoding", shown=len(paths) > 1)
@@ -35,13 +42,12 @@ def encode_videos(
     from safetensors.torch import save_file
 
     from vot_kernels.models.perception.reading import sampled_fps
-    from vot_kernels.pipelines.video_qa import load_perception
 
-    model, processor = load_perception(checkpoint)
+    encoder, processor = load_encoder(checkpoint_folder(checkpoint, ENCODER, PERCEPTION))
     rates = [sampled_fps(clip.times) for clip in clips]
     inputs = processor([clip.frames for clip in clips], fps=rates)
     with torch.no_grad():
-        seen = model.encoder(**inputs)
+        seen = encoder(**inputs)
     counts = inputs["image_grid_thw"].prod(1).tolist()
     tensors: dict[str, torch.Tensor] = {}
     for n, tokens in enumerate(seen.last_hidden_state.split(counts)):
@@ -52,3 +58,14 @@ def encode_videos(
     with atomic_write(out) as temporary:
         save_file(tensors, temporary, metadata={str(n): os.fspath(path) for n, path in enumerate(paths)})
     return [f"{clip.info.describe()} {n} tokens." for clip, n in zip(clips, counts, strict=True)]
+
+
+def load_encoder(folder: Path) -> "tuple[VotEncoder, VotImageProcessor]":
+    """The encoder of an encoder or a perception checkpoint, and its processor. Errors as `load_checkpoint`."""
+    from vot_kernels.models.encoder import VotEncoder, VotImageProcessor
+    from vot_kernels.models.perception import VotPerceptionModel
+
+    processor = VotImageProcessor.from_pretrained(folder, local_files_only=True)
+    if checkpoint_kind(folder, ENCODER, PERCEPTION) == ENCODER:
+        return load_checkpoint(VotEncoder, folder), processor
+    return load_checkpoint(VotPerceptionModel, folder).encoder, processor

@@ -1,11 +1,11 @@
 """Decoding what a model is to look at. No model is imported here, so that a bad file is reported at once."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from vot_kernels.data.video import VideoClip, load_video
+from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind, read_config
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
@@ -48,19 +48,20 @@ def sample_video(
     )
 
 
-def checkpoint_folder(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of a perception checkpoint; None is the bundled one.
+def checkpoint_folder(path: str | os.PathLike[str] | None = None, *kinds: str) -> Path:
+    """The folder of a checkpoint of one of `kinds` (by default a perception checkpoint); None is the bundled one.
 
     Raises:
-        FileNotFoundError: the folder does not hold a perception checkpoint.
+        FileNotFoundError: the folder does not hold a checkpoint.
+        ValueError: it holds one of another kind.
     """
     folder = Path(path) if path is not None else BUNDLED_CHECKPOINT
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a perception checkpoint: it has no {name}.")
+    checkpoint_kind(folder, *(kinds or (PERCEPTION,)))
+    if not (folder / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no preprocessor_config.json.")
     return folder
 
 
-def checkpoint_fps(path: str | os.PathLike[str] | None = None) -> float:
-    """Frames per second on which a perception checkpoint was trained; None is the bundled one."""
-    return float(json.loads((checkpoint_folder(path) / "config.json").read_text()).get("fps", DEFAULT_FPS))
+def checkpoint_fps(path: str | os.PathLike[str] | None = None, *kinds: str) -> float:
+    """Frames per second on which a checkpoint was trained; None is the bundled one. Errors as `checkpoint_folder`."""
+    return float(read_config(checkpoint_folder(path, *kinds)).get("fps", DEFAULT_FPS))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vot_kernels.data.video import VideoClip
+from vot_kernels.models.checkpoint import load_checkpoint
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
@@ -132,15 +131,14 @@ def load_perception(
     """Load a perception checkpoint and its processor from a folder; None is the bundled one.
 
     Raises:
-        FileNotFoundError: the folder holds no checkpoint (config.json and model.safetensors).
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: it holds one of another kind, or not all of its weights.
     """
     folder = checkpoint_folder(path)
     with quiet_transformers():
-        model = VotPerceptionModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        model = load_checkpoint(VotPerceptionModel, folder)
     model.config.name_or_path = folder.name
-    return model.eval(), VotImageProcessor.from_pretrained(folder, local_files_only=True)
+    return model, VotImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def load_language_model(path: str | os.PathLike[str] | None = None) -> LanguageModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,26 @@ from typing import Any, Protocol, runtime_checkable
 from vot_kernels.extras import imports_for
 
 KEPT_PREFIXES = 2  # prompts with the video, and without it
+_SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
 
 
 class LanguageModelError(ValueError):
     """A language model cannot be loaded or cannot take the given text; the message is one sentence."""
+
+
+class Reply(str):
+    """Words of a model that knows whether the limit of tokens cut them.
+
+    Attributes:
+        cut: they stop at the limit, before the model had ended.
+    """
+
+    cut: bool
+
+    def __new__(cls, text: str, cut: bool = False) -> Reply:
+        made = super().__new__(cls, text)
+        made.cut = cut
+        return made
 
 
 class ScoreUnavailable(NotImplementedError):
@@ -104,6 +121,8 @@ class HFLanguageModel:
         self._kept: list[tuple[list[int], list[tuple[Any, Any]]]] = []  # token ids; keys and values per layer
         self._stop = _stop_tokens(model, tokenizer)
         self._plain_cache = _has_plain_cache(model)
+        tokens = sorted(filter(_is_markup, tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._markup = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
         """Return the greedy reply to `prompt`, at most `max_new_tokens` tokens, without outer spaces."""
@@ -117,8 +136,9 @@ class HFLanguageModel:
         for chunk in _chunks([self.encode(prompt) for prompt in prompts], self.max_batch):
             self._check_length(max(map(len, chunk)) + max_new_tokens)
             decode = self._decode if self._plain_cache else self._decode_hf
-            rows = decode(chunk, max_new_tokens)
-            replies += [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+            for row in decode(chunk, max_new_tokens):
+                words = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+                replies.append(Reply(words, cut=len(row) >= max_new_tokens))
         return replies
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
@@ -130,7 +150,7 @@ class HFLanguageModel:
             LanguageModelError: a continuation has no tokens, or prompt and continuation exceed the context.
         """
         prefix = self.encode(prompt)
-        tails = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+        tails = [self._text_ids(text) for text in continuations]
         if not all(tails):
             raise LanguageModelError(
                 "An empty continuation has no likelihood; give text with at least one token."
@@ -142,16 +162,40 @@ class HFLanguageModel:
         return scores
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids the model sees for `prompt`, up to where its reply begins."""
+        """Return the token ids the model sees for `prompt`, up to where its reply begins.
+
+        The prompt is text throughout: "<|im_start|>" in it is read letter by letter, and opens no turn.
+        """
+        marked = self._markup.search(prompt) is not None
         if getattr(self.tokenizer, "chat_template", None):
-            message = [{"role": "user", "content": prompt}]
+            message = [{"role": "user", "content": _SLOT if marked else prompt}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            head, *tails = text.split(_SLOT) if marked else [text]
+            ids = list(self.tokenizer(head, add_special_tokens=False)["input_ids"])
+            for tail in tails:
+                ids += self._text_ids(prompt)
+                ids += self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        elif marked:
+            alone, whole = (
+                self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
+            )
+            ids = whole[: whole.index(alone[0])] + self._text_ids(prompt + "\n")
         else:
             ids = self.tokenizer(prompt + "\n")["input_ids"]
         if not ids:
             raise LanguageModelError("The prompt has no tokens; give some text.")
         return list(ids)
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text: whatever the tokenizer would take for a token of its own markup is cut in two."""
+        cuts = [0, *(match.start() + 1 for match in self._markup.finditer(text)), len(text)]
+        pieces = (text[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+        return [
+            id
+            for piece in pieces
+            if piece
+            for id in self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        ]
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -271,12 +315,19 @@ def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
+            )
     except Exception as error:  # transformers raises many types for many broken folders
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise LanguageModelError(
             f"'{folder}' cannot be loaded as a causal language model: {reason}"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise LanguageModelError(
+            f"'{folder}' does not hold all weights that its config.json describes: {missing[0]} is one of "
+            f"{len(missing)} that are missing."
+        )
     return model, tokenizer
 
 
@@ -314,6 +365,11 @@ def check_model_folder(folder: Path) -> None:
             f"'{folder}' has only pickled weights, which can run code when read; convert them to safetensors."
         )
     raise LanguageModelError(f"'{folder}' has no weights: no *.safetensors file is in it.")
+
+
+def _is_markup(token: str) -> bool:
+    """Whether an added token can be cut in two; spaces, which some tokenizers add, are text anyway."""
+    return len(token) > 1 and not token.isspace()
 
 
 def _has_plain_cache(model: Any) -> bool:

@@ -16,6 +16,13 @@ _DIRECTIONS = {
     "up": r"up(?:wards?)?|top|rises?|rising",
     "down": r"down(?:wards?)?|bottom|falls?|falling",
 }
+_FUNCTION_WORDS = """
+a an the it its this that these those there he she they them which who is are was were be been being has have had can
+does do did doing of in on at by off to from with into against and then also both each other another one ones thing
+object yes no not true false during over while clip video frame scene time times s wall walls edge side colour color
+just exactly only about around as we see here first last up down
+"""
+_MOTION = re.compile(r"(?:mov|go|head|travel|drift|stay|stand|still|station|ris|fall)\w*")
 _SYNONYMS = {"hit": ("collid", "collision", "bump", "strik", "struck")}
 
 
@@ -62,6 +69,30 @@ def absent_words(text: str, graph: STSG) -> tuple[str, ...]:
     return tuple(word for word in known if word not in has and finder.take(word, []))
 
 
+def unknown_words(text: str, graph: STSG) -> tuple[str, ...]:
+    """Words of `text` that are neither of the graph's vocabulary, nor verbs of its events, nor grammar.
+
+    An answer with such a word says something that the graph can neither bear out nor deny.
+    """
+    vocabulary = graph.vocabulary
+    known = {*_FUNCTION_WORDS.split(), *_NUMBER_WORDS}
+    phrases = [t.name for t in graph.tracklets]
+    phrases += [*vocabulary.labels, *vocabulary.attributes, *vocabulary.predicates]
+    known |= {word for phrase in phrases for word in fold(phrase).split()} | {t.id for t in graph.tracklets}
+    left = (
+        word for word in re.findall(r"[^\W_]+(?:['’]\w+)?", fold(text)) if word.removesuffix("s") not in known
+    )
+    return tuple(
+        word
+        for word in left
+        if word not in known
+        and not (word.isdecimal() and word.isascii())
+        and not find_events(word, vocabulary.events)
+        and not find_directions(word)
+        and not _MOTION.fullmatch(word)
+    )
+
+
 def find_events(text: str, kinds: Iterable[str]) -> tuple[str, ...]:
     """The event kinds whose verb `text` uses in any form: "hit", "hitting", "collision" for "hits"."""
     folded = fold(text)
@@ -84,12 +115,15 @@ def find_directions(text: str) -> frozenset[str]:
 
 def find_number(text: str) -> int | None:
     """The first whole number in `text`, as digits or as a word up to ten; None without one."""
-    for word in re.findall(r"\d+|[a-z]+", fold(text)):
-        if word.isdecimal() and word.isascii():
-            return int(word[:9])
-        if word in _NUMBER_WORDS:
-            return _NUMBER_WORDS[word]
-    return None
+    return next(iter(find_numbers(text)), None)
+
+
+def find_numbers(text: str) -> tuple[int, ...]:
+    """All whole numbers in `text`, as digits or as words up to ten."""
+    words = re.findall(r"\d+|[a-z]+", fold(text))
+    digits = {word: int(word[:9]) for word in words if word.isdecimal() and word.isascii()}
+    numbers = digits | _NUMBER_WORDS
+    return tuple(numbers[word] for word in words if word in numbers)
 
 
 def find_yes_no(text: str) -> bool | None:

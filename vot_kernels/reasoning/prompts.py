@@ -12,6 +12,7 @@ from typing import Literal
 from vot_kernels.scene_graph.graph import STSG
 
 GraphStyle = Literal["sentences", "stsg", "both"]
+MAX_PROPOSAL = 160  # characters
 GRAPH_STYLES = ("sentences", "stsg", "both")
 MAX_LINES = 48  # of one graph; a crowded scene would not fit a small model's context
 
@@ -83,22 +84,33 @@ def parse_rating(text: str) -> int | None:
     return None
 
 
+def without_cut(text: str) -> str:
+    """The model's words up to the last sentence, line or item that is whole, where the limit of tokens cut them."""
+    if not getattr(text, "cut", False):
+        return text
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)|[。！？\n;]", text)]
+    return text[: ends[-1]] if ends else ""
+
+
 def parse_sentences(text: str, limit: int = 2) -> str:
-    """The first sentences of the model's words, on one line; empty for text without a letter."""
-    line = " ".join(text.split())
+    """The first whole sentences of the model's words, on one line; empty for text without a letter."""
+    line = " ".join(without_cut(text).split())
     if not any(character.isalpha() for character in line):
         return ""
     return " ".join(re.split(r"(?<=[.!?])\s+", line)[:limit])
 
 
 def parse_proposals(text: str, limit: int = 3) -> tuple[str, ...]:
-    """Short answers out of the model's words: one per line or list item, without bullets and quotes."""
+    """Short answers out of the model's words: one per line or list item, without bullets and quotes.
+
+    What the limit of tokens cut, and what is longer than `MAX_PROPOSAL` characters, is none.
+    """
     proposals = []
-    for line in re.split(r"[\n;]", text):
+    for line in re.split(r"[\n;]", without_cut(text)):
         item = re.sub(r"^\s*(?:[-*•]|\d+[.)]|answer\s*:)\s*", "", line, flags=re.IGNORECASE)
         item = item.strip(" \t.\"'`*")
-        if any(character.isalnum() for character in item):
-            proposals.append(item[:80].strip())
+        if len(item) <= MAX_PROPOSAL and any(character.isalnum() for character in item):
+            proposals.append(item)
     return tuple(dict.fromkeys(proposals))[:limit]
 
 

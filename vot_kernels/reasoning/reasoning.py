@@ -70,6 +70,7 @@ class VideoOfThought:
         stsg: STSG,
         *,
         domain_warning: str | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer `question` about the video that `stsg` describes.
 
@@ -77,6 +78,7 @@ class VideoOfThought:
             candidates: the answers to choose from; None for an open question, whose candidates are proposed.
             domain_warning: why the clip is outside what the perception model knows; the answer then says so
                 and its confidence is at most 0.1. A graph without tracklets counts as such a clip.
+            report: called with the name of each step when it begins.
 
         Raises:
             ValueError: the question is empty, or the candidates are empty, blank or repeated.
@@ -87,7 +89,7 @@ class VideoOfThought:
         given = None if candidates is None else _checked(candidates)
         if not stsg.tracklets and domain_warning is None:
             domain_warning = NOTHING_SEEN
-        run = _Run(self.llm)
+        run = _Run(self.llm, report)
         on = self.switches
         everything = Task(question, targets=tuple(t.id for t in stsg.tracklets))
         task = run.step(
@@ -147,10 +149,12 @@ class VideoOfThought:
             check = next((c for c in verification.checks if c.candidate == choice), None)
             verdict = check.verdict if check else "uncheckable"
             seen = perception_score(stsg, ids)
-            sure = confidence(chosen.score, verdict, verification.commonsense, seen, warning is None)
+            # The only candidate has won against nothing.
+            share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
+            sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
         return Answer(
             question=task.question,
-            text=_wording(choice, verification, warning),
+            text=_wording(choice, verification, warning, only=given is not None and len(given) == 1),
             choice=choice,
             choice_before=verification.before,
             confidence=sure,
@@ -213,12 +217,14 @@ def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
 class _Run:
     """Runs steps one after another and notes what each asked, returned and took."""
 
-    def __init__(self, llm: LanguageModel) -> None:
-        self.llm = llm
+    def __init__(self, llm: LanguageModel, report: Callable[[str], None] | None) -> None:
+        self.llm, self.report = llm, report
         self.trace: list[StepTrace] = []
 
     def step(self, name: str, on: bool, work: Callable[[steps.Recorder], Any], otherwise: Any = None) -> Any:
         recorder = steps.Recorder(self.llm)
+        if on and self.report is not None:
+            self.report(name)
         start = time.perf_counter()
         output = work(recorder) if on else otherwise
         seconds = time.perf_counter() - start
@@ -239,12 +245,12 @@ def _checked(candidates: Sequence[str]) -> tuple[str, ...]:
     return texts
 
 
-def _wording(choice: str | None, verification: Verification, warning: str | None) -> str:
+def _wording(choice: str | None, verification: Verification, warning: str | None, only: bool) -> str:
     if warning is not None:
         outside = f"This clip is outside what the checkpoint knows ({warning})"
         return f"{outside}; no answer." if choice is None else f"{outside}; a guess: {choice}"
     if choice is not None:
-        return choice
+        return f"{choice} (the only candidate given)" if only else choice
     if verification.before is None:
         return "I cannot tell: the model proposed no answer."
     return "I cannot tell: the scene graph contradicts every candidate."

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import get_args
 
 from vot_kernels.reasoning import prompts
-from vot_kernels.reasoning.llm import LanguageModel, ScoreUnavailable
+from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -46,11 +46,30 @@ _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
     ),
     ("order", r"\b(which|who|what)\b.*\b(first|last|earli\w+|latest)\b|\bwhat order\b"),
     (
+        "attribute",
+        r"\b(what|which) colou?rs?\b|\bcolou?rs? of\b"
+        r"|^(what|which) (number|digit) is the \w+( one| digit| object)?\W*$",
+    ),
+    (
         "which",
         r"^(which|who|whom)\b|^(in|on|with|by|into) (which|whom)\b|^what (object|thing|digit|colou?r)\b",
     ),
     ("yes/no", r"^(did|do|does|is|are|was|were|has|have|had|can|could)\b|\byes or no\b|\btrue or false\b"),
 )
+
+# What the words of a question must hold at least for a kind that the model names.
+_KIND_HINTS: dict[QuestionKind, str] = {
+    "counterfactual": r"\b(if|without|had|were|suppose|imagine)\b",
+    "prediction": r"\b(future|after\w*|later|soon|then|expect\w*|predict\w*|end up)\b",
+    "cause": r"\b(mak\w+|made|led|lead|due|explain|for what|how come)\b",
+    "count": r"\b(count|number|amount|total|many|often|times|much)\b",
+    "direction": r"\b(way|where|towards?|left|right|up|down|mov\w+|go\w*|head\w*)\b",
+    "order": r"\b(first|last|before|after|order|sequence|earl\w+|lat\w+)\b",
+    "attribute": r"\b(colou?r\w*|look\w*|kind|sort|number|digit)\b",
+    "which": r"\b(which|who|whom|whose|what|name)\b",
+    "yes/no": r"\b(whether|true|false|correct|right|possible)\b",
+}
+_ECHO_SHARE = 0.5  # of a question's words; a proposal that repeats more of them in a row is no answer
 
 
 class Recorder:
@@ -61,8 +80,10 @@ class Recorder:
         self.calls: list[ModelCall] = []
 
     def generate(self, purpose: str, prompt: str, max_new_tokens: int) -> str:
-        reply = str(self.model.generate(prompt, max_new_tokens=max_new_tokens))
-        self.calls.append(ModelCall(purpose, prompt, reply))
+        """The reply; a `Reply` of which the model knows that the limit cut it keeps saying so."""
+        reply = self.model.generate(prompt, max_new_tokens=max_new_tokens)
+        reply = reply if isinstance(reply, Reply) else str(reply)
+        self.calls.append(ModelCall(purpose, prompt, str(reply)))
         return reply
 
     def generate_batch(self, purpose: str, batch: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -95,12 +116,14 @@ class Recorder:
 def define_task(model: Recorder, question: str, graph: STSG) -> Task:
     """Step 1. What kind of question, about which tracklets.
 
-    Words of the question itself are certain where they match and decide; the model decides where they do not.
+    Words of the question itself are certain where they match and decide; the model decides where they do not,
+    among the kinds that the words admit.
     """
     kind, kind_by = kind_of(question), "question"
     if kind is None:
         kind = _kind_in(
-            model.generate("kind", prompts.kind_prompt(question, get_args(QuestionKind)), KIND_TOKENS)
+            model.generate("kind", prompts.kind_prompt(question, get_args(QuestionKind)), KIND_TOKENS),
+            question,
         )
         kind_by = "model" if kind else "default"
     asked = find_tracklets(question, graph)
@@ -122,9 +145,11 @@ def kind_of(question: str) -> QuestionKind | None:
     return next((kind for kind, cue in _KIND_CUES if re.search(cue, folded)), None)
 
 
-def _kind_in(reply: str) -> QuestionKind | None:
-    folded = fold(reply)
-    return next((kind for kind in get_args(QuestionKind) if kind in folded), None)
+def _kind_in(reply: str, question: str) -> QuestionKind | None:
+    """The kind that the model names, if the words of the question support it."""
+    folded, asked = fold(reply), fold(question)
+    named = (kind for kind in get_args(QuestionKind) if kind in folded)
+    return next((kind for kind in named if re.search(_KIND_HINTS.get(kind, "$^"), asked)), None)
 
 
 def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Tracking:
@@ -176,20 +201,36 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
         return ("yes", "no")
     if task.kind == "direction":
         return ("left", "right", "up", "down")
+    if task.kind == "attribute" and not find_events(task.question, graph.vocabulary.events):
+        if re.search(r"\bcolou?r", fold(task.question)) and graph.vocabulary.attributes:
+            return graph.vocabulary.attributes
+        return tuple(dict.fromkeys(t.label for t in graph.tracklets))
     if task.kind == "count":
         most = max(len(graph.tracklets), len(graph.events), 1)
         return tuple(str(n) for n in range(min(most, MAX_PROPOSALS - 1) + 1))
-    if task.kind in ("which", "order", "cause", "prediction"):
+    if task.kind in ("which", "order", "cause", "prediction", "attribute"):
         named = task.targets if task.targets_by != "all" else ()
         others = [t.name for t in graph.tracklets if t.id not in named] or [t.name for t in graph.tracklets]
         own = tuple(others)
     context = prompts.context(tracking.text, task.question)
     reply = model.generate("proposals", prompts.propose_prompt(context), PROPOSE_TOKENS)
-    proposed = (*prompts.parse_proposals(reply), *own)
+    said = (text for text in prompts.parse_proposals(reply) if not is_echo(text, task.question))
+    proposed = (*said, *own)
     distinct: dict[str, str] = {}
     for text in proposed:
         distinct.setdefault(fold(text), text)
     return tuple(distinct.values())[:MAX_PROPOSALS]
+
+
+def is_echo(text: str, question: str) -> bool:
+    """Whether `text` repeats the question, or more than half of it in one piece."""
+    said, asked = (re.findall(r"\w+", fold(part)) for part in (text, question))
+    if not said or not asked:
+        return False
+    inside = f" {' '.join(asked)} " in f" {' '.join(said)} "
+    return inside or (
+        len(said) > _ECHO_SHARE * len(asked) and f" {' '.join(said)} " in f" {' '.join(asked)} "
+    )
 
 
 def begins_with_verb(question: str) -> bool:

@@ -10,7 +10,16 @@ from typing import Any, Literal
 from vot_kernels.scene_graph.graph import STSG, Box
 
 QuestionKind = Literal[
-    "yes/no", "count", "direction", "which", "order", "cause", "counterfactual", "prediction", "open"
+    "yes/no",
+    "count",
+    "direction",
+    "attribute",
+    "which",
+    "order",
+    "cause",
+    "counterfactual",
+    "prediction",
+    "open",
 ]
 Verdict = Literal["supported", "contradicted", "uncheckable"]
 Outcome = Literal["kept", "revised", "abstained", "off"]

@@ -192,7 +192,9 @@ def test_teachers_are_loaded_and_named_for_what_they_are(tmp_path, teacher):
     assert loaded.fingerprint == Teacher("", small.encoder).fingerprint
     teacher.encoder.save_pretrained(tmp_path / "wide")
     assert load_teacher(tmp_path / "wide").fingerprint == teacher.fingerprint
-    with pytest.raises(FileNotFoundError, match="A teacher must be"):
+    with pytest.raises(
+        FileNotFoundError, match="not a perception checkpoint or an encoder checkpoint: it has no config.json"
+    ):
         load_teacher(tmp_path / "nowhere")
 
 

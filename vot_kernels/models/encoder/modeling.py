@@ -1,6 +1,8 @@
 """The packed long-sequence image encoder: hybrid attention, AoE, dense residuals, size-aware embedding."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,19 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **options: Any) -> Any:
+        """As in transformers; a folder with another model in it is refused, where transformers would warn.
+
+        Raises:
+            ValueError: config.json of the folder names another model_type.
+        """
+        file = None if source is None else Path(source) / "config.json"
+        kind = json.loads(file.read_text()).get("model_type") if file is not None and file.is_file() else None
+        if kind is not None and kind != cls.config_class.model_type:
+            raise ValueError(f"{source} must hold a {cls.config_class.model_type}, but it holds a {kind}.")
+        return super().from_pretrained(source, *args, **options)
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         # transformers skips a module of a model that is not its own if all tensors directly in it are initialised,

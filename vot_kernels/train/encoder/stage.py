@@ -1,7 +1,6 @@
 """Pretraining the encoder on DigitWorld: distillation from a frozen teacher, contrast with captions."""
 
 import inspect
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from transformers import BatchFeature
 
 from vot_kernels.data.digitworld.batches import episode_batch
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind, load_checkpoint
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderOutput
 from vot_kernels.models.encoder.objectives import (
@@ -106,19 +106,13 @@ def load_teacher(folder: Path) -> Teacher:
     """The encoder of a perception checkpoint, or an encoder checkpoint.
 
     Raises:
-        FileNotFoundError: the folder holds neither.
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: it holds one of another kind, or not all of its weights.
     """
-    configuration = folder / "config.json"
-    kind = json.loads(configuration.read_text()).get("model_type") if configuration.is_file() else None
-    if kind == "vot_perception":
-        perception = VotPerceptionModel.from_pretrained(folder, local_files_only=True).float()
+    if checkpoint_kind(folder, PERCEPTION, ENCODER) == PERCEPTION:
+        perception = load_checkpoint(VotPerceptionModel, folder)
         return Teacher(f"encoder of the perception checkpoint {folder.name}", perception.encoder)
-    if kind == "vot_encoder":
-        encoder = VotEncoder.from_pretrained(folder, local_files_only=True).float()
-        return Teacher(f"encoder checkpoint {folder.name}", encoder)
-    raise FileNotFoundError(
-        f"A teacher must be a perception or an encoder checkpoint with a config.json, got {folder}."
-    )
+    return Teacher(f"encoder checkpoint {folder.name}", load_checkpoint(VotEncoder, folder))
 
 
 def random_features(config: VotEncoderConfig, seed: int = 0, wider: int = 2) -> Teacher:

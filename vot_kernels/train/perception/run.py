@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vot_kernels.models.checkpoint import load_checkpoint
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.perception.metrics import perception_metrics
@@ -64,7 +65,6 @@ def publish(
     with publish_folder(folder) as draft:
         half.save_pretrained(draft)
         make_processor(model).save_pretrained(draft)
-        published = VotPerceptionModel.from_pretrained(draft, dtype=torch.float32, local_files_only=True)
-        record = describe(published.eval())
+        record = describe(load_checkpoint(VotPerceptionModel, draft))
         write_record(draft, record)
     return record

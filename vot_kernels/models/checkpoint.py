@@ -1,0 +1,87 @@
+"""Folders of checkpoints: which kind they are, found without importing a model, and loading them whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PERCEPTION, ENCODER = "vot_perception", "vot_encoder"
+_NAMES = {PERCEPTION: "a perception checkpoint", ENCODER: "an encoder checkpoint"}
+_FILES = ("config.json", "model.safetensors")
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
+    """The kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file that every checkpoint has.
+        ValueError: config.json is not JSON, or names another kind of model.
+    """
+    wanted = " or ".join(_NAMES[kind] for kind in allowed)
+    for name in _FILES:
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} is not {wanted}: it has no {name}.")
+    try:
+        kind = read_config(folder).get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{folder} is not {wanted}: its config.json is not a JSON object.") from None
+    if kind not in allowed:
+        what = _NAMES.get(kind, f"a model of the type {kind!r}")
+        raise ValueError(f"{folder} must be {wanted}, but its config.json says that it is {what}.")
+    return str(kind)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of config.json."""
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model:
+    """The model of a folder in float32, for inference. Unlike `from_pretrained`, it refuses to fill anything in.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file that every checkpoint has.
+        ValueError: it is another kind of checkpoint, its weights cannot be read, or some are missing, unexpected
+            or of another shape.
+    """
+    import torch
+    from transformers.utils import logging
+
+    checkpoint_kind(folder, model.config_class.model_type)
+    loud = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what it has to say about weights is in the error
+    try:
+        loaded, report = model.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # transformers and safetensors raise many types for many broken files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(loud)
+    problems = {
+        "lacks": report["missing_keys"],
+        "has too many": report["unexpected_keys"],
+        "has in another shape": [key for key, *_ in report["mismatched_keys"]],
+    }
+    said = [f"{what} {_listed(sorted(keys))}" for what, keys in problems.items() if keys]
+    if said:
+        raise ValueError(
+            f"{folder} does not hold the weights that its config.json describes: it {'; '.join(said)}."
+        )
+    return loaded.eval()
+
+
+def _listed(keys: list[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,343 @@
+"""Claims in words, such as "the red digit hits the blue digit twice, at the left wall, after 1 s".
+
+Who, what, when, how often and where are each held against the graph. One wrong part makes a claim false; a part
+that the graph does not show, or words that nothing was made of, leave it open.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from vot_kernels.reasoning.names import (
+    find_directions,
+    find_events,
+    find_number,
+    find_tracklets,
+    fold,
+    unknown_words,
+)
+from vot_kernels.scene_graph.graph import STSG, Event, Tracklet
+
+MOVED = 0.04  # fractions of the frame; below, a displacement says nothing about direction
+STILL = re.compile(r"\b(not mov\w*|still|stationary|stays?|does not|doesn't)\b")
+NEGATED = re.compile(r"\b(not|never|no|without|neither|nor)\b|n't\b")
+_HALVES = (
+    (re.compile(r"\b(?:in |during |at )?(?:the )?first half(?: of the (?:clip|video))?\b"), 0.0, 0.5),
+    (re.compile(r"\b(?:in |during |at )?(?:the )?second half(?: of the (?:clip|video))?\b"), 0.5, 1.0),
+)
+"""Wordings for a half of a clip: the shares of its duration where it begins and ends."""
+_N, _S = r"(\d+(?:\.\d+)?)", r"\s*(?:seconds?|secs?|s)\b"
+_RANGE = re.compile(
+    rf"\b(?:(?:between|from|at|in|during)\s+)?{_N}(?:{_S})?\s*(?:-|–|and|to|until)\s*{_N}{_S}"
+)
+_BOUND = re.compile(rf"\b(before|by|until|after|since)\s+{_N}{_S}")
+_MOMENT = re.compile(rf"(?:\b(?:at|around|about|near)\s+)*{_N}{_S}(?:\s+(?:in|into the (?:clip|video))\b)?")
+_OFTEN = re.compile(r"\b(?:(?:exactly|only)\s+)?(?:once|twice|thrice|\w+ times|one time)\b")
+_FRAME = r"(?:frame|clip|video|picture|image|screen)"
+_SIDE = r"(?:(?:top|bottom|upper|lower)[ -]?)?(?:left|right)|top|bottom|upper|lower|middle|cent(?:er|re)"
+_PLACE = re.compile(
+    rf"\b(?:in|on|at|near|off|against|from) the ({_SIDE})(?: hand)?"
+    rf"(?: (half|side|part|corner|edge|border|wall))?(?: of the {_FRAME})?(?! of)\b"
+)
+_SIDES = {
+    "left": "left",
+    "right": "right",
+    "top": "top",
+    "upper": "top",
+    "bottom": "bottom",
+    "lower": "bottom",
+}
+_NEAR_HALF = 0.05  # fractions of the frame about its middle that belong to neither half
+_MOVES = r"\b(?:mov|go(?:es|ing)?\b|head|travel|drift|slid|rises?|rising|falls?|falling)\w*"
+_CLAUSES = re.compile(r"[.;!?](?:\s+|$)|,?\s+(?:and then|then|and|while|whereas|but)\s+|,\s+")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of time in seconds, both ends included."""
+
+    begin: float
+    end: float
+
+
+def find_windows(text: str, graph: STSG) -> tuple[Window, ...]:
+    """The times that `text` names: moments with the tolerance of a frame, or of the digits given; ranges; halves."""
+    windows, rest = [], fold(text)
+    times = graph.frame_times_s
+    for wording, begin, end in _HALVES:
+        if times and wording.search(rest):
+            length = times[-1] - times[0]
+            # The middle belongs to the later part, the last frame to the last.
+            last = times[0] + end * length
+            windows.append(
+                Window(times[0] + begin * length, last if end == 1 else math.nextafter(last, -math.inf))
+            )
+            rest = wording.sub(" ", rest)
+    for match in _RANGE.finditer(rest):
+        slack = max(_tolerance(match[1], graph), _tolerance(match[2], graph))
+        windows.append(Window(float(match[1]) - slack, float(match[2]) + slack))
+    rest = _RANGE.sub(" ", rest)
+    for match in _BOUND.finditer(rest):
+        at, slack = float(match[2]), _frame_length(graph) / 2
+        early = match[1] in ("before", "by", "until")
+        windows.append(Window(-math.inf, at + slack) if early else Window(at - slack, math.inf))
+    for match in _MOMENT.finditer(_BOUND.sub(" ", rest)):
+        slack = _tolerance(match[1], graph)
+        windows.append(Window(float(match[1]) - slack, float(match[1]) + slack))
+    return tuple(windows)
+
+
+def without_times(text: str) -> str:
+    """`text`, folded, without the times that `find_windows` finds."""
+    rest = fold(text)
+    for wording in (*(half[0] for half in _HALVES), _RANGE, _BOUND, _MOMENT):
+        rest = wording.sub(" ", rest)
+    return rest
+
+
+def _tolerance(digits: str, graph: STSG) -> float:
+    """A frame, or half a unit of the last digit given; and what rounding of the times takes."""
+    return max(_frame_length(graph), 0.5 * 10.0 ** -len(digits.partition(".")[2])) + 1e-6
+
+
+def _frame_length(graph: STSG) -> float:
+    times = graph.frame_times_s
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+
+
+def part_in_question(question: str, graph: STSG) -> STSG:
+    """The graph of the times that the question names, or the whole graph."""
+    for window in find_windows(question, graph):
+        inside = [k for k, at in enumerate(graph.frame_times_s) if window.begin <= at <= window.end]
+        if not inside:
+            return replace(graph, events=())
+        graph = graph.subgraph(None, inside[0], inside[-1])
+    return graph
+
+
+def events_of(graph: STSG, kind: str, ids: Iterable[str]) -> list[Event]:
+    """Events of `kind` in which all of `ids` take part, by time."""
+    found = [e for e in graph.events if e.kind == kind and set(ids) <= set(e.participants)]
+    return sorted(found, key=lambda event: event.t)
+
+
+def seconds(graph: STSG, frame: int) -> str:
+    return f"{graph.frame_times_s[frame]:.2f} s"
+
+
+Fact = tuple[bool | None, str]
+"""Whether something is true (None: the graph does not tell), and why."""
+
+
+def judge_claim(text: str, graph: STSG) -> Fact:
+    """Whether everything that `text` claims is so; every clause must be."""
+    facts, subject = [], ()
+    for clause in _clauses(text, graph):
+        fact, subject = _judge_clause(clause, subject, graph)
+        facts.append(fact)
+    wrong = next((fact for fact in facts if fact[0] is False), None)
+    open_ = next((fact for fact in facts if fact[0] is None), None)
+    return wrong or open_ or (facts[0] if facts else (None, "nothing is claimed"))
+
+
+def _clauses(text: str, graph: STSG) -> list[str]:
+    """Parts of `text` with a verb each; what has none goes with the part before it."""
+    clauses: list[str] = []
+    for piece in filter(None, (part.strip() for part in _CLAUSES.split(fold(text)))):
+        if clauses and not (_has_verb(piece, graph) and _has_verb(clauses[-1], graph)):
+            clauses[-1] += f" and {piece}"
+        else:
+            clauses.append(piece)
+    return clauses
+
+
+def _has_verb(text: str, graph: STSG) -> bool:
+    return bool(
+        find_events(text, graph.vocabulary.events)
+        or _predicates(text, graph)
+        or re.search(_MOVES, text)
+        or re.search(r"\b(?:is|are|was|were|stays?)\b", text)
+    )
+
+
+def _judge_clause(clause: str, subject: tuple[str, ...], graph: STSG) -> tuple[Fact, tuple[str, ...]]:
+    """The fact, and the tracklet that the clause is about, which the next clause may leave out."""
+    mentioned = find_tracklets(clause, graph)
+    kinds = find_events(clause, graph.vocabulary.events)
+    verb = re.search(rf"(?<!\w){re.escape(fold(kinds[0])[:3])}|{_MOVES}" if kinds else _MOVES, clause)
+    if verb and not find_tracklets(clause[: verb.start()], graph):
+        mentioned = tuple(dict.fromkeys((*subject, *mentioned)))
+    about = mentioned[:1] or subject
+    if NEGATED.search(clause):
+        return (None, "it is a negation"), about
+    fact = _fact(clause, kinds, mentioned, graph)
+    if fact[0] and (unknown := unknown_words(_plain(clause), graph)):
+        fact = None, f"the graph says nothing about '{unknown[0]}'"
+    return fact, about
+
+
+def _fact(clause: str, kinds: Sequence[str], mentioned: Sequence[str], graph: STSG) -> Fact:
+    if len(kinds) > 1 or not mentioned or len(mentioned) > 2:
+        return None, "it claims no single event"
+    if kinds:
+        events = events_of(graph, kinds[0], mentioned)
+        who = " and ".join(graph.tracklet(id).name for id in mentioned)
+        if not events:
+            return False, f"no '{kinds[0]}' with {who}"
+        told = True, f"'{kinds[0]}' with {who} at {seconds(graph, events[0].t)}"
+        details = judge_details(clause, events, graph)
+        order = _judge_turn(clause, kinds[0], mentioned, graph)
+        return next((f for v in (False, None) for f in (details, order) if f and f[0] is v), told)
+    return _state(clause, mentioned, part_in_question(clause, graph))
+
+
+def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
+    """A relation, a motion or an attribute."""
+    predicates = _predicates(clause, graph)
+    if len(mentioned) == 2 and len(predicates) == 1:
+        return relation_fact(predicates[0], mentioned[0], mentioned[1], graph)
+    if len(mentioned) == 1 and (re.search(_MOVES, clause) or STILL.search(clause)):
+        return _motion_fact(clause, graph.tracklet(mentioned[0]))
+    return attribute_fact(clause, graph) or (None, "it claims no single event")
+
+
+def _predicates(text: str, graph: STSG) -> list[str]:
+    """Relations between two tracklets that `text` names."""
+    unary = {r.predicate for r in graph.relations if r.subject == r.object}
+    words = (p for p in graph.vocabulary.predicates if p not in unary and not re.match(_MOVES, p))
+    return [word for word in words if _holds_word(word, text)]
+
+
+def _holds_word(word: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(fold(word))}(?!\w)", fold(text)) is not None
+
+
+def relation_fact(predicate: str, subject: str, other: str, graph: STSG) -> Fact:
+    """A relation that holds always or never where both are seen; one that comes and goes settles nothing."""
+    first, second = graph.tracklet(subject), graph.tracklet(other)
+    together = [k for k in first.frames if k in second.boxes]
+    relations = [r for r in graph.relations if r.predicate == predicate]
+    holds = [r for r in relations if (r.subject, r.object) == (subject, other)]
+    frames = sum(any(r.t0 <= k <= r.t1 for r in holds) for k in together)
+    # Without one relation of this kind in the graph, its absence may just mean that nobody looked for it.
+    if not together or not relations or 0 < frames < len(together):
+        return None, "the relation does not hold always or never"
+    always = frames == len(together)
+    return always, f"{first.name} is {'always' if always else 'never'} {predicate} {second.name}"
+
+
+def attribute_fact(text: str, graph: STSG) -> Fact | None:
+    """Of a text that says of one tracklet that it is so ("is the digit 8 white?"); None for other texts."""
+    folded = fold(text).rstrip(" .?!")
+    for word in (*graph.vocabulary.attributes, *graph.vocabulary.labels):
+        match = re.fullmatch(
+            rf"(?:is|was|are|were)?(.+?)(?:(?<!\w)(?:is|was|are|were))?\s+(?:a )?{re.escape(fold(word))}",
+            folded,
+        )
+        if match is None or not re.search(r"\b(?:is|was|are|were)\b", folded):
+            continue
+        named = find_tracklets(match[1], graph)
+        if len(named) == 1:
+            tracklet = graph.tracklet(named[0])
+            return word in (tracklet.label, *tracklet.attributes), f"it is {tracklet.name}"
+    return None
+
+
+def _motion_fact(clause: str, tracklet: Tracklet) -> Fact:
+    moved = displacement(tracklet, clause)
+    said = find_directions(clause)
+    if moved is None:
+        return None, f"{tracklet.name} is seen in fewer than two frames"
+    along = {"left": -moved[0], "right": moved[0], "up": -moved[1], "down": moved[1]}
+    reason = f"it moves {moved[0]:+.2f} of the frame to the right and {moved[1]:+.2f} down"
+    if not said:
+        moves = max(along.values()) >= MOVED
+        return (not moves if STILL.search(clause) else moves), reason
+    if any(along[direction] <= -MOVED for direction in said) or max(along.values()) < MOVED:
+        return False, reason
+    return (True if all(along[direction] >= MOVED for direction in said) else None), reason
+
+
+def displacement(tracklet: Tracklet, text: str) -> tuple[float, float] | None:
+    """How far the tracklet's centre comes over the clip, or over its first or last quarter if `text` asks."""
+    frames = list(tracklet.frames)
+    quarter = max(2, -(-len(frames) // 4))
+    if re.search(r"\b(start|beginning|initially|at first)\b", fold(text)):
+        frames = frames[:quarter]
+    elif re.search(r"\b(end|finally|at last)\b", fold(text)):
+        frames = frames[-quarter:]
+    if len(frames) < 2:
+        return None
+    (x0, y0), (x1, y1) = tracklet.boxes[frames[0]][0].center, tracklet.boxes[frames[-1]][0].center
+    return x1 - x0, y1 - y0
+
+
+def _judge_turn(clause: str, kind: str, mentioned: Sequence[str], graph: STSG) -> Fact | None:
+    """First or last: among all events of this kind in which the first one named takes part."""
+    turn = re.search(r"\b(first|last)\b", without_times(clause))
+    if turn is None:
+        return None
+    turns = events_of(graph, kind, mentioned[:1])
+    chosen = turns[0] if turn[1] == "first" else turns[-1]
+    at = [event for event in turns if event.t == chosen.t]
+    right = any(set(mentioned) <= set(event.participants) for event in at)
+    return (
+        right if len(at) == 1 or not right else None
+    ), f"the {turn[1]} '{kind}' is at {seconds(graph, chosen.t)}"
+
+
+def judge_details(text: str, events: Sequence[Event], graph: STSG) -> Fact | None:
+    """When, how often and where `text` says that events happen, of which there are `events`; None if it says none."""
+    facts: list[Fact] = []
+    for window in find_windows(text, graph):
+        inside = [e for e in events if window.begin <= graph.frame_times_s[e.t] <= window.end]
+        at = ", ".join(seconds(graph, event.t) for event in events) or "never"
+        facts.append((bool(inside), f"the graph says when: {at}"))
+        events = inside
+    rest = without_times(text)
+    if often := _OFTEN.search(rest):
+        said = 3 if "thrice" in often[0] else find_number(often[0])
+        facts.append(
+            (None if said is None else said == len(events), f"the graph says how often: {len(events)}")
+        )
+    for match in _PLACE.finditer(rest):
+        sides = {name for word, name in _SIDES.items() if word in match[1]} or {"middle"}
+        wall = match[2] in ("wall", "edge", "border")
+        found = [_is_at(event, sides, wall, graph) for event in events]
+        where = "the graph says where: elsewhere" if True not in found else "the graph says where"
+        facts.append((True if True in found else None if None in found or not found else False, where))
+    return next((fact for value in (False, None, True) for fact in facts if fact[0] is value), None)
+
+
+def _is_at(event: Event, sides: set[str], wall: bool, graph: STSG) -> bool | None:
+    boxes = [box for id in event.participants if (box := graph.tracklet(id).box(event.t)) is not None]
+    if not boxes:
+        return None
+    x = sum(box.center[0] for box in boxes) / len(boxes) - 0.5
+    y = sum(box.center[1] for box in boxes) / len(boxes) - 0.5
+    if wall:
+        gaps = {"left": boxes[0].x1, "right": 1 - boxes[0].x2, "top": boxes[0].y1, "bottom": 1 - boxes[0].y2}
+        nearest = min(gaps, key=lambda side: gaps[side])
+        return nearest in sides or (
+            False if all(gaps.get(side, 1.0) > 3 * _NEAR_HALF for side in sides) else None
+        )
+    if sides == {"middle"}:
+        away = max(abs(x), abs(y))
+        return away < 0.2 or (False if away > 0.3 else None)
+    inwards = {"left": -x, "right": x, "top": -y, "bottom": y}
+    if any(inwards[side] < -_NEAR_HALF for side in sides):
+        return False
+    return True if all(inwards[side] > _NEAR_HALF for side in sides) else None
+
+
+def _plain(clause: str) -> str:
+    """The clause without the times, counts and places in it."""
+    return _PLACE.sub(" ", _OFTEN.sub(" ", without_times(clause)))
+
+
+def words_left(answer: str, graph: STSG) -> tuple[str, ...]:
+    """Words of an answer that the graph has no part for."""
+    return unknown_words(_plain(answer), graph)
