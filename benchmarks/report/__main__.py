@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report import markdown, page, readme
-from benchmarks.report.plots import plots, slug
+from benchmarks.report.plots import plots, slug, styles_of
 from benchmarks.report.runs import BrokenResult, Section, read_sections
 from vot_kernels.files import atomic_write
 
@@ -54,9 +54,8 @@ def _write_report(files: Sequence[Path], folder: Path) -> int:
     sections = read_sections(files)
     if folder.exists() and not folder.is_dir():
         raise BrokenResult(f"{folder} is not a folder; choose another one with --out DIR.")
-    drawn = [
-        list(plots(section, prefix)) for section, prefix in zip(sections, _prefixes(sections), strict=True)
-    ]
+    styles, prefixes = styles_of(sections), _prefixes(sections)
+    drawn = [list(plots(section, prefix, styles)) for section, prefix in zip(sections, prefixes, strict=True)]
     for plot in (plot for own in drawn for plot in own):
         with atomic_write(folder / plot.file) as temporary:
             temporary.write_bytes(plot.png)

@@ -55,7 +55,7 @@ def _suite_table(found: Sequence[Group]) -> str:
 
 
 def _cells(line: Line) -> list[str]:
-    cells = [escape(cell) for cell in line.cells]
+    cells = [escape(cell) for cell in line.cells] + [""] * (len(COLUMNS) - len(line.cells))
     if line.kind is Kind.OURS:
         cells[0] = f"**{cells[0]}**"
     if line.kind is Kind.MISMATCH:

@@ -1,5 +1,6 @@
 """The report as one HTML page that needs nothing else: plots are embedded, nothing is loaded."""
 
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -9,7 +10,10 @@ from benchmarks.report.runs import Section
 from benchmarks.report.tables import (
     COLUMNS,
     LEGEND,
+    NOISY,
     Group,
+    Kind,
+    Line,
     captions,
     device_name,
     groups,
@@ -23,20 +27,29 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --back: #14171a; --soft: #9aa4af; --line: #343b43;
   --head: #20252a; --ours: #16293b; --bad: #ff8a80; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
-  max-width: 80rem; padding: 0 1rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+  max-width: 80rem; padding: 0 1rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; width: 100%;
+  table-layout: fixed; }
+th, td { padding: .3rem .4rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { background: var(--head); }
-th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
-td:last-child { white-space: normal; min-width: 14rem; color: var(--soft); }
+thead th { width: 7%; overflow-wrap: normal; }
+thead th:first-child { width: 22%; }
+thead th:nth-child(2), thead th:nth-child(3), thead th:nth-child(4) { width: 16%; }
+thead th:last-child { width: 9%; }
+th:first-child, td:first-child, td.why { text-align: left; }
+td.figure span { display: inline-block; white-space: nowrap; }
+td.noisy { color: var(--bad); }
 tr.group th { text-align: left; padding-top: .9rem; font-weight: 400; background: none; }
 tr.ours { background: var(--ours); font-weight: 600; }
 tr.untimed td { color: var(--soft); }
 tr.mismatch td { color: var(--bad); }
-tr.mismatch td:nth-child(2), .partial { color: var(--bad); font-weight: 700; }
-.caption, .legend { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+tr.mismatch td.why, .partial { color: var(--bad); font-weight: 700; }
+.caption, .legend { color: var(--soft); font-size: 13px; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .8rem 0; }
+@media (max-width: 60rem) { table, tbody, tr, th, td { display: block; text-align: left; }
+  thead { display: none; } tr { border-bottom: 1px solid var(--line); padding: .2rem 0; }
+  th, td { border: 0; padding: .1rem .4rem; } td.figure::before { content: attr(data-column) ": ";
+  color: var(--soft); font-weight: 400; } }
 """.strip()
 
 
@@ -67,9 +80,25 @@ def _table(found: Sequence[Group]) -> str:
         title = f"<b>{escape(group.workload)}, {escape(group.direction)}</b> {escape(group.describe)}"
         rows.append(f'<tr class="group"><th colspan="{len(COLUMNS)}">{title}</th></tr>')
         for line in group.lines:
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in line.cells)
-            rows.append(f'<tr class="{line.kind}">{cells}</tr>')
-    return '<div class="table"><table>\n' + "\n".join(rows) + "\n</table></div>"
+            rows.append(f'<tr class="{line.kind}">{_cells(line)}</tr>')
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _cells(line: Line) -> str:
+    """The provider, then its figures, or in place of them why there are none."""
+    provider, *others = map(escape, line.cells)
+    if line.kind in (Kind.UNTIMED, Kind.MISMATCH):
+        found = [f'<td class="why" colspan="{len(COLUMNS) - 1}">{others[0]}</td>']
+    else:
+        found = [_figure(column, text) for column, text in zip(COLUMNS[1:], others, strict=True)]
+    return "".join([f"<td>{provider}</td>", *found])
+
+
+def _figure(column: str, text: str) -> str:
+    """A cell that breaks before its spread or its quartiles, and nowhere else."""
+    kind = "figure noisy" if NOISY in text else "figure"
+    parts = " ".join(f"<span>{part}</span>" for part in re.split(r" (?=[±(])", text))
+    return f'<td class="{kind}" data-column="{escape(column)}">{parts}</td>'
 
 
 def _image(plot: Plot) -> str:

@@ -1,24 +1,32 @@
-"""Time and memory over tokens: one picture per suite, direction and family of sizes."""
+"""Time and memory: one picture per suite and direction, a row in it for each family of sizes.
+
+Workloads that differ in size alone are lines over the tokens. A workload that has no such relatives is bars.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import count
 from statistics import median
 from typing import Any
 
-from benchmarks.report.figures import floor_s, is_timed
+from benchmarks.report.figures import floor_s, in_order, is_timed
 from benchmarks.report.runs import DIRECTION_NAMES, Row, Section
-from benchmarks.report.tables import device_name
+from benchmarks.report.tables import NOISY_SPREAD, device_name, is_noisy, milliseconds, number
 
-# Okabe and Ito's palette, told apart by all kinds of colour vision; its yellow is too pale on white.
-OURS = ("#0072B2", "#009E73", "#56B4E9")
-PEERS = ("#D55E00", "#E69F00", "#CC79A7", "#7F7F7F", "#000000")
+# Okabe and Ito's palette, told apart by all kinds of colour vision. Blue is ours alone; yellow is too pale on white.
+OURS = "#0072B2"
+PEERS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73", "#7F7F7F", "#000000", "#8B5A2B")
 DASHES = ("-", "-.", ":")  # dashed is the floor
 MARKERS = "osD^vPX"
 FLOOR = {"color": "#444444", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
+FLOOR_LABEL = "floor (measured ceilings)"
+BAR = {"linewidth": 1, "height": 0.7}
 ROWS = 4  # families in one picture
 COLORS = 128  # of a picture's palette: edges stay smooth, files stay small
+Styles = Mapping[str, Mapping[str, Any]]
+_HOLLOW = {"linestyle": "none", "markerfacecolor": "white", "zorder": 4}
 _SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])\d+(\.\d+)?[km]?(?![a-z0-9])", re.IGNORECASE)
 _SIZE_IN_TEXT = re.compile(r"\b[\d,]+ (tokens|patches)\b(?: in \d+ segments?\b)?")
 
@@ -51,21 +59,24 @@ class Race:
 
 @dataclass(frozen=True)
 class Family:
-    """Workloads that differ in size alone, smallest first; with `alike` False, ones that have no such relatives."""
+    """Workloads that differ in size alone, smallest first, or a single one."""
 
     title: str
     races: tuple[Race, ...]
-    alike: bool = True
 
     @property
     def xs(self) -> list[float]:
-        return [float(race.size) if self.alike else float(i) for i, race in enumerate(self.races)]
+        return [float(race.size) for race in self.races]
+
+    @property
+    def is_line(self) -> bool:
+        """Whether there are several sizes to draw a line through."""
+        return len(self.races) > 1
 
 
-def plots(section: Section, prefix: str) -> Iterator[Plot]:
-    """All pictures of a device; `prefix` begins their file names."""
+def plots(section: Section, prefix: str, styles: Styles) -> Iterator[Plot]:
+    """All pictures of a device; `prefix` begins their file names, `styles` are `styles_of` the whole report."""
     for suite in section.suites:
-        styles = _styles(section, suite)
         for direction, direction_name in DIRECTION_NAMES.items():
             found = families_of(section, suite, direction)
             for begin in range(0, len(found), ROWS):
@@ -76,29 +87,53 @@ def plots(section: Section, prefix: str) -> Iterator[Plot]:
                 yield Plot(suite, f"{name}.png", title, png)
 
 
+def styles_of(sections: Sequence[Section]) -> Styles:
+    """How each timed provider is drawn, ours first: the same in all pictures of a report.
+
+    All of ours have one colour, and markers and dashes of their own. Peers that meet in a suite look different.
+    """
+    rows = [row for section in sections for rows in section.races.values() for row in rows if is_timed(row)]
+    suites: dict[str, set[str]] = {}
+    for row in rows:
+        suites.setdefault(row.provider, set()).add(row.suite)
+    styles: dict[str, Mapping[str, Any]] = {}
+    for ours, colors, width, size in ((True, (OURS,), 3.0, 7), (False, PEERS, 1.3, 4.5)):
+        looks: dict[str, int] = {}
+        names = {row.provider for row in rows if row.ours == ours}
+        for name in sorted(names, key=lambda name: (-len(suites[name]), name)):
+            taken = {look for other, look in looks.items() if suites[other] & suites[name]}
+            i = looks[name] = next(look for look in count() if look not in taken)
+            styles[name] = {
+                "color": colors[i % len(colors)],
+                "linestyle": DASHES[i // len(colors) % len(DASHES)],
+                "linewidth": width,
+                "marker": MARKERS[i % len(MARKERS)],
+                "markersize": size,
+                "zorder": 3 if ours else 2,
+            }
+    return styles
+
+
 def slug(text: str) -> str:
     """`text` as a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
 
 
 def families_of(section: Section, suite: str, direction: str) -> list[Family]:
-    """By what their names and descriptions share once the sizes are taken out; the others together at the end."""
+    """By what their names and descriptions share once the sizes are taken out; single workloads at the end."""
     families: dict[str, list[Race]] = {}
     for (own_suite, workload, own_direction), rows in section.races.items():
         timed = tuple(row for row in rows if is_timed(row) and row.size)
         if (own_suite, own_direction) == (suite, direction) and timed:
             race = Race(workload, timed[0].size or 0, timed)
             families.setdefault(_shared(timed[0]), []).append(race)
-    found, alone = [], []
+    found, single = [], []
     for title, races in families.items():
         if len({race.size for race in races}) > 1:
             found.append(Family(title, tuple(sorted(races, key=lambda race: race.size))))
         else:
-            alone += races
-    if alone:
-        title = _described(alone[0].rows[0]) if len(alone) == 1 else ""
-        found.append(Family(title, tuple(sorted(alone, key=lambda race: race.size)), alike=False))
-    return found
+            single += [Family(f"{race.workload}: {_described(race.rows[0])}", (race,)) for race in races]
+    return found + sorted(single, key=lambda family: family.xs)
 
 
 def _described(row: Row) -> str:
@@ -116,59 +151,83 @@ def _shared(row: Row) -> str:
     return ", ".join(filter(None, [row.op, *parts, row.dtype])) + (f" ({name})" if name else "")
 
 
-def _styles(section: Section, suite: str) -> dict[str, dict[str, Any]]:
-    """How a provider is drawn, ours first: the same in all pictures of a suite."""
-    rows = {row.provider: row for race, rows in section.races.items() if race[0] == suite for row in rows}
-    styles: dict[str, dict[str, Any]] = {}
-    for ours, palette, width, size in ((True, OURS, 3.0, 7), (False, PEERS, 1.3, 4.5)):
-        for i, name in enumerate(sorted(name for name, row in rows.items() if row.ours == ours)):
-            styles[name] = {
-                "color": palette[i % len(palette)],
-                "linestyle": DASHES[i // len(palette) % len(DASHES)],
-                "linewidth": width,
-                "marker": MARKERS[i % len(MARKERS)],
-                "markersize": size,
-                "zorder": 3 if ours else 2,
-            }
-    return styles
-
-
-def _draw(title: str, families: Sequence[Family], styles: Mapping[str, dict[str, Any]]) -> bytes:
-    """Time on the left, memory on the right, a family a row."""
+def _draw(title: str, families: Sequence[Family], styles: Styles) -> bytes:
+    """Time on the left, memory on the right, a family a row; the legend explains the lines, bars have names."""
     matplotlib = _matplotlib()
-    names = [name for name in styles if any(race.row(name) for family in families for race in family.races)]
-    height = max(0.8 + 2.8 * len(families), 1 + 0.2 * len(names))
-    figure = matplotlib.figure.Figure(figsize=(10, height), dpi=90, layout="constrained")
+    lines = [family for family in families if family.is_line]
+    names = [name for name in styles if any(race.row(name) for family in lines for race in family.races)]
+    legend = [matplotlib.lines.Line2D([], [], **styles[name], label=name) for name in names]
+    heights = [2.8 if family.is_line else 0.7 + 0.22 * len(family.races[0].rows) for family in families]
+    figure = matplotlib.figure.Figure(
+        figsize=(10, max(0.5 + sum(heights), 0.2 * len(names))), dpi=90, layout="constrained"
+    )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    for family, (time_axes, memory_axes) in zip(
-        families, figure.subplots(len(families), 2, squeeze=False), strict=True
-    ):
+    grid = figure.subplots(len(families), 2, squeeze=False, height_ratios=heights)
+    for family, (time_axes, memory_axes) in zip(families, grid, strict=True):
         time_axes.set_title(family.title, fontsize=9, loc="left")
+        if not family.is_line:
+            _bars(time_axes, memory_axes, family.races[0], styles)
+            continue
         for name in names:
             rows = [race.row(name) for race in family.races]
             _line(time_axes, family, [_milliseconds(row) for row in rows], styles[name])
             _line(memory_axes, family, [_mebibytes(row) for row in rows], styles[name])
+            noisy = [_milliseconds(row) if row and is_noisy(row.whole_s) else None for row in rows]
+            _line(time_axes, family, noisy, {**styles[name], **_HOLLOW})
         floors = [race.floor_s and 1e3 * race.floor_s for race in family.races]
-        _line(
-            time_axes, family, floors, FLOOR if family.alike else {**FLOOR, "marker": "_", "markersize": 16}
-        )
+        _line(time_axes, family, floors, FLOOR)
         for axes, label in ((time_axes, "whole op, ms"), (memory_axes, "peak memory, MiB")):
             _dress(axes, label, family, matplotlib.ticker)
-    lines = [matplotlib.lines.Line2D([], [], **styles[name], label=name) for name in names]
-    lines.append(matplotlib.lines.Line2D([], [], **FLOOR, label="floor (measured ceilings)"))
-    figure.legend(handles=lines, loc="outside right upper", fontsize=8, frameon=False)
+    if lines:
+        legend.append(matplotlib.lines.Line2D([], [], **FLOOR, label=FLOOR_LABEL))
+        if any(is_noisy(row.whole_s) for family in lines for race in family.races for row in race.rows):
+            hollow = {**_HOLLOW, "color": OURS, "marker": "o"}
+            label = f"hollow: ± more than {100 * NOISY_SPREAD:.0f} %"
+            legend.append(matplotlib.lines.Line2D([], [], **hollow, label=label))
+        figure.legend(handles=legend, loc="outside right upper", fontsize=8, frameon=False)
     return _png(figure)
 
 
 def _line(axes: Any, family: Family, values: Sequence[float | None], style: Mapping[str, Any]) -> None:
-    """A line over the sizes of a family; unconnected points where its members are not alike."""
+    """A line over the sizes of a family."""
     points = [(x, value) for x, value in zip(family.xs, values, strict=True) if value]
     if points:
-        axes.plot(*zip(*points, strict=True), **(style if family.alike else {**style, "linestyle": "none"}))
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def _bars(time_axes: Any, memory_axes: Any, race: Race, styles: Styles) -> None:
+    """A bar for every provider, in the order of the tables, and one for the floor."""
+    rows = in_order(race.rows)
+    names = [row.provider for row in rows]
+    colors = [styles[name]["color"] for name in names]
+    times = [_milliseconds(row) or 0.0 for row in rows]
+    time_axes.barh(names, times, color=colors, edgecolor=colors, **BAR)
+    labels = [milliseconds(row.whole_s) for row in rows]
+    if race.floor_s is not None:
+        names, times = [*names, FLOOR_LABEL], [*times, 1e3 * race.floor_s]
+        edge = {"edgecolor": FLOOR["color"], "linestyle": FLOOR["linestyle"]}
+        time_axes.barh(names[-1:], times[-1:], color="none", **edge, **BAR)
+        labels.append(f"{number(times[-1])} ms")
+    memory = [_mebibytes(row) or 0.0 for row in rows]
+    memory_axes.barh(range(len(rows)), memory, color=colors, edgecolor=colors, **BAR)
+    memory_labels = [
+        "" if row.peak_bytes is None else f"{number(row.peak_bytes / 2**20)} MiB" for row in rows
+    ]
+    for axes, values, texts in ((time_axes, times, labels), (memory_axes, memory, memory_labels)):
+        for place, (value, text) in enumerate(zip(values, texts, strict=True)):
+            axes.annotate(text, (value, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_xlim(0, 1.45 * max([*values, 1e-9]))
+        axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+        axes.tick_params(labelsize=8, length=0)
+        axes.xaxis.set_ticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    memory_axes.yaxis.set_ticks([])
+    time_axes.set_xlabel("whole op, ms", fontsize=9)
+    memory_axes.set_xlabel("peak memory, MiB", fontsize=9)
 
 
 def _dress(axes: Any, label: str, family: Family, ticker: Any) -> None:
-    """Scales, ticks and labels."""
+    """Scales, ticks and labels of lines."""
     axes.set_ylabel(label, fontsize=9)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -178,16 +237,10 @@ def _dress(axes: Any, label: str, family: Family, ticker: Any) -> None:
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
     axes.yaxis.set_minor_locator(ticker.NullLocator())
-    if family.alike:
-        axes.set_xscale("log")
-        axes.set_xlabel("tokens", fontsize=9)
-        ticks = _apart(sorted(set(family.xs)))
-        axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
-    else:
-        names = [f"{race.workload}\n{_tokens(race.size)} tokens" for race in family.races]
-        few = len(names) < 4
-        axes.set_xticks(family.xs, names, rotation=0 if few else 30, ha="center" if few else "right")
-        axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens", fontsize=9)
+    ticks = _apart(sorted(set(family.xs)))
+    axes.set_xticks(ticks, [_tokens(int(tick)) for tick in ticks])
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.tick_params(labelsize=8)
     axes.grid(True, color="#dddddd", linewidth=0.6)

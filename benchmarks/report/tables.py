@@ -1,9 +1,10 @@
 """One table per suite: a line for every provider on every workload, whether it was timed or not.
 
-Who is not installed is named once per suite, below the table.
+The providers that do not support a workload share one line. Those that are not installed are named once per suite,
+below the table.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
@@ -21,12 +22,14 @@ COLUMNS = (
     "GB/s",
     "of the floor",
     "peak memory",
-    "note",
 )
 NOTHING = "–"
+NOISY = "⚠"
+NOISY_SPREAD = 0.2
 LEGEND = (
     "Whole op: median ± half the distance between the quartiles, with everything that the op needs built anew "
     "(layout, mask, index). Kernel alone: the same with all of that prepared; a backward prepares nothing. "
+    f"{NOISY}: the samples spread by more than ± {NOISY_SPREAD * 100:.0f} %, so the figure says little; measure again. "
     "Time ÷ ours: against the fastest of our backends, the median (and quartiles) of the ratios of rounds taken "
     "in turns; ≈ marks a ratio of medians of two runs. TFLOP/s and GB/s: the workload's least work over the time of "
     "the whole op, so none for a peer that computes something else. Of the floor: the least time at the measured "
@@ -46,7 +49,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Line:
-    """The cells of `COLUMNS`, plain text."""
+    """The cells of `COLUMNS`, plain text; a line without figures has two: who, and why there are none."""
 
     cells: tuple[str, ...]
     kind: Kind
@@ -70,8 +73,10 @@ def groups(section: Section, suite: str) -> Iterator[Group]:
         ours = best_of_ours(rows)
         described = next((row for row in rows if row.describe), rows[0])
         describe = ", ".join(filter(None, (described.op, described.describe, described.dtype)))
-        lines = tuple(line(row, ours) for row in in_order(rows) if row.status is not Status.MISSING)
-        yield Group(workload, DIRECTION_NAMES.get(direction, direction), describe, lines)
+        folded = (Status.MISSING, Status.UNSUPPORTED)
+        lines = [line(row, ours) for row in in_order(rows) if row.status not in folded]
+        lines += [unsupported(rows)] if any(row.status is Status.UNSUPPORTED for row in rows) else []
+        yield Group(workload, DIRECTION_NAMES.get(direction, direction), describe, tuple(lines))
 
 
 def not_installed(section: Section, suite: str) -> str:
@@ -82,16 +87,24 @@ def not_installed(section: Section, suite: str) -> str:
     return f"Missing on this machine: {listed}." if missing else ""
 
 
+def unsupported(rows: Sequence[Row]) -> Line:
+    """All providers that do not support a workload, by their reasons."""
+    names: dict[str, list[str]] = {}
+    for row in in_order(rows):
+        if row.status is Status.UNSUPPORTED:
+            names.setdefault(row.reason, []).append(row.provider)
+    listed = "; ".join(f"{', '.join(found)} ({reason})" for reason, found in names.items())
+    return Line((f"{sum(map(len, names.values()))} unsupported", listed), Kind.UNTIMED)
+
+
 def line(row: Row, ours: Row | None) -> Line:
     """One provider; `ours` is what it is compared with."""
     provider = f"{row.provider} (computes {row.instead} instead)" if row.instead else row.provider
+    if row.status is Status.MISMATCH:
+        return Line((provider, f"❌ {row.status}: {row.reason}"), Kind.MISMATCH)
     if not is_timed(row):
-        mismatch = row.status is Status.MISMATCH
-        status = (
-            NOTHING if row.status is Status.TIMED else f"❌ {row.status}" if mismatch else str(row.status)
-        )
-        empty = (NOTHING,) * (len(COLUMNS) - 3)
-        return Line((provider, status, *empty, row.reason), Kind.MISMATCH if mismatch else Kind.UNTIMED)
+        why = row.reason if row.status is Status.TIMED else f"{row.status}: {row.reason}"
+        return Line((provider, why), Kind.UNTIMED)
     seconds = median(row.whole_s)
     cells = (
         provider,
@@ -100,7 +113,6 @@ def line(row: Row, ours: Row | None) -> Line:
         ratio_text(row, ours),
         *_rates(row, seconds),
         NOTHING if row.peak_bytes is None else f"{number(row.peak_bytes / 2**20)} MiB",
-        "",
     )
     return Line(cells, Kind.OURS if row.ours else Kind.PEER)
 
@@ -131,12 +143,19 @@ def ratio_text(row: Row, ours: Row | None) -> str:
     return f"{times(found.value)} × ({times(found.low)}–{times(found.high)})"
 
 
-def milliseconds(seconds: tuple[float, ...]) -> str:
-    """Median with its spread: "12.3 ms ± 4 %"."""
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Median with its spread: "12.3 ms ± 4.0 %"; "12.3 ms ± 40 % ⚠" if it is noisy."""
     if not seconds:
         return NOTHING
     share = spread(seconds)
-    return f"{number(1e3 * median(seconds))} ms" + ("" if share is None else f" ± {percent(share)}")
+    text = f"{number(1e3 * median(seconds))} ms" + ("" if share is None else f" ± {percent(share)}")
+    return f"{text} {NOISY}" if is_noisy(seconds) else text
+
+
+def is_noisy(seconds: Sequence[float]) -> bool:
+    """Whether the samples spread so far that their median says little."""
+    share = spread(seconds)
+    return share is not None and share > NOISY_SPREAD
 
 
 def number(value: float) -> str:

@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
+import subprocess
 from copy import deepcopy
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.colors import to_rgba
 
 from benchmarks import merge
 from benchmarks.core import Status
+from benchmarks.report import plots as plots_module
 from benchmarks.report import readme
 from benchmarks.report.__main__ import main
 from benchmarks.report.figures import floor_s, quartiles, spread
-from benchmarks.report.plots import families_of, plots
+from benchmarks.report.plots import OURS as OUR_COLOR
+from benchmarks.report.plots import families_of, plots, styles_of
 from benchmarks.report.runs import BrokenResult, read_result, read_sections
 from benchmarks.report.tables import COLUMNS, Kind, groups, number
 
@@ -123,7 +129,6 @@ def test_every_figure_of_a_timed_line(save):
         "GB/s": "1.00",
         "of the floor": "40 %",
         "peak memory": "3.00 MiB",
-        "note": "",
     }
     assert peer["time ÷ ours"] == "4.0 × (4.0–4.5)", "rounds have the ratios 4, 4 and 5"
     assert (peer["whole op"], peer["of the floor"]) == ("400 ms ± 18 %", "10 %")
@@ -188,30 +193,64 @@ def test_ours_come_first_then_the_fastest_then_the_untimed(save):
     names = [line.cells[0] for line in lines(save, result(*RACE, failed=FAILED))]
     assert names == [
         OURS,
-        "vot-kernels triton",
         "other function (computes exact softmax instead)",
         "slow peer",
         "naive",
         "wrong",
+        "1 unsupported",
     ]
 
 
 def test_untimed_providers_show_why_and_no_figure(save):
     found = {line.cells[0]: line for line in lines(save, result(*RACE, failed=FAILED))}
-    assert (
-        found["naive"].cells[1] == "out of memory" and found["naive"].cells[-1] == "tried to allocate 9 GiB"
-    )
+    assert found["naive"].cells == ("naive", "out of memory: tried to allocate 9 GiB")
+    assert found["wrong"].cells[1].startswith("❌ mismatch: output is off")
+    assert found["wrong"].kind is Kind.MISMATCH
     assert "absent" not in found, "who is not installed has no line"
-    assert found["wrong"].cells[1] == "❌ mismatch" and found["wrong"].kind is Kind.MISMATCH
-    for provider in ("vot-kernels triton", "naive", "wrong"):
-        assert set(found[provider].cells[2:-1]) == {"–"}
+
+
+def test_the_unsupported_share_one_line_with_each_reason_once(save):
+    failed = [
+        ("peer b", "unsupported", "needs a GPU"),
+        ("vot-kernels triton", "unsupported", "no kernel"),
+        ("peer a", "unsupported", "needs a GPU"),
+        ("naive", "error", "no luck"),
+    ]
+    found = [line.cells for line in lines(save, result(RACE[0], failed=failed))]
+    assert found[1:] == [
+        ("naive", "error: no luck"),
+        ("3 unsupported", "vot-kernels triton (no kernel); peer a, peer b (needs a GPU)"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        ([0.08, 0.1, 0.12], "100 ms ± 10 %"),
+        ([0.062, 0.1, 0.138], "100 ms ± 19 %"),
+        ([0.05, 0.1, 0.14], "100 ms ± 22 % ⚠"),
+        ([0.01, 0.1, 0.9], "100 ms ± 222 % ⚠"),
+        ([0.1], "100 ms"),
+    ],
+)
+def test_a_spread_over_20_per_cent_is_marked(save, tmp_path, seconds, shown):
+    data = result(bench("peer", seconds))
+    (line,) = lines(save, data)
+    assert cells(line)["whole op"] == shown
+    assert ("⚠" in cells(line)["kernel alone"]) == ("⚠" in shown)
+    assert main([str(save(data)), "--out", str(tmp_path / "out")]) == 0
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count('class="figure noisy"') == 2 * ("⚠" in shown)
+    assert "⚠: the samples spread by more than ± 20 %" in Page(html).text, (
+        "the legend says what the mark means"
+    )
 
 
 def test_a_mismatch_shows_no_figure_even_if_the_file_has_one(save):
     data = result(*RACE[:2])
     data["vot_kernels"]["outcomes"][1] |= {"status": "mismatch", "reason": "off"}
     wrong = lines(save, data)[1]
-    assert wrong.cells == ("slow peer", "❌ mismatch", *["–"] * 6, "off")
+    assert wrong.cells == ("slow peer", "❌ mismatch: off")
 
 
 def test_a_peer_that_computes_something_else_is_marked_and_has_no_rates(save):
@@ -233,7 +272,7 @@ def test_a_workload_on_which_nothing_was_timed_has_its_lines(save, status, tmp_p
     data["benchmarks"] = []
     data["vot_kernels"]["outcomes"][0] |= {"status": str(status), "reason": "because"}
     (line,) = lines(save, data)
-    assert str(status) in line.cells[1] and line.cells[-1] == "because"
+    assert f"{status}" in " ".join(line.cells) and "because" in line.cells[1]
     assert main([str(save(data)), "--out", str(tmp_path / "out")]) == 0
 
 
@@ -272,14 +311,14 @@ def test_runs_of_one_device_are_merged_and_the_later_counts(save):
         ("no time left", "400 ms ± 18 %"),
         ("missing", "400 ms ± 18 %"),
         ("unsupported", "400 ms ± 18 %"),
-        ("mismatch", "❌ mismatch"),
-        ("gated", "gated"),
-        ("out of memory", "out of memory"),
+        ("mismatch", "❌ mismatch: why"),
+        ("gated", "gated: why"),
+        ("out of memory", "out of memory: why"),
     ],
 )
 def test_what_a_later_run_did_not_try_keeps_its_figures(save, status, shown):
     later = result(RACE[0], failed=[("slow peer", status, "why")])
-    assert cells(lines(save, result(*RACE[:2]), later)[1])["whole op"] == shown
+    assert lines(save, result(*RACE[:2]), later)[1].cells[1] == shown
 
 
 def test_devices_stay_apart(save):
@@ -333,7 +372,7 @@ def test_report_is_written_beside_the_first_file(save):
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(COLUMNS) + 2}, (
         "no text breaks the table"
     )
-    assert "| **❌ mismatch** |" in text and r"by \<b\>0.5\</b\> second line" in text
+    assert "| **❌ mismatch: output is off" in text and r"by \<b\>0.5\</b\> second line" in text
     assert "Complete run: pytest https://x.y" in text and "2026-01-02T03:04:05Z" in text
     assert "torch 2.13.0" in text and "cuda" not in text, "what is not installed is not listed"
     assert "copy 10.0 GB/s, float32 matrix product 0.100 TFLOP/s" in text
@@ -351,6 +390,41 @@ def test_report_is_written_beside_the_first_file(save):
     assert not re.search(r"url\(|@import", html)
     assert "by <b>0.5</b>" in page.text, "text of the results is shown, not interpreted"
     assert 'class="mismatch"' in html and "prefers-color-scheme: dark" in html
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+MEASURE = """<!doctype html><body><script>
+onload = () => document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+  const page = frame.contentDocument.documentElement, width = frame.clientWidth;
+  const cells = [...page.querySelectorAll("td, td span, th, img")].map(cell => cell.getBoundingClientRect().right);
+  return [width, page.scrollWidth, Math.max(...cells)];
+}));
+</script>%s</body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome, which lays out the page")
+def test_everything_lies_on_the_page_at_any_width(save, tmp_path):
+    why = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB. " * 2
+    noisy = bench(
+        "transformers grouped_mm with a long name", [1.2345, 12.5, 0.1], instead="something else", size=8192
+    )
+    data = result(*RACE, noisy, failed=[*FAILED, ("memory", "out of memory", why)])
+    assert main([str(save(data)), "--out", str(tmp_path / "out")]) == 0
+    html = escape((tmp_path / "out" / "report.html").read_text(), quote=True)
+    widths = (1600, 1280, 1000, 961, 900, 600, 360)
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{html}"></iframe>' for width in widths)
+    page = tmp_path / "page.html"
+    page.write_text(MEASURE % frames)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [BROWSER, *options, profile, "--virtual-time-budget=5000", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(re.search(r'data-found="(.*?)"', dom)[1])
+    assert [width for width, _, _ in found] == list(widths)
+    for width, scroll, right in found:
+        assert scroll <= width and right <= width, (
+            f"at {width} px the page is {max(scroll, right):.0f} px wide"
+        )
 
 
 def test_a_partial_run_works_and_is_labelled(save):
@@ -373,15 +447,15 @@ def test_plots_show_every_size_and_stay_small(save):
         for name, scale in ((OURS, 1e-5), ("peer", 1e-4), ("peer 2", 2e-4))
     ]
     alone = bench(OURS, [0.1] * 3, workload="long", describe="5,000 tokens, width 7", size=5000)
-    (section,) = read_sections([save(result(*sizes, alone, bench(OURS, [0.2] * 3, direction="both")))])
-    forward, both = plots(section, "cpu")
+    sections = read_sections([save(result(*sizes, alone, bench(OURS, [0.2] * 3, direction="both")))])
+    forward, both = plots(sections[0], "cpu", styles_of(sections))
     assert (forward.file, both.file) == ("cpu-linear-forward.png", "cpu-linear-both.png")
     path = save("", "plot.png")
     heights = []
     for plot, least in ((forward, 8), (both, 4)):
         path.write_bytes(plot.png)
         with Image.open(path) as image:
-            assert image.width >= 800 and image.height >= 300
+            assert image.width >= 800 and image.height >= 100
             heights.append(image.height)
             colors = {color for _, color in image.convert("RGB").getcolors()}
             assert any(max(abs(a - b) for a, b in zip(c, (0, 114, 178), strict=True)) < 12 for c in colors), (
@@ -389,7 +463,67 @@ def test_plots_show_every_size_and_stay_small(save):
             )
             assert len(image.convert("RGB").getcolors()) >= least, "lines, markers and text have colours"
         assert 3_000 < len(plot.png) < 150_000
-    assert heights[0] > 1.5 * heights[1], "three sizes share a row, the one without relatives has its own"
+    assert heights[0] > 2 * heights[1], "three sizes are a line; a single workload is a few bars"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, in order."""
+    figures, png = [], plots_module._png
+    monkeypatch.setattr(plots_module, "_png", lambda figure: figures.append(figure) or png(figure))
+    return figures
+
+
+def test_a_single_workload_is_bars_with_names_and_figures(save, drawn):
+    sections = read_sections([save(result(*RACE))])
+    (plot,) = plots(sections[0], "cpu", styles_of(sections))
+    time_axes, memory_axes = drawn[0].axes
+    assert not time_axes.lines and not memory_axes.lines
+    names = [label.get_text() for label in time_axes.get_yticklabels()]
+    assert names == [OURS, "other function", "slow peer", "floor (measured ceilings)"]
+    assert [bar.get_width() for bar in time_axes.patches] == pytest.approx([100, 50, 400, 40])
+    assert [text.get_text() for text in time_axes.texts] == [
+        "100 ms ± 10 %",
+        "50.0 ms ± 10 %",
+        "400 ms ± 18 %",
+        "40.0 ms",
+    ]
+    assert [bar.get_width() for bar in memory_axes.patches] == [3, 3, 3]
+    assert (
+        time_axes.patches[0].get_facecolor() == memory_axes.patches[0].get_facecolor() == to_rgba(OUR_COLOR)
+    )
+    assert not drawn[0].legends
+
+
+def test_a_noisy_point_is_hollow_and_the_legend_says_so(save, drawn):
+    spread = {4096: [0.1, 0.1, 0.1], 8192: [0.1, 0.2, 0.9]}
+    sections = read_sections([save(result(*(bench(OURS, s, size=n) for n, s in spread.items())))])
+    list(plots(sections[0], "cpu", styles_of(sections)))
+    hollow = [line for line in drawn[0].axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[8192]]
+    assert "hollow: ± more than 20 %" in [text.get_text() for text in drawn[0].legends[0].texts]
+
+
+def test_ours_have_one_colour_everywhere_and_no_peer_has_it(save):
+    """Whoever else takes part, in whichever suite and on whichever device."""
+    peers = [f"peer {i}" for i in range(12)]
+    cpu = [bench("vot-kernels A first in the alphabet", [0.1], suite="aoe"), bench(OURS, [0.1], suite="aoe")]
+    cpu += [bench(name, [0.1], suite=suite) for suite in ("aoe", "linear") for name in [OURS, *peers[:7]]]
+    gpu = [bench("vot-kernels triton", [0.1], suite="moe")] + [
+        bench(p, [0.1], suite="moe") for p in peers[5:]
+    ]
+    sections = read_sections([save(result(*cpu), "a.json"), save(result(*gpu, device=GPU), "b.json")])
+    styles = styles_of(sections)
+    assert {style["color"] == OUR_COLOR for name, style in styles.items() if name.startswith("vot-")} == {
+        True
+    }
+    assert OUR_COLOR not in {styles[name]["color"] for name in peers}
+    assert len({styles[name]["color"] for name in peers[:7]}) == 7, "peers that meet have different colours"
+    looks = {(s["color"], s["marker"], s["linestyle"]) for s in (styles[name] for name in peers[5:])}
+    assert len(looks) == 7
+    ours = [style for name, style in styles.items() if name.startswith("vot-")]
+    assert len({(s["marker"], s["linestyle"]) for s in ours[:2]}) == 2, "backends of ours are told apart"
+    assert styles[OURS]["linestyle"] == "-", "the one that is in most suites"
 
 
 @pytest.mark.parametrize(
@@ -421,7 +555,7 @@ def test_a_line_joins_only_what_differs_in_size_alone(save, sizes, families):
     entries = [bench(OURS, [0.1] * 3, size=n, workload=name, describe=text) for n, name, text in sizes]
     (section,) = read_sections([save(result(*entries))])
     found = families_of(section, "linear", "forward")
-    assert sum(family.alike for family in found) == families
+    assert sum(family.is_line for family in found) == families
     assert sum(len(family.races) for family in found) == len(sizes), "everything is drawn"
     assert all(family.xs == sorted(family.xs) for family in found)
 

@@ -389,6 +389,60 @@ def test_degenerate_layers_and_tokens_stay_finite(calibration):
         assert y.isfinite().all() and "nan" not in str(report)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("sharpness", "loudest", "message"),
+    [
+        (1e-6, 1, "w_up overflows float16: its largest value is .* allowed is 6.55e.* or a larger sharpness"),
+        (1e6, 1, "w_down overflows float16: .* give weights of a wider dtype or a smaller sharpness"),
+        (0.1, 5e4, r"w_o overflows float16: .* give weights of a wider dtype\."),
+    ],
+)
+def test_a_factor_that_overflows_the_dtype_is_refused(sharpness, loudest, message, calibrated):
+    gate, up, down = random_layer()
+    gate, up, down = (w.half() for w in (gate, up, down * (loudest / down.abs().max())))
+    x = make_tensor(60, 16) if calibrated else None
+    with pytest.raises(ValueError, match=message):
+        convert_swiglu(gate, up, down, 4, 2, 8, calibration=x, sharpness=sharpness)
+    layer, report = convert_swiglu(
+        *(w.float() for w in (gate, up, down)), 4, 2, 8, calibration=x, sharpness=sharpness
+    )
+    assert all(p.isfinite().all() for p in layer.parameters()), "float32 has room for it"
+    assert report.output_error is None or 0 < report.output_error < 1
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_factor_that_vanishes_in_the_dtype_shows_in_the_errors(calibrated):
+    """W_down of 1e-9 is 0 in float16, so every gate is."""
+    x = make_tensor(60, 16) if calibrated else None
+    weights = [w.half() for w in random_layer()]
+    weights[0] *= 1e-5
+    layer, report = convert_swiglu(*weights, 4, 2, 8, calibration=x, sharpness=1e-9)
+    assert (layer.w_down == 0).all() and report.factor_error == 1
+    assert report.output_error == (1 if calibrated else None)
+
+
+def test_an_output_that_overflows_the_dtype_has_an_infinite_error():
+    """60 tokens whose outputs pass 65,504, the largest number of float16, though every weight fits."""
+    gate, up, down = (w.half() for w in random_layer())
+    x = 500 * make_tensor(60, 16)
+    layer, report = convert_swiglu(gate, up, 10 * down, 4, 2, 8, calibration=x)
+    assert all(p.isfinite().all() for p in layer.parameters())
+    assert not layer(x.half()).isfinite().all() and report.output_error == float("inf")
+    assert "output_error inf" in str(report)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_whose_products_overflow_float64_are_refused(calibrated):
+    gate, up, down = random_layer()
+    x = make_tensor(60, 16, dtype=torch.float64) if calibrated else None
+    with pytest.raises(ValueError, match="too large: their products overflow float64"):
+        convert_swiglu(gate * 1e160, up * 1e160, down * 1e160, 4, 2, 8, calibration=x)
+    if calibrated:
+        with pytest.raises(ValueError, match="too large: their products overflow float64"):
+            convert_swiglu(gate, up, down, 4, 2, 8, calibration=x * 1e160)
+
+
 def test_the_modules_of_the_project_and_of_transformers():
     torch.manual_seed(shifted(0))
     x = make_tensor(30, 16)
@@ -444,6 +498,10 @@ def test_a_bad_module_is_named():
         ({"calibration": torch.zeros(3, 15)}, ValueError, r"calibration must have the shape \[tokens, 16\]"),
         ({"calibration": torch.zeros(0, 16)}, ValueError, "at least one token, got none"),
         ({"calibration": torch.full((3, 16), torch.nan)}, ValueError, "calibration must be finite"),
+        ({"calibration": torch.full((3, 16), torch.inf)}, ValueError, "calibration must be finite"),
+        ({"w_gate": torch.full((40, 16), torch.nan).double()}, ValueError, "w_gate must be finite, got NaN"),
+        ({"w_up": torch.full((40, 16), -torch.inf).double()}, ValueError, "w_up must be finite, got NaN"),
+        ({"w_down": torch.full((16, 40), torch.nan).double()}, ValueError, "w_down must be finite, got NaN"),
         ({"calibration": [1.0]}, TypeError, "calibration must be a tensor"),
     ],
 )

@@ -50,7 +50,7 @@ class ConversionReport:
         shared: int64 `[shared_hidden]`, the neurons of the shared expert.
         output_scale: `[num_experts]`, the factor in each expert's W_o.
         load: `[num_experts]`, share of the tokens that chose each expert; sums to top_k.
-        factor_error: of the gate matrices of all experts (but the shared one, which is exact).
+        factor_error: of the gate matrices of all experts as the layer has them (but the shared one, which is exact).
         gate_error: of their pre-activations x Gᵀ.
         low_rank_error: of the output, were only the gates of rank r.
         selection_error: of the output, did only the top_k experts answer, with exact gates, plainly summed.
@@ -58,7 +58,7 @@ class ConversionReport:
             could reach with this grouping.
         mixing_error: what the softmax and `output_scale` change in the plain sum of the experts that answer,
             over the dense output.
-        output_error: of the layer that was returned.
+        output_error: of the layer that was returned; infinite if its output overflows its dtype on the tokens.
     """
 
     groups: Tensor
@@ -128,8 +128,9 @@ def convert_swiglu(
     Raises:
         TypeError: weights or calibration that are not floating, or weights of different dtypes.
         ValueError: shapes that do not fit together, num_experts, top_k, rank or shared_hidden out of range, an
-            unknown score or weighting, a sharpness that is not positive and finite, or calibration without
-            tokens, with NaN or infinity, or on another device than the weights.
+            unknown score or weighting, a sharpness that is not positive and finite, calibration without tokens
+            or on another device than the weights, NaN or infinity in weights or calibration, or a weight of the
+            layer that overflows the dtype of `w_gate`.
 
     Source: the layer of Lv et al. (arXiv 2501.13074); grouping by co-activation as in Zhang et al.,
     MoEfication, Findings of ACL 2022 (arXiv 2110.01786).
@@ -148,11 +149,13 @@ def convert_swiglu(
     dense = _Dense(*(w.detach().double() for w in (w_gate, w_up, w_down.T)))
     tokens = None if calibration is None else calibration.detach()
     data = None if tokens is None else _observe(dense, tokens)
-    ranking = torch.argsort(_contribution(dense, data), descending=True, stable=True)
+    contribution, importance = _contribution(dense, data), _importance(dense, data, score)
+    _check_range(contribution, importance, *(() if data is None else (data.moment, data.profiles)))
+    ranking = torch.argsort(contribution, descending=True, stable=True)
     shared, routed = ranking[:shared_hidden], ranking[shared_hidden:].sort().values
     profiles = dense.gate if data is None else data.profiles
     groups = _group(F.normalize(profiles[routed]), num_experts, routed)
-    experts = _factor_experts(dense, groups, _importance(dense, data, score), data, rank, sharpness)
+    experts = _factor_experts(dense, groups, importance, data, rank, sharpness)
     plain = torch.full_like(experts.gate[:, 0, 0], top_k if weighting == "topk_softmax" else num_experts)
     scale, errors = (
         (plain, {}) if tokens is None else _measure(experts, dense, tokens, top_k, weighting, plain)
@@ -160,7 +163,7 @@ def convert_swiglu(
     _fill(layer, experts, scale, dense.take(shared), w_gate.dtype)
     if tokens is not None:
         errors["output_error"] = _output_error(layer, dense, tokens)
-    change = experts.gate - experts.w_up @ experts.w_down
+    change = experts.gate - layer.w_up.detach().double() @ layer.w_down.detach().double()
     factor_error = _ratio(change.square().sum(), experts.gate.square().sum())
     return layer, ConversionReport(groups, shared, scale, factor_error, **errors)
 
@@ -397,13 +400,28 @@ def _largest(scores: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
 
 
+def _check_range(*found: Tensor) -> None:
+    """Refuse finite numbers that became infinite on the way."""
+    if not all(x.isfinite().all() for x in found):
+        raise ValueError("The weights or the calibration are too large: their products overflow float64.")
+
+
 def _fill(
     layer: AutonomyOfExperts, experts: _Experts, scale: Tensor, shared: _Dense, dtype: torch.dtype
 ) -> None:
-    layer.w_down, layer.w_up, layer.w_p, layer.w_o = (
-        nn.Parameter(weight.to(dtype))
-        for weight in (experts.w_down, experts.w_up, experts.w_p, experts.w_o * scale[:, None, None])
-    )
+    w_o = experts.w_o * scale[:, None, None]
+    weights = {"w_down": experts.w_down, "w_up": experts.w_up, "w_p": experts.w_p, "w_o": w_o}
+    _check_range(*weights.values())
+    for name, weight in weights.items():
+        stored = weight.to(dtype)
+        if not stored.isfinite().all():
+            advice = {"w_up": " or a larger sharpness", "w_down": " or a smaller sharpness"}.get(name, "")
+            raise ValueError(
+                f"{name} overflows {str(dtype).removeprefix('torch.')}: its largest value is "
+                f"{float(weight.abs().max()):.3g} and the largest allowed is {torch.finfo(dtype).max:.3g}; "
+                f"give weights of a wider dtype{advice}."
+            )
+        setattr(layer, name, nn.Parameter(stored))
     layer.selection_bias = torch.zeros(len(scale), device=scale.device)
     if layer.shared is not None:
         layer.shared.gate_up.weight = nn.Parameter(torch.cat([shared.gate, shared.up]).to(dtype))
@@ -421,8 +439,8 @@ def _output_error(layer: AutonomyOfExperts, dense: _Dense, tokens: Tensor) -> fl
 
 
 def _ratio(change: Tensor, square: Tensor) -> float:
-    """Root of a ratio of sums of squares; 0 / 0 is 0."""
-    return float((change / square).sqrt()) if change > 0 else 0.0
+    """Root of a ratio of sums of squares; 0 / 0 is 0, and a change that is not a number is infinite."""
+    return 0.0 if change == 0 else float((change.nan_to_num(torch.inf, torch.inf) / square).sqrt())
 
 
 def _group(profiles: Tensor, number: int, names: Tensor) -> Tensor:
@@ -531,6 +549,8 @@ def _validate(
     check_tensor("w_up", w_up, [hidden, dim])
     check_tensor("w_down", w_down, [dim, hidden])
     check_alike("w_gate", w_gate, w_up=w_up, w_down=w_down)
+    for name, weight in {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}.items():
+        _check_finite(name, weight)
     if not 0 <= shared_hidden < hidden:
         raise ValueError(f"shared_hidden must be from 0 to {hidden - 1}, got {shared_hidden}.")
     if not 1 <= num_experts <= hidden - shared_hidden:
@@ -547,5 +567,9 @@ def _validate(
         check_device("w_gate", w_gate, calibration=calibration)
         if not len(calibration):
             raise ValueError("calibration must have at least one token, got none.")
-        if not calibration.isfinite().all():
-            raise ValueError("calibration must be finite, got NaN or infinity.")
+        _check_finite("calibration", calibration)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity.")
