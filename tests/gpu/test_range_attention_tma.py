@@ -5,7 +5,7 @@ import torch
 
 from vot_kernels import PackedLayout, flash_attn_varlen_func, packed_attention
 from vot_kernels.ops.packed_attention import reference
-from vot_kernels.ops.parts.range_attention import triton as _range_triton
+from vot_kernels.ops.parts.range_attention import triton as triton_backend
 from vot_kernels.ops.parts.range_attention.triton import prefer_tma
 from vot_kernels.testing import check_against_reference, make_qkv, make_tensor, poison_segment
 
@@ -20,13 +20,13 @@ def preferring(request, backend, device, monkeypatch):
     if backend != "triton" or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("tensor descriptors need a GPU of compute capability 9.0 and the triton backend")
     seen = []
-    inner = _range_triton._launch_with_workspace
+    inner = triton_backend._launch_with_workspace
 
     def launch(kernel, grid, config, **arguments):
         seen.append((config.blocks.get("USE_TMA", 0), config.blocks.get("WARP_SPECIALIZE", 0)))
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(triton_backend, "_launch_with_workspace", launch)
     with prefer_tma(warp_specialize=request.param):
         yield
     assert set(seen) == {(1, int(request.param))}

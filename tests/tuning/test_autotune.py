@@ -285,13 +285,13 @@ def test_launches_that_do_not_tune(tuned_launches, why):
 
 
 def test_sums_in_place_are_not_tuned(tuned_launches, monkeypatch):
-    from vot_kernels.ops.linear_attention import triton as _linear_triton
+    from vot_kernels.ops.linear_attention import triton as triton_backend
 
     seen = []
-    monkeypatch.setattr(_linear_triton, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
+    monkeypatch.setattr(triton_backend, "launch", lambda kernel, grid, *_, **__: seen.append(callable(grid)))
     states, bounds = torch.zeros(3, 1, 8), torch.tensor([0, 3], dtype=torch.int32)
-    _linear_triton.scan_states(states, bounds)
-    _linear_triton.scan_states(states, bounds, out=torch.zeros_like(states))
+    triton_backend.scan_states(states, bounds)
+    triton_backend.scan_states(states, bounds, out=torch.zeros_like(states))
     assert seen == [True, False]
 
 

@@ -16,7 +16,7 @@ from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
-from vot_kernels.ops.parts.range_attention import triton as _range_triton
+from vot_kernels.ops.parts.range_attention import triton as triton_backend
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     fuses_backward,
@@ -44,7 +44,7 @@ BETA = torch.tensor([0.5, -math.inf])
 def added(monkeypatch):
     """Of each launch for dk and dv so far, whether it adds to dq."""
     seen = []
-    inner = _range_triton._launch_with_workspace
+    inner = triton_backend._launch_with_workspace
 
     def launch(kernel, grid, config, **arguments):
         if "dk_ptr" in arguments:
@@ -52,7 +52,7 @@ def added(monkeypatch):
             assert (arguments["dq_ptr"] is not None) == seen[-1]
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(triton_backend, "_launch_with_workspace", launch)
     return seen
 
 
@@ -258,13 +258,13 @@ def test_adding_through_descriptors_gives_the_same(head_dim, monkeypatch):
     inputs = [poison_segment(x, layout, 1) for x in make_qkv(34, 2, head_dim, kv_heads=1)]
     pointers = gradients(layout, inputs, function=packed_attention)
     assert not reduced
-    inner = _range_triton._keys_config
+    inner = triton_backend._keys_config
 
     def through_descriptors(*arguments):
         config = inner(*arguments)
         return replace(config, blocks={**config.blocks, "USE_TMA": 1})
 
-    monkeypatch.setattr(_range_triton, "_keys_config", through_descriptors)
+    monkeypatch.setattr(triton_backend, "_keys_config", through_descriptors)
     for x, y in zip(pointers, gradients(layout, inputs, function=packed_attention), strict=True):
         assert x.isnan().equal(y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
     assert reduced and min(reduced) < 16 * head_dim  # blocks were cut off at the end of their rows
@@ -319,13 +319,13 @@ def test_compiles(added):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monkeypatch):
     asked = []
-    inner = _range_triton.fuses_backward
+    inner = triton_backend.fuses_backward
 
     def ask(q, wish, **options):
         asked.append(wish)
         return inner(q, wish, **options)
 
-    monkeypatch.setattr(_range_triton, "fuses_backward", ask)
+    monkeypatch.setattr(triton_backend, "fuses_backward", ask)
     bounds = PackedLayout.from_lengths((5, 6)).cu_seqlens
     leaves = [x.requires_grad_() for x in make_qkv(11, 1)]
     options = {"deterministic": deterministic, "backend": "triton"}
@@ -443,13 +443,13 @@ def test_what_adds_to_dq_is_not_tuned(monkeypatch):
     """Tuning repeats a launch, and so would add again: it leaves launches alone whose grid is given in numbers."""
     pytest.importorskip("triton")
     grids = {}
-    inner = _range_triton._launch_with_workspace
+    inner = triton_backend._launch_with_workspace
 
     def launch(kernel, grid, config, **arguments):
         grids[bool(config.blocks.get("ADD_DQ", 0))] = callable(grid)
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(triton_backend, "_launch_with_workspace", launch)
     for deterministic in (True, False):
         q, k, v = (torch.empty(8, 1, 64) for _ in range(3))
         bounds = PackedLayout.from_lengths((8,)).cu_seqlens

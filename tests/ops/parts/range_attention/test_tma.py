@@ -13,7 +13,7 @@ from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.parts.attention import Options
-from vot_kernels.ops.parts.range_attention import triton as _range_triton
+from vot_kernels.ops.parts.range_attention import triton as triton_backend
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     _allocate_workspace,
@@ -71,7 +71,7 @@ def uses(monkeypatch):
         seen.append(path(config))
         inner(kernel, grid, config, **arguments)
 
-    monkeypatch.setattr(_range_triton, "_launch_with_workspace", launch)
+    monkeypatch.setattr(triton_backend, "_launch_with_workspace", launch)
     return seen
 
 
@@ -315,7 +315,7 @@ def test_the_workspace_is_there_on_every_thread_and_the_callers_allocator_stays(
     from triton.runtime._allocation import _allocator
 
     seen = []
-    monkeypatch.setattr(_range_triton, "launch", lambda *_, **__: seen.append(_allocator.get()))
+    monkeypatch.setattr(triton_backend, "launch", lambda *_, **__: seen.append(_allocator.get()))
     before = _allocator.get()
 
     def own(size, alignment, stream):
