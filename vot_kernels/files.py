@@ -30,6 +30,35 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(path: str | os.PathLike[str], suffix: str = "") -> None:
+    """Refuse a file that could not be written later: called before the work whose result it is to hold.
+
+    Raises:
+        ValueError: the name does not end in `suffix`, or is that of a folder.
+        OSError: the folder can be neither written to nor made.
+    """
+    target = Path(path)
+    if suffix and target.suffix.lower() != suffix:
+        raise ValueError(f"The output must end in {suffix}, got '{target}'.")
+    if target.is_dir():
+        raise ValueError(f"The output must be a file, but '{target}' is a folder.")
+    check_output_folder(target.parent)
+
+
+def check_output_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that can be neither written to nor made.
+
+    Raises:
+        OSError: it, or the part of its path that exists, is no folder or may not be written to.
+    """
+    folder = Path(path).absolute()
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"'{path}' cannot be a folder: '{there}' is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"'{path}' cannot be written: permission denied in '{there}'.")
+
+
 def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
     """Rows of a file that `append_json_lines` writes to, none if there is no such file.
 

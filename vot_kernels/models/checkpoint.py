@@ -31,7 +31,7 @@ def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
         raise ValueError(f"{folder} is not {wanted}: its config.json is not a JSON object.") from None
     if kind not in allowed:
-        what = _NAMES.get(kind, f"a model of the type {kind!r}")
+        what = _NAMES.get(str(kind), f"a model of the type {kind!r}")
         raise ValueError(f"{folder} must be {wanted}, but its config.json says that it is {what}.")
     return str(kind)
 
@@ -52,11 +52,11 @@ def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model
     import torch
     from transformers.utils import logging
 
-    checkpoint_kind(folder, model.config_class.model_type)
+    checkpoint_kind(folder, str(getattr(model.config_class, "model_type", None)))
     loud = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it has to say about weights is in the error
     try:
-        loaded, report = model.from_pretrained(
+        result: Any = model.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
@@ -69,6 +69,7 @@ def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model
         raise ValueError(f"{folder} cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(loud)
+    loaded, report = result
     problems = {
         "lacks": report["missing_keys"],
         "has too many": report["unexpected_keys"],

@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vot_kernels.files import append_json_lines, read_json_lines
+from vot_kernels.files import append_json_lines, atomic_write, read_json_lines
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.sampling import Sampling
 
@@ -13,20 +13,31 @@ if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoQA
 
 
+class BatchCounts(NamedTuple):
+    """What a batch came to.
+
+    Attributes:
+        answered: lines answered now.
+        skipped: lines that an earlier run had answered.
+        failed: lines that could not be answered.
+    """
+
+    answered: int
+    skipped: int
+    failed: int
+
+
 def answer_batch(
     video_qa: "VideoQA",
     questions: str | os.PathLike[str],
     out: str | os.PathLike[str],
     sampling: Sampling | None = None,
-) -> tuple[int, int]:
+) -> BatchCounts:
     """Answer every line of `questions` and append one line each to `out`.
 
-    See `read_questions` for a line. A question whose id is already in `out` is skipped, so that the same call
+    See `read_questions` for a line. A question that is already answered in `out` is skipped, so that the same call
     resumes an interrupted run; a half-written last line is dropped first.
-    A video that cannot be read gets a line with "error" instead of an answer.
-
-    Returns:
-        (answered now, skipped).
+    A video that cannot be read gets a line with "error" instead of an answer; the next run tries it again.
 
     Raises:
         ValueError: `read_questions` refuses a line, or `out` holds something else; nothing is answered then.
@@ -36,9 +47,12 @@ def answer_batch(
     done = _finished(target)
     todo = [item for item in items if item["id"] not in done]
     with append_json_lines(target) as append:
+        failed = 0
         for item in track(todo, source.name, shown=bool(todo)):
-            append(_answer(video_qa, item, source.parent, sampling))
-    return len(todo), len(items) - len(todo)
+            row = _answer(video_qa, item, source.parent, sampling)
+            failed += "error" in row
+            append(row)
+    return BatchCounts(len(todo) - failed, len(items) - len(todo), failed)
 
 
 def _answer(
@@ -92,8 +106,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> set[str]:
-    """Ids that are already answered."""
+    """Ids that are already answered. Lines with an error are removed, because their questions are asked again."""
     try:
-        return {str(row["id"]) for row in read_json_lines(path)}
+        rows = read_json_lines(path)
+        done = {str(row["id"]) for row in rows if "error" not in row}
+        if len(done) < len(rows):
+            with atomic_write(path) as temporary, append_json_lines(temporary) as append:
+                for row in rows:
+                    if "error" not in row:
+                        append(row)
+        return done
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f'{path} exists and is not a JSONL of answers with an "id" each.') from None

@@ -1,7 +1,7 @@
 """The demo: one clip that the bundled checkpoint knows and one that it does not."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,20 +13,29 @@ if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoAnswer
 
 
-def run_demo(out: Path) -> Iterator[tuple["VideoAnswer", Path]]:
-    """Answer a question about each clip and write a picture and a trace each into `out`."""
-    path, question, candidates = digitworld_clip()
-    questions = [
-        (path, question, list(candidates)),
-        (natural_clip(), "What is moving through the street?", ["bicycles", "a train", "a dog"]),
-    ]
-    clips = [sample_video(path, Sampling(), checkpoint_fps()) for path, _, _ in questions]
-    print("Loading the perception checkpoint and the language model …", file=sys.stderr)
-    from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
+def run_demo(
+    out: Path, report: Callable[[str], None], device: str = "cpu"
+) -> Iterator[tuple["VideoAnswer", Path]]:
+    """Answer a question about each clip and write a picture and a trace each into `out`.
 
-    video_qa = VideoQA(*load_perception(), load_language_model())
+    Where the package that holds the natural clip is not installed, one line on stderr says so.
+    """
+    path, question, candidates = digitworld_clip()
+    questions = [(path, question, list(candidates))]
+    try:
+        questions.append(
+            (natural_clip(), "What is moving through the street?", ["bicycles", "a train", "a dog"])
+        )
+    except FileNotFoundError as error:
+        print(f"The second clip of the demo is left out. {error}", file=sys.stderr)
+    clips = [sample_video(path, Sampling(), checkpoint_fps()) for path, _, _ in questions]
+    report("Loading the perception checkpoint")
+    from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_language_model, load_perception
+
+    llm = DeferredModel(lambda: load_language_model(device=device))
+    video_qa = VideoQA(*load_perception(device=device), llm)
     for (path, text, choices), clip in zip(questions, clips, strict=True):
-        result = video_qa.ask(clip, text, choices)
+        result = video_qa.ask(clip, text, choices, report=report)
         picture = result.save_picture(out / f"{path.stem}.png")
         with atomic_write(out / f"{path.stem}.json") as temporary:
             temporary.write_text(result.answer.to_json(indent=1))

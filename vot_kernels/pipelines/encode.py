@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vot_kernels.files import atomic_write
+from vot_kernels.files import atomic_write, check_output
 from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind, load_checkpoint
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, checkpoint_fps, sample_video
@@ -19,6 +19,7 @@ def encode_videos(
     out: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | None = None,
     sampling: Sampling | None = None,
+    device: str = "cpu",
 ) -> list[str]:
     """Encode files of any sizes in one packed pass and write a safetensors file.
 
@@ -30,8 +31,7 @@ def encode_videos(
     Returns:
         One line per file, which describes the clip and counts its tokens.
     """
-    if Path(out).suffix != ".safetensors":
-        raise ValueError(f"The output must end in .safetensors, got {Path(out).name!r}.")
+    check_output(out, ".safetensors")
     fps = checkpoint_fps(checkpoint, ENCODER, PERCEPTION)
     clips = [
         sample_video(path, sampling or Sampling(), fps)
@@ -42,18 +42,20 @@ def encode_videos(
     from safetensors.torch import save_file
 
     from vot_kernels.models.perception.reading import sampled_fps
+    from vot_kernels.pipelines.video_qa import on_device
 
     encoder, processor = load_encoder(checkpoint_folder(checkpoint, ENCODER, PERCEPTION))
+    encoder = on_device(encoder, device)
     rates = [sampled_fps(clip.times) for clip in clips]
-    inputs = processor([clip.frames for clip in clips], fps=rates)
+    inputs = processor([clip.frames for clip in clips], fps=rates).to(encoder.device)
     with torch.no_grad():
         seen = encoder(**inputs)
     counts = inputs["image_grid_thw"].prod(1).tolist()
     tensors: dict[str, torch.Tensor] = {}
     for n, tokens in enumerate(seen.last_hidden_state.split(counts)):
-        tensors[f"{n}.pooled"] = seen.pooler_output[n].clone()
-        tensors[f"{n}.tokens"] = tokens.clone()
-        tensors[f"{n}.grid_thw"] = inputs["image_grid_thw"][n].clone()
+        tensors[f"{n}.pooled"] = seen.pooler_output[n].cpu().clone()
+        tensors[f"{n}.tokens"] = tokens.cpu().clone()
+        tensors[f"{n}.grid_thw"] = inputs["image_grid_thw"][n].cpu().clone()
         tensors[f"{n}.times_s"] = torch.from_numpy(clips[n].times)
     with atomic_write(out) as temporary:
         save_file(tensors, temporary, metadata={str(n): os.fspath(path) for n, path in enumerate(paths)})

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS
 from vot_kernels.data.digitworld.rules import answer_by_rules
-from vot_kernels.files import append_json_lines, atomic_write, read_json_lines
+from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
@@ -28,6 +28,7 @@ SYSTEMS = {
     "rules": "rules on the seen STSG",
     "rules_truth": "rules on the true STSG",
 }
+LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 _TRAIN_QUESTIONS = 1400
 _CRF = 23
 
@@ -38,6 +39,7 @@ def evaluate_digitworld(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     llm: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
@@ -46,20 +48,21 @@ def evaluate_digitworld(
     verification" shows what step 5 fixed and broke.
 
     Returns:
-        What is written to `out`: settings, accuracy per system and kind (and on the flip subset), and the
+        What is written to `out`: settings (how many frames of which size and rate, and which codec and decoder, were
+        looked at: scores differ by them), accuracy per system and kind (and on the flip subset), and the
         counts of answers that verification fixed and broke.
     """
     target = Path(out)
-    if target.suffix != ".json":
-        raise ValueError(f"The output must end in .json, got {target.name!r}.")
+    check_output(target, ".json")
     asked = generate_questions("test", videos, seed=seed)
-    perception, processor = load_perception(checkpoint)
-    model = load_language_model(llm)
+    perception, processor = load_perception(checkpoint, device)
+    model = load_language_model(llm, device)
     settings = {
         "videos": videos,
         "seed": seed,
         "checkpoint": perception.config.name_or_path,
         "llm": model.name,
+        **_looked_at(asked),
     }
     rows_file = target.with_suffix(".rows.jsonl")
     rows = _read_rows(rows_file, settings)
@@ -78,7 +81,7 @@ def evaluate_digitworld(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The accuracies as a plain table in per cent, one row a system, one column a kind."""
+    """The accuracies as a plain table in per cent, one row a system, one column a kind, and what was looked at."""
     columns = [*KINDS, "flip", "all"]
     lines = [["system", *columns]]
     for name, accuracy in result["accuracy"].items():
@@ -87,7 +90,32 @@ def format_table(result: dict[str, Any]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
-    return "\n".join([*rows, f"Verification fixed {fixed} answers and broke {broke}."])
+    names = [
+        name for name in LOOKED_AT if name in result["settings"]
+    ]  # results of an older version lack them
+    looked = "; ".join(f"{name.replace('_', ' ')} {result['settings'][name]}" for name in names)
+    notes = [f"Verification fixed {fixed} answers and broke {broke}."] + [f"Looked at: {looked}."] * bool(
+        looked
+    )
+    return "\n".join([*rows, *notes])
+
+
+def _looked_at(asked: Sequence[AskedEpisode]) -> dict[str, str]:
+    """What of the clips reaches the model. Other frames, or another decoder, give other scores."""
+    import av
+
+    scenes = [item.episode.scene for item in asked]
+    return {
+        "frames": _span(scene.num_frames for scene in scenes),
+        "frame_size": _span(f"{scene.size[1]} × {scene.size[0]}" for scene in scenes),
+        "fps": _span(f"{scene.fps:g}" for scene in scenes),
+        "codec": f"H.264, crf {_CRF}, yuv420p",
+        "decoder": f"PyAV {av.__version__}",
+    }
+
+
+def _span(values: Iterable[object]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
 
 
 def _answer(model: LanguageModel, item: AskedEpisode, seen: Detection) -> dict[str, Any]:

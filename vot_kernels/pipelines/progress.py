@@ -1,6 +1,8 @@
-"""A progress bar on stderr, so that stdout holds results alone; none where stderr is not a terminal."""
+"""Progress on stderr, so that stdout holds results alone: bars on a terminal, and what is being done now."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from vot_kernels.extras import imports_for
@@ -22,3 +24,18 @@ def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool
         console=console,
         disable=not (shown and console.is_terminal),
     )
+
+
+@contextmanager
+def steps(shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that says what is being done now: beside a spinner on a terminal, else in a line each."""
+    with imports_for("A progress bar", "cli"):
+        from rich.console import Console
+    console = Console(stderr=True)
+    if not shown:
+        yield lambda text: None
+    elif not console.is_terminal:
+        yield lambda text: print(f"{text} …", file=sys.stderr, flush=True)
+    else:
+        with console.status("Starting …") as status:
+            yield lambda text: status.update(f"{text} …")

@@ -1,6 +1,7 @@
 """Decoding what a model is to look at. No model is imported here, so that a bad file is reported at once."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def sample_video(
         end=sampling.end,
         progress=progress,
     )
+
+
+def check_device(name: str) -> None:
+    """Refuse, without importing torch, what cannot be the name of a device.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise ValueError(f"A device is cpu, cuda, cuda:1, mps or the like, got {name!r}.")
 
 
 def checkpoint_folder(path: str | os.PathLike[str] | None = None, *kinds: str) -> Path:

@@ -1,10 +1,13 @@
 """From a video file and a question to an answer with evidence."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from vot_kernels.data.video import VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint
@@ -13,9 +16,11 @@ from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
-from vot_kernels.reasoning.reasoning import VideoOfThought
+from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
-from vot_kernels.reasoning.types import Answer, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,12 @@ class VideoAnswer:
         return [line for name, lines in parts for line in _shortened(lines, limit, name)]
 
     def save_picture(self, path: str | os.PathLike[str]) -> Path:
-        """Write the frames with the tracklets and events drawn in, as a PNG."""
+        """Write the frames as a PNG, with the tracklets and events of a clip that the checkpoint knows drawn in."""
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
         title = f"{self.answer.question} {self.answer.text}"
-        return save_contact_sheet(path, self.clip, self.detection.stsg, title=title)
+        stsg = self.detection.stsg if self.answer.warning is None else None
+        return save_contact_sheet(path, self.clip, stsg, title=title)
 
 
 def _event_words(event: EvidenceEvent) -> str:
@@ -72,24 +78,47 @@ def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
     return [*lines[:limit], f"… and {len(lines) - limit} more {name}"]
 
 
+@dataclass(frozen=True)
+class DeferredModel:
+    """A language model that is loaded when it is first needed: a clip outside of the domain needs none.
+
+    Attributes:
+        load: returns it.
+    """
+
+    load: Callable[[], LanguageModel]
+
+
 class VideoQA:
     """Reads the scene graph of a video with a perception checkpoint, and reasons about it with a language model.
 
     Args:
         perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
-        llm: the language model.
+        llm: the language model, any `generate(prompt) -> str`, or a `DeferredModel`.
         switches: which of the five steps run.
+        anyway: reason about a clip that the checkpoint does not know, too; otherwise such a clip gets no answer.
     """
 
     def __init__(
         self,
         perception: VotPerceptionModel,
         processor: VotImageProcessor,
-        llm: LanguageModel,
+        llm: LanguageModel | Callable[[str], str] | DeferredModel,
         switches: Switches | None = None,
+        *,
+        anyway: bool = False,
     ):
         self.perception, self.processor = perception, processor
-        self.reasoning = VideoOfThought(llm, switches or Switches())
+        self.switches, self.anyway = switches or Switches(), anyway
+        self._llm = llm
+        if not isinstance(llm, DeferredModel):
+            self.reasoning  # noqa: B018  an unusable model is refused now
+
+    @cached_property
+    def reasoning(self) -> VideoOfThought:
+        """The five steps, with the language model loaded."""
+        llm = self._llm.load() if isinstance(self._llm, DeferredModel) else self._llm
+        return VideoOfThought(llm, self.switches)
 
     def see(
         self,
@@ -113,22 +142,56 @@ class VideoQA:
         candidates: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         progress: bool = False,
+        report: Callable[[str], None] | None = None,
     ) -> VideoAnswer:
-        """Answer a question about a file or a clip; without candidates the language model proposes them."""
-        clip, detection = self.see(video, sampling, progress)
-        return VideoAnswer(self.answer(question, candidates, detection), clip, detection)
+        """Answer a question about a file or a clip; without candidates the language model proposes them.
 
-    def answer(self, question: str, candidates: Sequence[str] | None, detection: Detection) -> Answer:
+        `report` is called with the name of what is done now.
+        """
+        if report is not None:
+            report("Looking at the frames")
+        clip, detection = self.see(video, sampling, progress)
+        return VideoAnswer(self.answer(question, candidates, detection, report), clip, detection)
+
+    def answer(
+        self,
+        question: str,
+        candidates: Sequence[str] | None,
+        detection: Detection,
+        report: Callable[[str], None] | None = None,
+    ) -> Answer:
         """Answer a question about a scene graph that was read before."""
-        return self.reasoning.run(
-            question, candidates, detection.stsg, domain_warning=domain_warning(detection)
-        )
+        warning = domain_warning(detection)
+        if warning is not None and not self.anyway:
+            return Answer(
+                question=check_question(question),
+                text=outside(warning),
+                choice=None,
+                choice_before=None,
+                confidence=0.0,
+                decided_by="none",
+                verification="abstained",
+                evidence=Evidence(),
+                trace=(),
+                candidates=check_candidates(candidates),
+                warning=warning,
+                switches=self.switches,
+            )
+        if report is not None:
+            report("Loading the language model")
+        reasoning = self.reasoning
+
+        def begun(step: str) -> None:
+            if report is not None:
+                report(f"Reasoning: {step.replace('_', ' ')}")
+
+        return reasoning.run(question, candidates, detection.stsg, domain_warning=warning, report=begun)
 
 
 def load_perception(
-    path: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | None = None, device: str = "cpu"
 ) -> tuple[VotPerceptionModel, VotImageProcessor]:
-    """Load a perception checkpoint and its processor from a folder; None is the bundled one.
+    """Load a perception checkpoint, onto `device`, and its processor from a folder; None is the bundled one.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -138,12 +201,25 @@ def load_perception(
     with quiet_transformers():
         model = load_checkpoint(VotPerceptionModel, folder)
     model.config.name_or_path = folder.name
-    return model, VotImageProcessor.from_pretrained(folder, local_files_only=True)
+    return on_device(model, device), VotImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def load_language_model(path: str | os.PathLike[str] | None = None) -> LanguageModel:
+def load_language_model(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> LanguageModel:
     """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
-    return load_smollm2() if path is None else HFLanguageModel(path)
+    return load_smollm2(device=device) if path is None else HFLanguageModel(path, device=device)
+
+
+def on_device(model: Module, device: str) -> Module:
+    """The model, moved.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"The device '{device}' cannot be used: {reason}") from error
 
 
 def domain_warning(detection: Detection) -> str | None:

@@ -134,7 +134,8 @@ Fact = tuple[bool | None, str]
 
 def judge_claim(text: str, graph: STSG) -> Fact:
     """Whether everything that `text` claims is so; every clause must be."""
-    facts, subject = [], ()
+    facts: list[Fact] = []
+    subject: tuple[str, ...] = ()
     for clause in _clauses(text, graph):
         fact, subject = _judge_clause(clause, subject, graph)
         facts.append(fact)

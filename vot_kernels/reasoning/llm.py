@@ -315,7 +315,7 @@ def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
             )
     except Exception as error:  # transformers raises many types for many broken folders
@@ -323,6 +323,7 @@ def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
         raise LanguageModelError(
             f"'{folder}' cannot be loaded as a causal language model: {reason}"
         ) from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise LanguageModelError(
             f"'{folder}' does not hold all weights that its config.json describes: {missing[0]} is one of "

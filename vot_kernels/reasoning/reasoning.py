@@ -83,10 +83,7 @@ class VideoOfThought:
         Raises:
             ValueError: the question is empty, or the candidates are empty, blank or repeated.
         """
-        question = " ".join(question.split())
-        if not question:
-            raise ValueError("The question is empty.")
-        given = None if candidates is None else _checked(candidates)
+        question, given = check_question(question), check_candidates(candidates)
         if not stsg.tracklets and domain_warning is None:
             domain_warning = NOTHING_SEEN
         run = _Run(self.llm, report)
@@ -232,7 +229,17 @@ class _Run:
         return output
 
 
-def _checked(candidates: Sequence[str]) -> tuple[str, ...]:
+def check_question(question: str) -> str:
+    """The question on one line; ValueError if it is empty."""
+    if not question.strip():
+        raise ValueError("The question is empty.")
+    return " ".join(question.split())
+
+
+def check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The candidates on one line each; ValueError if there are none, one is blank or two are the same."""
+    if candidates is None:
+        return None
     if isinstance(candidates, str):
         raise ValueError(f"Candidates are a sequence of answers, not the one string {candidates!r}.")
     texts = tuple(" ".join(candidate.split()) for candidate in candidates)
@@ -245,10 +252,14 @@ def _checked(candidates: Sequence[str]) -> tuple[str, ...]:
     return texts
 
 
+def outside(warning: str, answer: str = "; no answer.") -> str:
+    """What is said about a clip that the checkpoint does not know."""
+    return f"This clip is outside what the checkpoint knows ({warning}){answer}"
+
+
 def _wording(choice: str | None, verification: Verification, warning: str | None, only: bool) -> str:
     if warning is not None:
-        outside = f"This clip is outside what the checkpoint knows ({warning})"
-        return f"{outside}; no answer." if choice is None else f"{outside}; a guess: {choice}"
+        return outside(warning) if choice is None else f"{outside(warning, '')}; a guess: {choice}"
     if choice is not None:
         return f"{choice} (the only candidate given)" if only else choice
     if verification.before is None:

@@ -317,12 +317,15 @@ class Answer:
         """`to_dict` as JSON; other scripts than Latin stay readable."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
 
+    def headline(self) -> str:
+        """The answer in one line."""
+        return f"Answer: {self.text} (confidence {self.confidence:.2f}, decided by {self.decided_by})"
+
     def summary(self) -> str:
         """The five steps and the answer in a few lines of plain text."""
         lines = [f"Question: {self.question}"]
         lines += [f"{number}. {_in_short(step)}" for number, step in enumerate(self.trace, 1)]
-        lines.append(f"Answer: {self.text} (confidence {self.confidence:.2f}, decided by {self.decided_by})")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.headline()])
 
 
 def plain(value: Any) -> Any:

@@ -127,17 +127,18 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As in transformers; a folder with another model in it is refused, where transformers would warn.
 
         Raises:
             ValueError: config.json of the folder names another model_type.
         """
+        source = pretrained_model_name_or_path
         file = None if source is None else Path(source) / "config.json"
         kind = json.loads(file.read_text()).get("model_type") if file is not None and file.is_file() else None
         if kind is not None and kind != cls.config_class.model_type:
             raise ValueError(f"{source} must hold a {cls.config_class.model_type}, but it holds a {kind}.")
-        return super().from_pretrained(source, *args, **options)
+        return super().from_pretrained(source, *model_args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         # transformers skips a module of a model that is not its own if all tensors directly in it are initialised,

@@ -9,9 +9,9 @@ from torch import Tensor
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.sprites import COLOUR_NAMES
 from vot_kernels.extras import imports_for
+from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.encoder.stage import (
     EncoderPretraining,
-    EncoderTraining,
     Teacher,
     captioned,
     make_processor,

@@ -8,8 +8,8 @@ from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder
 from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.encoder.metrics import encoder_metrics
+from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
 from vot_kernels.train.encoder.stage import (
-    EncoderTraining,
     build,
     load_teacher,
     make_processor,
@@ -18,7 +18,6 @@ from vot_kernels.train.encoder.stage import (
 )
 from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar, write_record
 
-RANDOM_TEACHER = "random"
 OPTIONS = ("steps", "batch_size", "learning_rate", "distillation", "contrastive", "seed")
 """The settings that the command line has options for, besides the teacher."""
 

@@ -12,7 +12,8 @@ from vot_kernels.models.checkpoint import load_checkpoint
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.perception.metrics import perception_metrics
-from vot_kernels.train.perception.stage import PerceptionTraining, make_processor, train_perception
+from vot_kernels.train.perception.settings import PerceptionTraining
+from vot_kernels.train.perception.stage import make_processor, train_perception
 from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar, write_record
 
 OPTIONS = ("steps", "dynamics_steps", "batch_size", "learning_rate", "seed")

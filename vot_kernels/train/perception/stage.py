@@ -1,7 +1,7 @@
 """Training the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,35 +14,12 @@ from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
+from vot_kernels.train.perception.settings import PerceptionTraining
 
 _DYNAMICS_BATCH = 24
 _TRACK_NOISE_PX = 0.4  # largest standard deviation of the noise on true centres
 _DOMAIN_STEPS = 40  # batches whose clips define the domain
 _DOMAIN_HELD_OUT = 15
-
-
-@dataclass(frozen=True)
-class PerceptionTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
-
-    Attributes:
-        steps: optimiser steps of the whole model.
-        batch_size: clips per step.
-        learning_rate, warmup: of both stages; see `vot_kernels.train.loop.Schedule`.
-        dynamics_steps: further steps, in a second stage that trains relations and events alone.
-        weight_decay: AdamW's.
-        clip: largest gradient norm of the first stage.
-        seed: of weights and data.
-    """
-
-    steps: int = 420
-    batch_size: int = 12
-    learning_rate: float = 2e-3
-    dynamics_steps: int = 800
-    warmup: int = 50
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    seed: int = 0
 
 
 def train_perception(
