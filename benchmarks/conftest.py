@@ -66,9 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse what is wrong with the options before anything is measured."""
+    """Refuse wrong options before anything is measured."""
     options = config.option
-    # The file is ours to write, after every race: what has been measured survives whatever comes next.
+    # We write the file ourselves, after every race: figures that have been measured survive whatever comes next.
     config.stash[_JSON] = _writable(options.benchmark_json)
     options.benchmark_json = None
     config.stash[_CHOSEN] = _choose(options)
@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What ran where; the header that pytest has for this is hidden by -q."""
+    """Show the machine and the versions here, because -q hides pytest's header."""
     described = describe_device(torch.device(config.stash[_CHOSEN][0][0].device))
     line = f"measured on {described['name']}, torch {torch.__version__}"
     if described["type"] == "cpu":
@@ -148,7 +148,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _pin(threads: int) -> None:
-    """As many threads on as many cores, where the system lets a process choose."""
+    """Use as many threads on as many cores, where the system lets a process choose its cores."""
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
@@ -156,7 +156,7 @@ def _pin(threads: int) -> None:
 
 
 def _choose(options: Any) -> list[tuple[Workload, str, Provider]]:
-    """What the options select, in the order in which it runs."""
+    """The selected workloads, directions and providers, in the order in which they run."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA device; torch finds none")
@@ -195,12 +195,12 @@ def _chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A name without what may be typed in another way: case, blanks around commas."""
+    """A name without the parts that users may type differently: case, and blanks around commas."""
     return ",".join(part.strip() for part in name.lower().split(","))
 
 
 def _writable(path: Path | None) -> Path | None:
-    """The path, if a file can be written there; its folder is made."""
+    """Return the path if a file can be written there, and make its folder."""
     if path is None:
         return None
     try:

@@ -30,32 +30,32 @@ class Work:
 class Problem(Protocol):
     """A function at one size: its inputs, its oracle, its least work. Instances are frozen dataclasses.
 
-    A problem that is served by other ops than `op`, or by several, names them in an attribute `ops`. Providers
-    and oracle of one with several results return a tuple, of which `rows` counts in each.
+    A problem that other ops than `op` serve, or several ops, names them in an attribute `ops`. If a problem has
+    several results, its providers and its oracle return a tuple, and `rows` counts in each element.
     """
 
     @property
     def op(self) -> str:
-        """The op of `vot_kernels` that solves it, or what it is called where there is none."""
+        """The op of `vot_kernels` that solves it, or a name for the problem if no op does."""
 
     @property
     def size(self) -> int:
-        """Tokens: the x axis of the plots."""
+        """The number of tokens, which is the x axis of the plots."""
 
     def describe(self) -> str:
         """One line for the reader, without the dtype."""
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """What a provider gets; the floating ones are differentiated. Depends on the seed alone."""
+        """The inputs of every provider. Floating ones are differentiated. They depend on the seed alone."""
 
     def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """int64 rows of the output to verify at this size; None for all of them."""
+        """The rows of the output to verify at this size, int64; None means all of them."""
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor | Sequence[Tensor]:
-        """Those rows of the right output, in the dtype of the inputs, differentiable."""
+        """The given rows of the right output, in the dtype of the inputs, differentiable."""
 
     def small(self) -> "Problem":
-        """The same structure at a size that the oracle takes whole; `rows` leaves out ties at most."""
+        """The same structure at a size for which the oracle computes every row; `rows` leaves out ties at most."""
 
     def work(self, direction: str, itemsize: int) -> Work:
         """The least work of a direction for inputs of `itemsize` bytes."""
@@ -81,8 +81,8 @@ class Workload:
         problem: what is computed.
         dtype: of the inputs.
         device: "cpu" or "cuda".
-        directions: those of `DIRECTIONS` that are timed.
-        quick: those of them that belong to the quick suite.
+        directions: the members of `DIRECTIONS` that are timed.
+        quick: the directions that belong to the quick suite.
     """
 
     suite: str
@@ -115,10 +115,11 @@ class Provider:
         missing: why it cannot run on this machine ("flash-attn is not installed"), None if it can.
         refuses: `refuses(problem, dtype, device, direction)`, why it cannot solve this one, None if it can.
         solves: the problem that it solves in place of the given one, for peers that compute another function
-            and stand in the table for context.
+            and are in the table for context.
         instead: what `solves` changes, for the reader; empty where it solves the problem itself.
         ours: one of this package's backends: shown first, and gated by the package's GPU tests.
-        quick_size: in the quick suite it takes part up to this size (0 for what compiles for half a minute).
+        quick_size: the largest size at which it takes part in the quick suite (0 for providers that compile for half
+            a minute).
     """
 
     name: str
@@ -170,7 +171,7 @@ class Outcome:
 
 
 def anonymous(text: str) -> str:
-    """`text` without what belongs to one machine: the folders of absolute paths, memory addresses."""
+    """`text` without details of one machine: the folders of absolute paths and memory addresses."""
     text = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", text)
     return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\":,;()<>]+/)+", "", text)
 

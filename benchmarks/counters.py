@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes that an op cannot do without, from its sizes.
+"""The floating-point operations and bytes that an op cannot do without, computed from its sizes.
 
 A multiply-add counts as two operations; exponentials, norms and additions are left out, as is usual for
 attention and matrix products. Bytes: every input read once, every output written once.
@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.core import Work
 
-# Products per query-key pair: forward scores and values; backward those scores again, dp, dv, dq and dk.
+# Products per query-key pair: the forward computes scores and values, the backward the scores again, dp, dv, dq, dk.
 _PAIR_PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
-# Products per token with a state of feature x head_dim: forward build and read; backward the build again for the
-# states, then the states' gradient (build), dphi(q), dphi(k) and dv.
+# Products per token with a state of feature x head_dim: the forward builds and reads it; the backward builds the
+# states again, then computes the states' gradient (a build), dphi(q), dphi(k) and dv.
 _STATE_PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 
 
@@ -46,7 +46,7 @@ _ROPE_NORM_TENSORS = {"forward": 2, "backward": 3, "both": 5}  # backward: read 
 
 
 def rope_qk_norm(problem: Any, direction: str, itemsize: int) -> Work:
-    """See `benchmarks.problems.fused.RopeQkNorm`; positions and norm weights are small change."""
+    """See `benchmarks.problems.fused.RopeQkNorm`; positions and norm weights are too small to count."""
     n = problem.size * (problem.heads + problem.kv_heads) * problem.head_dim
     return Work(_ROPE_NORM_FLOPS[direction] * n, _ROPE_NORM_TENSORS[direction] * n * itemsize)
 
@@ -122,7 +122,7 @@ def encoder(problem: Any, direction: str, itemsize: int) -> Work:
 
 @cache
 def _encoder_forward(problem: Any) -> tuple[int, int]:
-    """Parameters, and floating-point operations of the forward."""
+    """The number of parameters, and the floating-point operations of the forward."""
     from vot_kernels.models.encoder.cost import encoder_cost
 
     costs = {clip: encoder_cost(problem.config(), clip) for clip in set(problem.grid)}
@@ -130,5 +130,5 @@ def _encoder_forward(problem: Any) -> tuple[int, int]:
 
 
 def video(problem: Any, direction: str, itemsize: int) -> Work:
-    """See `benchmarks.problems.video.DecodeAndPack`: the pixels out; what decoding takes is the codec's."""
+    """See `benchmarks.problems.video.DecodeAndPack`: the pixels that go out, as decoding depends on the codec."""
     return Work(0, problem.patches * 3 * problem.patch_size**2 * itemsize)

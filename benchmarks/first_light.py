@@ -1,9 +1,9 @@
-"""`python -m benchmarks.first_light OUT [--seconds N] [--device cuda|cpu]`: what a GPU tells in its first minutes.
+"""`python -m benchmarks.first_light OUT [--seconds N] [--device cuda|cpu]`: first figures of a GPU within minutes.
 
-What the machine is and reaches, which ops are right on it, and how fast these are beside what PyTorch brings. It
-needs torch, triton and numpy alone, no installation, and writes each result at once: OUT/first_light.jsonl holds the
-lines, OUT/first_light.log what was printed. Called again with the same OUT it goes on. On a CPU it rehearses all of
-this on small problems.
+It describes the machine and measures its ceilings, tests which ops are right on it, and times these beside PyTorch's
+own functions. It needs torch, triton and numpy alone and no installation, and writes each result at once:
+OUT/first_light.jsonl holds the lines, OUT/first_light.log the output. If it is called again with the same OUT, it
+continues. On a CPU it rehearses all of this on small problems.
 """
 
 import argparse
@@ -60,7 +60,7 @@ PEERS = {
     "moe": ("torch._grouped_mm", "gathered loop"),
 }
 SLOW_PEERS = {"softmax": ("FlexAttention",)}
-"""These compile for long, so they come last."""
+"""They take long to compile, so they come last."""
 
 SECONDS = {
     "environment": (10, 60),
@@ -69,14 +69,14 @@ SECONDS = {
     "time": (15, 60),
     "slow time": (60, 150),
 }
-"""Of a piece on a GPU: the estimate and the limit."""
+"""The estimate and the limit of a piece on a GPU."""
 REHEARSAL = (1, 60)
 
 GREEN, RED, LEFT_OUT, NOT_JUDGED = "green", "red", "left out", "not judged"
 Judged = dict[str, tuple[str, str]]
-"""By variant: one of these, and why."""
+"""The state of each variant, and the reason."""
 Verdicts = dict[tuple[str, ...], tuple[str, str]]
-"""The same by suite, workload, variant and direction."""
+"""The state and the reason by suite, workload, variant and direction."""
 Work = Callable[[Write], None]
 
 LENGTHS = (127, 128, 129, 1664)  # on both sides of a block, and one of several groups
@@ -84,7 +84,7 @@ TOKENS = 1024  # of experts
 
 
 def _find_kernels() -> None:
-    """Let the kernels be imported where the package is not installed: they lie in another folder than it."""
+    """Make the kernels importable if the package is not installed, because they are in another folder."""
     if find_spec("vot_kernels.kernels") is None:
         kernels = ModuleType("vot_kernels.kernels")
         kernels.__path__ = [str(ROOT / "kernels" / "triton")]
@@ -95,7 +95,7 @@ _find_kernels()
 
 
 def _variants(suite: str, device: str) -> tuple[str, ...]:
-    """The providers of ours that are judged and timed, the ordinary one first."""
+    """Our providers that are judged and timed, the ordinary one first."""
     if device == "cpu":
         return ("vot-kernels torch",)
     ours = [p.name for p in providers_of(suite) if p.ours]
@@ -103,7 +103,7 @@ def _variants(suite: str, device: str) -> tuple[str, ...]:
 
 
 def first_light(out: Path, seconds: float, device: str) -> int:
-    """All of it. Returns the exit status: 0, 1 if something is red, 3 if the device cannot be used."""
+    """Do all of it. Returns the exit status: 0, 1 if something is red, 3 if the device cannot be used."""
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "first_light.jsonl", source=source_hash(besides="benchmarks"))
     conductor = Conductor(journal, out / "first_light.log", seconds)
@@ -129,7 +129,7 @@ def first_light(out: Path, seconds: float, device: str) -> int:
 
 
 def _meet(conductor: Conductor, device: str) -> bool:
-    """Write the environment anew, and go on with the lines of this very machine. False if the device is of no use."""
+    """Write the environment anew, and continue the lines of this very machine. Returns whether it can be used."""
     journal = conductor.journal
     for conductor.method in ("fork", "spawn"):
         name = f"environment, by {conductor.method} at {time.time():.0f}"
@@ -158,7 +158,7 @@ def _environment(device: str, write: Write) -> None:
 
 
 def _printed(*command: str) -> str | None:
-    """What a program prints, None if it is not there or fails."""
+    """The output of a program, None if it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -183,7 +183,7 @@ def _workloads(device: str) -> list[Workload]:
 
 
 def _tiny(problem: Any) -> Any:
-    """For the rehearsal."""
+    """A small problem of the same kind, for the rehearsal."""
     if isinstance(problem, Attention):
         return replace(problem, lengths=(48, 16), group_size=8, heads=2, kv_heads=2)
     return replace(problem.small(), tokens=64, experts=4, top_k=2)
@@ -199,7 +199,7 @@ def _case(workload: Workload) -> Workload:
 
 
 def _correctness(chosen: Sequence[Workload], device: str) -> list[Piece]:
-    """One of every variant on every workload, the ordinary variants first."""
+    """One piece for every variant on every workload, the ordinary variants first."""
     pairs = [(w, variant) for w in chosen for variant in _variants(w.suite, device)]
     pairs.sort(key=lambda pair: _variants(pair[0].suite, device).index(pair[1]))
     return [_piece("correctness", _judging(w, v), device, partial(_judge, _case(w), v)) for w, v in pairs]
@@ -245,7 +245,7 @@ def _verdicts(conductor: Conductor, chosen: Sequence[Workload], device: str) -> 
 
 
 def _races(chosen: Sequence[Workload], verdicts: Verdicts, device: str) -> list[Piece]:
-    """Forward of all workloads, then with the backward, then both beside the slow peers."""
+    """The forward of all workloads, then the forward with the backward, then both beside the slow peers."""
     pieces = []
     for kind, peers in (("time", PEERS), ("slow time", SLOW_PEERS)):
         for direction in DIRECTIONS:
@@ -259,7 +259,7 @@ def _races(chosen: Sequence[Workload], verdicts: Verdicts, device: str) -> list[
 def _racing(
     kind: str, workload: Workload, direction: str, judged: Judged, peers: tuple[str, ...], device: str
 ) -> Piece:
-    """All in turns, but each alone if that fails. Where none of ours is green there is nothing to compare with."""
+    """All in turns, or each alone if that fails. If none of ours is green, there is nothing to compare with."""
     name = f"{kind} of {workload.suite} {workload.name} {direction}"
     green = [variant for variant, (state, _) in judged.items() if state == GREEN]
     racers = [*green, *peers] if green else []
@@ -289,7 +289,7 @@ def _race(workload: Workload, direction: str, judged: Judged, racers: list[str],
 
 
 def _figures(outcome: Outcome, flops: int) -> dict[str, Any]:
-    """The outcome, with the medians and the rate of the kernel alone, which is what one looks at first."""
+    """The outcome, with the medians and the rate of the kernel alone, which readers look at first."""
     facts = asdict(outcome)
     del facts["provider"]
     if outcome.status is not Status.TIMED:

@@ -1,9 +1,9 @@
 """`python -m benchmarks.gate OUT.json [--seconds N] [--jobs N] [--keep-going]`: the GPU tests, op by op.
 
-Writes what became of every op's tests, and stops at the first that is not green. `pytest benchmarks/ --gate
-OUT.json` obeys it: an op of ours gets a figure only if its own tests passed, on this very source. What did not
-run, was skipped or has no tests is not green. Most of the time goes into compiling, so the tests of an op are
-divided into shards (`VOT_GPU_TESTS_SHARD` of `tests/gpu/conftest.py`), each a process of its own.
+It writes the state of every op's tests, and stops at the first op that is not green. `pytest benchmarks/ --gate
+OUT.json` obeys it: an op of ours gets a figure only if its own tests passed, on this very source. An op whose
+tests did not run, were skipped or do not exist is not green. Most of the time goes into compiling, so the tests of
+an op are divided into shards (`VOT_GPU_TESTS_SHARD` of `tests/gpu/conftest.py`), each a process of its own.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the GPU tests run through, besides themselves.
+# The sources that the GPU tests run through, besides the tests themselves.
 SOURCES = (
     *(
         f"vot_kernels/{name}"
@@ -33,7 +33,7 @@ SOURCES = (
     "kernels",
 )
 TESTS = ROOT / "tests" / "gpu"
-# The encoder is all ops together; what comes after it holds no op back.
+# The encoder is all ops together; the tests after it hold no op back.
 TARGETS = (*OPS, "encoder", "flash_attention", "graphs", "range_attention_tma", "video_qa")
 GOOD = PASSED, SKIPPED, NONE = "passed", "all skipped", "there are none"  # of a shard; an op must have passed
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu")
@@ -49,7 +49,7 @@ class Shard:
 
     Attributes:
         tests: the folder of the tests.
-        logs: the folder of what they print, `gpu-tests-<op>-<number>.log`.
+        logs: the folder of their output, `gpu-tests-<op>-<number>.log`.
     """
 
     op: str
@@ -120,7 +120,7 @@ class Pool:
         self.drop({shard.op for shard in self.running})
 
     def __iter__(self) -> Iterator[tuple[Shard, str]]:
-        """Every shard that is not dropped meanwhile, and what became of it, as soon as that is known."""
+        """Every shard that is not dropped meanwhile, and its state, as soon as it is known."""
         late = f"not finished in {self.seconds:.0f} s"
         while self.waiting or self.running:
             over = time.monotonic() >= self.deadline
@@ -137,7 +137,7 @@ class Pool:
             time.sleep(0.02)
 
     def drop(self, ops: Collection[str]) -> None:
-        """Forget these ops, and end those of their shards that run."""
+        """Forget these ops, and end their running shards."""
         self.waiting = [shard for shard in self.waiting if shard.op not in ops]
         for shard in [shard for shard in self.running if shard.op in ops]:
             self._end(shard)
@@ -149,7 +149,7 @@ class Pool:
 
 
 def count_tests(ops: Sequence[str], seconds: float, tests: Path = TESTS) -> dict[str, int]:
-    """How many tests each op has, where they can be collected at all in `seconds`."""
+    """How many tests each op has, for the ops whose tests can be collected within `seconds`."""
     paths = [str(path) for op in ops if (path := tests / f"test_{op}.py").exists()]
     command = [*PYTEST, *paths, "--collect-only", "-qq"]
     environment = os.environ | {"VOT_GPU_TESTS_SHARD": "1/1"}
@@ -181,9 +181,9 @@ def run_gate(
     ops: Sequence[str] = TARGETS,
     tests: Path = TESTS,
 ) -> dict[str, str]:
-    """What became of the tests of every op; `out` is rewritten whenever that of one is known.
+    """The state of the tests of every op; `out` is rewritten whenever one of them becomes known.
 
-    Without `keep_going` a red op ends those after it; those before it, and what has passed already, count.
+    Without `keep_going` a red op ends the ops after it; the ops before it, and shards that have passed, count.
     """
     results, states = dict.fromkeys(ops, "not run"), {op: list[str]() for op in ops}
     started = time.monotonic()
@@ -223,10 +223,10 @@ def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
 
 
 def read_gate(path: Path) -> Gate:
-    """The gate that a results file stands for.
+    """The gate that a results file defines.
 
     Raises:
-        ValueError: the file cannot be read, or is of another source.
+        ValueError: the file cannot be read, or was made with another source.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

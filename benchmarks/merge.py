@@ -16,7 +16,7 @@ from vot_kernels.files import atomic_write
 
 
 def merge(parts: Sequence[dict[str, Any]], *, command: str = "") -> dict[str, Any]:
-    """Benchmarks and outcomes one after another; machine, versions and ceilings of the first part."""
+    """Joins benchmarks and outcomes; machine, versions and ceilings come from the first part."""
     facts = [part["vot_kernels"] for part in parts]
     products: dict[str, float] = {}
     for fact in reversed(facts):

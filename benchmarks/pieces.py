@@ -1,7 +1,7 @@
 """Work cut into pieces: each has a process of its own, a time limit, and its results in a file of JSON lines.
 
 A piece that crashes or hangs takes no other with it. A line is on the disk from the moment its result exists, so a
-run may be killed at any time; the next one repeats only what had not finished.
+run may be killed at any time; the next one repeats only the pieces that had not finished.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from benchmarks.core import anonymous
 
 DONE, NO_TIME, INTERRUPTED = "done", "no time left", "interrupted"
 UNFINISHED = (NO_TIME, INTERRUPTED)
-"""States after which a later run tries a piece again; all others stand for this source on this machine."""
+"""States after which a later run tries a piece again; all others hold for this source on this machine."""
 
 Write = Callable[..., None]
 """`write(kind, **facts)` adds a line."""
@@ -33,8 +33,8 @@ class Journal:
     """A file of JSON lines that is whole at any moment.
 
     Args:
-        path: of the file; what it holds already is kept.
-        stamp: stands in every line. Lines of another stamp are never read.
+        path: the file; lines that it holds already are kept.
+        stamp: is part of every line. Lines of another stamp are never read.
     """
 
     def __init__(self, path: Path, **stamp: str) -> None:
@@ -52,7 +52,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def read(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of a kind that bear this stamp, oldest first."""
+        """The lines of a kind that have this stamp, oldest first."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         records = [json.loads(line) for line in lines]
         return [r for r in records if r["kind"] == kind and self.stamp.items() <= r.items()]
@@ -65,9 +65,9 @@ class Piece:
     Attributes:
         name: unique.
         work: called as `work(write)` in a process of its own.
-        estimate: seconds; it is not started where fewer are left.
+        estimate: seconds; the piece is not started if fewer are left.
         limit: seconds after which it is ended.
-        parts: done in its place if it fails, so that only the culprit is lost.
+        parts: pieces that run in its place if it fails, so that only the culprit is lost.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Piece:
 
 @dataclass
 class Conductor:
-    """Runs pieces within a budget, and writes what became of each.
+    """Runs pieces within a budget, and writes the state of each.
 
     Attributes:
         journal: where the results go.
-        log: what the pieces print is collected here.
+        log: collects the output of the pieces.
         seconds: for all of them together, from now on.
         method: how processes are started. A fork has everything imported already; it may use a GPU because this
             process never does.
@@ -104,12 +104,12 @@ class Conductor:
         print(f"[{elapsed:5.1f} s, {self.left():5.1f} s left] {text}", file=sys.stderr, flush=True)
 
     def finished(self) -> dict[str, str]:
-        """The state of every piece that need not be run again."""
+        """The state of every piece that does not have to run again."""
         states = {record["piece"]: record["status"] for record in self.journal.read("piece")}
         return {name: state for name, state in states.items() if state not in UNFINISHED}
 
     def run(self, pieces: Sequence[Piece], jobs: int = 1, again: bool = False) -> None:
-        """Those that are not finished (all with `again`), in their order, `jobs` at a time."""
+        """Run the pieces that are not finished (all with `again`), in their order, `jobs` at a time."""
         waiting, running = list(pieces), list[_Running]()
         try:
             while waiting or running:
@@ -167,7 +167,7 @@ class _Running:
         self.group: int = self.process.pid  # type: ignore[assignment]  # it has one from now on
 
     def ended(self) -> bool:
-        """Whether it has, by itself or now because of its limit."""
+        """Whether the process has ended, by itself or now because of its limit."""
         if not self.process.is_alive():
             return True
         if time.monotonic() - self.started < self.limit:
@@ -203,7 +203,7 @@ def _perform(piece: Piece, journal: Journal, output: Path, parent: int) -> None:
 
 
 def _follow(parent: int) -> None:
-    """End this process and what it has started when its parent is gone, however that came about."""
+    """End this process and its children once its parent is gone, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)

@@ -23,11 +23,11 @@ class Rules:
 
     Attributes:
         rounds: timed runs per provider, None for as many as fit `seconds_per_provider` (3 to 50).
-        seconds_per_provider: aimed at where `rounds` is None.
+        seconds_per_provider: the aim if `rounds` is None.
         quick: leave out providers that take long to build.
         gate: why an op of ours may not be timed (its GPU tests failed), None if it may.
         deadline: `time.monotonic()` after which nothing is started.
-        input_sets: different inputs to rotate among, so that no run finds its own in the cache.
+        input_sets: number of different inputs to rotate among, so that no run finds its inputs in the cache.
     """
 
     rounds: int | None = None
@@ -121,7 +121,7 @@ class Inputs:
 
 
 class Runner:
-    """Calls of one provider with everything that is not timed done before; warms up when made."""
+    """Calls one provider after all work that is not timed; warms up when it is made."""
 
     def __init__(
         self, provider: Provider, workload: Workload, direction: str, device: torch.device, inputs: Inputs
@@ -149,7 +149,7 @@ class Runner:
         return call
 
     def kernel(self, turn: int) -> Callable[[], object]:
-        """The op with everything prepared; for the backward, on a forward done now."""
+        """The op with everything prepared; the backward runs on a forward that is computed now."""
         if self.direction != "backward":
             return lambda: self._call(self.prepared, turn)
         inputs = self.inputs[turn % len(self.inputs)]
@@ -157,7 +157,7 @@ class Runner:
         return lambda: self._gradients(out, inputs)
 
     def columns(self) -> list[Callable[[int], Callable[[], object]]]:
-        """What is timed. The whole op comes first: it leaves behind what the op itself remembers of a packing."""
+        """The functions to time. The whole op comes first, because it fills the op's own caches of a packing."""
         return [self.whole] if self.direction == "backward" else [self.whole, self.kernel]
 
     def _call(self, prepared: Any, turn: int) -> object:
@@ -181,7 +181,7 @@ class Runner:
 
 
 def attempt(provider: Provider, function: Callable[[], Any]) -> Any:
-    """What `function` returns, or the outcome that its exception means."""
+    """The result of `function`, or the outcome that its exception means."""
     try:
         return function()
     except FAILURES as error:
@@ -220,7 +220,7 @@ def _unverified(
 def _time(
     providers: Sequence[Provider], workload: Workload, direction: str, device: torch.device, rules: Rules
 ) -> dict[str, Outcome]:
-    """All in turns; who does not fit into memory beside the others is timed alone afterwards."""
+    """All in turns; a provider that does not fit into memory beside the others is timed alone afterwards."""
     if not providers:
         return {}
     timer, inputs = make_timer(device), Inputs(workload, direction, device, rules.input_sets)
@@ -268,7 +268,7 @@ def _in_turns(runners: list["Runner"], timer: Timer, rules: Rules) -> dict[str, 
 def _announced(
     runner: "Runner", column: Callable[[int], Callable[[], object]], running: list["Runner"]
 ) -> Callable[[int], Callable[[], object]]:
-    """`column` that first tells who runs: an exception is theirs."""
+    """`column`, but it first notes which runner is called, because an exception belongs to that runner."""
 
     def function(turn: int) -> Callable[[], object]:
         running[0] = runner
@@ -286,13 +286,13 @@ def _timed(runner: "Runner", whole: tuple[float, ...], kernel: tuple[float, ...]
 
 
 def _rounds(runners: Sequence["Runner"], rules: Rules) -> int:
-    """As many as the slowest runner does in its time: all have equally many, so that turns stay turns."""
+    """The number of rounds that the slowest runner can do in its time; all do equally many, so they stay in turns."""
     slowest = max(runner.seconds for runner in runners)
     return int(min(50, max(3, rules.seconds_per_provider / max(slowest, 1e-6))))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: PyTorch's CPU allocator and compilers say so in words alone."""
+    """Whether memory ran out; PyTorch's CPU allocator and compilers say so only in the message."""
     if isinstance(error, OracleError):
         return False
     words = str(error).lower()
@@ -302,7 +302,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _release(device: torch.device) -> None:
-    """Give back to the GPU what failed calls and broken cycles hold."""
+    """Free the GPU memory that failed calls and broken cycles hold."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

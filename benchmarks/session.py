@@ -1,4 +1,4 @@
-"""One run of the suite: races held once and remembered, and the JSON that is complete after every one of them."""
+"""One run of the suite: it holds each race once, and its JSON is complete after every race."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ class Session:
     Args:
         config: pytest's; its hooks make the JSON of pytest-benchmark.
         path: where the JSON goes, None for nowhere.
-        workloads, providers: what was selected, at least one of each.
+        workloads, providers: the selected ones, at least one of each.
         rules: how races are held.
     """
 
@@ -66,13 +66,13 @@ class Session:
         """Describe the machine and measure its ceilings; the file exists from now on."""
         self.write()
         machine = self._config.hook.pytest_benchmark_generate_machine_info(config=self._config)
-        # Whose machine it is, is nobody's business.
+        # Whose machine it is stays private.
         self._machine = {key: value for key, value in machine.items() if key not in ("node", "release")}
         commit = self._config.hook.pytest_benchmark_generate_commit_info(config=self._config)
         self._commit = {key: commit.get(key) for key in ("id", "time", "dirty")}
         if not self._rules.out_of_time():
             self._facts["ceilings"] = measure_ceilings(self._device, self._dtypes)
-        gc.freeze()  # the collector, when it comes amid a timed call, need not look at all that was imported
+        gc.freeze()  # a collection during a timed call need not visit everything that was imported
         self.write()
 
     def outcome(self, workload: Workload, direction: str, provider: Provider) -> Outcome:
@@ -89,7 +89,7 @@ class Session:
         return self._races[key][provider.name]
 
     def keep(self, stats: Any) -> None:
-        """Take the figures of one benchmark into the JSON."""
+        """Add the figures of one benchmark to the JSON."""
         self._stats.append(stats)
         self.write()
 
@@ -116,7 +116,7 @@ class Session:
 
 
 def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[str, Any]:
-    """Who does what: all that the report needs besides what was measured."""
+    """What the report needs to know of a provider on a workload besides the measurements."""
     problem = workload.problem
     try:
         work = problem.work(direction, workload.dtype.itemsize)
@@ -138,7 +138,7 @@ def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[s
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """What ran: a GPU's name, capability and sizes, or a processor, its threads and the cores they are pinned to."""
+    """The name, capability and sizes of a GPU, or a processor, its threads and the cores they are pinned to."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -168,7 +168,7 @@ def _pinned_cores() -> list[int] | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that may explain a figure; None for what is not installed."""
+    """Versions of everything that may explain a figure; None for packages that are not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     names = ("torch", "triton", "numpy", "transformers", "pytest-benchmark")

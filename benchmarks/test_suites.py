@@ -7,7 +7,7 @@ from benchmarks.session import Session, race_facts
 
 
 class _Clock:
-    """Stands still but for what `replay` adds: pytest-benchmark reads samples that were taken in turns."""
+    """Advances only by the samples that `replay` adds, so that pytest-benchmark reads samples taken in turns."""
 
     def __init__(self) -> None:
         self._now = 0.0

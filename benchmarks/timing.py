@@ -21,7 +21,7 @@ class Timer(Protocol):
 
 
 class CpuTimer:
-    """Wall-clock seconds, after the caches have been overwritten: nobody starts on what the last one left."""
+    """Wall-clock seconds, after the caches have been overwritten: no function profits from the one before."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(_CPU_FLUSH, dtype=torch.int8)
@@ -95,9 +95,9 @@ def peak_memory(function: Function, device: torch.device) -> int:
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, object]:
-    """What this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix product.
+    """The rates that this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix product.
 
-    Measured, not looked up: the median of several runs at a size that fills the device.
+    They are measured, not looked up: each is the median of several runs at a size that fills the device.
     """
     timer = make_timer(device)
     cuda = device.type == "cuda"

@@ -1,7 +1,7 @@
 """No figure without agreement: a provider's output and gradients against the oracle, in float64.
 
-Twice: on the small twin of the workload, every row; then at the workload's own size on the rows that the
-problem names. The gradient of the output is zero elsewhere, so that the oracle needs those rows alone and yet
+Both are compared twice: every row on the small twin of the workload, then, at the workload's own size, the rows
+that the problem names. The gradient of the output is zero elsewhere, so that the oracle needs those rows alone and yet
 every element of the inputs' gradients is compared; the other rows of the output must be finite.
 """
 
@@ -27,7 +27,7 @@ class OracleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the oracle says of one problem: its outputs, then the gradients of the floating inputs.
+    """The oracle's results for one problem: its outputs, then the gradients of the floating inputs.
 
     Attributes:
         problem, inputs, rows, gradients: the question.
@@ -73,7 +73,7 @@ def verify(
 
 
 def verify_on(provider: Provider, problem: Problem, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """The same for given inputs."""
+    """`verify` for given inputs."""
     check(provider, expect(problem, inputs, gradients))
 
 
@@ -111,7 +111,7 @@ def check(provider: Provider, expected: Expected) -> None:
         raise ToleranceError(f"input {changed[0]} is overwritten, {problem.describe()}")
     for i, (a, b, c) in enumerate(zip(actual, expected.low, expected.exact, strict=True)):
         name = f"output {i}" if i < expected.outputs else f"gradient of input {i - expected.outputs}"
-        # The roundings are those of the inputs' dtype: a float32 gradient of a bfloat16 op is no more exact.
+        # Roundings are of the inputs' dtype: a float32 gradient of a bfloat16 op is no more exact.
         roundings = ROUNDINGS.get(dtype, HALF_ROUNDINGS) * torch.finfo(dtype).eps / torch.finfo(a.dtype).eps
         assert_close_to_exact(a, b, c, roundings=max(1.0, roundings), name=f"{name}, {problem.describe()}")
 

@@ -1,7 +1,7 @@
 """What runs here: versions, GPUs, and which backend each op would use. `python -m vot_kernels.info [--json]`.
 
-Meant for bug reports, so it must work where something is broken: every probe is guarded, and what a probe
-raised is reported in its place.
+Meant for bug reports, so it must work where something is broken: every probe is guarded, and the exception of
+a probe is reported in its place.
 """
 
 import argparse
@@ -25,14 +25,14 @@ CORE = ("torch", "triton", "numpy")
 
 
 def collect() -> dict[str, Any]:
-    """Everything `main` prints, as plain JSON types. Never raises.
+    """Everything that `main` prints, as plain JSON types. It never raises.
 
     Returns:
         A dict with the keys "vot_kernels", "python", "platform", "cpu", "packages" (name to version, None
         if not installed), "extras" (extra to such a dict), "gpus" (a list of dicts with "name",
         "capability" and "memory_gib"), "no_gpu" (why that list is empty, else None) and "backends" (op to
-        backend to the reasons against it, for float32 on the default device; "auto" takes the first backend
-        without a reason). A probe that failed leaves {"error": "what it raised"}.
+        backend to the reasons against it, for float32 on the default device; "auto" chooses the first backend
+        without a reason). A probe that failed leaves {"error": "its exception"}.
     """
     gpus = _guarded(_gpus)
     found = isinstance(gpus, list)
@@ -85,7 +85,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:
-    """What `probe` returns, or {"error": …}: a broken module may raise anything, even SystemExit."""
+    """The result of `probe`, or {"error": …}: a broken module may raise anything, even SystemExit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -172,7 +172,7 @@ def _backend_lines(backends: Mapping[str, Any]) -> list[str]:
 
 
 def _choice(reasons: Mapping[str, Sequence[str]]) -> str:
-    """ "auto" takes the first backend without a reason against it; those before it say why not."""
+    """ "auto" chooses the first backend without a reason against it; the ones before it say why not."""
     refused: list[str] = []
     for name, against in reasons.items():
         if not against:

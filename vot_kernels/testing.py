@@ -2,8 +2,8 @@
 
 The tolerance rule: an implementation may err against float64 at most twice as much as plain PyTorch of the
 same dtype does, plus a few roundings of that dtype. It scales with the problem and leaves no room for a
-result that is merely of the right size. Plain PyTorch may be lucky, where terms cancel to the last bit: who errs
-more is judged by its worst error on the inputs and on copies that differ by roundings.
+result that is merely of the right size. Plain PyTorch may be lucky if terms cancel to the last bit: a result that errs
+more is judged by the worst error of plain PyTorch on the inputs and on copies that differ by roundings.
 """
 
 import os
@@ -57,7 +57,7 @@ def make_qkv(
 
 
 def shifted(seed: int) -> int:
-    """The seed to use for `seed` under VOT_TEST_SEED, which gives the whole suite other random numbers; 0 is none."""
+    """`seed` shifted by VOT_TEST_SEED, which gives the whole suite other random numbers; 0 shifts nothing."""
     return seed + 100_003 * SEED_SHIFT
 
 
@@ -123,9 +123,9 @@ def check_selection(
 ) -> None:
     """The parity rule of Autonomy-of-Experts: near-ties may fall either way, anything else may not.
 
-    Norms come from a wide accumulator: 1e-5 of themselves, and 2e-7 of the terms, which cancel where the rank is
-    small. Each token chose different experts, and whoever was chosen has one of the largest scores, to 1e-5 of the
-    norms.
+    Norms come from a wide accumulator: they err by at most 1e-5 of themselves plus 2e-7 of their terms, which cancel
+    if the rank is small. Each token chose different experts, and every chosen expert has one of the largest scores,
+    to 1e-5 of the norms.
 
     Raises:
         ToleranceError: one of these does not hold.
@@ -205,12 +205,12 @@ def assert_close_to_exact(
     """The tolerance rule: error of `actual` <= 2 * error of `same_dtype` + `roundings` * eps * magnitude.
 
     Args:
-        actual: what is tested.
+        actual: the result under test.
         same_dtype: plain PyTorch on the same inputs in the same dtype.
         exact: the same in float64.
         roundings: granted on top, each eps of the dtype of `actual` times the largest magnitude of `exact`.
             By default 4; 16 in float64, where plain PyTorch is the exact result and seems to err by nothing.
-        floor: the least magnitude to reckon with, that of terms which cancel in the result.
+        floor: the least magnitude to assume, for results in which larger terms cancel.
         name: what to call it in the message.
 
     Raises:
@@ -252,7 +252,7 @@ def check_against_reference(
     """Outputs and, if wanted, gradients of `run` obey the tolerance rule against `reference`.
 
     `run(*inputs)` and `reference(*inputs)` return tensors; the reference runs in float64 and again in the
-    dtype of the inputs, and where that allows too little on inputs nearby. The gradients are those of a fixed
+    dtype of the inputs, and on inputs nearby if that allows too little. The gradients are taken of a fixed
     random weighting of all finite outputs.
 
     Args:

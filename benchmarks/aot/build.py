@@ -26,14 +26,14 @@ class Row:
 
     Attributes:
         arch: "sm_90".
-        op: that of the cases.
+        op: the op of the cases.
         kernel: the function's name.
-        key: what tells this variant of the kernel from the others.
+        key: tells this variant of the kernel from the others.
         config: blocks, warps and stages.
-        limits: of the config.
+        limits: the limits of the config.
         cases: names of the cases that launch it.
         moved: bytes of its tensors in the first of these cases.
-        flops: of its matrix products there.
+        flops: operations of its matrix products in that case.
         resources: of the compiled kernel, None if it did not compile.
         blocks_per_sm, limited_by: estimate of the occupancy.
         least_us, bound: estimate of the time in that case, by the roofline of the GPU.
@@ -57,17 +57,17 @@ class Row:
     violations: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The row as plain data."""
         return asdict(self)
 
     @property
     def done(self) -> bool:
-        """Compiled, or known not to compile."""
+        """Whether the row is compiled, or known not to compile."""
         return self.resources is not None or bool(self.violations)
 
     @property
     def title(self) -> str:
-        """Which kernel a violation is about."""
+        """The name of the kernel in a violation."""
         return f"{self.arch} {self.kernel} ({self.op} {self.cases[0]}; {self.key}; {self.config})"
 
 
@@ -104,7 +104,7 @@ class Plan:
 
 
 def record(case: Case, arch: str) -> list[Launch]:
-    """What a case launches on `arch`.
+    """The launches of a case on `arch`.
 
     Raises:
         RuntimeError: the case raised, or launched nothing.
@@ -130,7 +130,7 @@ def _launched(launch: Launch, arch: str) -> Launched:
 
 
 def make_plan(cases: Sequence[Case], archs: Sequence[str]) -> Plan:
-    """What the cases launch on these architectures, each compiled kernel once."""
+    """The launches of the cases on these architectures, with each compiled kernel once."""
     from benchmarks.aot.compiler import specialize
 
     plan = Plan()

@@ -63,7 +63,7 @@ FAR_STATE_PRODUCTS = {**STATE_PRODUCTS, "_range_attention_dq_kernel": 1}  # wher
 
 
 def cases() -> list[Case]:
-    """All of them: calls of the public ops that reach a kernel through a Triton backend."""
+    """All calls of the public ops that reach a kernel through a Triton backend."""
     makers = {
         "linear_attention": _linear_attention,
         "packed_attention": _packed_attention,

@@ -1,4 +1,4 @@
-"""From the launch of a kernel to what the compiler makes of it, with no GPU."""
+"""Compiles the kernel of a launch without a GPU, and reads its resources."""
 
 import re
 import subprocess
@@ -20,14 +20,14 @@ from vot_kernels.ops.launch import Launch
 
 @dataclass(frozen=True, eq=False)
 class Specialization:
-    """What the JIT would compile for a launch.
+    """The kernel and the arguments that the JIT would compile for a launch.
 
     Attributes:
         kernel: the `@triton.jit` function.
         target: the GPU.
         signature: type of each argument by name.
         constexprs: values by position: those of constexpr parameters, None, and integers equal to 1.
-        attributes: by position, what is known of the others (a multiple of 16).
+        attributes: by position, known facts about the others (a multiple of 16).
         options: num_warps, num_stages and the rest.
     """
 
@@ -40,7 +40,7 @@ class Specialization:
 
     @property
     def identity(self) -> str:
-        """The same for launches that share a compiled kernel."""
+        """A value that is the same for launches that share a compiled kernel."""
         parts = (self.signature, self.constexprs, self.attributes, self.options)
         return "\n".join(map(str, (self.kernel.cache_key, self.target, *parts)))
 
@@ -56,7 +56,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes and uses.
+    """The resources that a compiled kernel uses.
 
     Attributes:
         registers: of a thread.
@@ -83,10 +83,10 @@ class Resources:
 
 
 def specialize(launch: Launch, arch: str) -> Specialization:
-    """What Triton's own launch code would compile for `arch`, from the arguments' types and values.
+    """Find out, from the arguments' types and values, what Triton's own launch code would compile for `arch`.
 
     Raises:
-        TypeError: the kernel does not take these arguments, or is interpreted.
+        TypeError: the kernel does not accept these arguments, or is interpreted.
     """
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
@@ -131,7 +131,7 @@ def is_warp_specialized(ttgir: str) -> bool:
 
 
 def matrix_instructions(ptx: str) -> tuple[str, str]:
-    """The newest kind of matrix instruction in `ptx`, and the slowest thing that any of them multiplies."""
+    """The newest kind of matrix instruction in `ptx`, and the slowest unit that any of them uses."""
     found = {
         "tcgen05": re.findall(r"tcgen05\.mma\S*", ptx),
         "wgmma": re.findall(r"wgmma\.mma_async\S*", ptx),
@@ -152,7 +152,7 @@ def traffic(arguments: Mapping[str, Any]) -> int:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
+    """The registers and the bytes of stack of a thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -166,7 +166,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _threads(ptx: str, otherwise: int) -> int:
-    """Of a block; warp specialization adds warps to those of the launch."""
+    """The threads of a block; warp specialization adds warps to the warps of the launch."""
     found = re.search(r"\.(?:req|max)ntid\s+(\d+)", ptx)
     return int(found[1]) if found else otherwise
 

@@ -1,4 +1,4 @@
-"""What an SM of each architecture holds, and from that how many blocks of a kernel fit; rooflines.
+"""The resources of an SM of each architecture, the number of blocks of a kernel that fit on it, and rooflines.
 
 Sources: CUDA C++ Programming Guide, table of technical specifications per compute capability, and the
 data sheets of A100 SXM 80 GB, H100 SXM and B200 (dense rates). These are estimates to compare configs by, not
@@ -25,7 +25,7 @@ class Gpu:
         name: the product.
         shared_per_sm: bytes.
         memory_bytes_per_s: device memory.
-        flops_per_s: by what multiplies: "half" (float16 and bfloat16), "tf32", and "fma" (float32 without
+        flops_per_s: by unit: "half" (float16 and bfloat16), "tf32", and "fma" (float32 without
             tensor cores).
     """
 
@@ -50,7 +50,7 @@ GPUS = {
 def occupancy(
     gpu: Gpu, *, threads: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> tuple[int, str]:
-    """Blocks of a kernel that fit on an SM, and what keeps another one out.
+    """The number of blocks of a kernel that fit on an SM, and the resource that keeps another one out.
 
     Args:
         threads: of a block.
@@ -74,6 +74,6 @@ def occupancy(
 
 
 def roofline(gpu: Gpu, flops: int, moved: int, unit: str) -> tuple[float, str]:
-    """Least seconds for as many operations on `unit` and as many bytes moved, and which of them it is."""
+    """The least seconds for the operations on `unit` and the bytes moved, and which of the two decides."""
     compute, memory = flops / gpu.flops_per_s[unit], moved / gpu.memory_bytes_per_s
     return (compute, "compute") if compute > memory else (memory, "memory")

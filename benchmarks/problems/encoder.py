@@ -42,14 +42,14 @@ class Encoder:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Every op that runs in it."""
+        """The ops that run in the encoder."""
         attention = ("hybrid_attention",)  # serves exact softmax too, with a window of None
         experts = ("aoe",) if self.experts else ()
         return *attention, *experts, "dense_residual", "rope_qk_norm", "size_aware_embedding"
 
     @property
     def lengths(self) -> list[int]:
-        """Patches of each image or clip."""
+        """The number of patches of each image or clip."""
         return [t * y * x for t, y, x in self.grid]
 
     @property

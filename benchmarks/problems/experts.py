@@ -53,7 +53,7 @@ class AoE:
 
     @property
     def hidden(self) -> int:
-        """Width of the expert bodies, D of the paper."""
+        """The width of the expert bodies, D in the paper."""
         return matched_hidden(self.dim, self.d_ffn, self.rank)
 
     def describe(self) -> str:

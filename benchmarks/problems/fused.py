@@ -19,7 +19,7 @@ from vot_kernels.ops.size_aware_embedding.reference import (
 from vot_kernels.packing import PackedLayout
 
 ROWS = 512  # rows that are verified at full size
-ALL_ROWS = 2048  # up to so many rows, all are
+ALL_ROWS = 2048  # up to this number, all rows are
 
 Grid = tuple[tuple[int, int, int], ...]
 
@@ -229,7 +229,7 @@ class PackPatches:
 
 
 def spread_rows(total: int, device: torch.device) -> Tensor | None:
-    """Rows spread evenly over all, the first and the last among them, ascending; None where all are few."""
+    """Rows spread evenly, ascending, with the first and the last among them; None if there are few rows in all."""
     if total <= ALL_ROWS:
         return None
     return torch.linspace(0, total - 1, ROWS, dtype=torch.float64).round().long().unique().to(device)

@@ -1,4 +1,4 @@
-"""From a video file to the packed patches that an encoder takes."""
+"""From a video file to the packed patches that an encoder accepts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class DecodeAndPack:
 
     Attributes:
         clip: of `CLIPS`.
-        frames: sampled, those on show in the middle of as many equal parts of the clip.
+        frames: number of sampled frames, the ones in the middle of as many equal parts of the clip.
         patch_size: pixels.
     """
 
@@ -39,23 +39,23 @@ class DecodeAndPack:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """None that runs on a GPU."""
+        """No op: nothing here runs on a GPU."""
         return ()
 
     @property
     def size(self) -> int:
-        """Frames, here: the figure of interest is frames a second."""
+        """The number of frames here, because the figure of interest is frames per second."""
         return self.frames
 
     @property
     def indices(self) -> list[int]:
-        """Of the sampled frames in the file, ascending."""
+        """The indices of the sampled frames in the file, ascending."""
         total = CLIPS[self.clip][0]
         return [(2 * i + 1) * total // (2 * self.frames) for i in range(self.frames)]
 
     @property
     def patches(self) -> int:
-        """Of all sampled frames."""
+        """The number of patches of all sampled frames."""
         _, height, width = CLIPS[self.clip]
         return self.frames * (height // self.patch_size) * (width // self.patch_size)
 

@@ -31,5 +31,5 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def providers_of(suite: str) -> tuple[Provider, ...]:
-    """Those that take part in a suite, ours first."""
+    """The providers that take part in a suite, ours first."""
     return tuple(sorted((p for p in PROVIDERS if suite in p.suites), key=lambda p: not p.ours))

@@ -100,12 +100,12 @@ def _one_by_one(problem: Encoder, prepared: None, pixels: Tensor, *weights: Tens
 
 
 def _exact(problem: Encoder) -> Encoder | None:
-    """The same with exact softmax in every layer; None where it is that already."""
+    """The same problem with exact softmax in every layer; None if every layer has it already."""
     return None if problem.attention == "softmax" else replace(problem, attention="softmax")
 
 
 def _no_kernel(problem: Encoder, dtype: torch.dtype, device: torch.device, direction: str) -> str | None:
-    """Ops without a Triton kernel for these inputs fall back to PyTorch, but one at least must have one."""
+    """Ops without a Triton kernel for these inputs fall back to PyTorch, but at least one op must have a kernel."""
     backends = describe_backends(device, dtype)
     if device.type == "cuda" and any(not backends[op]["triton"] for op in problem.ops):
         return None

@@ -1,4 +1,4 @@
-"""Autonomy-of-Experts and plain mixtures of experts: this package's, and what PyTorch alone can do.
+"""Autonomy-of-Experts and plain mixtures of experts: this package's ops, and ways to compute them with PyTorch alone.
 
 Routing, sorting and index building happen inside `run`: they depend on the data, so nothing is prepared.
 """
@@ -179,7 +179,7 @@ def no_grouped_mm() -> str | None:
 def refuses_grouped(
     problem: AoE | MoE, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """`torch._grouped_mm` wants rows of a multiple of 16 bytes, at most 32 bits per number, and sm_80."""
+    """`torch._grouped_mm` needs rows of a multiple of 16 bytes, at most 32 bits per number, and sm_80."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"torch._grouped_mm does not take {dtype}"
     widths = [problem.dim, problem.hidden, *([problem.rank] if isinstance(problem, AoE) else [])]

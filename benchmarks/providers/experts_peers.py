@@ -149,7 +149,7 @@ def _moe_ops(problem: MoE, prepared: None, *inputs: Tensor) -> Tensor:
 def refuses_cuda_only(
     capability: tuple[int, int], problem: MoE, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """What all kernels for tensor cores refuse: other devices, full precision, old GPUs."""
+    """Why a kernel for tensor cores cannot run: it refuses other devices, full precision and old GPUs."""
     if device.type != "cuda":
         return "needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):

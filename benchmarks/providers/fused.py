@@ -1,6 +1,6 @@
-"""The memory-bound ops: ours, plain PyTorch, PyTorch as one writes it to be fast, and torch.compile of that.
+"""The memory-bound ops: ours, plain PyTorch, PyTorch written to be fast, and torch.compile of it.
 
-DenseFormer's mixing step stands beside them, written anew for this suite from its description (Pagliardini et
+DenseFormer's mixing step is measured beside them, written anew for this suite from its description (Pagliardini et
 al., NeurIPS 2024) and its way of storing the states.
 """
 
@@ -100,7 +100,7 @@ def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Re
 
 @dataclass(frozen=True)
 class _Tables:
-    """What depends on the packing alone: rotary tables, or sizes and owners of the tokens."""
+    """The data that depend on the packing alone: rotary tables, or sizes and owners of the tokens."""
 
     first: Tensor
     second: Tensor

@@ -1,6 +1,6 @@
 """Hybrid attention by other means: the composite of existing kernels, and SLA.
 
-The composite is what one would write today: near attention by a softmax kernel over the groups' windows, far
+The composite is the obvious way to write it today: near attention by a softmax kernel over the groups' windows, far
 attention by group states in plain PyTorch, merged through the log-sum-exp. No kernel hands out a gradient of
 its log-sum-exp, but none is needed: a flash backward that is given the merged output and the joint
 log-sum-exp returns the gradients of the merged function.
@@ -33,7 +33,7 @@ from vot_kernels.packing import PackedLayout
 
 
 class Plan(NamedTuple):
-    """What the packing decides.
+    """The indices that depend on the packing alone.
 
     Attributes:
         groups: first row of each group, then the number of tokens.
@@ -346,7 +346,7 @@ SLA_BLOCK = 64  # tokens, for queries and keys
 
 @dataclass(frozen=True)
 class SlaProblem(Attention):
-    """What SLA computes, on inputs for which its choice of blocks is beyond doubt.
+    """The function that SLA computes, on inputs for which its choice of blocks is beyond doubt.
 
     SLA picks for every block of queries the blocks of keys with the largest product of means. Each cluster of
     `group_size` tokens gets a direction of its own here, added to its queries and keys, so that a block's best

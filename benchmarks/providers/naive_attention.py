@@ -1,4 +1,4 @@
-"""Attention by its definition over the whole packed buffer: an n x n mask, as one writes it first."""
+"""Attention by its definition over the whole packed buffer: an n x n mask, the first way to write it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,7 @@ def _naive(problem: Attention, masks: Masks, q: Tensor, k: Tensor, v: Tensor, *b
 
 
 def available_memory() -> int:
-    """Bytes that a CPU process may still take without driving the machine to swap or worse."""
+    """Bytes that a CPU process can still allocate before the machine swaps or worse."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

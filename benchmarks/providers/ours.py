@@ -49,7 +49,7 @@ def _refuses_other_than(
     device: torch.device,
     direction: str,
 ) -> str | None:
-    """A variant of the Triton backend: where it does nothing of its own it is not measured again."""
+    """Refuse a variant of the Triton backend where it does nothing of its own, so that nothing is measured twice."""
     return _refuses("triton", problem, dtype, device, direction) or (
         None if direction in directions else f"{reason}: vot-kernels triton is the same"
     )

@@ -1,4 +1,4 @@
-"""Softmax attention that PyTorch itself brings."""
+"""The softmax attention functions of PyTorch itself."""
 
 import inspect
 from dataclasses import replace
@@ -40,7 +40,7 @@ def with_exact(provider: Provider, *suites: str) -> tuple[Provider, Provider]:
 
 
 class Bounds(NamedTuple):
-    """What kernels for packed sequences ask for: int32 `[segments + 1]` and the longest segment."""
+    """The arguments of kernels for packed sequences: int32 `[segments + 1]` and the longest segment."""
 
     cu_seqlens: Tensor
     longest: int
@@ -130,7 +130,7 @@ def _padded(problem: Attention, padding: Padding | None, q: Tensor, k: Tensor, v
 def _refuses_padding(
     problem: Attention, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """On a CPU, padded buffers that do not fit."""
+    """Why the padded buffers do not fit into the memory of a CPU, None if they do."""
     rows = len(problem.lengths) * max(problem.lengths)
     buffers = 4 if direction == "forward" else 8
     needed = buffers * rows * problem.heads * problem.head_dim * dtype.itemsize

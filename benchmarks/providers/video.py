@@ -76,7 +76,7 @@ def _decord(path: str, indices: list[int]) -> list[Tensor]:
 
 
 def _refuses(problem: DecodeAndPack, dtype: torch.dtype, device: torch.device, direction: str) -> str | None:
-    """The clip has to be there, and PyAV, by which the others are judged."""
+    """Why the clip cannot be decoded here: the file and PyAV, which judges the others, must be installed."""
     reason = needs("av")()
     if reason:
         return f"{reason}, by which every decoder is checked"

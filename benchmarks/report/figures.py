@@ -1,4 +1,4 @@
-"""What the samples say: medians, spreads, ratios, rates, and the share of the floor."""
+"""Figures computed from the samples: medians, spreads, ratios, rates, and the share of the floor."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """README tables from committed results.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test checks that every table is what the
-committed JSON gives, so no figure in the README can be edited by hand.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`; a test checks that every table follows from the
+committed JSON, so no figure in the README can be edited by hand.
 """
 
 import json
@@ -28,7 +28,7 @@ def cpu_table() -> str:
 
 
 def gpu_table() -> str:
-    """The same on GPUs."""
+    """Ours against each peer on GPUs."""
     return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
 
 
@@ -43,7 +43,7 @@ def _speed_table(kind: str) -> str:
 
 
 def _largest(races: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:
-    """Of the workloads of each op and direction the largest: the report has them all."""
+    """The largest workload of each op and direction; the report has them all."""
     found: dict[tuple[str, str, str], Sequence[Row]] = {}
     for rows in races:
         kind = rows[0].suite, rows[0].op, rows[0].direction
@@ -80,7 +80,7 @@ def _speed_note(section: Section) -> str:
 
 
 def perception_table() -> str:
-    """What the bundled checkpoint reaches on held-out splits."""
+    """The accuracy of the bundled checkpoint on held-out splits."""
     record = _read(ROOT / "vot_kernels" / "checkpoints" / "digitworld-nano" / "training.json")
     columns = {
         "presence": ("objects present or not", _percent),

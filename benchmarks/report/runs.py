@@ -23,9 +23,9 @@ class Run:
 
     Attributes:
         file: the name of its JSON.
-        device: without what changes from minute to minute.
+        device: facts that do not change from minute to minute.
         complete: False for a run that was interrupted.
-        copy_bytes_per_s, matmul_flops_per_s: the measured ceilings, the latter by dtype; empty or None where
+        copy_bytes_per_s, matmul_flops_per_s: the measured ceilings, the latter by dtype; empty or None if
             nothing was measured.
     """
 
@@ -122,7 +122,7 @@ def read_result(path: Path) -> tuple[Run, list[Row]]:
 
 
 def read_sections(paths: Iterable[Path]) -> list[Section]:
-    """All files, merged by device; of what was tried twice on a device, the last file counts."""
+    """All files, merged by device; if a provider was tried twice on a device, the last file counts."""
     sections: dict[str, Section] = {}
     for path in paths:
         run, rows = read_result(path)

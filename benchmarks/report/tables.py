@@ -193,8 +193,8 @@ def is_partial(section: Section) -> bool:
 
 
 def captions(section: Section) -> list[list[str]]:
-    """What a reader needs to judge and repeat the runs: paragraphs of lines."""
-    merged = [["What several of these runs have tried is shown as the last of them found it."]]
+    """Everything that a reader needs to judge and repeat the runs: paragraphs of lines."""
+    merged = [["Providers that several of these runs have tried are shown as the last of them found them."]]
     return [_caption(run) for run in section.runs] + (merged if len(section.runs) > 1 else [])
 
 

@@ -10,7 +10,7 @@ from benchmarks.problems.attention import Attention
 from benchmarks.workloads.packings import long_among_short, qwen_vl, ragged, uniform, zipf
 
 K = 1024
-SERIES = (1, 2, 4, 8, 16, 32)  # thousands of tokens in one segment, for the plots; 64 stands first
+SERIES = (1, 2, 4, 8, 16, 32)  # thousands of tokens in one segment, for the plots; 64 comes first
 
 # 1,024 near tokens: the own group, two on the left, one on the right.
 _hybrid = partial(Attention, "hybrid_attention", group_size=256, window=(2, 1))
@@ -22,7 +22,7 @@ TRAINING = ("forward", "both")
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """Of all three suites."""
+    """The workloads of all three suites."""
     return _cuda() if device == "cuda" else _cpu()
 
 
@@ -80,7 +80,7 @@ def _on_cuda(suite: str, *cases: tuple[str, Attention, tuple[str, ...]]) -> Iter
         yield Workload(suite, name, problem, dtype, "cuda", directions)
 
 
-# Of 64 to 2,048 tokens, in no order.
+# Segments of 64 to 2,048 tokens, in no order.
 MIXED = (2048, 1024, 256, 256, 640, 96, 1400, 64)
 
 

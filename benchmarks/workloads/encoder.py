@@ -19,7 +19,7 @@ PHOTOGRAPHS = tuple(
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The most telling first."""
+    """The workloads of the suite, the most telling first."""
     yield from (_cuda if device == "cuda" else _cpu)()
 
 

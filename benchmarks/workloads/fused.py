@@ -14,7 +14,7 @@ PHOTOGRAPHS = ((224, 224), (384, 256), (160, 480), (512, 512))
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The most telling first."""
+    """The workloads of the suite, the most telling first."""
     yield from (_cuda if device == "cuda" else _cpu)()
 
 

@@ -52,10 +52,10 @@ class ConversionReport:
         load: `[num_experts]`, share of the tokens that chose each expert; sums to top_k.
         factor_error: of the gate matrices of all experts as the layer has them (but the shared one, which is exact).
         gate_error: of their pre-activations x Gᵀ.
-        low_rank_error: of the output, were only the gates of rank r.
-        selection_error: of the output, did only the top_k experts answer, with exact gates, plainly summed.
-        best_selection_error: the same if the experts with the largest outputs answered: what a perfect score
-            could reach with this grouping.
+        low_rank_error: of the output, if the gates alone are of rank r.
+        selection_error: of the output, if only the top_k experts answer, with exact gates, plainly summed.
+        best_selection_error: the same if the experts with the largest outputs answer, as with a perfect score
+            for this grouping.
         mixing_error: what the softmax and `output_scale` change in the plain sum of the experts that answer,
             over the dense output.
         output_error: of the layer that was returned; infinite if its output overflows its dtype on the tokens.
@@ -224,7 +224,7 @@ class _Dense:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """What the calibration tokens say: second moment of x, mean squares per neuron, profiles of neurons."""
+    """Statistics of the calibration tokens: second moment of x, mean squares per neuron, profiles of neurons."""
 
     moment: Tensor
     gate_square: Tensor
@@ -244,7 +244,7 @@ class _Experts:
 
 
 def _blocks(tokens: Tensor, width: int) -> Iterator[Tensor]:
-    """Float64 blocks of tokens of which an intermediate of `width` numbers each stays small."""
+    """Blocks of tokens in float64, so small that `width` numbers per token fit into memory."""
     for block in tokens.split(max(1, _BLOCK_ELEMENTS // width)):
         yield block.double()
 
@@ -261,7 +261,7 @@ def _observe(dense: _Dense, tokens: Tensor) -> _Data:
         moment.addmm_(x.T, x)
         gate_square += gate.square().sum(0)
         hidden_square += hidden.square().sum(0)
-        # Many tokens are mixed at random into few: that keeps the distances which k-means asks for.
+        # Many tokens are mixed at random into few, which keeps the distances that k-means needs.
         if count > _PROFILE_WIDTH:
             mix = torch.randn(x.shape[0], _PROFILE_WIDTH, generator=generator, dtype=torch.float64)
         else:
@@ -272,13 +272,13 @@ def _observe(dense: _Dense, tokens: Tensor) -> _Data:
 
 
 def _contribution(dense: _Dense, data: _Data | None) -> Tensor:
-    """How much each neuron adds to the output on average `[hidden]`; without data, to no scale."""
+    """How much each neuron adds to the output on average `[hidden]`; without data the scale is arbitrary."""
     norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (dense.gate, dense.up, dense.out)]
     return norms[0] * norms[1] * norms[2] if data is None else norms[2] * data.hidden_square.sqrt()
 
 
 def _importance(dense: _Dense, data: _Data | None, score: str) -> Tensor:
-    """The diagonal S `[hidden]`, positive, the largest 1."""
+    """The diagonal S `[hidden]`: positive, with 1 as its largest entry."""
     if score == "gate":
         return torch.ones_like(dense.gate[:, 0])
     importance = torch.linalg.vector_norm(dense.out, dim=1)
@@ -288,7 +288,7 @@ def _importance(dense: _Dense, data: _Data | None, score: str) -> Tensor:
         tiny = torch.finfo(importance.dtype).tiny
         importance = importance * (data.hidden_square / data.gate_square.clamp_min(tiny)).sqrt()
     largest = importance.max()
-    # A neuron that contributes nothing needs no gate, but S is divided by.
+    # A neuron that contributes nothing needs no gate, but the code divides by S.
     return (importance / largest).clamp_min(1e-4) if largest > 0 else torch.ones_like(importance)
 
 
@@ -327,7 +327,7 @@ def _factor(gate: Tensor, importance: Tensor, root: Tensor, rank: int) -> tuple[
 def _measure(
     experts: _Experts, dense: _Dense, tokens: Tensor, top_k: int, weighting: str, plain: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The output scale fitted to the tokens, and every error but that of the finished layer."""
+    """The output scale fitted to the tokens, and every error except the finished layer's."""
     number, hidden, dim = experts.gate.shape
     gram, right, cross, load = plain.new_zeros(number, number), *plain.new_zeros(3, number)
     squares: dict[str, Tensor] = {}
@@ -444,9 +444,9 @@ def _ratio(change: Tensor, square: Tensor) -> float:
 
 
 def _group(profiles: Tensor, number: int, names: Tensor) -> Tensor:
-    """Balanced k-means: the names of the rows in each group `[number, ceil(rows / number)]`, -1 to fill.
+    """Divide the rows by balanced k-means: their names in each group `[number, ceil(rows / number)]`, -1 to fill.
 
-    The best of all assignments met from several beginnings: with equal sizes k-means is easily stuck, and
+    It is the best of all assignments found from several beginnings: with equal sizes k-means is easily stuck, and
     the sum of squares need not fall in every round.
     """
     points = profiles.float().cpu()
@@ -491,7 +491,7 @@ def _centres(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared, less the square of the point, which no comparison for a point needs."""
+    """Squared distances, less the square of the point, which no comparison for a point needs."""
     return centres.square().sum(1) - 2 * points @ centres.T
 
 
@@ -518,7 +518,7 @@ def _swapped(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _assign(distances: Tensor, sizes: Tensor) -> Tensor:
-    """A centre for every point: each takes the nearest with room, which takes its nearest points first."""
+    """A centre for every point: each gets the nearest one with room, and a centre admits its nearest points first."""
     labels, room = torch.full((len(distances),), -1), sizes.clone()
     rows = torch.arange(len(distances))
     while len(rows):

@@ -1,4 +1,4 @@
-"""What the attention modules share: projections, query-key norm and rotary positions."""
+"""The parts that the attention modules share: projections, query-key norm and rotary positions."""
 
 from collections.abc import Callable
 

@@ -27,7 +27,7 @@ def expert_usage(load: Tensor) -> ExpertUsage:
     """How evenly a load spreads over the experts; nothing waits for the device.
 
     Args:
-        load: `[..., num_experts]`, the `load` of an `AoEAux`, or those of several layers or steps.
+        load: `[..., num_experts]`, the `load` of an `AoEAux`, or the loads of several layers or steps.
 
     Returns:
         Tensors of the shape `[...]` on the device of `load`.
@@ -69,7 +69,7 @@ class AutonomyOfExperts(nn.Module):
         weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
         bias_rate: step of `update_selection_bias`, in units of the cache norm.
         shared_hidden: width of the shared expert, 0 for none; not part of what `d_ffn` matches.
-        backend: of the op.
+        backend: the backend of the op, see `vot_kernels.aoe`.
 
     Attributes:
         selection_bias: float32 buffer `[num_experts]`, added to the norms for selection alone; saved.

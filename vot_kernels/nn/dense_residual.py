@@ -22,7 +22,7 @@ class DenseResidual(nn.Module):
     Args:
         num_blocks: blocks of the network.
         dilation: spacing of the states that a block reads.
-        period: every how many blocks the mixing happens.
+        period: number of blocks from one mixing to the next.
 
     Source: Pagliardini et al., DenseFormer, NeurIPS 2024 (arXiv 2402.02622), section 3.
     """
@@ -51,7 +51,7 @@ class DenseResidual(nn.Module):
         return {0: embedding} if 0 in self._last_read else {}
 
     def forward(self, state: Tensor, block: int, memory: dict[int, Tensor]) -> Tensor:
-        """What the block after `block` reads, the shape of `state`.
+        """The input of the block after `block`, in the shape of `state`.
 
         Args:
             state: output of `block`, any shape.
@@ -69,7 +69,7 @@ class DenseResidual(nn.Module):
         return state
 
     def reset_parameters(self) -> None:
-        """Back to the identity."""
+        """Reset the module to the identity."""
         with torch.no_grad():
             for block in self.sources:
                 self.weights[str(block)].copy_(self._identity(block))

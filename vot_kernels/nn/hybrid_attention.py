@@ -21,11 +21,11 @@ class HybridAttention(AttentionProjections):
         window: near groups, see `hybrid_attention`; None is exact softmax attention, which has no beta.
         causal: None, "group" or "token"; False is None and True is "token".
         feature_map: phi of the far part: "softmax", "elu" or "relu".
-        beta_init: where the log weight of far tokens begins; it is learned. None: it is 0 and there is no `beta`.
+        beta_init: the initial log weight of far tokens, which is learned. With None it is 0 and there is no `beta`.
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
-        backend: of the op.
+        backend: the backend of the op, see `hybrid_attention`.
 
     Attributes:
         beta: `[num_heads]`, the log weight of far tokens, or None.
@@ -68,7 +68,7 @@ class HybridAttention(AttentionProjections):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """`beta` back to `beta_init`; the projections and norms have a `reset_parameters` of their own."""
+        """Set `beta` to `beta_init`; the projections and norms have a `reset_parameters` of their own."""
         if self.beta is not None and self.beta_init is not None:
             nn.init.constant_(self.beta, self.beta_init)
 

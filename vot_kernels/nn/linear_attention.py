@@ -30,11 +30,11 @@ class LinearAttention(AttentionProjections):
         decay: None, "fixed" or "learned": a token n places back weighs decay_h ** n times as much in head h. Needs
             causal="token".
         decay_init: the decay of each head, from 0 to 1 but not 0, and not 1 if it is learned; default
-            1 - 2 ** -(5 + h) of head h, those of retention (Sun et al., 2023, section 2.2).
+            1 - 2 ** -(5 + h) for head h, as in retention (Sun et al., 2023, section 2.2).
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
-        backend: of the op.
+        backend: the backend of the op, see `linear_attention`.
 
     Attributes:
         decay_logit: `[num_heads]`, the decay is its sigmoid: a parameter if learned, a saved buffer if fixed, else
@@ -87,13 +87,13 @@ class LinearAttention(AttentionProjections):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The decays back to `decay_init`; the projections and norms have a `reset_parameters` of their own."""
+        """Set the decays to `decay_init`; the projections and norms have a `reset_parameters` of their own."""
         if self.decay_logit is not None:
             self.decay_logit.copy_(_decay_logit(self.num_heads, self.decay_init, self.decay == "learned"))
 
     @property
     def log_decay(self) -> Tensor | None:
-        """`[num_heads]` in float32 at least, or None without a decay."""
+        """The logarithm of the decays, `[num_heads]`, in float32 at least; None without a decay."""
         if self.decay_logit is None:
             return None
         return logsigmoid(self.decay_logit.to(torch.promote_types(self.decay_logit.dtype, torch.float32)))

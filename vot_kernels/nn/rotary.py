@@ -7,7 +7,7 @@ from vot_kernels.packing import PackedLayout
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys by the (t, y, x) of their tokens; what `HybridAttention` takes as `rotary`.
+    """Rotates queries and keys by the (t, y, x) of their tokens; the attention modules accept it as `rotary`.
 
     Args:
         theta: base of the frequencies. Patch grids are small: 100 resolves them where text uses 10,000.

@@ -11,7 +11,7 @@ class SizeAwareEmbedding(nn.Module):
 
     Args:
         dim: width of the tokens.
-        hidden: width of the MLP; by default that of its input features, 12 · octaves.
+        hidden: width of the MLP; by default the number of its input features, 12 · octaves.
         octaves: frequencies per quantity.
         use_frames: False for streaming, where the clip length is not known in advance.
     """
@@ -29,7 +29,7 @@ class SizeAwareEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh first layer, zero second layer."""
+        """Draw the first layer anew and set the second to zero."""
         self.fc1.reset_parameters()
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)

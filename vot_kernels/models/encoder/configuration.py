@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class VotEncoderConfig(PreTrainedConfig):
-    """What a `VotEncoder` is made of. Every part can be switched off for an ablation.
+    """The parts and sizes of a `VotEncoder`. Every part can be switched off for an ablation.
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: the usual ones.

@@ -29,7 +29,7 @@ from vot_kernels.packing import PackedLayout
 
 @dataclass
 class VotEncoderOutput(ModelOutput):
-    """What the encoder returns; rows are packed in the order of the input.
+    """The output of the encoder; rows are packed in the order of the input.
 
     Attributes:
         last_hidden_state: `[tokens, hidden_size]`.
@@ -74,7 +74,7 @@ class VotEncoderBlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, layout: PackedLayout, output_balance: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`[tokens, hidden_size]` to the same, and the balance loss and the load of its experts.
+        """`[tokens, hidden_size]` to the same shape, and the balance loss and the load of its experts.
 
         The last two are None in a dense block and without `output_balance`.
         """
@@ -87,7 +87,7 @@ class VotEncoderBlock(GradientCheckpointingLayer):
     def step(
         self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None
     ) -> tuple[Tensor, HybridAttentionState]:
-        """One frame of a stream; the attention's state is carried.
+        """Compute one frame of a stream and carry the attention's state.
 
         Raises:
             TypeError: the attention is linear, which has no stream.
@@ -160,7 +160,7 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class VotStreamState:
-    """What a causal encoder carries from frame to frame; its size does not grow.
+    """The state that a causal encoder carries from frame to frame; its size does not grow.
 
     Attributes:
         frame: frames seen so far.
@@ -208,16 +208,16 @@ class VotEncoder(VotEncoderPreTrainedModel):
         output_hidden_states: bool = False,
         output_balance: bool | None = None,
     ) -> VotEncoderOutput:
-        """Encode packed clips. With `return_dict=False` the output is a tuple of what is not None.
+        """Encode packed clips. With `return_dict=False` the output is a tuple of the fields that are not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
             image_grid_thw: integer `[clips, 3]`, (frames, height, width) in patches.
             fps: float `[clips]`, frames per second, 0 for images; None is all 0.
-            layout: from `self.layout(image_grid_thw)`, to build it once where the same packing is used again, or
+            layout: from `self.layout(image_grid_thw)`, to build it once if the same packing is used again, or
                 outside of a compiled graph, which cannot build it.
             output_hidden_states: return the embedding and every block's output too.
-            output_balance: return `balance_loss` and `expert_load` too; None is in training alone.
+            output_balance: return `balance_loss` and `expert_load` too; None means in training alone.
         """
         output_balance = self.training if output_balance is None else output_balance
         layout = self.layout(image_grid_thw, pixel_values.device) if layout is None else layout
@@ -244,9 +244,9 @@ class VotEncoder(VotEncoderPreTrainedModel):
         )
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose what computes the attention: "auto" (at first), "triton", "torch" or "reference".
+        """Choose the backend of the attention: "auto" (at first), "triton", "torch" or "reference".
 
-        It is a matter of the machine, so it is neither part of the configuration nor saved.
+        It depends on the machine, so it is not part of the configuration and is not saved.
 
         Raises:
             ValueError: an unknown backend.
@@ -254,7 +254,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         self._set_backend((HybridAttention, LinearAttention), backend)
 
     def set_experts_backend(self, backend: str) -> None:
-        """Choose what computes the experts, as `set_attention_backend` does for the attention.
+        """Choose the backend of the experts, as `set_attention_backend` does for the attention.
 
         Raises:
             ValueError: an unknown backend.

@@ -28,7 +28,7 @@ class TokenDistillation(nn.Module):
         student_dim, teacher_dim: widths of tokens and pooled vectors.
         cosine_weight: in [0, 1]; the rest goes to smooth L1.
 
-    Source: the distance is that of Ranzinger et al., AM-RADIO, CVPR 2024 (arXiv 2312.06709), section 3.3.
+    Source: the distance is from Ranzinger et al., AM-RADIO, CVPR 2024 (arXiv 2312.06709), section 3.3.
     """
 
     token_statistics: Tensor
@@ -47,7 +47,7 @@ class TokenDistillation(nn.Module):
 
     @torch.no_grad()
     def fit_targets(self, tokens: Tensor, pooled: Tensor) -> None:
-        """Take mean and deviation of each channel from teacher tokens `[tokens, teacher_dim]` and pooled
+        """Compute mean and deviation of each channel from teacher tokens `[tokens, teacher_dim]` and pooled
         vectors `[segments, teacher_dim]` of a few training batches, at least two rows each."""
         for statistics, values in ((self.token_statistics, tokens), (self.pooled_statistics, pooled)):
             if len(values) < 2:
@@ -69,7 +69,7 @@ class TokenDistillation(nn.Module):
             tokens: `[tokens, student_dim]`; rows past the layout's tokens are slack and left out.
             pooled: `[segments, student_dim]`.
             teacher_tokens, teacher_pooled: the same rows, `[..., teacher_dim]`.
-            layout, teacher_layout: of the two; their groups may differ, their grids may not.
+            layout, teacher_layout: the layouts of the two; their groups may differ, their grids may not.
 
         Raises:
             ValueError: the two are packed differently.
@@ -108,7 +108,7 @@ def sigmoid_contrastive_loss(
 
     -Σᵢⱼ log sigmoid(zᵢⱼ (exp(logit_scale) xᵢ·yⱼ + logit_bias)) / N with zᵢⱼ = 1 for i = j, else -1. The rows
     are taken `chunk_size` at a time and computed again in the backward pass, so that memory is
-    O(chunk_size · N) where the whole matrix takes O(N²).
+    O(chunk_size · N) where the whole matrix needs O(N²).
 
     Args:
         image_embeds, text_embeds: `[N, dim]`, floating, usually of length 1; row i of one belongs to row i
@@ -117,7 +117,7 @@ def sigmoid_contrastive_loss(
         chunk_size: images at a time; need not divide N.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs), equal to that of the whole matrix; so are gradients.
+        A scalar, float32 (float64 for float64 inputs), equal to the loss of the whole matrix; so are its gradients.
 
     Raises:
         ValueError: shapes that differ, no rows, or a chunk size below 1.
@@ -145,7 +145,7 @@ def sigmoid_contrastive_loss(
 
 
 def _rows_loss(rows: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
-    """The sum over the pairs of some images, `rows`, of which the first belongs to text `first`."""
+    """The sum over the pairs of some images, `rows`; the first image belongs to text `first`."""
     logits = scale * rows @ texts.T + bias
     matching = logits.diagonal(first)
     # -log sigmoid(-s) everywhere; the matching pairs need -log sigmoid(s) instead, which is smaller by s.
@@ -153,7 +153,7 @@ def _rows_loss(rows: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: 
 
 
 class ContrastiveHead(nn.Module):
-    """Pooled vectors of images and texts into one space, with the learned scale and bias of the logits.
+    """Maps pooled vectors of images and texts into one space, with the learned scale and bias of the logits.
 
     Each side is standardised over the batch and then projected. The pooled vectors of a fresh encoder differ
     from each other by a thousandth of their length; projected as they are, all images point the same way, and
@@ -163,7 +163,7 @@ class ContrastiveHead(nn.Module):
     Args:
         image_dim, text_dim: widths of the pooled vectors.
         projection_size: width of the shared space.
-        scale, bias: where the factor and the bias of the logits begin. The bias should be about minus the log
+        scale, bias: initial factor and bias of the logits. The bias should be about minus the log
             of the texts in a batch, so that the many pairs that do not match begin as such.
     """
 
@@ -204,7 +204,7 @@ class CaptionEncoder(nn.Module):
     Args:
         dim: width of the tokens and the pooled vector; a multiple of `num_heads`.
         num_layers: transformer blocks.
-        num_heads: of the attention and of the pooling.
+        num_heads: heads of the attention and of the pooling.
     """
 
     def __init__(self, dim: int = 96, num_layers: int = 2, num_heads: int = 4) -> None:
@@ -229,7 +229,7 @@ class CaptionEncoder(nn.Module):
         return self.pooling(self.norm(x), layout)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Captions to `[captions, dim]`."""
+        """Encode captions to `[captions, dim]`."""
         return self(*self.tokenize(texts))
 
 

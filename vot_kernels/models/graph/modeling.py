@@ -95,7 +95,7 @@ class RecurrentGraphTransformer(nn.Module):
             nn.init.normal_(embedding, std=0.1)
 
     def forward(self, graphs: Sequence[PackedGraph], features: Tensor | None = None) -> Tensor:
-        """States of all nodes.
+        """Compute the states of all nodes.
 
         Args:
             graphs: from `STSG.to_packed(config.vocabulary)`. Graphs do not see one another.

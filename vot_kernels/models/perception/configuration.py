@@ -8,15 +8,15 @@ from vot_kernels.models.encoder.configuration import VotEncoderConfig
 
 
 class VotPerceptionConfig(PreTrainedConfig):
-    """What a `VotPerceptionModel` is made of.
+    """The parts and sizes of a `VotPerceptionModel`.
 
     Args:
         encoder: a `VotEncoderConfig` or its dictionary.
         num_queries: object queries a clip; the most tracklets that can be found.
         decoder_layers, decoder_heads: the transformer that turns queries into objects.
         glimpse_size: pixels on each side of the glimpse taken of every object in every frame.
-        labels, attributes, predicates, events: the closed vocabulary; of the predicates those named in
-            `unary_predicates` and of the events those named in `unary_events` concern one object.
+        labels, attributes, predicates, events: the closed vocabulary; the predicates in `unary_predicates`
+            and the events in `unary_events` concern one object.
         max_pixels: largest area of one frame, in pixels, for which the checkpoint was trained.
         fps: frames per second for which it was trained.
     """

@@ -1,4 +1,4 @@
-"""The STSG head: object queries that find, follow and name objects, and what happens between them.
+"""The STSG head: object queries that find, follow and name objects, and say what happens between them.
 
 Queries attend to all tokens of a clip (as in DETR, Carion et al. 2020). Each then points at its object in every
 frame by attention over that frame's tokens, refines the place with a glimpse of the pixels there, and
@@ -19,7 +19,7 @@ _MAX_SHIFT = 0.75  # furthest refinement, in box sides
 
 @dataclass
 class HeadOutput:
-    """What the queries found in `B` clips of one grid; `Q` queries, `T` frames.
+    """The findings of the queries in `B` clips of one grid; `Q` queries, `T` frames.
 
     Attributes:
         centers: `[B, Q, T, 2]`, (x, y) in fractions of the frame.
@@ -70,8 +70,8 @@ class STSGHead(nn.Module):
     def reset_parameters(self) -> None:
         """Queries start apart from each other, each looking for attributes of its own.
 
-        Without that, queries share objects out by place, which changes from clip to clip, and it takes long
-        until any of them knows whether its object is there.
+        Without this, queries divide the objects by place, which changes from clip to clip, and they learn slowly
+        whether their object is there.
         """
         nn.init.orthogonal_(self.queries.weight)
         own = torch.arange(self.sought.out_features) % self.queries.num_embeddings

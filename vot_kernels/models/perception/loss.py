@@ -65,7 +65,7 @@ def match(output: HeadOutput, targets: Targets) -> list[tuple[Tensor, Tensor]]:
 def perception_loss(
     output: HeadOutput, targets: Targets, pairs: list[tuple[Tensor, Tensor]], grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """The terms of the loss by name; their sum is what is minimised. grid is (h, w) in tokens."""
+    """The terms of the loss by name; training minimises their sum. grid is (h, w) in tokens."""
     clip = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs)])
     query, item = (torch.cat(part) for part in zip(*pairs, strict=True))
     wanted = torch.zeros_like(output.presence)

@@ -16,14 +16,14 @@ from vot_kernels.ops.pack_patches import unpack_patches
 
 @dataclass
 class VotPerceptionOutput(ModelOutput):
-    """What the model saw.
+    """The output of the perception model.
 
     Attributes:
         clips: a `HeadOutput` per bucket of clips with equal grids.
         clip_index: for each bucket the positions of its clips in the input.
         pooler_output: `[clips, hidden_size]`, the encoder's pooled clip embeddings.
         domain_distance: `[clips]`, Mahalanobis distance of each clip's mean token from the training clips'.
-        balance_loss, expert_load: those of the encoder; in training, or if asked for.
+        balance_loss, expert_load: from the encoder; in training, or if asked for.
     """
 
     clips: list[HeadOutput] | None = None
@@ -59,7 +59,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A domain without a limit; encoder and head have a `reset_parameters` of their own."""
+        """Set a domain without a limit; encoder and head have a `reset_parameters` of their own."""
         self.domain_mean.zero_()
         self.domain_precision.copy_(torch.eye(len(self.domain_mean)))
         self.domain_threshold.fill_(torch.inf)
@@ -72,7 +72,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         fps: Tensor,
         output_balance: bool | None = None,
     ) -> VotPerceptionOutput:
-        """See the clips. With `return_dict=False` the output is a tuple of what is not None.
+        """See the clips. With `return_dict=False` the output is a tuple of the fields that are not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
@@ -110,12 +110,12 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         )
 
     def mean_tokens(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> Tensor:
-        """The mean token of each clip, `[clips, hidden_size]`: what `fit_domain` takes."""
+        """The mean token of each clip, `[clips, hidden_size]`, as `fit_domain` needs them."""
         seen = self.encoder(pixel_values, image_grid_thw, fps=fps, output_balance=False, return_dict=True)
         return _segment_means(seen.last_hidden_state, image_grid_thw)
 
     def domain_distance(self, mean_tokens: Tensor) -> Tensor:
-        """Mahalanobis distance of `[clips, hidden_size]` mean tokens from those of training: `[clips]`."""
+        """Mahalanobis distance of mean tokens `[clips, hidden_size]` from the training clips: `[clips]`."""
         offset = (mean_tokens - self.domain_mean).float()
         return torch.einsum("bi,ij,bj->b", offset, self.domain_precision.float(), offset).clamp_min(0).sqrt()
 
@@ -123,7 +123,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
     def fit_domain(self, mean_tokens: Tensor, held_out: Tensor, quantile: float = 0.995) -> None:
         """Set the domain from training clips, and its limit from held-out clips, `[clips, hidden_size]` each.
 
-        The limit is the `quantile` of the held-out distances, doubled: new digits are no new domain.
+        The limit is twice the `quantile` of the held-out distances: new digits are no new domain.
         """
         self.domain_mean.copy_(mean_tokens.mean(0))
         covariance = torch.cov(mean_tokens.double().T)

@@ -23,7 +23,7 @@ _MIN_RELATION_FRAMES = 2
 
 @dataclass(frozen=True)
 class Detection:
-    """What the model saw in one clip.
+    """The scene graph of one clip, and how far the model can trust it.
 
     Attributes:
         stsg: the graph; track ids in order of first appearance.
@@ -38,7 +38,7 @@ class Detection:
 
     @property
     def in_domain(self) -> bool:
-        """Whether the clip resembles what the checkpoint was trained on."""
+        """Whether the clip resembles the training clips."""
         return self.domain_distance <= self.domain_threshold
 
 
