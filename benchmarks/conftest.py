@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks/`, and the table at its end."""
+"""Options of `pytest benchmarks/`, and what it shows: a line for every race, and the machine at the end."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.core import DIRECTIONS, Provider, Workload
 from benchmarks.gate import Gate, read_gate
+from benchmarks.progress import Progress
 from benchmarks.providers import PROVIDERS, providers_of
 from benchmarks.race import Rules
 from benchmarks.session import Session, describe_device
@@ -21,6 +22,8 @@ from benchmarks.workloads import SUITES, workloads
 _JSON = pytest.StashKey[Path | None]()
 _CHOSEN = pytest.StashKey[list[tuple[Workload, str, Provider]]]()
 _GATE = pytest.StashKey[Callable[[str], str | None]]()
+_RULES = pytest.StashKey[Rules]()
+_PROGRESS = pytest.StashKey[Progress]()
 _SESSION = pytest.StashKey[Session]()
 
 
@@ -92,10 +95,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("workload", "direction", "provider"), chosen, ids=ids)
 
 
-@pytest.fixture(scope="session")
-def measurements(request: pytest.FixtureRequest) -> Session:
-    config = request.config
-    options, chosen = config.option, config.stash[_CHOSEN]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """The run begins: from now on its time counts."""
+    config, options = session.config, session.config.option
     rules = Rules(
         rounds=options.rounds,
         seconds_per_provider=0.5 if options.quick else 2.0,
@@ -103,8 +106,34 @@ def measurements(request: pytest.FixtureRequest) -> Session:
         deadline=time.monotonic() + options.budget if options.budget else float("inf"),
         gate=config.stash[_GATE],
     )
+    config.stash[_RULES] = rules
+    if not (options.collectonly or options.benchmark_disable):
+        config.stash[_PROGRESS] = Progress(filter(None, map(_entry, session.items)), rules)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Say which race begins, above the dots of its providers."""
+    progress, entry = item.config.stash.get(_PROGRESS, None), _entry(item)
+    reporter = item.config.pluginmanager.get_plugin("terminalreporter")
+    line = progress.begin(*entry[:2]) if progress and entry else None
+    if line and reporter:
+        reporter.showfspath = False  # the one file of this suite, in front of the dots
+        reporter.write(f"\n{line}\n", flush=True)
+
+
+def _entry(item: pytest.Item) -> tuple[Workload, str, Provider] | None:
+    """The workload, direction and provider of a test."""
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    return (given["workload"], given["direction"], given["provider"]) if "workload" in given else None
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest) -> Session:
+    config = request.config
+    chosen = config.stash[_CHOSEN]
     workloads, providers = [w for w, _, _ in chosen], [p.name for _, _, p in chosen]
-    session = Session(config, config.stash[_JSON], workloads, providers, rules)
+    session = Session(config, config.stash[_JSON], workloads, providers, config.stash[_RULES])
     config.stash[_SESSION] = session
     session.start()
     return session

@@ -51,11 +51,11 @@ def race(
     accepted: list[Provider] = []
     known: Known = {}
     for provider in providers:
-        refusal = judge(provider, workload, direction, device, rules, known)
-        if refusal is None:
+        verdict = judge(provider, workload, direction, device, rules, known)
+        if verdict is None:
             accepted.append(provider)
         else:
-            outcomes[provider.name] = refusal
+            outcomes[provider.name] = verdict
     known.clear()
     outcomes |= _time(accepted, workload, direction, device, rules)
     gc.collect()
@@ -71,9 +71,30 @@ def judge(
     known: Known,
 ) -> Outcome | None:
     """The outcome of a provider that gets no time: it does not take part, fails or is wrong. None for the others."""
-    return _refusal(provider, workload, direction, device, rules) or _unverified(
+    return refusal(provider, workload, direction, device, rules) or _unverified(
         provider, workload, direction, device, rules, known
     )
+
+
+def refusal(
+    provider: Provider, workload: Workload, direction: str, device: torch.device, rules: Rules
+) -> Outcome | None:
+    """The outcome of a provider that does not take part, before anything of it has run. None for the others."""
+    if rules.out_of_time():
+        return Outcome(provider.name, Status.NO_TIME, "the time budget of the run is spent")
+    if reason := attempt(provider, provider.missing):
+        return reason if isinstance(reason, Outcome) else Outcome(provider.name, Status.MISSING, reason)
+    if provider.ours and (reasons := [why for op in ops_of(workload.problem) if (why := rules.gate(op))]):
+        return Outcome(provider.name, Status.GATED, "; ".join(reasons))
+    if rules.quick and workload.problem.size > provider.quick_size:
+        return Outcome(provider.name, Status.UNSUPPORTED, "left out of the quick suite at this size")
+    asked = attempt(
+        provider,
+        lambda: provider.refuses(provider.solves(workload.problem), workload.dtype, device, direction),
+    )
+    if isinstance(asked, Outcome):
+        return asked
+    return Outcome(provider.name, Status.UNSUPPORTED, asked) if asked else None
 
 
 class Inputs:
@@ -174,27 +195,6 @@ def failure(provider: Provider, error: BaseException) -> Outcome:
     if _is_out_of_memory(error):
         return Outcome(provider.name, Status.OUT_OF_MEMORY, _first_line(error))
     return Outcome(provider.name, Status.ERROR, f"{type(error).__name__}: {_first_line(error)}")
-
-
-def _refusal(
-    provider: Provider, workload: Workload, direction: str, device: torch.device, rules: Rules
-) -> Outcome | None:
-    """Why the provider does not take part, before anything of it has run."""
-    if rules.out_of_time():
-        return Outcome(provider.name, Status.NO_TIME, "the time budget of the run is spent")
-    if reason := attempt(provider, provider.missing):
-        return reason if isinstance(reason, Outcome) else Outcome(provider.name, Status.MISSING, reason)
-    if provider.ours and (reasons := [why for op in ops_of(workload.problem) if (why := rules.gate(op))]):
-        return Outcome(provider.name, Status.GATED, "; ".join(reasons))
-    if rules.quick and workload.problem.size > provider.quick_size:
-        return Outcome(provider.name, Status.UNSUPPORTED, "left out of the quick suite at this size")
-    asked = attempt(
-        provider,
-        lambda: provider.refuses(provider.solves(workload.problem), workload.dtype, device, direction),
-    )
-    if isinstance(asked, Outcome):
-        return asked
-    return Outcome(provider.name, Status.UNSUPPORTED, asked) if asked else None
 
 
 def _unverified(

@@ -140,6 +140,10 @@ def test_a_mismatch_fails_the_run_and_has_no_figure(complete):
     assert statuses["right"] == statuses["endless"] == ("timed", "")
 
 
+def test_a_race_is_announced_with_its_number_and_an_estimate(complete):
+    assert "\n1 of 1: softmax tiny forward, 3 providers; less than a minute left\n" in complete[1]
+
+
 def test_a_whole_run_says_so_and_holds_the_samples(complete):
     found = json.loads(complete[2])
     facts = found["vot_kernels"]
@@ -167,6 +171,8 @@ def test_an_interrupted_run_leaves_what_was_measured(name, command, tmp_path):
     options = "--provider=right,endless", "--rounds=1", f"--benchmark-json={path}"
     code, output = command.run(*options, signal_when_asleep=getattr(signal, name))
     assert code == pytest.ExitCode.INTERRUPTED, output
+    announced = re.findall(r"^(\d of \d: .*), 2 providers; .* left$", output, re.MULTILINE)
+    assert announced == ["1 of 2: softmax tiny forward", "2 of 2: softmax endless forward"], "before it ends"
     found = json.loads(path.read_text())
     assert found["vot_kernels"]["complete"] is False
     assert [b["extra_info"]["workload"] for b in found["benchmarks"]] == ["tiny", "tiny"]

@@ -17,7 +17,7 @@ from vot_kernels.ops.hybrid_attention import hybrid_attention, reference
 from vot_kernels.ops.launch import record_launches
 from vot_kernels.ops.packed_attention import packed_attention
 from vot_kernels.ops.packed_attention.reference import packed_attention as packed_attention_reference
-from vot_kernels.ops.parts.range_attention import triton as _range_triton
+from vot_kernels.ops.parts.range_attention import triton as range_triton
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     fuses_backward,
@@ -257,13 +257,13 @@ def test_adding_through_descriptors_gives_the_same(head_dim, monkeypatch):
     inputs = [poison_segment(x, layout, 1) for x in make_qkv(34, 2, head_dim, kv_heads=1)]
     pointers = gradients(layout, inputs, function=packed_attention)
     assert not reduced
-    inner = _range_triton._keys_config
+    inner = range_triton._keys_config
 
     def through_descriptors(*arguments, **variants):
         config = inner(*arguments, **variants)
         return replace(config, blocks={**config.blocks, "USE_TMA": 1})
 
-    monkeypatch.setattr(_range_triton, "_keys_config", through_descriptors)
+    monkeypatch.setattr(range_triton, "_keys_config", through_descriptors)
     for x, y in zip(pointers, gradients(layout, inputs, function=packed_attention), strict=True):
         assert x.isnan().equal(y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
     assert reduced and min(reduced) < 16 * head_dim  # blocks were cut off at the end of their rows
@@ -318,13 +318,13 @@ def test_compiles(added):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash_attention_asks_for_repeatable_bits_or_nothing(deterministic, monkeypatch):
     asked = []
-    inner = _range_triton.fuses_backward
+    inner = range_triton.fuses_backward
 
     def ask(q, variant, deterministic, **options):
         asked.append((variant, deterministic))
         return inner(q, variant, deterministic, **options)
 
-    monkeypatch.setattr(_range_triton, "fuses_backward", ask)
+    monkeypatch.setattr(range_triton, "fuses_backward", ask)
     bounds = PackedLayout.from_lengths((5, 6)).cu_seqlens
     leaves = [x.requires_grad_() for x in make_qkv(11, 1)]
     options = {"deterministic": deterministic, "backend": "triton"}
