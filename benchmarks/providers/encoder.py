@@ -59,7 +59,7 @@ class Padded(nn.Module):
         return encoder.norm(x)[padding.rows]
 
     def _attention(self, attention: nn.Module, x: Tensor, padding: _Padding) -> Tensor:
-        parts = attention._project(x, padding.padded)
+        parts = attention.project(x, padding.padded)
         q, k, v = (part.unflatten(0, (padding.clips, -1)).transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=padding.mask)
         return attention.out(out.transpose(1, 2).flatten(2).flatten(0, 1))
