@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vot_kernels.integrations.patching import patch, patched, unpatch
     from vot_kernels.ops.aoe import aoe
     from vot_kernels.ops.dense_residual import dense_residual
     from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func
@@ -34,15 +35,21 @@ __all__ = [
     "moe",
     "pack_patches",
     "packed_attention",
+    "patch",
+    "patched",
     "plan_packing",
     "rope_qk_norm",
     "size_aware_embedding",
+    "unpatch",
 ]
 
 # The rest of __all__ lives in the module of its own name under ops/.
 _MODULES = {
     "PackedLayout": "packing",
     "plan_packing": "packing",
+    "patch": "integrations.patching",
+    "patched": "integrations.patching",
+    "unpatch": "integrations.patching",
     "flash_attn_func": "ops.flash_attention",
     "flash_attn_varlen_func": "ops.flash_attention",
     "hybrid_attention_step": "ops.hybrid_attention",

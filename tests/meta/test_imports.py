@@ -31,7 +31,7 @@ ALLOWED = {
     "pipelines": TOP | {"train", "reasoning"},  # what a command does, without its options
     "info": TOP,
     "cli": TOP | {"train", "reasoning", "pipelines", "info"},
-    "": {"packing", "ops"},  # vot_kernels/__init__.py
+    "": {"packing", "ops", "integrations"},  # vot_kernels/__init__.py
 }
 REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references
 # These serve users who have torch and numpy alone; a launcher imports its kernels when it needs them.

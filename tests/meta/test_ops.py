@@ -77,7 +77,7 @@ def support_rows(readme: str) -> set[str]:
 
 def test_the_public_ops_are_exported_and_known_to_dispatch():
     public = {name for name in vot_kernels.__all__ if inspect.isfunction(getattr(vot_kernels, name))}
-    assert public == set(FUNCTIONS) | {"plan_packing"}
+    assert public == set(FUNCTIONS) | {"plan_packing", "patch", "patched", "unpatch"}
     assert all(folder in OP_MODULES for folder in FUNCTIONS.values())
 
 

@@ -1,4 +1,4 @@
-"""The experts of transformers' mixture-of-experts models on the `moe` op.
+"""The models of transformers on the ops of this package: `patch` for their attention, and their experts on `moe`.
 
 transformers 5 routes tokens itself and hands (hidden states, chosen experts, their weights) to a function that
 is looked up by name, the model's `experts_implementation`. `register_experts` adds such a name:
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from vot_kernels.integrations.patching import patch, patched, unpatch
 from vot_kernels.ops.checks import FLOAT_DTYPES
 from vot_kernels.ops.moe import moe
+
+__all__ = ["PackedExperts", "experts_forward", "patch", "patched", "register_experts", "unpatch"]
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]), type(ACT2FN["swish"]))
 

@@ -1,0 +1,334 @@
+"""The attention of transformers' models on the variable-length attention of this package.
+
+transformers 5 looks two functions up by the name in `config._attn_implementation`: one that makes the mask of a
+forward, once for all layers, and one that attends, once per layer. `register_attention` adds both under `NAME`. The
+name holds "flash", because vision towers hand over their cumulative lengths to such names alone; any other name gets a
+loop with one call per image or frame.
+
+A mask of ours is bool `[batch, keys]`, True where a key is real, and carries an `AttentionPlan`: which of the
+flattened rows make a segment, and what a query sees in it. So padding and packed sequences are worked out once per
+forward. A mask that is no such pattern is refused: no approximation takes its place.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import getclosurevars
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import masking_utils
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from vot_kernels.ops.flash_attention import flash_attn_varlen_func
+
+NAME = "vot_kernels_flash"
+_PLAN = "_vot_kernels_plan"
+_EVERYTHING = (-1, -1)
+
+
+class AttentionPlan(NamedTuple):
+    """Which keys the queries of one forward see, over the flattened rows of a batch.
+
+    Attributes:
+        causal: a query sees no key after its own place; the last query of a segment is at the place of its last key.
+        window: keys seen before and after that place, -1 for all.
+        cu_seqlens_q, cu_seqlens_k: int32 `[segments + 1]`, cumulative lengths in packed order.
+        rows, keys: int64 `[batch * queries]` and `[batch * keys]`, the flattened rows in packed order, padding last;
+            None if they lie in that order.
+        places: int64 `[batch * queries]`, where each query is in packed order; None with `rows`.
+    """
+
+    causal: bool
+    window: tuple[int, int]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """What a mask function of transformers says of two places in a row."""
+
+    causal: bool
+    window: tuple[int, int]
+    sequences: Tensor | None  # integers [batch, length], equal within a packed sequence
+
+
+def register_attention() -> str:
+    """Make `NAME` an attention implementation of transformers; again changes nothing. Returns the name."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, make_mask)
+    return NAME
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask of a forward in the form that `attention_forward` reads; the arguments are those of transformers.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the attention.
+        q_offset, kv_offset: places of the first query and the first key; a static cache gives a tensor.
+        mask_function: what transformers composed of its mask functions.
+        attention_mask: bool `[batch, places]`, False for padding.
+        device: where the mask lies if `attention_mask` is None.
+
+    Returns:
+        None if every query sees all keys, or all up to its own place where the module is causal; else bool
+        `[batch, kv_length]` with an `AttentionPlan`.
+
+    Raises:
+        ValueError: the mask is none of causal, bidirectional, sliding window, padding and packed sequences.
+
+    Source: transformers 5, `masking_utils.py`.
+    """
+    pattern = _pattern(mask_function)
+    device = device if attention_mask is None else attention_mask.device
+    if pattern.sequences is not None:  # transformers looks for them where there is no padding and no cache
+        mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        plan = _plan_sequences(pattern.causal, pattern.window, pattern.sequences)
+    elif (real := _real_keys(attention_mask, q_length, kv_length, q_offset, kv_offset, pattern)) is not None:
+        mask = real.expand(batch_size, -1).clone()
+        start = torch.arange(q_length, device=device) + (q_offset - kv_offset)
+        queries = mask.index_select(1, start) if _aligned(pattern.causal, pattern.window) else None
+        plan = _plan_padding(pattern.causal, pattern.window, mask, queries, q_length)
+    elif pattern.window != _EVERYTHING:
+        mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        plan = _plan_rows(pattern.causal, pattern.window, batch_size, q_length, kv_length, device)
+    else:
+        return None
+    setattr(mask, _PLAN, plan)
+    return mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a transformers module, in one call for the whole batch.
+
+    Args:
+        module: the attention module; its `is_causal` counts where `is_causal` is None.
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, kv_heads, keys, head_dim]`; the head_dim of `value` may be another one.
+        attention_mask: None, a mask that `make_mask` returned, or bool `[batch, keys]`, False for padding.
+        dropout: must be 0.
+        scaling: factor on q.k, by default head_dim ** -0.5.
+        sliding_window: keys that a query sees on a side, itself included; a mask with a plan knows it better.
+        is_causal: a query sees no key after its own place.
+        cu_seq_lens_q, cu_seq_lens_k: integer `[segments + 1]`, cumulative lengths of the flattened rows, obeyed
+            whatever maximum lengths come with them.
+        others: softcap, s_aux (sinks), position_bias, cache and output_attentions are refused unless they are
+            None or False; the rest are not read.
+
+    Returns:
+        `[batch, queries, heads, head_dim]`, and None in place of the weights.
+
+    Raises:
+        ValueError: something of the above that is not served, in one sentence.
+    """
+    if refusal := next(_refusals(dropout, attention_mask, others), None):
+        raise ValueError(
+            f"The attention of vot_kernels has no {refusal}, which {type(module).__name__} asks for; call "
+            "vot_kernels.unpatch, or patch only the modules that do without."
+        )
+    batch = max(query.shape[0], key.shape[0])
+    if query.shape[0] != key.shape[0]:  # one set of learned queries for all rows of the batch
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    side = -1 if sliding_window is None else sliding_window - 1
+    plan = getattr(attention_mask, _PLAN, None)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        causal, window = (causal, (side, side)) if plan is None else (plan.causal, plan.window)
+        plan = AttentionPlan(causal, window, cu_seq_lens_q.int(), cu_seq_lens_k.int())
+    elif plan is None and attention_mask is not None:
+        real = attention_mask.bool()
+        queries = real[:, -query.shape[2] :] if _aligned(causal, (side, side)) else None
+        plan = _plan_padding(causal, (side, side), real, queries, query.shape[2])
+    elif plan is None:
+        plan = _plan_rows(causal, (side, side), batch, query.shape[2], key.shape[2], query.device)
+    return _attend(query, key, value, plan, scaling), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float | None) -> Tensor:
+    batch, _, queries, head_dim = query.shape
+    width = value.shape[-1]
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    widest = max(head_dim, width)
+    q, k, v = (
+        nn.functional.pad(x.to(dtype), (0, widest - x.shape[-1])).transpose(1, 2).flatten(0, 1)
+        for x in (query, key, value)
+    )
+    if plan.rows is not None:
+        q = q.index_select(0, plan.rows)
+    if plan.keys is not None:
+        k, v = k.index_select(0, plan.keys), v.index_select(0, plan.keys)
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        queries,
+        key.shape[2],
+        softmax_scale=scale,
+        causal=plan.causal,
+        window_size=plan.window,
+    )
+    if plan.places is not None:
+        out = out.index_select(0, plan.places)
+    return out.unflatten(0, (batch, queries))[..., :width].contiguous()
+
+
+def _refusals(dropout: float, mask: Tensor | None, others: dict[str, Any]) -> Iterator[str]:
+    """What a call asks for and cannot have."""
+    if dropout:
+        yield f"dropout ({dropout} while training)"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        shape = list(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+        yield f"mask of its own for every pair of tokens ({shape})"
+    for name, words in _NOT_SERVED.items():
+        if others.get(name) is not None and others[name] is not False:
+            yield words
+
+
+_NOT_SERVED = {
+    "softcap": "softcap",
+    "s_aux": "sinks",
+    "position_bias": "position bias",
+    "cache": "paged cache",
+    "output_attentions": "attention weights to return",
+}
+
+
+def _plan_rows(
+    causal: bool, window: tuple[int, int], batch: int, queries: int, keys: int, device: torch.device | str
+) -> AttentionPlan:
+    """Every row of the batch is a segment."""
+    rows = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return AttentionPlan(causal, window, rows * queries, rows * keys)
+
+
+def _plan_padding(
+    causal: bool, window: tuple[int, int], keys: Tensor, queries: Tensor | None, q_length: int
+) -> AttentionPlan:
+    """Every row of the batch without its padding; what padded queries return is 0, or as always if None is given.
+
+    A window counts places, so it needs rows without padding between their tokens; only it asks the device.
+    """
+    begins = keys & ~nn.functional.pad(keys[:, :-1], (1, 0))
+    if window != _EVERYTHING and (begins.sum(1) > 1).any():
+        raise ValueError("A sliding window over rows with padding between their tokens is not served.")
+    cu_k, key_order = _packed_order(keys)
+    if queries is None:
+        plan = _plan_rows(causal, window, keys.shape[0], q_length, 0, keys.device)
+        return plan._replace(cu_seqlens_k=cu_k, keys=key_order)
+    cu_q, order = _packed_order(queries)
+    return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort())
+
+
+def _aligned(causal: bool, window: tuple[int, int]) -> bool:
+    """Whether it matters which key a query stands at, so that both have to be packed alike."""
+    return causal or window != _EVERYTHING
+
+
+def _packed_order(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative numbers of real places of the rows, and all places flattened, real ones first."""
+    bounds = nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    return bounds, real.logical_not().flatten().byte().argsort(stable=True)
+
+
+def _plan_sequences(causal: bool, window: tuple[int, int], sequences: Tensor) -> AttentionPlan:
+    """Every packed sequence of every row is a segment."""
+    begins = nn.functional.pad(sequences.diff(dim=1).ne(0), (1, 0), value=True).flatten()
+    bounds = nn.functional.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).int()
+    return AttentionPlan(causal, window, bounds, bounds)
+
+
+def _real_keys(
+    mask: Tensor | None,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    pattern: _Pattern,
+) -> Tensor | None:
+    """bool `[batch or 1, kv_length]`: no padding, and nothing after the last query of a causal row; None if all are."""
+    real = None
+    if mask is not None:
+        real = mask.bool()
+        missing = kv_offset + kv_length - real.shape[1]
+        real = nn.functional.pad(real, (0, max(missing, 0)))[:, kv_offset : kv_offset + kv_length]
+        if not torch.compiler.is_compiling() and bool(real.all()):  # once per forward, as sdpa's mask does
+            real = None
+    full = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if pattern.causal and not full:
+        device = q_offset.device if isinstance(q_offset, Tensor) else None if mask is None else mask.device
+        seen = torch.arange(kv_length, device=device)[None] + kv_offset < q_offset + q_length
+        real = seen if real is None else real & seen
+    return real
+
+
+def _pattern(function: Callable[..., Any]) -> _Pattern:
+    """Take a mask function of transformers apart; it is one of theirs, or several joined by "and"."""
+    causal, window, sequences = False, _EVERYTHING, None
+    for part in _parts(function):
+        made_by, inside = _maker(part), getclosurevars(part).nonlocals
+        if made_by == "causal_mask_function":
+            causal = True
+        elif made_by == "sliding_window_overlay":
+            window = (inside["sliding_window"] - 1, -1)
+        elif made_by == "sliding_window_bidirectional_overlay":
+            window = (inside["sliding_window"],) * 2
+        elif made_by == "packed_sequence_mask_function":
+            sequences = inside["packed_sequence_mask"]
+        elif made_by != "bidirectional_mask_function":
+            raise ValueError(
+                "The attention of vot_kernels has causal, bidirectional and sliding-window masks, padding and packed "
+                f"sequences; this model asks for {made_by}: call vot_kernels.unpatch, or patch other modules only."
+            )
+    return _Pattern(causal, window, sequences)
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The functions that `function` joins, itself if it joins none."""
+    made_by = _maker(function)
+    if made_by == "and_masks":
+        for part in getclosurevars(function).nonlocals["mask_functions"]:
+            yield from _parts(part)
+    elif made_by == "remap_positions_for_packed_sequence":  # places within a sequence: its rows are in order
+        yield from _parts(getclosurevars(function).nonlocals["mask_function"])
+    else:
+        yield function
+
+
+def _maker(function: Callable[..., Any]) -> str:
+    """The function of transformers that is, or returned, `function`; the whole name of any other."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if getattr(function, "__module__", None) != masking_utils.__name__:
+        return f"a mask of its own ({name})"
+    return name.split(".")[0]

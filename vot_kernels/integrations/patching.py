@@ -1,0 +1,341 @@
+"""Other people's models on the attention of this package: `patch`, `unpatch` and `patched`.
+
+The modules are found, not listed: every attention of transformers that looks its function up by the name in its
+config is served, by writing our name into that config. Nothing else of a model changes: no class, no weight, no key
+of its state_dict. A config serves all modules that share it, so it is patched for all of them or for none.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vot_kernels.extras import imports_for
+from vot_kernels.ops.dispatch import select
+
+_STATE = "_vot_kernels_patch"  # the configs that a patch wrote to, and what they said before
+_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
+_OP = "flash_attn_varlen_func"
+
+
+@dataclass(frozen=True)
+class PatchedModule:
+    """What became of one attention module.
+
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        kind: its class.
+        before: the attention implementation it had.
+        after: the function of this package that serves it now, None if it stays as it was.
+        backend: on what backend.
+        reason: why it stays, "" if it does not.
+        note: what a user should know besides.
+    """
+
+    name: str
+    kind: str
+    before: str | None
+    after: str | None = None
+    backend: str | None = None
+    reason: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did, module by module; prints as a table in which equal modules share a line."""
+
+    modules: tuple[PatchedModule, ...]
+
+    @property
+    def replaced(self) -> tuple[PatchedModule, ...]:
+        """The modules that are served by this package now."""
+        return tuple(module for module in self.modules if module.after)
+
+    @property
+    def left(self) -> tuple[PatchedModule, ...]:
+        """The modules that stay as they were."""
+        return tuple(module for module in self.modules if not module.after)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain types, ready for JSON."""
+        return {
+            "replaced": len(self.replaced),
+            "left": len(self.left),
+            "modules": [asdict(module) for module in self.modules],
+        }
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[str]] = {}
+        for m in self.modules:
+            now = (
+                f"{m.before} -> vot_kernels.{m.after} ({m.backend})"
+                if m.after
+                else f"stays as it is: {m.reason}"
+            )
+            groups.setdefault((m.kind, now + (f"; {m.note}" if m.note else "")), []).append(
+                m.name or "the model"
+            )
+        lines = [f"{len(self.replaced)} of {len(self.modules)} attention modules replaced"]
+        for (kind, now), names in groups.items():
+            where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            lines.append(f"  {len(names)} x {kind}, {where}: {now}")
+        return "\n".join(lines)
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Run the attention of a transformers model on this package; outputs and gradients stay the same but for rounding.
+
+    Each vision layer becomes one call for all images and frames, padding is left out, and language models keep their
+    causality, sliding windows, packed sequences and caches. What a call can only find out by itself (a mask for every
+    pair of tokens, dropout) raises one sentence then. A submodule may be given to patch that part alone. Models that
+    were made from the same config object share the patch, since the name is written there; it is not saved with a
+    model.
+
+    Args:
+        model: a model of transformers, or a module that holds some (PEFT, say).
+
+    Returns:
+        For each attention module what replaced it, on which backend, or why it stays.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: the model is patched already, or nothing in it can be replaced; it is as it was then.
+        ImportError: transformers is not installed.
+
+    Source: transformers 5, `AttentionInterface`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    with imports_for("Patching a model", "llm"):
+        from vot_kernels.integrations.attention import NAME, register_attention
+    sites = list(_sites(model))
+    if any(_implementation(site.config) == NAME for site in sites):
+        raise ValueError("The model is patched already; call vot_kernels.unpatch first.")
+    shared = _reasons_of_configs(model, sites)
+    rows, configs = [], {}
+    for site in sites:
+        before = _implementation(site.config)
+        row = PatchedModule(site.name, type(site.module).__name__, before)
+        if reason := shared[id(site.config)]:
+            rows.append(replace(row, reason=reason))
+        else:
+            note = "its quantised projections stay as they are" if _is_quantised(site.module) else ""
+            backend = _backend(site.module)
+            rows.append(replace(row, after=_OP, backend=backend, note=note))
+            configs[id(site.config)] = site.config
+    rows += [
+        PatchedModule(
+            name, type(module).__name__, None, reason=f"it does not look its function up in {_FUNCTIONS}"
+        )
+        for name, module in _other_attention(model, sites)
+    ]
+    report = PatchReport(tuple(rows))
+    if not configs:
+        found = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "no attention at all"
+        raise ValueError(
+            f"Nothing in {type(model).__name__} can be replaced. Looked for modules of transformers that look their "
+            f"attention function up in {_FUNCTIONS}, and found {found}."
+        )
+    register_attention()
+    written = list(configs.values()) + _parents(model, configs)
+    setattr(model, _STATE, [(config, _implementation(config)) for config in written])
+    for config in written:
+        config._attn_implementation_internal = NAME
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give a model the attention back that it had before `patch`; its outputs are bit-equal to those of then.
+
+    A config that was given another implementation since keeps that.
+
+    Raises:
+        ValueError: `model` is not what was given to `patch`.
+    """
+    state = vars(model).pop(_STATE, None) if isinstance(model, nn.Module) else None
+    if state is None:
+        raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
+    from vot_kernels.integrations.attention import NAME
+
+    for config, before in state:
+        if _implementation(config) == NAME:
+            config._attn_implementation_internal = before
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[PatchReport]:
+    """`patch` for the time of a with block, which gets the report; raises what `patch` raises."""
+    report = patch(model)
+    try:
+        yield report
+    finally:
+        unpatch(model)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """An attention module that looks its function up, and the model of transformers that it belongs to."""
+
+    name: str
+    module: nn.Module
+    config: Any
+    owner: nn.Module | None
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    with imports_for("Patching a model", "llm"):
+        from transformers import PreTrainedConfig, PreTrainedModel
+
+    owners = [("", None)] + [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and any(
+            _FUNCTIONS in c.co_names for c in _codes(type(module))
+        ):
+            inside = [owner for path, owner in owners if not path or f"{name}.".startswith(f"{path}.")]
+            yield _Site(name, module, config, inside[-1])
+
+
+def _reasons_of_configs(model: nn.Module, sites: list[_Site]) -> dict[int, str]:
+    """By the id of a config, why the modules that share it stay as they are; "" if they need not."""
+    reasons: dict[int, str] = {}
+    for site in sites:
+        kind = type(site.module).__name__
+        own = [] if reasons.get(id(site.config)) else list(_refusals(site))
+        shared = "" if not own else f"{kind} {own[0]}"
+        reasons[id(site.config)] = reasons.get(id(site.config)) or shared
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if reasons.get(id(config)) == "" and _branches_on_sdpa(type(module)):
+            reasons[id(config)] = (
+                f'{type(module).__name__} computes something else for any name but "eager" and "sdpa"'
+            )
+    return reasons
+
+
+def _refusals(site: _Site) -> Iterator[str]:
+    """Why an attention module cannot be served, as what its class does."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    codes = list(_codes(type(site.module)))
+    if not _interfaces(type(site.module)) <= {id(ALL_ATTENTION_FUNCTIONS)}:
+        yield "has attention functions of its own family"
+    if getattr(site.module, "attn_logit_softcapping", None) is not None:
+        yield f"uses softcap ({site.module.attn_logit_softcapping})"
+    if (
+        any("s_aux" in names for names in _keywords(codes))
+        and getattr(site.module, "sinks", True) is not None
+    ):
+        yield "uses sinks"
+    if any("position_bias" in names for names in _keywords(codes)):
+        yield "adds a position bias"
+    hands_lengths_over = any("cu_seq_lens_q" in names for names in _keywords(codes))
+    if (
+        site.owner is not None
+        and not hands_lengths_over
+        and not getattr(site.owner, "_supports_flash_attn", False)
+    ):
+        yield f"belongs to {type(site.owner).__name__}, which declares no support for variable-length attention"
+    try:
+        _backend(site.module)
+    except ValueError as error:
+        yield f"cannot be served: {error}"
+
+
+def _other_attention(model: nn.Module, sites: list[_Site]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that are attention by name, and neither a site nor above or below one or each other."""
+    taken = [site.name for site in sites]
+    for name, module in model.named_modules():
+        related = any(f"{name}.".startswith(f"{t}.") or f"{t}.".startswith(f"{name}.") for t in taken)
+        if name and not related and "Attention" in type(module).__name__:
+            taken.append(name)
+            yield name, module
+
+
+def _parents(model: nn.Module, configs: dict[int, Any]) -> list[Any]:
+    """The configs of models whose parts are all patched: what they decide for their parts should fit."""
+    found = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if id(config) in configs or not hasattr(config, "sub_configs"):
+            continue
+        parts = [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+        if parts and all(id(part) in configs or id(part) in found for part in parts):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _implementation(config: Any) -> str | None:
+    return getattr(config, "_attn_implementation", None)
+
+
+def _backend(module: nn.Module) -> str:
+    """The backend that serves a module where and as its weights are; one of quantised weights computes in halves."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = (
+        weight.device
+        if weight is not None
+        else next((b.device for b in module.buffers()), torch.device("cpu"))
+    )
+    dtype = torch.bfloat16 if weight is None else weight.dtype
+    width = getattr(module, "head_dim", None)
+    return select(
+        _OP, "auto", torch.empty(0, width if isinstance(width, int) else 64, dtype=dtype, device=device)
+    )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    names = {type(part).__module__ for part in module.modules()}
+    return any(t.dtype in (torch.int8, torch.uint8) for t in tensors) or any(
+        "quantiz" in name for name in names
+    )
+
+
+def _codes(kind: type) -> Iterator[CodeType]:
+    """The code of every method of a class and its bases below transformers' and torch's own, inner functions too."""
+    for base in kind.__mro__:
+        if base.__module__.startswith(("torch.", "transformers.modeling_utils", "builtins")):
+            continue
+        for method in vars(base).values():
+            function = inspect.unwrap(method) if inspect.isfunction(method) else None
+            if inspect.isfunction(function):
+                yield from _nested(function.__code__)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _interfaces(kind: type) -> set[int]:
+    """The ids of the tables in which the methods of a class look their function up."""
+    functions = [
+        inspect.unwrap(m) for base in kind.__mro__ for m in vars(base).values() if inspect.isfunction(m)
+    ]
+    return {id(f.__globals__[_FUNCTIONS]) for f in functions if _FUNCTIONS in f.__code__.co_names}
+
+
+def _keywords(codes: list[CodeType]) -> Iterator[tuple]:
+    """The keywords of the calls that `codes` make: Python keeps them as a tuple of names each."""
+    for code in codes:
+        yield from (names for names in code.co_consts if isinstance(names, tuple))
+
+
+def _branches_on_sdpa(kind: type) -> bool:
+    """Whether a class compares the name of the attention implementation with that of transformers' default."""
+    if not issubclass(kind, nn.Module):
+        return False
+    for code in _codes(kind):
+        constants = {c for const in code.co_consts for c in (const if isinstance(const, tuple) else (const,))}
+        if "_attn_implementation" in code.co_names and "sdpa" in constants:
+            return True
+    return False
