@@ -20,7 +20,7 @@ TORCH ?= 2.11.0 newest
 MATRIX := .venv-matrix
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format bench matrix clean
+.PHONY: help demo check test lint format bench matrix fuzz clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -76,6 +76,9 @@ format: $(PACKAGE)  ## rewrite the sources in the project's format
 bench: $(PACKAGE)  ## measure the ops on this machine: the quick suite, three minutes on two cores
 	@$(BIN)/python -m pytest benchmarks --quick --benchmark-json runs/bench.json
 	@$(BIN)/python -m benchmarks.report runs/bench.json
+
+fuzz: $(PACKAGE)  ## 10,000 random calls of every op against the references, and calls with broken arguments
+	@$(BIN)/python -m tests.fuzz --calls 10000
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) $(MATRIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -506,6 +506,8 @@ def _one_sentence_errors() -> Iterator[None]:
             _fail(error.format_message())
         if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("VOT_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            _fail(f"{error.filename}: {error.strerror}.")  # not "[Errno 2] ..."
         _fail(str(error) or type(error).__name__)
 
 

@@ -7,7 +7,7 @@ contiguous *groups* (a frame, a band of rows or a fixed block), the unit that at
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,7 @@ class PackedLayout:
         positions: int32 `[tokens, 3]`, (t, y, x) of each token, restarting at 0 in every segment.
         sizes: int32 `[segments, 3]`, (frames, height, width) of each segment in tokens.
         host_cu_seqlens, host_cu_groups, host_segment_groups: the same numbers on the CPU.
+        grouped: whether groups were asked for; if not, each segment is one, and there is nothing for a window to count.
     """
 
     cu_seqlens: Tensor
@@ -42,6 +43,7 @@ class PackedLayout:
     host_cu_seqlens: Tensor
     host_cu_groups: Tensor
     host_segment_groups: Tensor
+    grouped: bool = field(default=True, kw_only=True)
 
     @classmethod
     def from_lengths(
@@ -62,7 +64,7 @@ class PackedLayout:
             raise ValueError(f"lengths must be one-dimensional, got shape {tuple(counts.shape)}.")
         _check_lengths(counts)
         grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
-        return cls._build(grid, _block_groups(counts, group_size), device)
+        return cls._build(grid, _block_groups(counts, group_size), device, group_size is not None)
 
     @classmethod
     def from_cu_seqlens(
@@ -89,6 +91,8 @@ class PackedLayout:
         bounds = _cumulative(cu_seqlens, "cu_seqlens")
         counts = np.diff(bounds)
         _check_lengths(counts)
+        if num_tokens is not None and (isinstance(num_tokens, bool) or not isinstance(num_tokens, int)):
+            raise TypeError(f"num_tokens must be an int or None, got {brief(num_tokens)}.")
         if num_tokens is not None and bounds[-1] > num_tokens:
             raise ValueError(
                 f"cu_seqlens ends at {bounds[-1]}, beyond the {num_tokens} tokens of the buffer."
@@ -106,7 +110,8 @@ class PackedLayout:
                     f"missing {missing.tolist()[:4]}, ends at {group_bounds[-1]} instead of {bounds[-1]}."
                 )
         grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
-        return cls._build(grid, group_bounds, device)
+        grouped = cu_groups is not None or group_size is not None
+        return cls._build(grid, group_bounds, device, grouped)
 
     @classmethod
     def from_grid_thw(
@@ -147,7 +152,11 @@ class PackedLayout:
 
     @classmethod
     def _build(
-        cls, grid: np.ndarray, group_bounds: np.ndarray, device: torch.device | str | None
+        cls,
+        grid: np.ndarray,
+        group_bounds: np.ndarray,
+        device: torch.device | str | None,
+        grouped: bool = True,
     ) -> "PackedLayout":
         counts = grid.prod(axis=1)
         bounds = _cumsum(counts)
@@ -162,14 +171,17 @@ class PackedLayout:
         with torch.inference_mode(False):  # a layout made in a validation step may serve training later
             host = [_to_tensor(array) for array in (bounds, group_bounds, segment_groups, positions, grid)]
             on_device = [tensor if device is None else tensor.to(device) for tensor in host]
-        return cls(*on_device, *host[:3])
+        return cls(*on_device, *host[:3], grouped=grouped)
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         with torch.inference_mode(False):
             return PackedLayout(
-                **{name: v if name.startswith("host_") else v.to(device) for name, v in values.items()}
+                **{
+                    name: value if name.startswith("host_") or name == "grouped" else value.to(device)
+                    for name, value in values.items()
+                }
             )
 
     @property
@@ -254,9 +266,9 @@ def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
     """
     counts = _host_ints(lengths, "lengths")
     if counts.ndim != 1 or (counts < 0).any():
-        raise ValueError(f"lengths must be a flat list of numbers >= 0, got {counts.tolist()[:8]}.")
+        raise ValueError(f"lengths must be a flat list of numbers >= 0, got {brief(counts.tolist())}.")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-        raise ValueError(f"budget must be an int >= 0, got {budget!r}.")
+        raise ValueError(f"budget must be an int >= 0, got {brief(budget)}.")
     if counts.size and counts.max() > budget:
         raise ValueError(f"Item {int(counts.argmax())} has {counts.max()} tokens; the budget is {budget}.")
     rows: list[list[int]] = []
@@ -274,6 +286,14 @@ def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
         free[row] -= counts[item]
     fill = sum(counts.tolist()) / (len(rows) * budget) if rows and budget else 0.0
     return PackingPlan(tuple(map(tuple, rows)), budget, fill)
+
+
+def brief(value: object) -> str:
+    """A value as messages name it: in one line, and not a long one."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and {value.dtype}"
+    words = " ".join(repr(value).split())
+    return words if len(words) <= 80 else words[:77] + "..."
 
 
 def _host_ints(values: Tensor | Sequence, name: str) -> np.ndarray:
@@ -307,7 +327,7 @@ def _block_groups(counts: np.ndarray, group_size: int | None) -> np.ndarray:
     if group_size is None:
         return _cumsum(counts[counts != 0])
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size must be a positive int or None, got {group_size!r}.")
+        raise ValueError(f"group_size must be a positive int or None, got {brief(group_size)}.")
     size = min(group_size, _MAX_TOKENS)
     blocks = -(-counts // size)
     within = _ragged_arange(blocks)
@@ -324,7 +344,9 @@ def _grid_groups(grid: np.ndarray, group: str | int) -> np.ndarray:
     elif band_rows is not None:
         rows = np.full_like(height, _MAX_TOKENS if len(band_rows[1]) > 10 else int(band_rows[1]))
     else:
-        raise ValueError(f'group must be "frame", "rows:N" with N >= 1, or a positive int, got {group!r}.')
+        raise ValueError(
+            f'group must be "frame", "rows:N" with N >= 1, or a positive int, got {brief(group)}.'
+        )
     bands = -(-height // rows)
     per_segment = frames * bands
     band = _ragged_arange(per_segment) % np.repeat(np.maximum(bands, 1), per_segment)

@@ -105,6 +105,8 @@ def hybrid_attention(draw: Draw) -> Call:
     causal = draw.pick([None, "group", "token"])
     left = draw.whole(0, 3)
     window = draw.pick([None, left, (left, 0 if causal else draw.whole(0, 3))])
+    if not layout.grouped:
+        causal, window = draw.pick([None, "token"]), None
     options = {"causal": causal, "window": window, "feature_map": draw.pick(["softmax", "elu", "relu"])}
     options["scale"] = draw.pick([None, None, 0.3, 1.0, -0.5, 0.0])
     heads, kv_heads = tensors[0].shape[1], tensors[1].shape[1]

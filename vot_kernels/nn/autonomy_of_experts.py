@@ -143,18 +143,12 @@ class AutonomyOfExperts(nn.Module):
             x: `[..., dim]`.
             return_aux: return (y, `AoEAux`), whose tensors have one row per token.
         """
-        dtype = x.dtype
-        weights: list[Tensor] = [self.w_down, self.w_up, self.w_p, self.w_o]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            weights = [weight.to(dtype) for weight in weights]
-        w_down, w_up, w_p, w_o = weights
         y, aux = aoe(
-            x.reshape(-1, x.shape[-1]).to(dtype),
-            w_down,
-            w_up,
-            w_p,
-            w_o,
+            x.reshape(-1, x.shape[-1]),
+            self.w_down,
+            self.w_up,
+            self.w_p,
+            self.w_o,
             self.top_k,
             weighting=self.weighting,
             bias=self.selection_bias,

@@ -3,12 +3,15 @@
 This file lies below the references and the backends alike, so that the references stay independent of what they judge.
 """
 
+from vot_kernels.packing import brief
+
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CAUSAL_MODES = (None, "group", "token")
 TOKEN_CAUSAL_MODES = (None, "token")  # where groups play no part
 Causal = bool | str | None
 
 Window = int | tuple[int, int] | None
+_MOST = 2**31 - 1  # groups: no buffer has more
 
 
 def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | None]:
@@ -30,11 +33,11 @@ def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | 
     left, right = sides if len(sides) == 2 else (None, None)
     if not _is_count(left) or not _is_count(right):
         raise ValueError(
-            f"window must be an int >= 0, a pair (left, right) of them, or None for all, got {window!r}."
+            f"window must be an int >= 0, a pair (left, right) of them, or None for all, got {brief(window)}."
         )
     if causal is not None and right != 0:
-        raise ValueError(f"A causal window looks left only: give an int or (left, 0), got {window!r}.")
-    return left, right  # type: ignore[return-value]
+        raise ValueError(f"A causal window looks left only: give an int or (left, 0), got {brief(window)}.")
+    return min(int(left), _MOST), min(int(right), _MOST)  # type: ignore[call-overload]
 
 
 def _is_count(value: object) -> bool:

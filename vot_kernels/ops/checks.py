@@ -1,20 +1,40 @@
 """Checks shared by the public ops. Each failure is one sentence: what was given and what is allowed."""
 
 from collections.abc import Sequence
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from vot_kernels.ops.attention_options import FEATURE_MAPS, Causal
-from vot_kernels.packing import PackedLayout
+from vot_kernels.ops.attention_options import FEATURE_MAPS, Causal, Window
+from vot_kernels.packing import PackedLayout, brief
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
-    if not any(value is option or value == option for option in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if isinstance(value, (Tensor, np.ndarray)) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}.")
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` is a real number, and so it is returned; a tensor is none, for its gradient would be lost."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name} must be a number, got {brief(value)}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be a number within the range of float64, got {brief(value)}."
+        ) from None
+
+
+def check_scale(name: str, value: object, head_dim: int) -> float:
+    """`value` is a number, or None for head_dim ** -0.5."""
+    return head_dim**-0.5 if value is None else check_number(name, value)
 
 
 def check_causal(causal: Causal, modes: Sequence[str | None]) -> str | None:
@@ -34,6 +54,15 @@ def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
     )
     if not fits:
         raise ValueError(f"{name} must have the shape {_shape(dims)}, got {list(value.shape)}.")
+    check_no_tangent(name, value)
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """`tensor` has no tangent of forward-mode differentiation, which would be lost: the ops have none."""
+    if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name} has a tangent, but the ops have no forward-mode derivative; use reverse mode (backward)."
+        )
 
 
 def _shape(dims: Sequence[str | int]) -> str:
@@ -66,6 +95,17 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor) -> No
             )
 
 
+def check_groups(layout: PackedLayout, window: Window, causal: str | None) -> None:
+    """If groups play a part, `layout` was made with some: else every segment is one, and all of it near."""
+    if layout.grouped or (window is None and causal != "group"):
+        return
+    asked = f"window={brief(window)} counts" if window is not None else 'causal="group" orders'
+    raise ValueError(
+        f"{asked} groups, but the layout was made without any: give it group_size or cu_groups "
+        "(or window=None for attention to all of a segment)."
+    )
+
+
 def check_layout(name: str, tensor: Tensor, layout: object) -> None:
     """`layout` lies on the device of `tensor` and its tokens fit into the rows of `tensor`.
 
@@ -83,7 +123,7 @@ def check_layout(name: str, tensor: Tensor, layout: object) -> None:
         )
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | None = None) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, alike, heads a multiple."""
     check_tensor("q", q, ["tokens", "heads", "head_dim"])
     check_floating("q", q)
@@ -101,8 +141,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | None = Non
         )
     if q.shape[2] == 0:
         raise ValueError("head_dim must be at least 1, got 0.")
-    if layout is not None:
-        check_layout("q", q, layout)
 
 
 def check_options(

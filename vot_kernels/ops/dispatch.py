@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.launch import is_interpreted, why_not_triton
 
 BACKENDS = ("triton", "torch", "reference")  # in order of preference
@@ -128,9 +129,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
     Raises:
         ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        known = ", ".join(repr(name) for name in ("auto", *BACKENDS))
-        raise ValueError(f"backend must be one of {known}, got {backend!r}.")
+    check_choice("backend", backend, ("auto", *BACKENDS))
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
     width = None if features is None else features.shape[-1]

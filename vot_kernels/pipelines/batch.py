@@ -72,7 +72,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     optionally "candidates" (a list) and "id" (by default the line's number).
 
     Raises:
-        ValueError: a line is not such an object, or two lines have the same id.
+        ValueError: a line is not such an object, two lines have the same id, or there is no line.
     """
     items: list[dict[str, Any]] = []
     seen: dict[str, int] = {}
@@ -87,6 +87,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 raise ValueError(f'{path}: an id must be unique, got "{item["id"]}" in the lines {lines_}.')
             seen[item["id"]] = number
             items.append(item)
+    if not items:
+        raise ValueError(f"{path}: holds no question; each line is a JSON object with a video and a question.")
     return items
 
 

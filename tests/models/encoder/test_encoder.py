@@ -455,3 +455,22 @@ class TestProcessor:
     def test_bad_inputs(self, images, options, message):
         with pytest.raises(ValueError, match=message):
             VotImageProcessor(patch_size=2)(images, **options)
+
+
+@pytest.mark.parametrize("attention", ["hybrid", "softmax", "linear"])
+def test_trains_under_autocast(attention):
+    torch.manual_seed(shifted(0))
+    model = VotEncoder(tiny(aoe_every=2, attention=attention)).train()
+    pixels, grid, fps = inputs(GRIDS)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = model(pixels.float(), grid, fps.float()).pooler_output
+        loss = (pooled.float() - 1).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

@@ -298,17 +298,20 @@ def test_one_compiled_graph_for_any_number_of_tokens():
     assert counter.frame_count == 1
 
 
+@pytest.mark.tested_on("axolotl#3805")
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_autocast_does_not_reach_inside(weighting):
-    inputs = [x.requires_grad_() for x in make_experts()]
+def test_autocast_casts_tokens_and_weights_and_does_not_reach_inside(weighting):
+    leaves = [x.requires_grad_() for x in make_experts()]
 
-    def run():
+    def run(inputs):
         y, aux = aoe(*inputs, 2, weighting=weighting, return_aux=True)
-        return y, *aux, *torch.autograd.grad(y.square().sum() + aux.balance_loss, inputs)
+        return y, *aux, *torch.autograd.grad(y.float().square().sum() + aux.balance_loss, leaves)
 
-    expected = run()
+    expected = run([x.bfloat16() for x in leaves])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+        found = run(leaves)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
 
 
 def dropped_expert(x, w_down, w_up, w_p, w_o, *rest, **options):

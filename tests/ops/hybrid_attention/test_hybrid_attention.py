@@ -311,7 +311,7 @@ def test_tokens_that_see_nothing_get_zero():
 
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=5),
-    group_size=st.sampled_from([None, 1, 3, 8]),
+    group_size=st.sampled_from([20, 1, 3, 8]),
     causal=st.sampled_from(CAUSAL),
     window=st.one_of(st.none(), st.integers(0, 4)),
     name=st.sampled_from(["softmax", "elu", "relu"]),

@@ -131,11 +131,20 @@ def test_one_compiled_graph_for_any_number_of_tokens():
     assert counter.frame_count == 1
 
 
-def test_autocast_does_not_reach_inside():
-    inputs = make_moe()
-    expected = moe(*inputs)
+@pytest.mark.tested_on("axolotl#3805")
+def test_autocast_casts_tokens_and_experts_and_does_not_reach_inside():
+    x, w_gate_up, w_down, indices, weights = make_moe()
+    leaves = [t.requires_grad_() for t in (x, w_gate_up, w_down, weights)]
+
+    def run(*halves):
+        y = moe(*halves, indices, weights)
+        return y, *torch.autograd.grad(y.float().square().sum(), leaves)
+
+    expected = run(*(t.bfloat16() for t in leaves[:3]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(moe(*inputs), expected)
+        found = run(*leaves[:3])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    assert found[0].dtype == torch.bfloat16
 
 
 def unweighted(x, a, b, idx, w):

@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from vot_kernels import PackedLayout, hybrid_attention, linear_attention
+from vot_kernels.ops.hybrid_attention.geometry import Geometry as HybridGeometry
+from vot_kernels.ops.hybrid_attention.torch import make_plan as hybrid_plan
+from vot_kernels.ops.linear_attention.geometry import Geometry as LinearGeometry
+from vot_kernels.ops.linear_attention.torch import make_plan as linear_plan
 from vot_kernels.ops.parts.plans import forget_plans, remember
+from vot_kernels.testing import make_tensor
 
 
 class Bounds(NamedTuple):
@@ -65,3 +71,35 @@ def test_tensors_elsewhere_are_compared_by_device_and_no_tensor_is_kept():
     del host, device
     gc.collect()
     assert not any(x() is not None for x in alive)
+
+
+def tensors_of(value):
+    """Every tensor in a plan, those that it caches included; blocks may hold themselves."""
+    found, seen, left = [], set(), [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif id(value) not in seen and (isinstance(value, (tuple, list)) or hasattr(value, "__dict__")):
+            seen.add(id(value))
+            left += value if isinstance(value, (tuple, list)) else vars(value).values()
+    return found
+
+
+def test_what_is_planned_under_inference_mode_serves_training():
+    forget_plans()
+    layout = PackedLayout.from_lengths([7, 24, 17, 13], group_size=4)
+    q, k, v = (make_tensor(61, 2, 16, seed=i) for i in range(3))
+    with torch.inference_mode():
+        hybrid_attention(q, k, v, layout)
+        linear_attention(q, k, v, layout, causal=True, log_decay=torch.tensor([-0.1, -0.2]))
+        plans = [
+            hybrid_plan(HybridGeometry.of(layout, 1, None)),
+            linear_plan(LinearGeometry(layout.cu_seqlens, layout.host_cu_seqlens, "token")),
+        ]
+    for plan in plans:
+        found = tensors_of(plan)
+        assert found and not any(x.is_inference() for x in found)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    hybrid_attention(*leaves, layout).sum().backward()
+    assert all(x.grad is not None for x in leaves)

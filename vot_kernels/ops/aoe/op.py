@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.aoe import reference
+from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.parts.experts.slots import Experts, Saved, Slots
+from vot_kernels.packing import brief
 
 WEIGHTINGS = ("topk_softmax", "softmax_topk")
 
@@ -68,6 +70,7 @@ def aoe(
 ) -> tuple[Tensor, AoEAux]: ...
 
 
+@autocasts("x", "w_down", "w_up", "w_p", "w_o")
 def aoe(
     x: Tensor,
     w_down: Tensor,
@@ -113,6 +116,7 @@ def aoe(
     Source: Lv et al., Autonomy-of-Experts Models, ICML 2025 (arXiv 2501.13074), section 3.
     """
     _validate(x, w_down, w_up, w_p, w_o, top_k, weighting, bias)
+    check_choice("return_aux", return_aux, (False, True))
     chosen = select("aoe", backend, x)
     if chosen == "reference":
         y, *aux = reference.aoe(x, w_down, w_up, w_p, w_o, top_k, weighting=weighting, bias=bias)
@@ -273,7 +277,7 @@ def _validate(
     check_alike("x", x, w_down=w_down, w_up=w_up, w_p=w_p, w_o=w_o)
     check_choice("weighting", weighting, WEIGHTINGS)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be an int from 1 to the {experts} experts, got {top_k!r}.")
+        raise ValueError(f"top_k must be an int from 1 to the {experts} experts, got {brief(top_k)}.")
     if bias is not None:
         check_tensor("bias", bias, [experts])
         check_floating("bias", bias)

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_no_tangent, check_tensor
 from vot_kernels.ops.dense_residual import reference
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.packing import brief
 
 
+@autocasts(widest=("states",))
 def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Σ weights[i] · states[i], summed in float32 (float64 for float64 states).
 
@@ -32,6 +35,8 @@ def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = 
 
     Source: Pagliardini et al., DenseFormer, NeurIPS 2024 (arXiv 2402.02622), equation 2.
     """
+    if not isinstance(states, (list, tuple)) or not all(isinstance(state, Tensor) for state in states):
+        raise TypeError(f"states must be a list of tensors, got {brief(states)}.")
     states = list(states)
     _validate(states, weights)
     chosen = select("dense_residual", backend, states[0])
@@ -52,6 +57,7 @@ def _(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("vot_kernels::dense_residual_bwd", mutates_args=())
+@without_autocast
 def _dense_residual_bwd(
     d_out: Tensor, states: Sequence[Tensor], weights: Tensor, backend: str
 ) -> tuple[list[Tensor], Tensor]:
@@ -91,3 +97,4 @@ def _validate(states: list[Tensor], weights: Tensor) -> None:
                 f"states[{i}] must be {list(states[0].shape)} like states[0], got {list(state.shape)}."
             )
         check_alike("states[0]", states[0], **{f"states[{i}]": state})
+        check_no_tangent(f"states[{i}]", state)

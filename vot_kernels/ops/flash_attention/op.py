@@ -10,11 +10,20 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import (
+    check_alike,
+    check_choice,
+    check_device,
+    check_floating,
+    check_scale,
+    check_tensor,
+)
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.flash_attention import reference
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
+from vot_kernels.packing import brief
 
 Window = tuple[int, int]
 
@@ -65,6 +74,7 @@ def flash_attn_varlen_func(
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
+@autocasts("q", "k", "v")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -120,7 +130,9 @@ def flash_attn_varlen_func(
     check_tensor("v", v, ["total_k", "kv_heads", q.shape[2]])
     check_floating("q", q)
     check_alike("q", q, k=k, v=v)
-    if k.shape != v.shape or not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not q.shape[2]:
+        raise ValueError("head_dim must be at least 1, got 0.")
+    if k.shape != v.shape or not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "k and v must have the same shape, and the heads of q be a multiple of theirs, got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
@@ -130,15 +142,25 @@ def flash_attn_varlen_func(
         if bounds.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {bounds.dtype}.")
         check_device("q", q, **{name: bounds})
+        readable = bounds.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and bounds.shape[0] and bounds[0] != 0:
+            raise ValueError(
+                f"{name} must begin with 0, got {int(bounds[0])}: it has cumulative lengths, not lengths."
+            )
     if cu_seqlens_q.shape != cu_seqlens_k.shape or not cu_seqlens_q.shape[0]:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must have an entry more than there are segments, got "
             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]} entries."
         )
     _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table)
-    check_choice("causal", causal, (False, True))
+    for name, flag in (
+        ("causal", causal),
+        ("deterministic", deterministic),
+        ("return_attn_probs", return_attn_probs),
+    ):
+        check_choice(name, flag, (False, True))
     left, right = _window(window_size, causal)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = check_scale("softmax_scale", softmax_scale, q.shape[2])
     backend = select("flash_attn_varlen_func", backend, q)
     inputs, geometry = Inputs(q, k, v), Geometry(cu_seqlens_q, cu_seqlens_k, left, right)
     if backend == "reference":
@@ -184,6 +206,7 @@ def flash_attn_func(
 ) -> tuple[Tensor, Tensor, None]: ...
 
 
+@autocasts("q", "k", "v")
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -217,6 +240,7 @@ def flash_attn_func(
     check_tensor("q", q, ["batch", "seqlen_q", "heads", "head_dim"])
     check_tensor("k", k, [q.shape[0], "seqlen_k", "kv_heads", "head_dim"])
     check_tensor("v", v, [q.shape[0], "seqlen_k", "kv_heads", "head_dim"])
+    check_choice("return_attn_probs", return_attn_probs, (False, True))
     batch, rows, keys = q.shape[0], q.shape[1], k.shape[1]
     index = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out, lse, _ = flash_attn_varlen_func(
@@ -246,23 +270,20 @@ def _refuse(**options: object) -> None:
     for name, value in options.items():
         if value is not None and not (isinstance(value, (int, float)) and value == 0):
             allowed = "0" if isinstance(value, (int, float)) else "None"
-            raise ValueError(f"{name} is not supported: it must be {allowed}, got {_brief(value)}.")
-
-
-def _brief(value: object) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} is not supported: it must be {allowed}, got {brief(value)}.")
 
 
 def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     """Keys before and after the aligned place; None for no limit."""
     sides = list(window_size) if isinstance(window_size, (tuple, list)) else []
     if len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
-        raise ValueError(f"window_size must be a pair of ints >= -1, got {window_size!r}.")
+        raise ValueError(f"window_size must be a pair of ints >= -1, got {brief(window_size)}.")
     left, right = (None if side == -1 else side for side in sides)
     return left, 0 if causal else right
 
 
 @torch.library.custom_op("vot_kernels::flash_attention_fwd", mutates_args=())
+@without_autocast
 def _flash_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -287,6 +308,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("vot_kernels::flash_attention_bwd", mutates_args=())
+@without_autocast
 def _flash_attention_bwd(
     d_out: Tensor,
     out: Tensor,

@@ -13,9 +13,7 @@ from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.plans import remember
 from vot_kernels.ops.parts.range_attention.blocks import (
     cut_heads,
-    fold_heads,
     head_chunks,
-    repeat_heads,
     to_heads,
     to_tokens,
 )
@@ -37,8 +35,6 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     for heads, kv_heads in head_chunks(q, k, 0):
         query = to_heads(q[:, heads], plan.rows)
         key, value = (to_heads(x[:, kv_heads], plan.keys) for x in (k, v))
-        repeats = query.shape[0] // key.shape[0]
-        key, value = repeat_heads(key, repeats), repeat_heads(value, repeats)
         part, part_lse = range_attention(query, key, value, plan.passes, options.scale)
         to_tokens(part, out[:, heads])
         to_tokens(part_lse, lse[:, heads, None], fill=-math.inf)
@@ -56,13 +52,11 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
         d_lse = cut_heads(grads.d_lse, heads)
         d_lse = None if d_lse is None else to_heads(d_lse[..., None], plan.rows)
         key, value = (to_heads(x[:, kv_heads], plan.keys) for x in (k, v))
-        repeats = query.shape[0] // key.shape[0]
-        key, value = repeat_heads(key, repeats), repeat_heads(value, repeats)
         operands = (query, key, value, out, lse, plan.passes, options.scale)
         parts = range_attention_backward(d_out, d_lse, *operands)
         to_tokens(parts[0], dq[:, heads])
         for part, total in zip(parts[1:], (dk, dv), strict=True):
-            to_tokens(fold_heads(part, repeats), total[:, kv_heads])
+            to_tokens(part, total[:, kv_heads])
     return Inputs(dq, dk, dv)
 
 
@@ -114,6 +108,10 @@ def make_plan(
 def _host_bounds(name: str, bounds: Tensor, owner: str, x: Tensor) -> list[int]:
     """The cumulative lengths as numbers."""
     numbers = bounds.tolist()
+    if numbers[0] != 0:
+        raise ValueError(
+            f"{name} must begin with 0, got {numbers[0]}: it has cumulative lengths, not lengths."
+        )
     for before, number in pairwise([0, *numbers]):
         if not before <= number <= x.shape[0]:
             raise ValueError(

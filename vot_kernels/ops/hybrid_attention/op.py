@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import CAUSAL_MODES, Causal, Window
-from vot_kernels.ops.checks import check_causal, check_choice, check_options, check_qkv
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import (
+    check_causal,
+    check_choice,
+    check_groups,
+    check_layout,
+    check_options,
+    check_qkv,
+    check_scale,
+)
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
@@ -64,6 +73,7 @@ def hybrid_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@autocasts("q", "k", "v", "q_features", "k_features")
 def hybrid_attention(
     q: Tensor,
     k: Tensor,
@@ -115,13 +125,16 @@ def hybrid_attention(
             features is missing, `window`, `feature_map`, `causal` or `backend` is not one of the values above, or no
             such backend can serve the inputs.
     """
-    check_qkv(q, k, v, layout)
+    check_qkv(q, k, v)
+    check_layout("q", q, layout)
     check_options(q, k, beta, feature_map, q_features, k_features)
     causal = check_causal(causal, CAUSAL_MODES)
     check_choice("_variant", _variant, VARIANTS)
     backend = select("hybrid_attention", backend, q, features=q_features)
     inputs, geometry = Inputs(q, k, v, beta, q_features, k_features), Geometry.of(layout, window, causal)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_groups(layout, window, causal)
+    check_choice("return_lse", return_lse, (False, True))
+    scale = check_scale("scale", scale, q.shape[2])
     if backend == "reference":
         out, lse = reference.hybrid_attention(
             q,
@@ -146,6 +159,7 @@ def hybrid_attention(
 
 
 @torch.library.custom_op("vot_kernels::hybrid_attention_fwd", mutates_args=())
+@without_autocast
 def _hybrid_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -184,6 +198,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("vot_kernels::hybrid_attention_bwd", mutates_args=())
+@without_autocast
 def _hybrid_attention_bwd(
     d_out: Tensor,
     d_lse: Tensor | None,

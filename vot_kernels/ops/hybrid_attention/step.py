@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import window_sides
-from vot_kernels.ops.checks import check_alike, check_options, check_qkv
+from vot_kernels.ops.autocast import autocasts
+from vot_kernels.ops.checks import check_alike, check_options, check_qkv, check_scale
 from vot_kernels.ops.parts.group_states.torch import feature_map, join_far, log_weight
 from vot_kernels.ops.parts.range_attention.blocks import append_column, repeat_heads, to_heads, to_tokens
 from vot_kernels.ops.parts.range_attention.torch import plan_pass, range_attention
@@ -17,7 +18,7 @@ _feature_map = feature_map  # the public function has an argument of that name
 
 
 class NearGroup(NamedTuple):
-    """A group that is still in the window: k and v as given, and its k_features if they were given."""
+    """A group that is still in the window: copies of its k and v, and of its k_features if they were given."""
 
     k: Tensor
     v: Tensor
@@ -45,6 +46,7 @@ class HybridAttentionState:
         return sum(x.numel() * x.element_size() for x in tensors)
 
 
+@autocasts("q", "k", "v", "q_features", "k_features")
 def hybrid_attention_step(
     q: Tensor,
     k: Tensor,
@@ -61,8 +63,8 @@ def hybrid_attention_step(
     """The next group of one stream: the rows `hybrid_attention(causal="group")` gives for it.
 
     Feeding a segment group by group gives the result of the whole segment at once. The state is not changed;
-    the returned one replaces it. For inference only. PyTorch computes it on every device: no kernel computes one step,
-    so there is no choice of a backend.
+    the returned one replaces it, and owns all that it holds. For inference only. PyTorch computes it on every device:
+    no kernel computes one step, so there is no choice of a backend.
 
     Args:
         q, k, v: one group, shaped as for `hybrid_attention`.
@@ -87,16 +89,18 @@ def hybrid_attention_step(
             "window must be an int >= 0 for a stream, got None, with which the state would grow."
         )
     left, _ = window_sides(window, "group")
+    scale = check_scale("scale", scale, q.shape[2])
     state = HybridAttentionState() if state is None else state
-    _check_state(k, state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta)):
+    _check_state(k, k_features, state)
+    tensors = (q, k, v, beta, q_features, k_features)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(
             "hybrid_attention_step is for inference: call it under torch.no_grad(), "
             'and train with hybrid_attention(causal="group").'
         )
     groups = (*state.near, NearGroup(k, v, k_features))
     query = to_heads(q, q.shape[0])
-    out, lse = _near(query, groups, q.shape[-1] ** -0.5 if scale is None else scale)
+    out, lse = _near(query, groups, scale)
     if state.far is not None:
         features = (
             _feature_map(query, feature_map) if q_features is None else to_heads(q_features, q.shape[0])
@@ -109,13 +113,16 @@ def hybrid_attention_step(
         far = _absorb(far, group, feature_map)
     rows = q.new_empty(q.shape)
     to_tokens(out, rows)
-    return rows, HybridAttentionState(groups[leaving:], far)
+    near = groups[leaving:]
+    if near:  # the newest group's tensors are the caller's, who may write into them
+        own = NearGroup(k.clone(), v.clone(), None if k_features is None else k_features.clone())
+        near = (*near[:-1], own)
+    return rows, HybridAttentionState(near, far)
 
 
 def _near(query: Tensor, groups: tuple[NearGroup, ...], scale: float) -> tuple[Tensor, Tensor]:
     k, v = torch.cat([group.k for group in groups]), torch.cat([group.v for group in groups])
-    repeats = query.shape[0] // k.shape[1]
-    key, value = (repeat_heads(to_heads(x, x.shape[0]), repeats) for x in (k, v))
+    key, value = (to_heads(x, x.shape[0]) for x in (k, v))
     ranges = np.array([[0, query.shape[1], 0, key.shape[1]]])
     return range_attention(query, key, value, [plan_pass(ranges, False, query.device)], scale)
 
@@ -129,7 +136,7 @@ def _absorb(far: Tensor | None, group: NearGroup, name: str) -> Tensor:
     return added if far is None else far + added
 
 
-def _check_state(k: Tensor, state: object) -> None:
+def _check_state(k: Tensor, k_features: Tensor | None, state: object) -> None:
     if not isinstance(state, HybridAttentionState):
         raise TypeError(f"state must be a HybridAttentionState or None, got {type(state).__name__}.")
     for group in state.near[:1]:
@@ -139,3 +146,8 @@ def _check_state(k: Tensor, state: object) -> None:
                 f"earlier groups, got {list(k.shape)}."
             )
         check_alike("the stream's earlier k", group.k, k=k)
+        width, earlier = (None if x is None else x.shape[2] for x in (k_features, group.k_features))
+        if width != earlier:
+            raise ValueError(
+                f"k_features must have the width of the stream's earlier groups, {earlier}, got {width}."
+            )

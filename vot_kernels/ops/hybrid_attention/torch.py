@@ -87,8 +87,7 @@ def _forward(plan: "Plan", inputs: Inputs, options: Options) -> tuple[Tensor, Te
     """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (inputs.q, inputs.k, inputs.v))
     repeats = query.shape[0] // key.shape[0]
-    near_key, near_value = repeat_heads(key, repeats), repeat_heads(value, repeats)
-    out, lse = range_attention(query, near_key, near_value, plan.passes, options.scale)
+    out, lse = range_attention(query, key, value, plan.passes, options.scale)
     if plan.far is not None:
         query_features = _features(query, options.feature_map, inputs.q_features)
         key_features = _features(key, options.feature_map, inputs.k_features)
@@ -105,10 +104,8 @@ def _backward(plan: "Plan", saved: Saved, grads: Grads, options: Options) -> tup
     out, d_out, joint = (to_heads(x, tokens) for x in (saved.out, grads.d_out, saved.lse[..., None]))
     d_lse = None if grads.d_lse is None else to_heads(grads.d_lse[..., None], tokens)
     repeats = query.shape[0] // key.shape[0]
-    near_key, near_value = repeat_heads(key, repeats), repeat_heads(value, repeats)
-    near = (near_key, near_value, out, joint, plan.passes, options.scale)
+    near = (key, value, out, joint, plan.passes, options.scale)
     dq, dk, dv = range_attention_backward(d_out, d_lse, query, *near)
-    dk, dv = fold_heads(dk, repeats), fold_heads(dv, repeats)
     d_beta, d_phi_q, d_phi_k = None, None, None
     if plan.far is not None:
         query_features = _features(query, options.feature_map, inputs.q_features)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import FEATURE_MAPS, TOKEN_CAUSAL_MODES, Causal
-from vot_kernels.ops.checks import check_causal, check_choice, check_device, check_qkv, check_tensor
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import (
+    check_causal,
+    check_choice,
+    check_device,
+    check_layout,
+    check_qkv,
+    check_tensor,
+)
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.linear_attention import reference
 from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
@@ -21,6 +29,7 @@ from vot_kernels.ops.parts.attention import Grads
 from vot_kernels.packing import PackedLayout
 
 
+@autocasts("q", "k", "v")
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -57,7 +66,8 @@ def linear_attention(
             positive or given without `causal`, `feature_map`, `causal` or `backend` is not one of the values above,
             or no such backend can serve the inputs.
     """
-    check_qkv(q, k, v, layout)
+    check_qkv(q, k, v)
+    check_layout("q", q, layout)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     if log_decay is not None:
@@ -85,6 +95,7 @@ def _check_decay(log_decay: Tensor, q: Tensor, causal: str | None) -> None:
 
 
 @torch.library.custom_op("vot_kernels::linear_attention_fwd", mutates_args=())
+@without_autocast
 def _linear_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -107,6 +118,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("vot_kernels::linear_attention_bwd", mutates_args=())
+@without_autocast
 def _linear_attention_bwd(
     d_out: Tensor,
     out: Tensor,

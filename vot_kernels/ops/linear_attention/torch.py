@@ -203,7 +203,8 @@ class Plan:
         places = np.arange(self.num_tokens)
         for chunks, _ in self.own.groups:
             places[chunks.starts[:, None] + np.arange(chunks.length)] = np.arange(chunks.length)
-        return torch.from_numpy(places).to(self.device, non_blocking=True)
+        with torch.inference_mode(False):
+            return torch.from_numpy(places).to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

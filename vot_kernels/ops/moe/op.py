@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.moe import reference
 from vot_kernels.ops.parts.experts.slots import Slots
 
 
+@autocasts("x", "w_gate_up", "w_down")
 def moe(
     x: Tensor,
     w_gate_up: Tensor,

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.autocast import autocasts, without_autocast
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.pack_patches import reference
+from vot_kernels.packing import brief
 
 
+@autocasts()
 def pack_patches(
     images: Sequence[Tensor], patch_size: int, *, temporal_patch_size: int = 1, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -38,8 +41,10 @@ def pack_patches(
             these images. The message names the image.
     """
     for name, size in (("patch_size", patch_size), ("temporal_patch_size", temporal_patch_size)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {size!r}.")
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
+            raise ValueError(f"{name} must be an int >= 1 (and below 2**31), got {brief(size)}.")
+    if not isinstance(images, (list, tuple)):
+        raise TypeError(f"images must be a list of tensors, got {brief(images)}.")
     if not images:
         raise ValueError("pack_patches needs at least one image, got none.")
     images = list(images)
@@ -70,6 +75,7 @@ def _(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, backe
 
 
 @torch.library.custom_op("vot_kernels::pack_patches_bwd", mutates_args=())
+@without_autocast
 def _pack_patches_bwd(
     d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int, backend: str
 ) -> list[Tensor]:

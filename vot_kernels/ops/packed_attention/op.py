@@ -5,7 +5,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import TOKEN_CAUSAL_MODES, Causal
-from vot_kernels.ops.checks import check_causal, check_choice, check_qkv
+from vot_kernels.ops.autocast import autocasts
+from vot_kernels.ops.checks import check_causal, check_choice, check_layout, check_qkv, check_scale
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.hybrid_attention.op import _hybrid_attention_fwd
@@ -44,6 +45,7 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@autocasts("q", "k", "v")
 def packed_attention(
     q: Tensor,
     k: Tensor,
@@ -81,11 +83,13 @@ def packed_attention(
         ValueError: shapes or devices do not fit together, the layout has more tokens than q has rows, `causal` or
             `backend` is not one of the values above, or no such backend can serve the inputs.
     """
-    check_qkv(q, k, v, layout)
+    check_qkv(q, k, v)
+    check_layout("q", q, layout)
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     check_choice("_variant", _variant, VARIANTS)
     backend = select("packed_attention", backend, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_choice("return_lse", return_lse, (False, True))
+    scale = check_scale("scale", scale, q.shape[2])
     if backend == "reference":
         out, lse = reference.packed_attention(q, k, v, layout, causal=causal, scale=scale)
     else:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -21,7 +22,8 @@ def remember(make: Callable[..., T]) -> Callable[..., T]:
 
     @lru_cache(maxsize=32)
     def make_once(arguments: _Arguments) -> T:
-        return make(*arguments.take())
+        with torch.inference_mode(False):  # a plan made in a validation step may serve training later
+            return make(*arguments.take())
 
     _forget.append(make_once.cache_clear)
 

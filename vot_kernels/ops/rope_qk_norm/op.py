@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_number, check_tensor
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.rope_qk_norm import reference
+from vot_kernels.packing import brief
 
 
+@autocasts(widest=("q", "k"))
 def rope_qk_norm(
     q: Tensor,
     k: Tensor,
@@ -103,6 +106,7 @@ def _(
 
 
 @torch.library.custom_op("vot_kernels::rope_qk_norm_bwd", mutates_args=())
+@without_autocast
 def _rope_qk_norm_bwd(
     d_q_out: Tensor,
     d_k_out: Tensor,
@@ -147,8 +151,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_q_out: Tensor, d_k_out: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, _, q_weight, k_weight = ctx.saved_tensors
-    d_q, d_k, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # once: with checkpoints a second look would compute the forward again
+    _, _, _, q_weight, k_weight = saved
+    d_q, d_k, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *saved, *ctx.options)
     d_weights = (
         None if q_weight is None else d_q_weight,
         None if k_weight is None else d_k_weight,
@@ -160,10 +165,12 @@ _rope_qk_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _checked_sections(sections: Sequence[int], pairs: int) -> list[int]:
-    split = list(sections)
-    if len(split) != 3 or any(count < 0 for count in split) or sum(split) != pairs:
+    split = list(sections) if isinstance(sections, (list, tuple)) else []
+    counts = all(isinstance(count, int) and count >= 0 for count in split)
+    if len(split) != 3 or not counts or sum(split) != pairs:
         raise ValueError(
-            f"sections must be three numbers >= 0 (t, y, x) that sum to head_dim / 2 = {pairs}, got {split}."
+            f"sections must be three ints >= 0 (t, y, x) that sum to head_dim / 2 = {pairs}, "
+            f"got {brief(sections)}."
         )
     return split
 
@@ -197,5 +204,5 @@ def _validate(
             check_tensor(name, weight, [head_dim])
             check_floating(name, weight)
             check_device("q", q, **{name: weight})
-    if not theta > 0 or not eps >= 0:
+    if not check_number("theta", theta) > 0 or not check_number("eps", eps) >= 0:
         raise ValueError(f"theta must be > 0 and eps >= 0, got theta={theta}, eps={eps}.")

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vot_kernels.ops.checks import check_device, check_floating, check_layout, check_tensor
+from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import (
+    check_choice,
+    check_device,
+    check_floating,
+    check_layout,
+    check_number,
+    check_tensor,
+)
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.size_aware_embedding import reference
@@ -45,6 +53,10 @@ def size_features(
     if fps is None:
         rate = torch.zeros_like(frames)
     else:
+        if not isinstance(fps, Tensor):
+            fps = check_number("fps", fps)
+        elif fps.is_complex():
+            raise TypeError(f"fps must be real, got {fps.dtype}.")
         rate = torch.as_tensor(fps, dtype=torch.float32, device=sizes.device)
         if rate.ndim > 1 or rate.ndim == 1 and rate.shape[0] != segments:
             raise ValueError(f"fps must be a number or [{segments}], got {list(rate.shape)}.")
@@ -59,6 +71,7 @@ def size_features(
     return waves.reshape(segments, 2 * QUANTITIES * octaves)
 
 
+@autocasts()
 def size_aware_embedding(
     x: Tensor,
     layout: PackedLayout,
@@ -97,6 +110,7 @@ def size_aware_embedding(
             these inputs.
     """
     _validate(x, layout, w1, b1, w2, b2)
+    check_choice("use_frames", use_frames, (False, True))
     octaves = w1.shape[1] // (2 * QUANTITIES)
     features = size_features(layout.sizes, fps, octaves=octaves, use_frames=use_frames)
     chosen = select("size_aware_embedding", backend, x)
@@ -104,8 +118,7 @@ def size_aware_embedding(
         return reference.size_aware_embedding(x, layout.cu_seqlens, features, w1, b1, w2, b2)
     dtype = accumulator(x.dtype)
     w1, b1, w2, b2 = (t.to(dtype) for t in (w1, b1, w2, b2))
-    with torch.autocast(x.device.type, enabled=False):
-        embedding = F.linear(F.silu(F.linear(features.to(dtype), w1, b1)), w2, b2)
+    embedding = F.linear(F.silu(F.linear(features.to(dtype), w1, b1)), w2, b2)
     return _segment_add_fwd(x, embedding, layout.cu_seqlens, layout.positions.shape[0], chosen)
 
 
@@ -121,6 +134,7 @@ def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: st
 
 
 @torch.library.custom_op("vot_kernels::segment_add_bwd", mutates_args=())
+@without_autocast
 def _segment_add_bwd(
     d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,8 @@ class Blocks:
     @cached_property
     def _rows(self) -> Tensor:
         rows = self.starts[:, None] + np.arange(self.length)
-        return torch.from_numpy(rows.reshape(-1)).to(self.device, non_blocking=True)
+        with torch.inference_mode(False):
+            return torch.from_numpy(rows.reshape(-1)).to(self.device, non_blocking=True)
 
     @cached_property
     def _disjoint(self) -> list[tuple[slice, "Blocks"]]:
@@ -121,7 +122,7 @@ def head_chunks(q: Tensor, k: Tensor, state_size: int) -> list[tuple[slice, slic
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     repeats = heads // kv_heads
-    numbers = repeats * q.shape[0] * q.shape[2] + state_size
+    numbers = max(repeats * q.shape[0], k.shape[0]) * q.shape[2] + state_size
     budget = _CHUNK_BYTES["cpu" if q.device.type == "cpu" else "other"]
     at_once = max(1, budget // max(1, numbers * max(q.element_size(), 4)))
     starts = range(0, kv_heads, at_once)

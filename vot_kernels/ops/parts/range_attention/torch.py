@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket
+from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket, fold_heads
 
 _MAX_SCORES = 2**25  # entries of a score tile of the matmul path: 128 MiB in float32
 _WINDOW_ROWS = 128  # queries that share a mask
+_LEAST_KEYS = 16  # of fewer, torch's kernel takes a row of NaN scores for one that sees nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +30,13 @@ class RangeBlocks:
     causal: bool
     band: tuple[int, int] | None = None
 
-    def mask(self, like: Tensor) -> Tensor | None:
-        """`[queries, keys]` to add to the scores, None without a band."""
+    def mask(self, like: Tensor, repeats: int) -> Tensor | None:
+        """`[repeats * queries, keys]` to add to the scores, None without a band."""
         if self.band is None:
             return None
         low, high = self.band
         hidden = like.new_full((self.queries.length, self.keys.length), -torch.inf)
-        return hidden.triu(high + 1).add_(hidden.tril(low - 1))
+        return hidden.triu(high + 1).add_(hidden.tril(low - 1)).repeat(repeats, 1)
 
 
 RangePass = tuple[RangeBlocks, ...]
@@ -96,17 +97,20 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
 def range_attention(
     q: Tensor, k: Tensor, v: Tensor, passes: Sequence[RangePass], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q, k, v.
+    """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q `[heads, …]`, k and v `[kv_heads, …]`.
 
     Queries without keys get the output 0 and the lse -inf.
     """
+    q, scale, _ = _positive(q, scale)
+    repeats = q.shape[0] // k.shape[0]
     results = []
     for blocks in passes:
         out, lse = _nothing(q, complete=sum(item.queries.num_rows for item in blocks) == q.shape[1])
         for item in blocks:
-            o, part = _attend(*_operands(item, q, k, v), item.causal, scale, item.mask(q))
-            item.queries.put(out, o.transpose(0, 1))
-            item.queries.put(lse, part.transpose(0, 1)[..., None])
+            mask = item.mask(q, repeats)
+            o, part = _attend(*_operands(item, q, k, v), item.causal, scale, mask)
+            item.queries.put(out, _unfold(o, item, q.shape[0]))
+            item.queries.put(lse, _unfold(part[..., None], item, q.shape[0]))
         results.append((out, lse))
     out, lse = results[0] if results else _nothing(q, complete=False)
     for other, other_lse in results[1:]:
@@ -128,7 +132,7 @@ def range_attention_backward(
     passes: Sequence[RangePass],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser.
+    """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser. Heads as in the forward.
 
     A gradient on lse enters as D = d_out.out - d_lse. The fused kernel forms D itself, so the term rides
     in one more column: v' = [v, 1], d_out' = [d_out, d_lse], out' = [out, 0] give d_out'.v' - d_out'.out'.
@@ -136,19 +140,23 @@ def range_attention_backward(
     if d_lse is not None:
         d_out, out = torch.cat([d_out, d_lse], -1), _widen(out, 0.0)
         q, k, v = _widen(q, 0.0), _widen(k, 0.0), _widen(v, 1.0)
+    q, scale, factor = _positive(q, scale)
+    (heads, *_), (kv_heads, *_) = q.shape, k.shape
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for item in (item for blocks in passes for item in blocks):
-        grads = _attend_backward(
-            item.queries.take(d_out).transpose(0, 1),
+        part_q, part_k, part_v = _attend_backward(
+            _rows(item, d_out, kv_heads),
             *_operands(item, q, k, v),
-            item.queries.take(out).transpose(0, 1),
-            item.queries.take(lse).transpose(0, 1)[..., 0],
+            _rows(item, out, kv_heads),
+            _rows(item, lse, kv_heads)[..., 0],
             item.causal,
             scale,
-            item.mask(q),
+            item.mask(q, heads // kv_heads),
         )
-        for runs, total, part in zip((item.queries, item.keys, item.keys), (dq, dk, dv), grads, strict=True):
-            runs.add(total, part.transpose(0, 1))
+        item.queries.add(dq, _unfold(part_q, item, heads))
+        for total, part in ((dk, part_k), (dv, part_v)):
+            item.keys.add(total, fold_heads(part.transpose(0, 1), part.shape[1] // kv_heads))
+    dq = dq if factor == 1 else dq.mul_(factor)
     if d_lse is not None:
         dq, dk, dv = (x[..., :-1] for x in (dq, dk, dv))
     return dq, dk, dv
@@ -165,13 +173,41 @@ def _nothing(q: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
     return (out, lse) if complete else (out.zero_(), lse.fill_(-torch.inf))
 
 
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q and scale with the same products and a scale above 0, and the factor that q was given.
+
+    torch's kernel multiplies masked scores, which are -inf, by the scale.
+    """
+    if scale > 0:
+        return q, scale, 1.0
+    factor = -1.0 if scale < 0 else scale
+    return q * factor, abs(scale) or 1.0, factor
+
+
 def _operands(item: RangeBlocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[runs, heads, length, d]` each."""
-    return (
-        item.queries.take(q).transpose(0, 1),
-        item.keys.take(k).transpose(0, 1),
-        item.keys.take(v).transpose(0, 1),
-    )
+    """`[runs, heads, length, d]` each; see `_rows`. Keys are repeated where they are as many as rows: causal blocks."""
+    key, value = (item.keys.take(x).transpose(0, 1) for x in (k, v))
+    if item.causal and q.shape[0] > k.shape[0]:
+        key, value = (x.repeat_interleave(q.shape[0] // k.shape[0], 1) for x in (key, value))
+    return _rows(item, q, k.shape[0]), key, value
+
+
+def _rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
+    """`[runs, kv_heads, repeats * length, d]` of `[heads, tokens, d]`: heads that share keys are more rows of one.
+
+    Where a row's place in its block counts, heads stay apart: `[runs, heads, length, d]`.
+    """
+    rows = item.queries.take(x).transpose(0, 1)
+    if item.causal or x.shape[0] == kv_heads:
+        return rows
+    return rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _unfold(rows: Tensor, item: RangeBlocks, heads: int) -> Tensor:
+    """The inverse of `_rows`, `[heads, runs, length, d]`."""
+    if rows.shape[1] != heads:
+        rows = rows.unflatten(2, (-1, item.queries.length)).flatten(1, 2)
+    return rows.transpose(0, 1)
 
 
 def _widen(x: Tensor, value: float) -> Tensor:
@@ -182,7 +218,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and lse `[runs, heads, length]` of a batch of equal ranges."""
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and k.shape[2] >= _LEAST_KEYS:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )

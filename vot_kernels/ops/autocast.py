@@ -1,0 +1,93 @@
+"""How the public ops behave under `torch.autocast`.
+
+Inputs that take part in matrix products are cast to the autocast dtype before anything else, so that their gradients
+come back in the dtype that they had; float64 stays, as in torch. All that follows, a reference as well, computes as it
+does without autocast.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import reduce, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def autocasts(*names: str, widest: tuple[str, ...] = ()) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A public function under autocast, on the device of its first argument.
+
+    Args:
+        names: arguments that are cast to the autocast dtype.
+        widest: arguments, tensors or sequences of them, that meet outside of matrix products: they are cast to the
+            widest dtype among them, as torch.cat does it.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        parameters = list(inspect.signature(function).parameters)
+
+        @wraps(function)
+        def cast_first(*args: P.args, **kwargs: P.kwargs) -> T:
+            device_type = _autocasting(args[0] if args else kwargs.get(parameters[0]))
+            if device_type is None:
+                return function(*args, **kwargs)
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            dtypes = {
+                **dict.fromkeys(names, torch.get_autocast_dtype(device_type)),
+                **dict.fromkeys(widest, _widest([given.get(name) for name in widest])),
+            }
+            cast = {name: _cast(given[name], dtype) for name, dtype in dtypes.items() if name in given}
+            positional = [cast.get(name, x) for name, x in zip(parameters, args, strict=False)]
+            named = {name: cast.get(name, x) for name, x in kwargs.items()}
+            with torch.autocast(device_type, enabled=False):
+                return function(*positional, *args[len(parameters) :], **named)  # type: ignore[arg-type]
+
+        return cast_first
+
+    return decorate
+
+
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """The inside of a custom op, which is not autocast: a backward runs in whatever surrounds the call of it."""
+
+    @wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> T:
+        device_type = _autocasting(args[0])
+        if device_type is None:
+            return function(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+def _autocasting(value: Any) -> str | None:
+    """The type of the device of a tensor, or of the first of several, if autocast is on there."""
+    first = next(iter(_tensors(value)), None)
+    if first is None:
+        return None
+    device_type = first.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return device_type
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """A tensor, or those of a sequence; none of anything else, which the function itself refuses."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def _widest(values: list[Any]) -> torch.dtype | None:
+    dtypes = [x.dtype for value in values for x in _tensors(value)]
+    return reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_cast(x, dtype) for x in value]
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(dtype) if castable else value
