@@ -88,7 +88,9 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             seen[item["id"]] = number
             items.append(item)
     if not items:
-        raise ValueError(f"{path}: holds no question; each line is a JSON object with a video and a question.")
+        raise ValueError(
+            f"{path}: holds no question; each line is a JSON object with a video and a question."
+        )
     return items
 
 
