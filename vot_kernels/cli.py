@@ -185,9 +185,11 @@ def ask(
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
         read_questions(batch)
         check_output(out)
-        answered, skipped, failed = answer_batch(
-            _video_qa(checkpoint, llm, skip, device, anyway), batch, out, sampling
-        )
+        _check_models(checkpoint, llm, skip, device)
+        with steps() as step:
+            step("Loading the perception checkpoint")
+            video_qa = _video_qa(checkpoint, llm, skip, device, anyway)
+        answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
         print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
         if failed:
             print("The same command tries the failed ones again.", file=sys.stderr)
