@@ -11,6 +11,8 @@ from transformers import (
     AutoModel,
     DynamicCache,
     PreTrainedConfig,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
 )
 
 import vot_kernels
@@ -21,6 +23,7 @@ from tests.integrations.tiny import (
     prompts,
     qwen2,
     qwen2_5_vl,
+    spread,
 )
 from vot_kernels.integrations import attention, patching, transformers
 from vot_kernels.integrations.attention import NAME, attention_forward
@@ -155,6 +158,38 @@ def test_padding_is_left_out_of_the_batch(calls, monkeypatch):
     with vot_kernels.patched(model):
         model(input_ids=ids, attention_mask=mask)
     assert [(q.tolist(), k.tolist()) for q, k in bounds] == [([0, 5, 14], [0, 5, 14])] * 2
+
+
+def test_keys_of_padding_are_left_out_of_a_padded_tower(monkeypatch):
+    """SigLIP 2 declares no flash attention, because its head masks torch's own attention; that takes our mask too."""
+    config = Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=4,
+        num_patches=16,
+    )
+    model, bounds = spread(Siglip2VisionModel(config)), []
+    mask = torch.ones(2, 16, dtype=torch.int32)
+    mask[0, 8:] = 0
+    inputs = {
+        "pixel_values": make_tensor(2, 16, 48),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[2, 4], [4, 4]]),
+    }
+    op = attention.flash_attn_varlen_func
+    monkeypatch.setattr(
+        attention, "flash_attn_varlen_func", lambda *a, **o: bounds.append((a[3], a[4])) or op(*a, **o)
+    )
+    with torch.no_grad():
+        expected = model(**inputs)
+        with vot_kernels.patched(model) as report:
+            found = model(**inputs)
+    assert [(q.tolist(), k.tolist()) for q, k in bounds] == [([0, 16, 32], [0, 8, 24])] * 2
+    assert [row.kind for row in report.left] == ["Siglip2MultiheadAttentionPoolingHead"]
+    for name in ("last_hidden_state", "pooler_output"):
+        assert (found[name] - expected[name]).abs().max() <= OUTPUT * expected[name].abs().max()
 
 
 def test_a_sliding_window_counts_as_the_mask_does():

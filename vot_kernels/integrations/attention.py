@@ -5,7 +5,7 @@ forward, once for all layers, and one that attends, once per layer. `register_at
 name holds "flash", because vision towers hand over their cumulative lengths to such names alone; any other name gets a
 loop with one call per image or frame.
 
-A mask of ours is bool `[batch, keys]`, True where a key is real, and carries an `AttentionPlan`: which of the
+A mask of ours is bool, True where a key is real, and carries an `AttentionPlan`: which of the
 flattened rows make a segment, and what a query sees in it. So padding and packed sequences are worked out once per
 forward. A mask that is no such pattern is refused: no approximation takes its place.
 """
@@ -87,7 +87,8 @@ def make_mask(
 
     Returns:
         None if every query sees all keys, or all up to its own place where the module is causal; else bool
-        `[batch, kv_length]` with an `AttentionPlan`.
+        `[batch, kv_length]` with an `AttentionPlan`, or `[batch, 1, q_length, kv_length]` where all queries of a row
+        see the same keys.
 
     Raises:
         ValueError: the mask is none of causal, bidirectional, sliding window, padding and packed sequences.
@@ -100,10 +101,13 @@ def make_mask(
         mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         plan = _plan_sequences(pattern.causal, pattern.window, pattern.sequences)
     elif (real := _real_keys(attention_mask, q_length, kv_length, q_offset, kv_offset, pattern)) is not None:
-        mask = real.expand(batch_size, -1).clone()
-        start = torch.arange(q_length, device=device) + (q_offset - kv_offset)
-        queries = mask.index_select(1, start) if _aligned(pattern.causal, pattern.window) else None
-        plan = _plan_padding(pattern.causal, pattern.window, mask, queries, q_length)
+        real = real.expand(batch_size, -1)
+        if _aligned(pattern.causal, pattern.window):
+            start = torch.arange(q_length, device=device) + (q_offset - kv_offset)
+            queries, mask = real.index_select(1, start), real.clone()
+        else:  # in the shape that other attention of the model takes, too
+            queries, mask = None, real[:, None, None].expand(-1, 1, q_length, -1)
+        plan = _plan_padding(pattern.causal, pattern.window, real, queries, q_length)
     elif pattern.window != _EVERYTHING:
         mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         plan = _plan_rows(pattern.causal, pattern.window, batch_size, q_length, kv_length, device)
@@ -208,7 +212,7 @@ def _refusals(dropout: float, mask: Tensor | None, others: dict[str, Any]) -> It
     """What a call asks for and cannot have."""
     if dropout:
         yield f"dropout ({dropout} while training)"
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+    if mask is not None and not hasattr(mask, _PLAN) and not (isinstance(mask, Tensor) and mask.ndim == 2):
         shape = list(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
         yield f"mask of its own for every pair of tokens ({shape})"
     for name, words in _NOT_SERVED.items():

@@ -185,7 +185,7 @@ class _Site:
     name: str
     module: nn.Module
     config: Any
-    owner: nn.Module | None
+    owner: Any
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
@@ -235,17 +235,27 @@ def _refusals(site: _Site) -> Iterator[str]:
         yield "uses sinks"
     if any("position_bias" in names for names in _keywords(codes)):
         yield "adds a position bias"
-    hands_lengths_over = any("cu_seq_lens_q" in names for names in _keywords(codes))
+    packed = any("cu_seq_lens_q" in names for names in _keywords(codes))
+    owner = site.owner
     if (
-        site.owner is not None
-        and not hands_lengths_over
-        and not getattr(site.owner, "_supports_flash_attn", False)
+        owner is not None
+        and not packed
+        and not owner._supports_flash_attn
+        and not _masks_torch_attention(owner)
     ):
-        yield f"belongs to {type(site.owner).__name__}, which declares no support for variable-length attention"
+        yield f"belongs to {type(owner).__name__}, which declares no support for variable-length attention"
     try:
         _backend(site.module)
     except ValueError as error:
         yield f"cannot be served: {error}"
+
+
+def _masks_torch_attention(model: nn.Module) -> bool:
+    """Whether a part of a model makes masks for torch's own attention: it takes ours, but no other of such a name."""
+    heads = [
+        type(m) for m in model.modules() if any(isinstance(c, nn.MultiheadAttention) for c in m.children())
+    ]
+    return any("create_bidirectional_mask" in code.co_names for kind in heads for code in _codes(kind))
 
 
 def _other_attention(model: nn.Module, sites: list[_Site]) -> Iterator[tuple[str, nn.Module]]:
