@@ -14,6 +14,7 @@ from transformers import (
     Siglip2VisionConfig,
     Siglip2VisionModel,
 )
+from transformers.masking_utils import create_causal_mask
 
 import vot_kernels
 from tests.integrations.tiny import (
@@ -222,6 +223,26 @@ def test_packed_sequences_stay_apart():
         {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention"] * 2},
     ):
         check_same(qwen2(**changes), input_ids=prompts(2, 8), position_ids=positions, use_cache=False)
+
+
+def test_a_copy_of_a_mask_that_lost_its_plan_is_refused_or_as_good():
+    model, ids = qwen2(), prompts(1, 8)
+    q, k, v = (make_tensor(1, 2, 8, 8, seed=seed) for seed in range(3))
+    options = {"inputs_embeds": model.model.embed_tokens(ids), "past_key_values": None}
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with vot_kernels.patched(model):
+        packed = create_causal_mask(
+            model.config,
+            attention_mask=None,
+            position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]),
+            **options,
+        )
+        padded = create_causal_mask(model.config, attention_mask=padding, **options)
+    with pytest.raises(ValueError, match="mask of its own"):
+        attention_forward(nn.Module(), q, k, v, packed.clone())
+    found, expected = (attention_forward(nn.Module(), q, k, v, mask)[0] for mask in (padded.clone(), padded))
+    assert torch.equal(found, expected) and (found[:, :3] == 0).all() and (found[:, 3:] != 0).any()
 
 
 def test_a_prompt_in_two_parts_and_a_static_cache():
@@ -436,8 +457,6 @@ def test_a_call_that_asks_for_more_is_refused_in_one_sentence(options, words):
 
 
 def test_a_mask_function_of_a_model_is_refused():
-    from transformers.masking_utils import create_causal_mask
-
     model = qwen2()
     embeddings = torch.zeros(1, 5, 32)
     with vot_kernels.patched(model), pytest.raises(ValueError, match="this model asks for"):

@@ -87,8 +87,8 @@ def make_mask(
 
     Returns:
         None if every query sees all keys, or all up to its own place where the module is causal; else bool
-        `[batch, kv_length]` with an `AttentionPlan`, or `[batch, 1, q_length, kv_length]` where all queries of a row
-        see the same keys.
+        `[batch, kv_length]` with an `AttentionPlan`; `[batch, 1, q_length, kv_length]` where all queries of a row see
+        the same keys, and `[batch, 1, kv_length]` where only the plan knows what they see.
 
     Raises:
         ValueError: the mask is none of causal, bidirectional, sliding window, padding and packed sequences.
@@ -113,6 +113,9 @@ def make_mask(
         plan = _plan_rows(pattern.causal, pattern.window, batch_size, q_length, kv_length, device)
     else:
         return None
+    ends_together = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if mask.ndim == 2 and not (ends_together and pattern.sequences is None and pattern.window == _EVERYTHING):
+        mask = mask[:, None]  # says too little by itself, so that a copy without the plan must be refused
     setattr(mask, _PLAN, plan)
     return mask
 
