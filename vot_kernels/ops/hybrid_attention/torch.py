@@ -15,6 +15,8 @@ from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.group_states.torch import (
     StatePlan,
+    add_pairs,
+    add_pairs_transposed,
     apply_states,
     far_weight,
     feature_map,
@@ -37,10 +39,17 @@ from vot_kernels.ops.parts.range_attention.blocks import (
 )
 from vot_kernels.ops.parts.range_attention.torch import (
     RangePass,
+    plan_limits,
     plan_pass,
     range_attention,
     range_attention_backward,
 )
+
+# Groups of fewer rows on average than _SMALL are joined to blocks of _LEAST_ROWS to _MOST_ROWS rows; those of up to
+# _TINY rows share states of about _STATE_ROWS rows.
+_SMALL = 32
+_LEAST_ROWS, _MOST_ROWS = 16, 128
+_TINY, _STATE_ROWS = 16, 64
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
@@ -93,6 +102,7 @@ def _forward(plan: "Plan", inputs: Inputs, options: Options) -> tuple[Tensor, Te
         key_features = _features(key, options.feature_map, inputs.k_features)
         states = scan_states(group_states(key_features, append_column(value, 1.0), plan.far), plan.far)
         sums = apply_states(query_features, repeat_heads(states, repeats), plan.far)
+        add_pairs(sums, query_features, key_features, append_column(value, 1.0), plan.pairs)
         out, lse = join_far(out, lse, sums, log_weight(inputs.beta, query))
     return out, lse
 
@@ -117,12 +127,17 @@ def _backward(plan: "Plan", saved: Saved, grads: Grads, options: Options) -> tup
         weights_q = query_features * weight
         values = append_column(value, 1.0)
         states = scan_states(group_states(key_features, values, plan.far), plan.far)
-        d_phi_q = apply_states(g, repeat_heads(states, repeats).transpose(-1, -2), plan.far).mul_(weight)
+        d_phi_q = apply_states(g, repeat_heads(states, repeats).transpose(-1, -2), plan.far)
+        add_pairs(d_phi_q, g, values, key_features, plan.pairs)
+        d_phi_q.mul_(weight)
         d_beta = (query_features * d_phi_q).sum((1, 2))
         d_states = fold_heads(group_states(weights_q, g, plan.far), repeats)
         d_states = scan_states(d_states, plan.far, transposed=True)
         d_phi_k = apply_states(values, d_states.transpose(-1, -2), plan.far)
-        dv += apply_states(key_features, d_states, plan.far)[..., :-1]
+        d_values = apply_states(key_features, d_states, plan.far)
+        add_pairs_transposed(d_phi_k, g, values, weights_q, plan.pairs)
+        add_pairs_transposed(d_values, weights_q, key_features, g, plan.pairs)
+        dv += d_values[..., :-1]
         if inputs.q_features is None:
             dq += feature_map_backward(query, query_features, d_phi_q, options.feature_map)
             dk += feature_map_backward(key, key_features, d_phi_k, options.feature_map)
@@ -140,39 +155,122 @@ class Plan:
     Attributes:
         num_tokens: packed rows; later rows are slack.
         passes: near ranges, each pass with at most one key range per query.
-        far: states and scan of the far groups, None if no group has any.
+        far: states of the far groups and their scan, None if no group has any. Small groups share a state.
+        pairs: far rows that a shared state leaves out, since some of its groups are near, or too many of another
+            group's: taken one by one.
     """
 
     num_tokens: int
     passes: tuple[RangePass, ...]
     far: StatePlan | None
+    pairs: RangePass = ()
 
     def state_size(self, inputs: Inputs) -> int:
-        """Numbers in the far states of one head."""
+        """Numbers in the far states, and in the weights of pairs, of one key head."""
+        if self.far is None:
+            return 0
         width = (inputs.q if inputs.q_features is None else inputs.q_features).shape[2]
-        return 0 if self.far is None else self.far.num_slots * width * (inputs.q.shape[2] + 1)
+        weights = max((item.queries.num_rows * item.keys.length for item in self.pairs), default=0)
+        repeats = inputs.q.shape[1] // inputs.k.shape[1]
+        return self.far.num_slots * width * (inputs.q.shape[2] + 1) + repeats * weights
 
 
 @remember
 def make_plan(geometry: Geometry) -> Plan:
     """The plan of a packing on the device where its bounds lie."""
-    device = geometry.cu_seqlens.device
-    near = geometry.near_ranges()
-    if geometry.causal == "token":  # the own group with a triangle, then whole groups before it
-        begin, end, key_begin, _ = near.T
+    device, ranges = geometry.cu_seqlens.device, geometry.near_ranges()
+    far, pairs = _plan_far(geometry, ranges, device) if geometry.has_far else (None, ())
+    return Plan(int(geometry.host_cu_seqlens[-1]), _plan_near(geometry, ranges, device), far, pairs)
+
+
+def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> tuple[RangePass, ...]:
+    """Passes over the near ranges. Small groups are joined to blocks of rows that each see a range of their own."""
+    token = geometry.causal == "token"
+    joined: RangePass = ()
+    if not geometry.all_near:
+        sizes = _Sizes.of(geometry, ranges)
+        most = np.clip(sizes.mean_keys / 2, _LEAST_ROWS, _MOST_ROWS)
+        most = np.where(sizes.mean_rows * sizes.counts <= _MOST_ROWS, _MOST_ROWS, most)
+        at_once = np.where(sizes.mean_rows < _SMALL, np.maximum(1, most // sizes.mean_rows), 1)
+        large = sizes.rows > _SMALL
+        new = (sizes.place % at_once[sizes.segment] == 0) | large | np.append(False, large[:-1])
+        owner = np.cumsum(new) - 1
+        shared = np.bincount(owner)[owner] > 1 if len(owner) else new
+        rows = _rows_of(ranges[shared])
+        low, high, owners = (
+            np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
+        )
+        joined, ranges = plan_limits(rows, low, rows + 1 if token else high, owners, device), ranges[~shared]
+    if token:  # the own group with a triangle, then whole groups before it
+        begin, end, key_begin, _ = ranges.T
         own = plan_pass(np.stack([begin, end, begin, end], axis=1), True, device)
         before = plan_pass(np.stack([begin, end, key_begin, begin], axis=1), False, device)
-        passes = [own, before]
+        passes = [joined + own, before]
     else:
-        passes = [plan_pass(near, False, device)]
-    far = None
-    if geometry.has_far:
-        first, groups = (
-            x.numpy().astype(np.int64) for x in (geometry.host_segment_groups, geometry.host_cu_groups)
-        )
-        far = plan_states(first, groups, *geometry.lags, device)
-    return Plan(
-        int(geometry.host_cu_seqlens[-1]),
-        tuple(blocks for blocks in passes if blocks),
-        far if far is not None and far.groups else None,
+        passes = [joined + plan_pass(ranges, False, device)]
+    return tuple(blocks for blocks in passes if blocks)
+
+
+def _plan_far(
+    geometry: Geometry, ranges: np.ndarray, device: torch.device
+) -> tuple[StatePlan | None, RangePass]:
+    """States of far groups, and the pairs of rows that they leave out.
+
+    With m groups to a state, a window of w groups ends within the ceil(w / m) states before or after a row's own: the
+    scan begins beyond them, and what is far in them, and in the own, makes the pairs.
+    """
+    sizes = _Sizes.of(geometry, ranges)
+    shared = np.rint(_STATE_ROWS / sizes.mean_rows)
+    few = sizes.counts <= 3 * shared  # of states: rather none
+    shared = np.where(few, np.maximum(1, sizes.counts), shared)
+    at_once = np.where(sizes.mean_rows <= _TINY, shared, 1).astype(np.int64)
+    counts = -(-sizes.counts // at_once)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    state = first[sizes.segment] + sizes.place // at_once[sizes.segment]
+    groups = geometry.host_cu_groups.numpy().astype(np.int64)
+    bounds = np.append(groups[:-1][np.diff(state, prepend=-1) > 0], groups[-1])
+    behind, ahead = (None if lag is None else 1 - (1 - lag) // at_once for lag in geometry.lags)
+    far = plan_states(first, bounds, behind, ahead, device)
+    some = at_once[sizes.segment] > 1
+    rows, begin, end, owner, segment = (
+        _rows_of(ranges[some]),
+        *(np.repeat(x[some], sizes.rows[some]) for x in (ranges[:, 2], ranges[:, 3], state, sizes.segment)),
     )
+    pieces = owner * (len(rows) + 1) + (rows - bounds[owner]) // _MOST_ROWS
+    pairs: RangePass = ()
+    if behind is not None:
+        start = np.maximum(owner - behind[segment] + 1, first[segment])
+        pairs += plan_limits(rows, bounds[start], begin, pieces, device)
+    if ahead is not None:
+        stop = np.minimum(owner + ahead[segment], first[segment + 1])
+        pairs += plan_limits(rows, end, bounds[stop], pieces, device)
+    return (far, pairs) if far.groups or pairs else (None, ())
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizes:
+    """Groups in numbers: rows, segment and place in it of each; of each segment how many, and means over them."""
+
+    rows: np.ndarray
+    segment: np.ndarray
+    place: np.ndarray
+    counts: np.ndarray
+    mean_rows: np.ndarray
+    mean_keys: np.ndarray
+
+    @classmethod
+    def of(cls, geometry: Geometry, ranges: np.ndarray) -> "_Sizes":
+        first = geometry.host_segment_groups.numpy().astype(np.int64)
+        counts = np.diff(first)
+        segment = np.repeat(np.arange(len(counts)), counts)
+        rows, keys = ranges[:, 1] - ranges[:, 0], ranges[:, 3] - ranges[:, 2]
+        mean_rows, mean_keys = (
+            np.maximum(1, np.bincount(segment, x, len(counts)) / np.maximum(counts, 1)) for x in (rows, keys)
+        )
+        return cls(rows, segment, np.arange(len(rows)) - first[segment], counts, mean_rows, mean_keys)
+
+
+def _rows_of(ranges: np.ndarray) -> np.ndarray:
+    """Rows of ranges, one after the other."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    return np.arange(lengths.sum()) + np.repeat(ranges[:, 0] - (np.cumsum(lengths) - lengths), lengths)

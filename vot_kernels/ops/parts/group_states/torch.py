@@ -8,12 +8,19 @@ Buffers are head-major `[heads, tokens, width]`; states are `[heads, slots, widt
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket
+from vot_kernels.ops.parts.range_attention.torch import (
+    RangeBlocks,
+    RangePass,
+    folded_rows,
+    unfolded_rows,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +29,27 @@ class StatePlan:
 
     Attributes:
         groups: runs of equal length, each with the slots of its groups' states.
-        runs: (first slot, segments, groups per segment); segments of as many groups lie side by side.
+        runs: segments of as many groups and the same offsets, side by side.
         num_slots: states in all.
-        left, right: the scan's offsets, None for no such side.
     """
 
     groups: tuple[tuple[Blocks, Tensor], ...]
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple["Run", ...]
     num_slots: int
+
+
+class Run(NamedTuple):
+    """Segments whose states are scanned together.
+
+    Attributes:
+        first: slot of their first state.
+        segments, groups: how many there are, and how many groups each has.
+        left, right: the scan's offsets, None for no such side.
+    """
+
+    first: int
+    segments: int
+    groups: int
     left: int | None
     right: int | None
 
@@ -37,22 +57,23 @@ class StatePlan:
 def plan_states(
     segment_groups: np.ndarray,
     cu_groups: np.ndarray,
-    left: int | None,
-    right: int | None,
+    left: int | np.ndarray | None,
+    right: int | np.ndarray | None,
     device: torch.device,
 ) -> StatePlan:
-    """The plan for segments given by their first group, groups by their first row.
+    """The plan for segments given by their first group, groups by their first row; offsets may differ by segment.
 
     Segments of too few groups for any scan to reach another are left out.
     """
-    reach = min(side for side in (left, right) if side is not None)
     counts = np.diff(segment_groups)
-    segments = np.flatnonzero(counts > reach)
+    nowhere = np.iinfo(np.int64).max
+    sides = [np.broadcast_to(nowhere if side is None else side, counts.shape) for side in (left, right)]
+    segments = np.flatnonzero(counts > np.minimum(*sides))
     slots, runs, filled = [], [], 0
-    for rows in bucket(counts[segments, None]):
+    for rows in bucket(np.stack([counts, *sides], 1)[segments]):
         members = segments[rows]
-        per_segment = int(counts[members[0]])
-        runs.append((filled, len(members), per_segment))
+        per_segment, *offsets = (int(x[members[0]]) for x in (counts, *sides))
+        runs.append(Run(filled, len(members), per_segment, *(None if x == nowhere else x for x in offsets)))
         slots.append((segment_groups[members][:, None] + np.arange(per_segment)).reshape(-1))
         filled += len(members) * per_segment
     order = np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)
@@ -63,7 +84,7 @@ def plan_states(
         if lengths[rows[0]]:
             blocks = Blocks(starts[rows], int(lengths[rows[0]]), device)
             groups.append((blocks, torch.from_numpy(rows).to(device, non_blocking=True)))
-    return StatePlan(tuple(groups), tuple(runs), filled, left, right)
+    return StatePlan(tuple(groups), tuple(runs), filled)
 
 
 def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
@@ -82,9 +103,9 @@ def scan_states(
 
     log_step: `[heads]`, log of the factor by which a state shrinks from one group to the next; None is 0.
     """
-    left, right = (plan.right, plan.left) if transposed else (plan.left, plan.right)
     scanned = torch.zeros_like(states)
-    for first, segments, groups in plan.runs:
+    for first, segments, groups, *sides in plan.runs:
+        left, right = reversed(sides) if transposed else sides
         here = slice(first, first + segments * groups)
         source = states[:, here].unflatten(1, (segments, groups))
         target = scanned[:, here].unflatten(1, (segments, groups))
@@ -121,6 +142,32 @@ def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
     for blocks, slots in plan.groups:
         blocks.put(out, blocks.take(features) @ states[:, slots])
     return out
+
+
+def add_pairs(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, pairs: RangePass) -> None:
+    """out_i += sum_j (queries_i keys_j) values_j over `pairs` of rows, one by one: `[heads, …]`, `[kv_heads, …]`."""
+    for item in pairs:
+        weights = _pair_weights(item, queries, keys)
+        item.queries.add(
+            out, unfolded_rows(weights @ item.keys.take(values).transpose(0, 1), item, out.shape[0])
+        )
+
+
+def add_pairs_transposed(
+    out: Tensor, queries: Tensor, keys: Tensor, others: Tensor, pairs: RangePass
+) -> None:
+    """out_j += sum_i (queries_i keys_j) others_i: `add_pairs` from the keys' side, over all heads that share a key."""
+    for item in pairs:
+        weights = _pair_weights(item, queries, keys).transpose(-1, -2)
+        item.keys.add(out, (weights @ folded_rows(item, others, out.shape[0])).transpose(0, 1))
+
+
+def _pair_weights(item: RangeBlocks, queries: Tensor, keys: Tensor) -> Tensor:
+    """`[runs, kv_heads, repeats * rows, keys]`, 0 for a pair that does not count."""
+    rows = folded_rows(item, queries, keys.shape[0])
+    weights = rows @ item.keys.take(keys).permute(1, 0, 3, 2)
+    hidden = item.hidden(queries.shape[0] // keys.shape[0])
+    return weights if hidden is None else weights.masked_fill_(hidden, 0)
 
 
 def feature_map(x: Tensor, name: str) -> Tensor:

@@ -6,6 +6,7 @@ lse. Blocks of equal shape are computed together, by PyTorch's fused CPU kernel 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,21 +23,26 @@ _LEAST_KEYS = 16  # of fewer, torch's kernel takes a row of NaN scores for one t
 class RangeBlocks:
     """Query runs and the key run of each, of one shape; causal aligns both and hides later keys.
 
-    With a band (low, high) query i of a run sees its keys i + low to i + high alone.
+    With limits `[2, queries]` query i of a run sees its keys from limits[0, i] to before limits[1, i] alone.
     """
 
     queries: Blocks
     keys: Blocks
     causal: bool
-    band: tuple[int, int] | None = None
+    limits: Tensor | None = None
 
     def mask(self, like: Tensor, repeats: int) -> Tensor | None:
-        """`[repeats * queries, keys]` to add to the scores, None without a band."""
-        if self.band is None:
+        """`[repeats * queries, keys]` to add to the scores, None without limits."""
+        hidden = self.hidden(repeats)
+        return None if hidden is None else like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+    def hidden(self, repeats: int) -> Tensor | None:
+        """Which keys the queries do not see, `[repeats * queries, keys]`, None without limits."""
+        if self.limits is None:
             return None
-        low, high = self.band
-        hidden = like.new_full((self.queries.length, self.keys.length), -torch.inf)
-        return hidden.triu(high + 1).add_(hidden.tril(low - 1)).repeat(repeats, 1)
+        low, high = self.limits[..., None]
+        key = torch.arange(self.keys.length, device=self.limits.device)
+        return ((key < low) | (key >= high)).repeat(repeats, 1)
 
 
 RangePass = tuple[RangeBlocks, ...]
@@ -88,9 +94,41 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
     plan = plan[plan[:, 3] > 0]
     blocks = []
     for members in bucket(plan[:, 2:]):
-        rows, keys, *band = plan[members[0], 2:6].tolist()
+        rows, keys, low, high = plan[members[0], 2:6].tolist()
         runs = Blocks(plan[members, 0], rows, device), Blocks(plan[members, 1], keys, device)
-        blocks.append(RangeBlocks(*runs, False, (band[0], band[1])))
+        limits = np.arange(rows) + np.array([[low], [high + 1]])
+        blocks.append(RangeBlocks(*runs, False, torch.from_numpy(limits).to(device)))
+    return tuple(blocks)
+
+
+def plan_limits(
+    rows: np.ndarray, low: np.ndarray, high: np.ndarray, owners: np.ndarray, device: torch.device
+) -> RangePass:
+    """Blocks of `rows` (ascending) that each see the keys from low to before high, one block per owner.
+
+    Rows of one owner follow each other. Blocks whose rows see keys at the same places are worked on together.
+    """
+    found: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
+    for begin, end in pairwise([*np.flatnonzero(np.diff(owners, prepend=-1)), len(rows)]):
+        limits = np.stack([low[begin:end], high[begin:end]])
+        seen = limits[:, limits[1] > limits[0]]
+        if seen.size:
+            key, keys = int(seen[0].min()), int(seen[1].max() - seen[0].min())
+            pattern = (limits - key).clip(0, keys)
+            found.setdefault((keys, pattern.tobytes()), []).append((int(rows[begin]), key))
+    blocks = []
+    for (keys, places_seen), starts in found.items():
+        places = np.array(starts, dtype=np.int64)
+        limits = np.frombuffer(places_seen, dtype=np.int64).reshape(2, -1)
+        whole = bool((limits[0] == 0).all() and (limits[1] == keys).all())
+        blocks.append(
+            RangeBlocks(
+                Blocks(places[:, 0], limits.shape[1], device),
+                Blocks(places[:, 1], keys, device),
+                False,
+                None if whole else torch.from_numpy(limits.copy()).to(device),
+            )
+        )
     return tuple(blocks)
 
 
@@ -109,8 +147,8 @@ def range_attention(
         for item in blocks:
             mask = item.mask(q, repeats)
             o, part = _attend(*_operands(item, q, k, v), item.causal, scale, mask)
-            item.queries.put(out, _unfold(o, item, q.shape[0]))
-            item.queries.put(lse, _unfold(part[..., None], item, q.shape[0]))
+            item.queries.put(out, unfolded_rows(o, item, q.shape[0]))
+            item.queries.put(lse, unfolded_rows(part[..., None], item, q.shape[0]))
         results.append((out, lse))
     out, lse = results[0] if results else _nothing(q, complete=False)
     for other, other_lse in results[1:]:
@@ -145,15 +183,15 @@ def range_attention_backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for item in (item for blocks in passes for item in blocks):
         part_q, part_k, part_v = _attend_backward(
-            _rows(item, d_out, kv_heads),
+            folded_rows(item, d_out, kv_heads),
             *_operands(item, q, k, v),
-            _rows(item, out, kv_heads),
-            _rows(item, lse, kv_heads)[..., 0],
+            folded_rows(item, out, kv_heads),
+            folded_rows(item, lse, kv_heads)[..., 0],
             item.causal,
             scale,
             item.mask(q, heads // kv_heads),
         )
-        item.queries.add(dq, _unfold(part_q, item, heads))
+        item.queries.add(dq, unfolded_rows(part_q, item, heads))
         for total, part in ((dk, part_k), (dv, part_v)):
             item.keys.add(total, fold_heads(part.transpose(0, 1), part.shape[1] // kv_heads))
     dq = dq if factor == 1 else dq.mul_(factor)
@@ -185,14 +223,14 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def _operands(item: RangeBlocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[runs, heads, length, d]` each; see `_rows`. Keys are repeated where they are as many as rows: causal blocks."""
+    """`[runs, heads, length, d]` each; see `folded_rows`. Causal blocks, with as many keys as rows, repeat the keys."""
     key, value = (item.keys.take(x).transpose(0, 1) for x in (k, v))
     if item.causal and q.shape[0] > k.shape[0]:
         key, value = (x.repeat_interleave(q.shape[0] // k.shape[0], 1) for x in (key, value))
-    return _rows(item, q, k.shape[0]), key, value
+    return folded_rows(item, q, k.shape[0]), key, value
 
 
-def _rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
+def folded_rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
     """`[runs, kv_heads, repeats * length, d]` of `[heads, tokens, d]`: heads that share keys are more rows of one.
 
     Where a row's place in its block counts, heads stay apart: `[runs, heads, length, d]`.
@@ -203,8 +241,8 @@ def _rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
     return rows.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
-def _unfold(rows: Tensor, item: RangeBlocks, heads: int) -> Tensor:
-    """The inverse of `_rows`, `[heads, runs, length, d]`."""
+def unfolded_rows(rows: Tensor, item: RangeBlocks, heads: int) -> Tensor:
+    """The inverse of `folded_rows`, `[heads, runs, length, d]`."""
     if rows.shape[1] != heads:
         rows = rows.unflatten(2, (-1, item.queries.length)).flatten(1, 2)
     return rows.transpose(0, 1)

@@ -1,0 +1,107 @@
+"""Small groups in PyTorch: they share blocks of near rows and states of far ones, and cost what their rows cost."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vot_kernels import PackedLayout, hybrid_attention
+from vot_kernels.ops.hybrid_attention.geometry import Geometry
+from vot_kernels.ops.hybrid_attention.torch import make_plan
+from vot_kernels.testing import make_tensor
+
+BETA = torch.tensor([0.3, -0.5, 0.1, -1.0], dtype=torch.float64)
+
+
+def irregular(*segments: int) -> PackedLayout:
+    """Groups of 0 to 7 rows, and here and there a large one."""
+    numbers = np.random.default_rng(0)
+    bounds = [0]
+    for length in segments:
+        end = bounds[-1] + length
+        while bounds[-1] < end:
+            size = 90 if numbers.random() < 0.02 else int(numbers.integers(0, 8))
+            bounds.append(min(end, bounds[-1] + size))
+    return PackedLayout.from_cu_seqlens([0, *np.cumsum(segments).tolist()], bounds)
+
+
+LAYOUTS = {
+    "ones": PackedLayout.from_lengths([430, 37, 0, 200], group_size=1),
+    "threes": PackedLayout.from_lengths([500, 110], group_size=3),
+    "sixteens": PackedLayout.from_lengths([400, 300], group_size=16),
+    "irregular": irregular(450, 210, 30),
+    "of two kinds": PackedLayout.from_cu_seqlens([0, 300, 600], [*range(301), 400, 500, 600]),
+}
+WINDOWS = [
+    (0, None),
+    (1, None),
+    (70, None),
+    ((3, 40), None),
+    ((200, 0), None),
+    (5, "group"),
+    (None, "group"),
+    (90, "token"),
+    (0, "token"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("window", "causal"), WINDOWS)
+def test_equals_the_reference(layout, window, causal):
+    rows = layout.num_tokens
+    shapes = [(rows, 4, 6), (rows, 2, 6), (rows, 2, 6)]
+    leaves = [make_tensor(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    leaves = [x.requires_grad_() for x in (*leaves, BETA.clone())]
+    d_out, d_lse = make_tensor(rows, 4, 6, seed=7, dtype=torch.float64), make_tensor(rows, 4, seed=8).double()
+
+    def run(backend):
+        options = {"window": window, "causal": causal, "backend": backend, "return_lse": True}
+        out, lse = hybrid_attention(*leaves[:3], layout, beta=leaves[3], **options)
+        loss = (out * d_out).sum() + (lse * d_lse).sum()
+        return out, lse, *torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+    for a, b in zip(run("torch"), run("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.bytes = max(self.bytes, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize(("group", "window"), [(1, 64), (4, 16), (16, 1)])
+def test_no_tensor_is_much_larger_than_the_inputs(group, window):
+    layout = PackedLayout.from_lengths([3000], group_size=group)
+    leaves = [make_tensor(3000, 1, 32, seed=i).requires_grad_() for i in range(3)]
+    with Largest() as seen:
+        hybrid_attention(*leaves, layout, window=window).sum().backward()
+    assert (
+        seen.bytes <= 6 * leaves[0].untyped_storage().nbytes()
+    )  # one state per group: 33 times for groups of 1
+
+
+def test_work_grows_with_the_rows_and_the_window_alone():
+    """Pairs of rows in blocks, near and far, per row: of groups of 1 with a window of 256, 513 are near."""
+    for length in (2048, 8192):
+        geometry = Geometry.of(PackedLayout.from_lengths([length], group_size=1), 256, None)
+        plan = make_plan(geometry)
+        near, far = (
+            sum(item.queries.num_rows * item.keys.length for item in items) / length
+            for items in (plan.passes[0], plan.pairs)
+        )
+        blocks = sum(len(item.queries) for items in (plan.passes[0], plan.pairs) for item in items)
+        assert near < 650 and far < 300 and blocks < length / 16
+        assert plan.far is not None and plan.far.num_slots == length / 64
+
+
+def test_large_groups_stand_alone():
+    plan = make_plan(Geometry.of(PackedLayout.from_lengths([2048], group_size=128), 1, None))
+    assert not plan.pairs and all(item.limits is None for item in plan.passes[0])
