@@ -277,7 +277,8 @@ def test_every_argument_may_be_strided(mode):
     layout, options = PackedLayout.from_lengths((33, 0, 40)), mode_options(mode, 2)
     inputs, grad = make_qkv(73, 2, kv_heads=1), make_tensor(73, 2, 16)
     expected = gradients(layout, inputs, grad, **options)
-    strided = PackedLayout(*(spread(getattr(layout, x.name)) for x in fields(layout)))
+    values = {x.name: getattr(layout, x.name) for x in fields(layout)}
+    strided = PackedLayout(**{name: spread(x) if torch.is_tensor(x) else x for name, x in values.items()})
     options = {name: spread(x) if torch.is_tensor(x) else x for name, x in options.items()}
     actual = gradients(strided, list(map(spread, inputs)), spread(grad), **options)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
