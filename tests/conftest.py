@@ -22,6 +22,10 @@ if os.environ.pop("PYTEST_XDIST_WORKER", None):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+# Tests start `make` as a shell would, not as a part of the `make test` they run in.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    os.environ.pop(name, None)
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING and HAS_TRITON:
