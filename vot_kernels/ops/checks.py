@@ -143,6 +143,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("head_dim must be at least 1, got 0.")
 
 
+def check_per_head(name: str, values: Tensor | None, q: Tensor) -> None:
+    """None, or floating point `[heads]`."""
+    if values is not None:
+        check_tensor(name, values, [q.shape[1]])
+        check_device("q", q, **{name: values})
+        if not values.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {values.dtype}.")
+
+
 def check_options(
     q: Tensor,
     k: Tensor,
@@ -153,11 +162,7 @@ def check_options(
 ) -> None:
     """beta `[heads]`, a known feature map, and either both features or none."""
     check_choice("feature_map", feature_map, FEATURE_MAPS)
-    if beta is not None:
-        check_tensor("beta", beta, [q.shape[1]])
-        check_device("q", q, beta=beta)
-        if not beta.is_floating_point():
-            raise TypeError(f"beta must be floating point, got {beta.dtype}.")
+    check_per_head("beta", beta, q)
     if (q_features is None) != (k_features is None):
         raise ValueError("q_features and k_features must be given together, got one of them.")
     if q_features is not None and k_features is not None:

@@ -134,6 +134,65 @@ def test_beta_none_is_zero_and_scale_is_used():
     check(layout, [q, k, v, None], scale=1.0)
 
 
+def check_far_weight(weight, backend, roundings=16.0, **options):
+    """The weight and its log are one; the weight has a gradient at 0, of which the log knows nothing."""
+    layout = PackedLayout.from_lengths((20, 3, 33), group_size=5)
+
+    def run(q, k, v, weight, backend=backend):
+        given = {"far_weight": weight, "return_lse": True, "backend": backend}
+        return hybrid_attention(q, k, v, layout, **given, **options)
+
+    def oracle(q, k, v, weight):
+        return reference.hybrid_attention(q, k, v, layout, far_weight=weight, **options)
+
+    inputs = [*make_qkv(56, 4, 16, kv_heads=2, dtype=weight.dtype), weight]
+    check_against_reference(run, oracle, inputs, roundings=roundings, names=["out", "lse"])
+    out, lse = run(*inputs)
+    same = {"beta": weight.to(lse.dtype).log(), "return_lse": True, "backend": backend}
+    others = hybrid_attention(*inputs[:3], layout, **same, **options)
+    equal = (
+        torch.allclose if backend == "reference" else torch.equal
+    )  # the reference multiplies by the weight
+    assert all(map(equal, (out, lse), others))
+    leaf = weight.clone().requires_grad_()
+    run(*inputs[:3], leaf)[0].square().sum().backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad != 0).all()
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("weight", [[0.0, 0.3, 0.0, 2.0], [0.0] * 4])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_far_weight(weight, causal, backend):
+    check_far_weight(torch.tensor(weight), backend, causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "roundings"), [(torch.float16, 4.0), (torch.bfloat16, 4.0), (torch.float64, 64.0)]
+)
+def test_far_weight_of_any_dtype(dtype, roundings):
+    """In float64 the smallest weight is exp(-54), and exp errs by as many roundings."""
+    check_far_weight(torch.tensor([0.0, 0.25, 0.0, 2.0], dtype=dtype), "torch", roundings=roundings)
+
+
+def test_the_derivative_at_a_far_weight_of_zero_is_the_limit_of_differences():
+    layout = PackedLayout.from_lengths((20, 33), group_size=5)
+    qkv = make_qkv(53, 2, 16, dtype=torch.float64)
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    out = hybrid_attention(*qkv, layout, far_weight=weight)
+    [found] = torch.autograd.grad(out[:, :, 0].sum(), weight)
+    moved = hybrid_attention(*qkv, layout, far_weight=torch.full_like(weight, 1e-7).detach())
+    expected = (moved - out)[:, :, 0].sum(0) / 1e-7
+    assert max_error(found, expected.detach()) < 1e-4 * expected.abs().max()
+
+
+def test_far_weight_and_beta_are_one():
+    layout = PackedLayout.from_lengths((18, 7), group_size=4)
+    with pytest.raises(ValueError, match="either beta or far_weight"):
+        hybrid_attention(*make_qkv(25), layout, beta=BETA[:2], far_weight=BETA[:2])
+    with pytest.raises(ValueError, match="far_weight"):
+        hybrid_attention(*make_qkv(25), layout, far_weight=BETA)
+
+
 def test_the_check_itself_notices_a_wrong_beta():
     layout = PackedLayout.from_lengths((18, 7), group_size=4)
     q, k, v = make_qkv(25, 4)
@@ -353,18 +412,19 @@ def test_matmul_path_equals_the_fused_kernel(monkeypatch, causal, budget):
         assert max_error(a, b) < 1e-12
 
 
-def op_arguments(causal=None, given=False):
+def op_arguments(causal=None, given=False, weighs=False):
     layout = PackedLayout.from_lengths((9, 0, 5), group_size=2)
     q, k, v = make_qkv(15, 2, 4, kv_heads=1)  # one slack row
     features = (make_tensor(15, 2, 3).abs(), make_tensor(15, 1, 3).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
-    return (q, k, v, BETA[:2], *features, *tensors, 1, 0, causal, "softmax", 0.5, None, "torch")
+    beta = torch.tensor([0.5, 0.0]) if weighs else BETA[:2]
+    return (q, k, v, beta, *features, *tensors, 1, 0, causal, "softmax", 0.5, weighs, None, "torch")
 
 
-@pytest.mark.parametrize("given_features", [False, True])
-def test_opcheck(given_features):
-    arguments = op_arguments("group", given_features)
+@pytest.mark.parametrize(("given_features", "weighs"), [(False, False), (True, False), (False, True)])
+def test_opcheck(given_features, weighs):
+    arguments = op_arguments("group", given_features, weighs)
     forward = torch.ops.vot_kernels.hybrid_attention_fwd.default
     out, lse = forward(*arguments)
     backward = torch.ops.vot_kernels.hybrid_attention_bwd.default

@@ -200,13 +200,30 @@ def gradients(layout, inputs, *, function=hybrid_attention, **options):
     return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), inputs, grads)]
 
 
+@interpreted
+@pytest.mark.parametrize("causal", [None, "token"])
+def test_a_far_weight_of_zero_has_a_gradient(causal):
+    layout = PackedLayout.from_lengths((9, 17), group_size=4)
+    inputs = [*make_qkv(26, 2), torch.tensor([0.0, 0.5])]
+
+    def run(q, k, v, weight, backend="triton"):
+        return [
+            hybrid_attention(q, k, v, layout, window=0, causal=causal, far_weight=weight, backend=backend)
+        ]
+
+    check_against_reference(run, lambda *x: run(*x, backend="reference"), inputs, roundings=16)
+    off = {"beta": torch.full([2], -torch.inf), "window": 0, "causal": causal, "backend": "triton"}
+    [out] = run(*inputs[:3], torch.zeros(2))
+    assert torch.equal(out, hybrid_attention(*inputs[:3], layout, **off))
+
+
 def op_arguments(given):
     layout = PackedLayout.from_lengths((5, 0, 1), group_size=3)
     q, k, v = (with_slack(x, 1, value=0.0) for x in make_qkv(6, 1))
     features = (make_tensor(7, 1, 16).abs(), make_tensor(7, 1, 16).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
-    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, None, "softmax", 0.5, None, "triton")
+    return (q, k, v, BETA[:1].clone(), *features, *tensors, 0, 0, None, "softmax", 0.5, False, None, "triton")
 
 
 @interpreted

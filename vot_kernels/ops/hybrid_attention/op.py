@@ -23,10 +23,12 @@ from vot_kernels.ops.checks import (
     check_groups,
     check_layout,
     check_options,
+    check_per_head,
     check_qkv,
     check_scale,
 )
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import VARIANTS, Grads, Options
@@ -42,6 +44,7 @@ def hybrid_attention(
     *,
     window: Window = 1,
     beta: Tensor | None = None,
+    far_weight: Tensor | None = None,
     feature_map: str = "softmax",
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
@@ -62,6 +65,7 @@ def hybrid_attention(
     *,
     window: Window = 1,
     beta: Tensor | None = None,
+    far_weight: Tensor | None = None,
     feature_map: str = "softmax",
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
@@ -82,6 +86,7 @@ def hybrid_attention(
     *,
     window: Window = 1,
     beta: Tensor | None = None,
+    far_weight: Tensor | None = None,
     feature_map: str = "softmax",
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
@@ -102,6 +107,8 @@ def hybrid_attention(
         window: groups that are near: an int (on both sides, or to the left when causal), a pair
             (left, right), or None for all, which is exact softmax attention. 0 is the own group only.
         beta: `[heads]`, log of the weight of far tokens; None is 0, -inf leaves them out.
+        far_weight: `[heads]` >= 0, that weight itself, in place of beta. It has a gradient at 0 as well, so training
+            can begin with window attention and let the far tokens in; with beta = -inf it never would.
         feature_map: phi of the far part, on q and k as given: "softmax" over head_dim, "elu" (elu + 1)
             or "relu".
         q_features: `[tokens, heads, width]` >= 0 in place of phi(q); requires `k_features`.
@@ -128,10 +135,15 @@ def hybrid_attention(
     check_qkv(q, k, v)
     check_layout("q", q, layout)
     check_options(q, k, beta, feature_map, q_features, k_features)
+    check_per_head("far_weight", far_weight, q)
+    if beta is not None and far_weight is not None:
+        raise ValueError("Give either beta or far_weight, which is exp(beta), not both.")
     causal = check_causal(causal, CAUSAL_MODES)
     check_choice("_variant", _variant, VARIANTS)
     backend = select("hybrid_attention", backend, q, features=q_features)
-    inputs, geometry = Inputs(q, k, v, beta, q_features, k_features), Geometry.of(layout, window, causal)
+    weighs = far_weight is not None
+    inputs = Inputs(q, k, v, far_weight if weighs else beta, q_features, k_features)
+    geometry = Geometry.of(layout, window, causal)
     check_groups(layout, window, causal)
     check_choice("return_lse", return_lse, (False, True))
     scale = check_scale("scale", scale, q.shape[2])
@@ -143,6 +155,7 @@ def hybrid_attention(
             layout,
             window=window,
             beta=beta,
+            far_weight=far_weight,
             feature_map=feature_map,
             q_features=q_features,
             k_features=k_features,
@@ -150,7 +163,7 @@ def hybrid_attention(
             scale=scale,
         )
     else:
-        out, lse = _hybrid_attention_fwd(*inputs, *geometry, feature_map, scale, _variant, backend)
+        out, lse = _hybrid_attention_fwd(*inputs, *geometry, feature_map, scale, weighs, _variant, backend)
     return (out, lse) if return_lse else out
 
 
@@ -178,14 +191,19 @@ def _hybrid_attention_fwd(
     causal: str | None,
     feature_map: str,
     scale: float,
+    weighs: bool,
     variant: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse: `Inputs`, `Geometry` and `Options` one by one, and the backend."""
+    """Output and lse: `Inputs`, `Geometry` and `Options` one by one, and the backend.
+
+    `weighs` says that `beta` is the far weight itself.
+    """
     device, host = (
         (cu_seqlens, cu_groups, segment_groups),
         (host_cu_seqlens, host_cu_groups, host_segment_groups),
     )
+    beta = _widened(beta).log() if weighs and beta is not None else beta
     inputs = Inputs(q, k, v, beta, q_features, k_features)
     geometry = Geometry(*device, *host, left, right, causal)
     options = Options(feature_map, scale, variant=variant)
@@ -221,6 +239,7 @@ def _hybrid_attention_bwd(
     causal: str | None,
     feature_map: str,
     scale: float,
+    weighs: bool,
     variant: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -229,17 +248,34 @@ def _hybrid_attention_bwd(
         (cu_seqlens, cu_groups, segment_groups),
         (host_cu_seqlens, host_cu_groups, host_segment_groups),
     )
-    saved = Saved(Inputs(q, k, v, beta, q_features, k_features), out, lse)
+    weight = _some_weight(beta) if weighs and beta is not None else None
+    inputs = Inputs(q, k, v, beta if weight is None else weight.log(), q_features, k_features)
+    saved = Saved(inputs, out, lse)
     geometry = Geometry(*device, *host, left, right, causal)
     options = Options(feature_map, scale, torch.are_deterministic_algorithms_enabled(), variant)
     found = load("hybrid_attention", backend).backward(saved, Grads(d_out, d_lse), geometry, options)
     dq, dk, dv, d_beta, d_q_features, d_k_features = (q.new_empty(0) if x is None else x for x in found)
+    if weight is not None and beta is not None:
+        d_beta = (d_beta / weight).to(beta.dtype)
     return dq, dk, dv, d_beta, d_q_features, d_k_features
 
 
 @_hybrid_attention_bwd.register_fake
 def _(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(out.new_empty(0) if x is None else x.new_empty(x.shape) for x in Inputs(*arguments[:6]))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(accumulator(x.dtype))
+
+
+def _some_weight(weight: Tensor) -> Tensor:
+    """Far weights above 0, where those of 0 are too small to matter to any gradient but their own.
+
+    Backends differentiate by log weights, which says nothing of a weight of 0: there that gradient is 0 times another.
+    """
+    weight = _widened(weight)
+    return weight.clamp(min=torch.finfo(weight.dtype).eps ** 1.5)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

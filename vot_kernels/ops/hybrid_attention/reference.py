@@ -34,6 +34,7 @@ def hybrid_attention(
     *,
     window: Window = 1,
     beta: Tensor | None = None,
+    far_weight: Tensor | None = None,
     feature_map: str = "softmax",
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
@@ -57,6 +58,8 @@ def hybrid_attention(
         key, value, key_features = (x.repeat_interleave(repeats, 0) for x in (key, value, key_features))
         near, far = _masks(groups[begin:end], sides, causal)
         similarity = query_features @ key_features.transpose(1, 2)
+        if far_weight is not None:
+            similarity = far_weight.to(compute)[:, None, None] * similarity
         out, lse = _normalised(
             scale * (query @ key.transpose(1, 2)),
             near,

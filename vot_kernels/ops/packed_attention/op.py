@@ -94,5 +94,5 @@ def packed_attention(
         out, lse = reference.packed_attention(q, k, v, layout, causal=causal, scale=scale)
     else:
         inputs, geometry = Inputs(q, k, v), Geometry.of(layout, None, causal)
-        out, lse = _hybrid_attention_fwd(*inputs, *geometry, "softmax", scale, _variant, backend)
+        out, lse = _hybrid_attention_fwd(*inputs, *geometry, "softmax", scale, False, _variant, backend)
     return (out, lse) if return_lse else out

@@ -275,7 +275,7 @@ def op_arguments(far):
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
     qkv = [with_slack(x, 1, value=0.0) for x in make_qkv(6, 1)]
     window = (0, 0) if far else (None, None)
-    options = (*window, None, "softmax", 0.5, "fused", "triton")
+    options = (*window, None, "softmax", 0.5, False, "fused", "triton")
     return (*qkv, BETA[:1].clone() if far else None, None, None, *tensors, *options)
 
 
