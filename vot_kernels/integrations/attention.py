@@ -21,7 +21,9 @@ from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from vot_kernels.integrations.hybrid import HybridLayer, layer_of
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
+from vot_kernels.packing import PackedLayout
 
 NAME = "vot_kernels_flash"
 _PLAN = "_vot_kernels_plan"
@@ -176,10 +178,34 @@ def attention_forward(
         plan = _plan_padding(causal, (side, side), real, queries, query.shape[2])
     elif plan is None:
         plan = _plan_rows(causal, (side, side), batch, query.shape[2], key.shape[2], query.device)
-    return _attend(query, key, value, plan, scaling), None
+    layer = layer_of(module)
+    layout = None if layer is None else _layout(layer, query, key, plan, cu_seq_lens_q)
+    return _attend(module, query, key, value, plan, scaling, layout), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float | None) -> Tensor:
+def _layout(
+    layer: HybridLayer, query: Tensor, key: Tensor, plan: AttentionPlan, cu_seqlens: Tensor | None
+) -> PackedLayout:
+    """Clips and frames of a call to hybrid attention."""
+    own = query.shape[2] == key.shape[2] and plan.rows is None and plan.keys is None
+    if plan.causal or plan.window != _EVERYTHING or not own:
+        raise ValueError(
+            "Hybrid attention is for bidirectional attention of frames without padding; patch this model with "
+            'attention="exact", or give it frames of one size.'
+        )
+    return layer.clips.layout(cu_seqlens, query.shape[0], query.shape[2], query.device)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    scaling: float | None,
+    layout: PackedLayout | None,
+) -> Tensor:
+    """Attention of all rows in one call, over the plan or, where the module is hybrid, over a layout of clips."""
     batch, _, queries, head_dim = query.shape
     width = value.shape[-1]
     device = query.device.type
@@ -194,18 +220,21 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scal
     if plan.keys is not None:
         k, v = k.index_select(0, plan.keys), v.index_select(0, plan.keys)
     scale = head_dim**-0.5 if scaling is None else float(scaling)
-    out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        plan.cu_seqlens_q,
-        plan.cu_seqlens_k,
-        queries,
-        key.shape[2],
-        softmax_scale=scale,
-        causal=plan.causal,
-        window_size=plan.window,
-    )
+    if layout is not None and (layer := layer_of(module)) is not None:
+        out = layer.attend(module, q, k, v, layout, scale)
+    else:
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            plan.cu_seqlens_q,
+            plan.cu_seqlens_k,
+            queries,
+            key.shape[2],
+            softmax_scale=scale,
+            causal=plan.causal,
+            window_size=plan.window,
+        )
     if plan.places is not None:
         out = out.index_select(0, plan.places)
     return out.unflatten(0, (batch, queries))[..., :width].contiguous()

@@ -6,21 +6,33 @@ of its state_dict. A config serves all modules that share it, so it is patched f
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from vot_kernels.extras import imports_for
+from vot_kernels.integrations.hybrid import (
+    Clips,
+    HybridOptions,
+    HybridSite,
+    attach,
+    count_heads,
+    grid_owner,
+    undo,
+)
+from vot_kernels.ops.attention_options import Window
+from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.dispatch import select
+from vot_kernels.packing import brief
 
 _STATE = "_vot_kernels_patch"  # the configs that a patch wrote to, and what they said before
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
-_OP = "flash_attn_varlen_func"
+_OP, _HYBRID_OP = "flash_attn_varlen_func", "hybrid_attention"
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,19 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module) -> PatchReport:
-    """Run the attention of a transformers model on this package; outputs and gradients stay the same but for rounding.
+def patch(
+    model: nn.Module,
+    attention: str = "exact",
+    *,
+    window: Window = 0,
+    far: float | Literal["zero"] | None = "zero",
+    layers: Literal["all"] | Sequence[int] = "all",
+    feature_map: str = "softmax",
+    frames: int | None = None,
+) -> PatchReport:
+    """Run the attention of a transformers model on this package.
+
+    With attention="exact" outputs and gradients stay the same but for rounding.
 
     Each vision layer becomes one call for all images and frames, padding is left out, and language models keep their
     causality, sliding windows, packed sequences and caches. What a call can only find out by itself (a mask for every
@@ -97,27 +120,45 @@ def patch(model: nn.Module) -> PatchReport:
     were made from the same config object share the patch, since the name is written there; it is not saved with a
     model.
 
+    With attention="hybrid" the attention of vision towers becomes `hybrid_attention` of the frames of a clip: softmax
+    to the frames in `window`, linear to the others, with a weight per head that is learned. In a tower that attends
+    within frames alone (Qwen-VL) window=0 and far="zero" change nothing at first, bit for bit; training opens the view
+    to the other frames. In one that attends within whole clips a window is cheaper and another function. Modules whose
+    rows are no frames (the language model) stay exact. The weights are parameters `far_weight` of the attention
+    modules: they train, and are saved, as all others. Load them by `model.load_state_dict` after patching.
+
     Args:
         model: a model of transformers, or a module that holds some (PEFT, say).
+        attention: "exact" or "hybrid"; the rest is for "hybrid".
+        window: near frames, see `hybrid_attention`; None is softmax attention over the whole clip.
+        far: initial weight of far tokens, learned; "zero" is 0.0. None leaves them out for good.
+        layers: "all", or which attention modules of each tower, counted from 0; the others stay exact.
+        feature_map: phi of the far part, see `hybrid_attention`.
+        frames: frames of every clip, for towers that take an image or a frame per row (SigLIP, ViT) or no grid. None:
+            the tower's own argument `grid_thw` says it.
 
     Returns:
         For each attention module what replaced it, on which backend, or why it stays.
 
     Raises:
         TypeError: not a module.
-        ValueError: the model is patched already, or nothing in it can be replaced; it is as it was then.
+        ValueError: the model is patched already, nothing in it can be replaced, or an option is not one of the above;
+            it is as it was then.
         ImportError: transformers is not installed.
 
     Source: transformers 5, `AttentionInterface`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    options = _options(attention, window, far, layers, feature_map, frames)
     with imports_for("Patching a model", "llm"):
         from vot_kernels.integrations.attention import NAME, register_attention
     sites = list(_sites(model))
     if any(_implementation(site.config) == NAME for site in sites):
         raise ValueError("The model is patched already; call vot_kernels.unpatch first.")
     shared = _reasons_of_configs(model, sites)
+    able = [site for site in sites if not shared[id(site.config)]]
+    hybrid, exact = ({}, {}) if options is None else _hybrid_sites(model, able, options)
     rows, configs = [], {}
     for site in sites:
         before = _implementation(site.config)
@@ -125,9 +166,10 @@ def patch(model: nn.Module) -> PatchReport:
         if reason := shared[id(site.config)]:
             rows.append(replace(row, reason=reason))
         else:
-            note = "its quantised projections stay as they are" if _is_quantised(site.module) else ""
-            backend = _backend(site.module)
-            rows.append(replace(row, after=_OP, backend=backend, note=note))
+            notes = ["its quantised projections stay as they are"] if _is_quantised(site.module) else []
+            notes += [f"exact, since {exact[site.name]}"] if site.name in exact else []
+            op = _HYBRID_OP if site.name in hybrid else _OP
+            rows.append(replace(row, after=op, backend=_backend(site.module), note="; ".join(notes)))
             configs[id(site.config)] = site.config
     rows += [
         PatchedModule(
@@ -142,7 +184,12 @@ def patch(model: nn.Module) -> PatchReport:
             f"Nothing in {type(model).__name__} can be replaced. Looked for modules of transformers that look their "
             f"attention function up in {_FUNCTIONS}, and found {found}."
         )
+    if options is not None and not hybrid:
+        reasons = "; ".join(dict.fromkeys(exact.values()))
+        raise ValueError(f"No attention of {type(model).__name__} can be hybrid: {reasons}.")
     register_attention()
+    if options is not None:
+        attach(hybrid.values(), options)
     written = list(configs.values()) + _parents(model, configs)
     setattr(model, _STATE, [(config, _implementation(config)) for config in written])
     for config in written:
@@ -163,19 +210,62 @@ def unpatch(model: nn.Module) -> None:
         raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
     from vot_kernels.integrations.attention import NAME
 
+    undo(model)
     for config, before in state:
         if _implementation(config) == NAME:
             config._attn_implementation_internal = before
 
 
 @contextmanager
-def patched(model: nn.Module) -> Iterator[PatchReport]:
-    """`patch` for the time of a with block, which gets the report; raises what `patch` raises."""
-    report = patch(model)
+def patched(model: nn.Module, attention: str = "exact", **options: Any) -> Iterator[PatchReport]:
+    """`patch` for the time of a with block, which gets the report; takes and raises what `patch` does."""
+    report = patch(model, attention, **options)
     try:
         yield report
     finally:
         unpatch(model)
+
+
+def _options(attention: str, *values: Any) -> HybridOptions | None:
+    """The options of hybrid attention, None if it is not asked for."""
+    check_choice("attention", attention, ("exact", "hybrid"))
+    options = HybridOptions(*values)
+    if attention == "hybrid":
+        return options
+    if options != HybridOptions():
+        raise ValueError('window, far, layers, feature_map and frames are for attention="hybrid" alone.')
+    return None
+
+
+def _hybrid_sites(
+    model: nn.Module, sites: "list[_Site]", options: HybridOptions
+) -> tuple[dict[str, HybridSite], dict[str, str]]:
+    """By name the modules that become hybrid, and why the others do not."""
+    chosen: dict[str, HybridSite] = {}
+    reasons: dict[str, str] = {}
+    places: dict[nn.Module, int] = {}
+    clips: dict[nn.Module, Clips] = {}
+    for site in sites:
+        packed = any("cu_seq_lens_q" in names for names in _keywords(list(_codes(type(site.module)))))
+        owner = grid_owner(model, site.name)
+        if not packed and getattr(site.owner, "main_input_name", "") != "pixel_values":
+            reasons[site.name] = "its rows are no frames"
+        elif options.frames is None and not (packed and owner):
+            reasons[site.name] = "nothing says which frames make a clip: give frames, their number"
+        elif count_heads(site.module) is None:
+            reasons[site.name] = "the number of its heads is unknown"
+        else:
+            tower, grid = owner if packed and owner else (site.owner, "")
+            places[tower] = places.get(tower, -1) + 1
+            if options.layers == "all" or places[tower] in options.layers:
+                known = clips.setdefault(tower, Clips(options.frames, grid))
+                chosen[site.name] = HybridSite(site.module, tower, known)
+            else:
+                reasons[site.name] = "it is not among the layers"
+    last = max(places.values(), default=0)
+    if options.layers != "all" and any(i not in range(last + 1) for i in options.layers):
+        raise ValueError(f"layers must be within 0 to {last}, got {brief(options.layers)}.")
+    return chosen, reasons
 
 
 @dataclass(frozen=True)
