@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vot_kernels.extras import imports_for, require
 from vot_kernels.files import atomic_write, check_output, check_output_folder
@@ -273,6 +273,10 @@ def train_perception_command(
         float, typer.Option(help="Peak learning rate.")
     ] = PerceptionTraining.learning_rate,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = PerceptionTraining.seed,
+    attention: Annotated[
+        Literal["hybrid", "softmax"],
+        typer.Option(help="Attention of the encoder; softmax reaches all frames."),
+    ] = PerceptionTraining.attention,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
 ) -> None:
     """Train the nano encoder and the STSG head on DigitWorld."""
@@ -283,6 +287,7 @@ def train_perception_command(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
+        attention=attention,
     )
     check_output_folder(out)
     from vot_kernels.train.perception.run import run

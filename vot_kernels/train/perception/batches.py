@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.truth import VOCABULARY
+from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.loss import Targets
 from vot_kernels.scene_graph.relations import MOTIONS, geometric_relations
@@ -20,9 +22,10 @@ TRAIN_SIZES = ((64, 64), (64, 64), (64, 64), (56, 72), (72, 56), (80, 64))
 """Frame sizes (height, width) of training batches; the split "resolution" holds others."""
 
 
-def digitworld_config() -> VotPerceptionConfig:
-    """The nano perception model with DigitWorld's vocabulary."""
+def digitworld_config(attention: Literal["hybrid", "softmax"] = "hybrid") -> VotPerceptionConfig:
+    """The nano perception model with DigitWorld's vocabulary, its encoder with this attention."""
     return VotPerceptionConfig(
+        encoder=VotEncoderConfig.preset("nano", attention=attention),
         labels=list(VOCABULARY.labels),
         attributes=list(VOCABULARY.attributes),
         predicates=list(VOCABULARY.predicates),

@@ -16,7 +16,7 @@ from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, train_perception
 from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar, write_record
 
-OPTIONS = ("steps", "dynamics_steps", "batch_size", "learning_rate", "seed")
+OPTIONS = ("steps", "dynamics_steps", "batch_size", "learning_rate", "seed", "attention")
 """The settings that the command line has options for."""
 SPLITS = ("test", "held_out_pairs", "five_objects", "long", "resolution")
 

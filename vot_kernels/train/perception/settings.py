@@ -1,6 +1,7 @@
 """The settings of perception training; importing them takes no time."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class PerceptionTraining:
         weight_decay: AdamW's.
         clip: largest gradient norm of the first stage.
         seed: of weights and data.
+        attention: of the encoder: "hybrid", or "softmax" to all frames.
     """
 
     steps: int = 420
@@ -25,3 +27,4 @@ class PerceptionTraining:
     weight_decay: float = 0.02
     clip: float = 1.0
     seed: int = 0
+    attention: Literal["hybrid", "softmax"] = "hybrid"

@@ -36,7 +36,7 @@ def train_perception(
     through both, also in `stop_at`. See `vot_kernels.train.loop.run_steps` for the options.
     """
     torch.manual_seed(settings.seed)
-    config = digitworld_config()
+    config = digitworld_config(settings.attention)
     model = VotPerceptionModel(config).train()
     processor = make_processor(model)
     optimizer = torch.optim.AdamW(
