@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from vot_kernels.extras import imports_for, require
 from vot_kernels.files import atomic_write, check_output, check_output_folder
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
+from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.perception.settings import PerceptionTraining
 
 try:
@@ -293,6 +294,34 @@ def train_perception_command(
     from vot_kernels.train.perception.run import run
 
     print(run(out, settings, eval_clips))
+
+
+@train_app.command("linearize")
+@_when_interrupted(_checkpoints)
+def train_linearize_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a perception checkpoint with softmax attention.", **_PATH)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **_PATH),
+    ],
+    window: Annotated[int, typer.Option(help="Frames on each side that stay exact.")] = 1,
+    layer_steps: Annotated[
+        int, typer.Option(help="Optimiser steps in which each layer learns alone.")
+    ] = Linearization.layer_steps,
+    steps: Annotated[int, typer.Option(help="Further steps of the whole encoder.")] = Linearization.steps,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+) -> None:
+    """Turn exact attention into hybrid attention by distillation, layer by layer and then end to end."""
+    require("vot train linearize", "video", "llm", "train")
+    from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind
+
+    checkpoint_kind(checkpoint, PERCEPTION)
+    check_output_folder(out)
+    from vot_kernels.train.linearize.run import run
+
+    print(run(out, checkpoint, Linearization(layer_steps=layer_steps, steps=steps), window, eval_clips))
 
 
 @train_app.command("encoder")

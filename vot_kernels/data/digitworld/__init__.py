@@ -4,6 +4,7 @@ from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, b
 from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.data.digitworld.hidden_colours import HiddenColours, hidden_colours
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules, answer_text_by_rules
@@ -21,6 +22,7 @@ __all__ = [
     "VOCABULARY",
     "AskedEpisode",
     "Episode",
+    "HiddenColours",
     "Question",
     "Scene",
     "Sidecar",
@@ -33,6 +35,7 @@ __all__ = [
     "generate_episode",
     "generate_questions",
     "h264_roundtrip",
+    "hidden_colours",
     "load_sidecar",
     "save_episode",
 ]

@@ -1,0 +1,107 @@
+"""`vot train linearize`: a perception checkpoint with exact attention becomes one with hybrid attention."""
+
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vot_kernels.models.checkpoint import load_checkpoint
+from vot_kernels.models.encoder.cost import encoder_cost
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.train.linearize.settings import Linearization
+from vot_kernels.train.linearize.stage import linearize
+from vot_kernels.train.perception.batches import Batch, TrainingBatches
+from vot_kernels.train.perception.metrics import perception_metrics
+from vot_kernels.train.perception.run import publish
+from vot_kernels.train.perception.stage import make_processor
+from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar
+
+OPTIONS = ("layer_steps", "steps")
+"""The settings that the command line has options for, besides the teacher and the window."""
+_BATCH, _SEED = 12, 1
+_GRID = (16, 8, 8)  # patches of a DigitWorld clip
+
+
+def convert(teacher: VotPerceptionModel, window: int) -> VotPerceptionModel:
+    """A copy of the model whose encoder has hybrid attention in every layer; the weights are the teacher's.
+
+    Raises:
+        ValueError: the encoder's attention is not exact.
+    """
+    if teacher.config.encoder.attention != "softmax":
+        raise ValueError(
+            f'The encoder must have "softmax" attention, got {teacher.config.encoder.attention!r}.'
+        )
+    config = copy.deepcopy(teacher.config)
+    config.encoder.attention, config.encoder.window, config.encoder.full_attention_every = "hybrid", window, 0
+    student = VotPerceptionModel(config)
+    student.load_state_dict(teacher.state_dict() | _betas(student))
+    return student
+
+
+def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, eval_clips: int = 200) -> str:
+    """Convert and distil, or resume, and write `out/model`; returns tables of metrics and of errors per layer.
+
+    `out/model` is a perception checkpoint; its training.json has the command, the settings, held-out metrics of the
+    teacher, of the student as converted and as trained, the errors of each layer, and counted operations.
+    """
+    teacher = load_checkpoint(VotPerceptionModel, checkpoint).requires_grad_(False)
+    student = convert(teacher, window)
+    processor = make_processor(teacher)
+    names = [f"encoder.{n}" for n, _ in student.encoder.named_modules() if n.endswith(".attention")]
+    data = TrainingBatches(_SEED, _BATCH)
+
+    def batches(start: int, stop: int) -> Iterable[Batch]:
+        return (data[step] for step in range(start, stop))
+
+    def outputs(model: Any, batch: Batch) -> tuple[Tensor, ...]:
+        found = model.encoder(**processor(list(batch.clips), fps=batch.fps))
+        return found.last_hidden_state, found.pooler_output
+
+    def measure(model: VotPerceptionModel) -> dict[str, float]:
+        return perception_metrics(model.eval(), processor, "test", eval_clips)
+
+    metrics = {"softmax": measure(teacher), "converted": measure(student)}
+    start = time.perf_counter()
+    with progress_bar(settings.layer_steps + settings.steps) as report:
+        errors = linearize(out, teacher, student, names, batches, outputs, settings, report=report)
+    seconds = time.perf_counter() - start
+    cost = encoder_cost(student.config.encoder, _GRID)
+
+    def describe(published: VotPerceptionModel) -> dict[str, Any]:
+        return {
+            "command": command_line(
+                "vot train linearize", settings, OPTIONS, str(checkpoint), "--window", str(window)
+            ),
+            "settings": asdict(settings),
+            "training_seconds": round(seconds),
+            **machine(),
+            "eval_clips": eval_clips,
+            "metrics": metrics | {"distilled": measure(published)},
+            "layer_errors": errors,
+            "attention_flops": {
+                "softmax": cost.dense_attention_flops,
+                "hybrid": cost.attention_flops,
+                "grid_thw": list(_GRID),
+            },
+        }
+
+    record = publish(student, out / "model", describe)
+    saved = 1 - cost.attention_flops / cost.dense_attention_flops
+    words = (
+        f"Attention takes {saved:.0%} fewer operations on a clip of {' x '.join(map(str, _GRID))} patches."
+    )
+    tables = (
+        format_metrics(record["metrics"], "model"),
+        format_metrics(record["layer_errors"], "relative error"),
+    )
+    return "\n\n".join((*tables, words))
+
+
+def _betas(student: VotPerceptionModel) -> dict[str, Tensor]:
+    """The weights that exact attention has none of, as they were initialised."""
+    return {name: value for name, value in student.state_dict().items() if name.endswith(".attention.beta")}

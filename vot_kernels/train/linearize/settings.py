@@ -1,0 +1,22 @@
+"""The settings of linearization; importing them takes no time."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """Settings of a run; two runs with equal settings give equal weights on one machine.
+
+    Attributes:
+        layer_steps: steps in which each attention module alone learns to return what the teacher's returns.
+        steps: steps after those, in which the whole student learns the teacher's outputs.
+        layer_learning_rate, learning_rate: peaks of the two stages.
+        warmup, clip: of both; see `vot_kernels.train.loop.Schedule`.
+    """
+
+    layer_steps: int = 150
+    steps: int = 150
+    layer_learning_rate: float = 3e-3
+    learning_rate: float = 3e-4
+    warmup: int = 10
+    clip: float = 1.0
