@@ -18,10 +18,51 @@ _MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """Where the tokens of a padded batch lie, so that they can be packed and unpacked.
+
+    Attributes:
+        rows: int64 `[tokens]`, the place of each packed token in the flattened `[batch * length]`.
+        shape: (batch, length) of the padded batch.
+    """
+
+    rows: Tensor
+    shape: tuple[int, int]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[batch, length, ...]` to `[tokens, ...]`, without the padding.
+
+        Raises:
+            ValueError: x has another batch or length than the mask.
+        """
+        if not isinstance(x, Tensor) or x.shape[:2] != self.shape:
+            batch, length = self.shape
+            raise ValueError(
+                f"x must have the shape [{batch}, {length}, ...] of the mask, got {_shape_of(x)}."
+            )
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`[tokens, ...]` to `[batch, length, ...]` with zeros for padding; rows past the tokens are left out.
+
+        Raises:
+            ValueError: x has fewer rows than the mask has tokens.
+        """
+        tokens = self.rows.shape[0]
+        if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[0] < tokens:
+            raise ValueError(
+                f"x must have a row for each of the {tokens} tokens of the mask, got {_shape_of(x)}."
+            )
+        batch, length = self.shape
+        padded = x.new_zeros(batch * length, *x.shape[1:]).index_copy(0, self.rows, x[:tokens])
+        return padded.unflatten(0, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class PackedLayout:
     """Where every segment and group of a packed buffer begins, and where its tokens lie in space and time.
 
-    Build it with `from_lengths`, `from_cu_seqlens` or `from_grid_thw`, once per batch. Every field is a
+    Build it with `from_lengths`, `from_cu_seqlens`, `from_mask` or `from_grid_thw`, once per batch. Every field is a
     tensor, so a layout passes through `torch.compile` without guarding on the lengths of one batch; the
     `host_*` copies live on the CPU, so nothing on the hot path asks the device for a number.
 
@@ -112,6 +153,49 @@ class PackedLayout:
         grid = np.stack([counts, np.ones_like(counts), np.ones_like(counts)], axis=1)
         grouped = cu_groups is not None or group_size is not None
         return cls._build(grid, group_bounds, device, grouped)
+
+    @classmethod
+    def from_mask(
+        cls, attention_mask: Tensor, group_size: int | None = None, device: torch.device | str | None = None
+    ) -> tuple["PackedLayout", Padding]:
+        """From the mask of a padded batch, a segment for each of its rows.
+
+        Padding may lie on either side and between tokens. Tokens keep their order; token i of a row that is not padding
+        gets the position (i, 0, 0). A device tensor is copied to the host once, here.
+
+        Args:
+            attention_mask: bool or integer `[batch, length]`, 1 for tokens and 0 for padding.
+            group_size: tokens to a group; None is one group to a segment.
+            device: where the layout lies, by default that of the mask.
+
+        Returns:
+            The layout, and the `Padding` whose `pack` and `unpack` go between `[batch, length, ...]` and
+            `[tokens, ...]`.
+
+        Raises:
+            TypeError: not a tensor of bool or integers.
+            ValueError: not two-dimensional, or a number that is neither 0 nor 1.
+        """
+        if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
+            raise TypeError(
+                "attention_mask must be a bool or integer tensor [batch, length], 1 for tokens and 0 for padding, got "
+                f"{brief(attention_mask)}."
+            )
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                "attention_mask must have the shape [batch, length], True for tokens and False for padding, "
+                f"got {list(attention_mask.shape)}."
+            )
+        mask = attention_mask.detach().cpu().numpy()
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(
+                f"attention_mask must be 1 for tokens and 0 for padding, got {mask[(mask != 0) & (mask != 1)][0]}."
+            )
+        device = attention_mask.device if device is None else device
+        layout = cls.from_lengths(mask.astype(np.int64).sum(1), group_size, device)
+        with torch.inference_mode(False):
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(device)
+        return layout, Padding(rows, (mask.shape[0], mask.shape[1]))
 
     @classmethod
     def from_grid_thw(
@@ -286,6 +370,10 @@ def plan_packing(lengths: Sequence[int] | Tensor, budget: int) -> PackingPlan:
         free[row] -= counts[item]
     fill = sum(counts.tolist()) / (len(rows) * budget) if rows and budget else 0.0
     return PackingPlan(tuple(map(tuple, rows)), budget, fill)
+
+
+def _shape_of(x: object) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
 def brief(value: object) -> str:

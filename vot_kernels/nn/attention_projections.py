@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vot_kernels.nn.rotary import rotate
 from vot_kernels.ops.checks import check_layout, check_tensor
 from vot_kernels.packing import PackedLayout
 
@@ -50,17 +51,24 @@ class AttentionProjections(nn.Module):
         self.rotary = rotary
         self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm: nn.Module = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[tokens, num_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]` of x `[tokens, dim]`."""
+    def project(
+        self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[tokens, num_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]` of x `[tokens, dim]`.
+
+        `position_embeddings`, (cos, sin) as for `vot_kernels.nn.rotary.rotate`, take the place of `rotary`.
+        """
         check_tensor("x", x, ["tokens", self.dim])
         check_layout("x", x, layout)
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
+        if position_embeddings is not None:
+            q, k = rotate(q, k, position_embeddings)
+        elif self.rotary is not None:
             q, k = self.rotary(q, k, layout)
         return q, k, v
 

@@ -1,11 +1,15 @@
 """Multi-head self-attention over packed tokens on the hybrid attention op."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.nn.attention_conversion import AttentionParts, answers, linear_of, sample_of, take_apart
 from vot_kernels.nn.attention_projections import AttentionProjections, Rotary
+from vot_kernels.nn.rotary import positions_per_call
 from vot_kernels.ops.attention_options import CAUSAL_MODES, FEATURE_MAPS, Causal, Window, window_sides
-from vot_kernels.ops.checks import check_causal, check_choice
+from vot_kernels.ops.checks import check_causal, check_choice, check_scale
 from vot_kernels.ops.hybrid_attention import HybridAttentionState, hybrid_attention, hybrid_attention_step
 from vot_kernels.packing import PackedLayout
 
@@ -21,6 +25,7 @@ class HybridAttention(AttentionProjections):
         window: near groups, see `hybrid_attention`; None is exact softmax attention, which has no beta.
         causal: None, "group" or "token"; False is None and True is "token".
         feature_map: phi of the far part: "softmax", "elu" or "relu".
+        scale: factor on q.k of near tokens; None is head_dim ** -0.5.
         beta_init: the initial log weight of far tokens, which is learned. With None it is 0 and there is no `beta`.
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
@@ -44,6 +49,7 @@ class HybridAttention(AttentionProjections):
         window: Window = 1,
         causal: Causal = None,
         feature_map: str = "softmax",
+        scale: float | None = None,
         beta_init: float | None = 0.0,
         qk_norm: bool = True,
         bias: bool = False,
@@ -63,18 +69,171 @@ class HybridAttention(AttentionProjections):
         check_choice("feature_map", feature_map, FEATURE_MAPS)
         window_sides(window, self.causal)
         self.window, self.feature_map, self.backend = window, feature_map, backend
+        self.scale = check_scale("scale", scale, self.head_dim)
         self.beta_init = None if window is None else beta_init
         self.beta = None if self.beta_init is None else nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
+
+    @classmethod
+    def from_attention(
+        cls,
+        module: nn.Module,
+        *,
+        window: Window = None,
+        causal: Causal = None,
+        feature_map: str = "softmax",
+        beta_init: float | None = 0.0,
+        rotary: Rotary | None = None,
+        backend: str = "auto",
+        check: bool = True,
+    ) -> "HybridAttention":
+        """The attention of another package on packed tokens; with `window=None` it computes the same.
+
+        It takes `nn.MultiheadAttention` and self-attention made of linear layers: `qkv` and `proj` (Qwen-VL, timm), or
+        one layer each for queries, keys and values (SigLIP, ViT, CLIP, DINO in transformers), with or without biases
+        and with norms of each head (`q_norm`, `k_norm`). Weights are copied and keep their dtype, device and
+        `requires_grad`.
+
+        **Positions.** A module whose forward gets `position_embeddings` gets them per call here, too, for packed
+        tokens: `attention(x, layout, position_embeddings=(cos, sin))`. CLS and register tokens have cos 1 and sin 0.
+        A module that rotates in another way needs a `rotary`.
+
+        **The far weight.** A converted module with a window differs from the original in far tokens alone. beta_init
+        = -inf leaves them out: window attention, and a gradient of beta that is 0, so that training never brings them
+        in; a very negative number, -10 say, starts close to that and can learn. 0 takes phi(q).phi(k) as it is, which
+        for "softmax" is about 1 / head_dim and so much less than exp(scale q.k). `fit_beta` finds the best start from
+        sample tokens.
+
+        Args:
+            module: the attention; it stays as it is.
+            window, causal, feature_map, beta_init, backend: as of the module; the default is exact attention. A
+                causal module needs a `causal`.
+            rotary: `(q, k, layout) -> (q, k)` where the module's positions come with no call, or instead of them.
+            check: compare with the module on a few random tokens in float64, without window and `rotary`. A module
+                whose positions come from `rotary` alone is not compared.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: nothing of the above is found, the module does more than HybridAttention can (dropout, a
+                sliding window, other parameters), or the comparison fails.
+        """
+        parts = take_apart(module)
+        if parts.causal and check_causal(causal, CAUSAL_MODES) is None:
+            raise ValueError(f'{parts.kind} is causal: give causal="token", or "group", got {causal!r}.')
+        with torch.device("meta"):  # every parameter is replaced below
+            attention = cls(
+                parts.weight.shape[1],
+                parts.num_heads,
+                num_kv_heads=parts.num_kv_heads,
+                head_dim=parts.head_dim,
+                window=window,
+                causal=causal,
+                feature_map=feature_map,
+                scale=parts.scale,
+                beta_init=beta_init,
+                qk_norm=False,
+                rotary=positions_per_call if rotary is None and parts.per_call else rotary,
+                backend=backend,
+            )
+        attention.qkv = linear_of(parts.weight, parts.bias)
+        attention.out = linear_of(parts.out.weight, parts.out.bias)
+        attention.q_norm = nn.Identity() if parts.q_norm is None else copy.deepcopy(parts.q_norm)
+        attention.k_norm = nn.Identity() if parts.k_norm is None else copy.deepcopy(parts.k_norm)
+        if attention.beta is not None:
+            attention.beta = nn.Parameter(parts.weight.new_empty(parts.num_heads))
+            attention.reset_parameters()
+        if check and not parts.weight.is_meta and (rotary is None or parts.per_call):
+            attention._compare(module, parts)
+        return attention.train(module.training)
+
+    @torch.no_grad()
+    def _compare(self, module: nn.Module, parts: AttentionParts) -> None:
+        """Raise a ValueError unless the module computes what this one does without a window."""
+        x, position_embeddings = sample_of(parts)
+        ours = copy.deepcopy(self).to("cpu", torch.float64)
+        ours.window, ours.causal, ours.backend = None, "token" if parts.causal else None, "auto"
+        layout = PackedLayout.from_lengths([len(x)])
+        expected = ours(x, layout, position_embeddings if parts.per_call else None)
+        errors = [float((y - expected).abs().max()) for y in answers(module, x, position_embeddings)]
+        if not errors or not min(errors) <= 1e-4 * float(expected.abs().max()):
+            found = f"differs by {min(errors):.2g}" if errors else "cannot be called"
+            raise ValueError(
+                f"{parts.kind} has the parts of an attention module but computes something else (on sample tokens it "
+                f"{found}); if it has positions of its own, give them as rotary, a callable (q, k, layout) -> (q, k)."
+            )
+
+    @torch.no_grad()
+    def fit_beta(
+        self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Set `beta` so that on these tokens the output of every head is as close to exact attention as beta allows.
+
+        With N the sum of exp(scale q.k) over near tokens and L that of phi(q).phi(k) over far ones, a token's output is
+        o_near + w (o_far - o_near) with w = sigmoid(beta + log L/N). One number per head fits this to exact attention
+        by least squares. Where attention is spread out, beta comes to give far tokens their share of its mass; where it
+        is sharp, the mean that the far part takes would be wrong, and beta stays small.
+
+        Args:
+            x: `[tokens, dim]`, inputs of the module: some thousands of tokens of what it will see.
+            layout: of x.
+            position_embeddings: as for `forward`.
+
+        Returns:
+            `beta`, from -17 to 17; computed in float64.
+
+        Raises:
+            ValueError: the module has no beta, or no token of x has far tokens.
+        """
+        if self.beta is None:
+            raise ValueError(
+                f"The module has no beta to fit: window={self.window}, beta_init={self.beta_init}."
+            )
+        q, k, v = (t.double() for t in self.project(x, layout, position_embeddings))
+
+        def attend(window: Window, beta: float) -> tuple[Tensor, Tensor]:
+            return hybrid_attention(
+                q,
+                k,
+                v,
+                layout,
+                window=window,
+                beta=q.new_full((self.num_heads,), beta),
+                feature_map=self.feature_map,
+                causal=self.causal,
+                scale=self.scale,
+                return_lse=True,
+            )
+
+        exact, _ = attend(None, 0)
+        near, near_lse = attend(self.window, -torch.inf)
+        both, lse = attend(self.window, 0)
+        seen = lse > near_lse
+        if not seen.any():
+            raise ValueError(
+                "No token of x has far tokens that count: its layout has too few groups for the window."
+            )
+        ratio = torch.expm1(lse - near_lse).where(seen, 1).log()  # log L/N
+        far = (both - near).where(seen[..., None], 0) / ratio.sigmoid()[..., None]  # o_far - o_near
+        self.beta.copy_(_least_squares(ratio, far, exact - near))
+        return self.beta
 
     def reset_parameters(self) -> None:
         """Set `beta` to `beta_init`; the projections and norms have a `reset_parameters` of their own."""
         if self.beta is not None and self.beta_init is not None:
             nn.init.constant_(self.beta, self.beta_init)
 
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """Tokens `[tokens, dim]` to `[tokens, dim]`; slack rows come out as the output bias, or 0."""
-        q, k, v = self.project(x, layout)
+    def forward(
+        self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Tokens `[tokens, dim]` to `[tokens, dim]`; slack rows come out as the output bias, or 0.
+
+        Args:
+            x: `[tokens, dim]`.
+            layout: which rows belong to which segment and group.
+            position_embeddings: cos and sin of this call, each `[tokens, head_dim]`, in place of `rotary`; dimension i
+                is rotated with dimension i + head_dim / 2.
+        """
+        q, k, v = self.project(x, layout, position_embeddings)
         out = hybrid_attention(
             q,
             k,
@@ -84,12 +243,17 @@ class HybridAttention(AttentionProjections):
             beta=self.beta,
             feature_map=self.feature_map,
             causal=self.causal,
+            scale=self.scale,
             backend=self.backend,
         )
         return self.out(out.flatten(1))
 
     def step(
-        self, x: Tensor, layout: PackedLayout, state: HybridAttentionState | None = None
+        self,
+        x: Tensor,
+        layout: PackedLayout,
+        state: HybridAttentionState | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, HybridAttentionState]:
         """The next group of a stream, for causal="group": output `[tokens, dim]` and the next state.
 
@@ -103,9 +267,9 @@ class HybridAttention(AttentionProjections):
                 'A stream needs causal="group" and a window that is not None, '
                 f"got causal={self.causal!r} and window={self.window!r}."
             )
-        q, k, v = self.project(x, layout)
+        q, k, v = self.project(x, layout, position_embeddings)
         out, state = hybrid_attention_step(
-            q, k, v, state, window=self.window, beta=self.beta, feature_map=self.feature_map
+            q, k, v, state, window=self.window, beta=self.beta, feature_map=self.feature_map, scale=self.scale
         )
         return self.out(out.flatten(1)), state
 
@@ -115,3 +279,18 @@ class HybridAttention(AttentionProjections):
             f"{super().extra_repr()}, window={self.window}, causal={self.causal!r}, "
             f"feature_map={self.feature_map!r}"
         )
+
+
+def _least_squares(ratio: Tensor, change: Tensor, wanted: Tensor) -> Tensor:
+    """The beta `[heads]` with the least squares of sigmoid(beta + ratio) change - wanted.
+
+    `ratio` is `[tokens, heads]`, the others are `[tokens, heads, head_dim]`.
+    """
+    square, product = change.square().sum(2), (change * wanted).sum(2)
+    best = ratio.new_zeros(ratio.shape[1])
+    for step in (1 / 4, 1 / 64):  # from -16 to 16, then about the best of these
+        betas = best + step * torch.arange(-64, 65, device=ratio.device)[:, None]
+        weights = ((beta + ratio).sigmoid() for beta in betas)
+        errors = torch.stack([(w * (w * square - 2 * product)).sum(0) for w in weights])
+        best = betas.gather(0, errors.argmin(0, keepdim=True))[0]
+    return best

@@ -1,7 +1,9 @@
-"""Rotary positions in time and space."""
+"""Rotary positions: in time and space, or by cos and sin that the caller gives."""
 
+import torch
 from torch import Tensor, nn
 
+from vot_kernels.ops.checks import check_tensor
 from vot_kernels.ops.rope_qk_norm import rope_qk_norm
 from vot_kernels.packing import PackedLayout
 
@@ -20,3 +22,40 @@ class RotaryEmbedding(nn.Module):
     def forward(self, q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
         """q `[tokens, heads, head_dim]`, k `[tokens, kv_heads, head_dim]`; the same shapes, rotated."""
         return rope_qk_norm(q, k, layout.positions, theta=self.theta)
+
+
+def positions_per_call(q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """The `rotary` of attention whose cos and sin come with each call; it is called only where they did not.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "This attention gets its positions with each call: give position_embeddings=(cos, sin), each "
+        "[tokens, head_dim], or set rotary to a callable (q, k, layout) -> (q, k)."
+    )
+
+
+def rotate(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """q and k rotated by cos and sin, where dimension i goes with dimension i + head_dim / 2.
+
+    Args:
+        q: `[tokens, heads, head_dim]`.
+        k: `[tokens, kv_heads, head_dim]`.
+        position_embeddings: cos and sin, each `[tokens, head_dim]`. A token with cos 1 and sin 0 stays as it is.
+
+    Returns:
+        The same shapes and dtypes; computed in the wider of both dtypes.
+
+    Raises:
+        TypeError, ValueError: cos or sin is no tensor, or of another shape.
+    """
+    for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
+        check_tensor(f"{name} of position_embeddings", table, [q.shape[0], q.shape[2]])
+    cos, sin = (table[:, None] for table in position_embeddings)
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+    return rotated(q), rotated(k)
