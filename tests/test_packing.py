@@ -104,6 +104,112 @@ def test_a_frame_of_a_clip_is_a_group():
     assert repr(layout).startswith("PackedLayout(2 segments, 7 groups, 34 tokens, longest 24")
 
 
+# Padding.
+
+masks = st.integers(0, 7).flatmap(
+    lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=5)
+)
+
+
+def test_a_mask_by_hand():
+    """Padding on the left, on the right and in between, a row of padding alone."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
+    layout, padding = PackedLayout.from_mask(mask, group_size=2)
+    check_invariants(layout)
+    assert layout.lengths == (2, 3, 3, 0) and layout.group_lengths == (2, 2, 1, 2, 1) and layout.grouped
+    assert padding.rows.tolist() == [2, 3, 4, 5, 6, 8, 10, 11] and padding.shape == (4, 4)
+    assert layout.positions[:, 0].tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
+    x = torch.arange(16.0).view(4, 4)
+    assert padding.pack(x).tolist() == [2, 3, 4, 5, 6, 8, 10, 11]
+    unpacked = padding.unpack(padding.pack(x[..., None])).squeeze(-1)
+    assert unpacked.tolist() == [[0, 0, 2, 3], [4, 5, 6, 0], [8, 0, 10, 11], [0, 0, 0, 0]]
+    assert not PackedLayout.from_mask(mask)[0].grouped
+
+
+@given(masks, st.none() | st.integers(1, 3), st.sampled_from([torch.bool, torch.uint8, torch.int64]))
+def test_packing_and_unpacking_a_padded_batch(rows, group_size, dtype):
+    mask = torch.tensor(rows, dtype=torch.bool).view(len(rows), -1)
+    layout, padding = PackedLayout.from_mask(mask.to(dtype), group_size)
+    check_invariants(layout)
+    assert layout.lengths == tuple(mask.sum(1).tolist())
+    expected = PackedLayout.from_lengths(layout.lengths, group_size)
+    assert torch.equal(layout.cu_groups, expected.cu_groups) and layout.grouped == expected.grouped
+    x = torch.randn(*mask.shape, 2, 3, dtype=torch.float64, requires_grad=True)
+    packed = padding.pack(x)
+    assert torch.equal(packed, x[mask])
+    slack = torch.cat([packed, packed.new_full((2, 2, 3), torch.nan)])
+    for given_rows in (packed, slack):
+        assert torch.equal(padding.unpack(given_rows), torch.where(mask[..., None, None], x, 0))
+    (gradient,) = torch.autograd.grad(padding.unpack(packed).square().sum(), x)
+    assert torch.equal(gradient, torch.where(mask[..., None, None], 2 * x, 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: PackedLayout.from_mask([[1, 1]]), TypeError, "bool or integer tensor.*got .*1, 1"),
+        (lambda p: PackedLayout.from_mask(torch.ones(2, 3)), TypeError, "bool or integer .* torch.float32"),
+        (lambda p: PackedLayout.from_mask(torch.ones(1, 1, 4, 4).bool()), ValueError, r"got \[1, 1, 4, 4\]"),
+        (lambda p: PackedLayout.from_mask(torch.tensor([[1, 2]])), ValueError, "1 for tokens and 0.*got 2"),
+        (lambda p: PackedLayout.from_mask(torch.tensor([[-1, 0]])), ValueError, "got -1"),
+        (lambda p: PackedLayout.from_mask(torch.ones(1, 2).bool(), 0), ValueError, "group_size must be"),
+        (lambda p: p.pack(torch.zeros(2, 4)), ValueError, r"\[2, 3, \.\.\.\] of the mask, got \[2, 4\]"),
+        (lambda p: p.pack([1]), ValueError, "got list"),
+        (lambda p: p.unpack(torch.zeros(3, 5)), ValueError, r"each of the 4 tokens .* got \[3, 5\]"),
+    ],
+)
+def test_what_is_no_padding_is_refused_in_one_sentence(call, error, message):
+    _, padding = PackedLayout.from_mask(torch.tensor([[1, 1, 0], [0, 1, 1]]))
+    with pytest.raises(error, match=message) as caught:
+        call(padding)
+    assert "\n" not in str(caught.value)
+
+
+# Prefix tokens.
+
+
+def test_prefix_tokens_by_hand():
+    """A clip of two frames of 2 x 2 patches and an image of 1 x 3, CLS in front of each, a register for each frame."""
+    grid = [[2, 2, 2], [1, 1, 3]]
+    layout = PackedLayout.from_grid_thw(grid, segment_prefix=1, frame_prefix=1)
+    check_invariants(layout)
+    assert layout.lengths == (11, 5) and layout.group_lengths == (6, 5, 5)
+    assert layout.prefix_rows.tolist() == [0, 1, 6, 11, 12]
+    assert layout.patch_rows.tolist() == [2, 3, 4, 5, 7, 8, 9, 10, 13, 14, 15]
+    frames = [[[t, 0, 0], *([t, y, x] for y in (0, 1) for x in (0, 1))] for t in (0, 1)]
+    image = [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2]]
+    assert layout.positions.tolist() == [[0, 0, 0], *frames[0], *frames[1], *image]
+    assert layout.sizes.tolist() == grid
+    bands = PackedLayout.from_grid_thw(grid, "rows:1", segment_prefix=1, frame_prefix=1)
+    assert bands.group_lengths == (4, 2, 3, 2, 5)
+    assert PackedLayout.from_grid_thw(grid, 4, segment_prefix=1).group_lengths == (4, 4, 1, 4)
+    assert PackedLayout.from_grid_thw(grid).patch_rows is None
+
+
+@given(grids, groupings, st.integers(0, 3), st.integers(0, 2))
+def test_patches_keep_their_places_behind_prefix_tokens(grid, group, segment_prefix, frame_prefix):
+    plain = PackedLayout.from_grid_thw(grid, group)
+    layout = PackedLayout.from_grid_thw(
+        grid, group, segment_prefix=segment_prefix, frame_prefix=frame_prefix
+    ).to("cpu")
+    check_invariants(layout)
+    if not segment_prefix and not frame_prefix:
+        assert layout.patch_rows is None and torch.equal(layout.cu_groups, plain.cu_groups)
+        return
+    everything = torch.cat([layout.patch_rows, layout.prefix_rows]).sort().values
+    assert everything.tolist() == list(range(layout.num_tokens))
+    assert torch.equal(layout.positions[layout.patch_rows], plain.positions)
+    assert torch.equal(layout.token_segments[layout.patch_rows], plain.token_segments)
+    lengths = [t * h * w and segment_prefix + t * (frame_prefix + h * w) for t, h, w in grid]
+    assert layout.lengths == tuple(lengths)
+    assert (layout.positions[layout.prefix_rows, 1:] == 0).all()
+    if not isinstance(group, int):  # a prefix token belongs to the group of the patch that follows
+        assert torch.equal(layout.token_groups[layout.patch_rows], plain.token_groups)
+        following = layout.patch_rows[torch.searchsorted(layout.patch_rows, layout.prefix_rows)]
+        assert torch.equal(layout.token_groups[layout.prefix_rows], layout.token_groups[following])
+        assert torch.equal(layout.positions[layout.prefix_rows, 0], layout.positions[following, 0])
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -150,6 +256,21 @@ def test_a_frame_of_a_clip_is_a_group():
         (lambda: PackedLayout.from_lengths([3], 0), ValueError, "group_size must be a positive int"),
         (lambda: PackedLayout.from_lengths([3], True), ValueError, "group_size must be a positive int"),
         (lambda: PackedLayout.from_lengths([3], 2.0), ValueError, "group_size must be a positive int"),
+        (
+            lambda: PackedLayout.from_grid_thw([[1, 2, 3]], segment_prefix=-1),
+            ValueError,
+            "segment_prefix must be",
+        ),
+        (
+            lambda: PackedLayout.from_grid_thw([[1, 2, 3]], frame_prefix=True),
+            ValueError,
+            "frame_prefix.*got True",
+        ),
+        (
+            lambda: PackedLayout.from_grid_thw([[2**20, 2**5, 2**5]], frame_prefix=2**20),
+            ValueError,
+            f"asks for {2**30 + 2**40}",
+        ),
         (lambda: PackedLayout.from_grid_thw([[1, 2]]), ValueError, r"\[segments, 3\], got \(1, 2\)"),
         (lambda: PackedLayout.from_grid_thw([1, 2, 3]), ValueError, r"\[segments, 3\]"),
         (lambda: PackedLayout.from_grid_thw([[1, -2, 3]]), ValueError, "negative"),

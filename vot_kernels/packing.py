@@ -71,9 +71,11 @@ class PackedLayout:
         cu_groups: int32 `[groups + 1]`, first row of each group, likewise.
         segment_groups: int32 `[segments + 1]`, index of the first group of each segment.
         positions: int32 `[tokens, 3]`, (t, y, x) of each token, restarting at 0 in every segment.
-        sizes: int32 `[segments, 3]`, (frames, height, width) of each segment in tokens.
+        sizes: int32 `[segments, 3]`, (frames, height, width) of each segment in tokens, without prefix tokens.
         host_cu_seqlens, host_cu_groups, host_segment_groups: the same numbers on the CPU.
         grouped: whether groups were asked for; if not, each segment is one, and there is nothing for a window to count.
+        patch_rows, prefix_rows: int64, the rows of patches and those of prefix tokens (CLS, registers), each in order;
+            None where no prefix was asked for: all rows are patches.
     """
 
     cu_seqlens: Tensor
@@ -85,6 +87,8 @@ class PackedLayout:
     host_cu_groups: Tensor
     host_segment_groups: Tensor
     grouped: bool = field(default=True, kw_only=True)
+    patch_rows: Tensor | None = field(default=None, kw_only=True)
+    prefix_rows: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_lengths(
@@ -203,18 +207,29 @@ class PackedLayout:
         grid_thw: Tensor | Sequence[Sequence[int]],
         group: str | int = "frame",
         device: torch.device | str | None = None,
+        *,
+        segment_prefix: int = 0,
+        frame_prefix: int = 0,
     ) -> "PackedLayout":
         """From the Qwen-VL convention: `[segments, 3]` of (frames, height, width) counted in tokens.
 
-        Tokens of a segment lie in the order (t, y, x), x fastest.
+        Tokens of a segment lie in the order (t, y, x), x fastest. **Prefix tokens**, CLS and registers, lie in front of
+        each segment, of each frame or both; a segment without patches has none. They belong to the group of the patch
+        that follows, so that they are near to the first frame, or each to its own; for other groups give
+        `from_cu_seqlens` its `cu_groups`. Their y and x are 0, and t is that of their frame, so that a rotation by
+        positions leaves those of a segment as they are.
 
         Args:
             grid_thw: integer tensor or nested sequence `[segments, 3]`.
-            group: "frame", "rows:N" (bands of N rows within a frame) or an int (blocks of that many tokens).
+            group: "frame", "rows:N" (bands of N rows within a frame) or an int (blocks of that many tokens, prefix
+                tokens included).
             device: where the layout lies; by default that of `grid_thw`.
+            segment_prefix: tokens in front of each segment: 1 for a CLS token of an image or a clip, 1 + 4 for CLS and
+                four registers. The first of them are the rows `cu_seqlens[:-1]`.
+            frame_prefix: tokens in front of each frame.
 
         Raises:
-            ValueError: a malformed grid or group.
+            ValueError: a malformed grid or group, or a prefix that is not an int >= 0.
         """
         if device is None and isinstance(grid_thw, Tensor):
             device = grid_thw.device
@@ -227,12 +242,16 @@ class PackedLayout:
             raise ValueError(f"grid_thw must not be negative, got {int(grid.min())}.")
         if (grid > _MAX_TOKENS).any():
             raise ValueError(f"grid_thw must hold numbers up to {_MAX_TOKENS}, got {int(grid.max())}.")
-        if grid.astype(float).prod(1).sum() > _MAX_TOKENS:
-            total = sum(t * y * x for t, y, x in grid.tolist())
+        prefix = _Prefix(segment_prefix, frame_prefix)
+        if (
+            grid.astype(float).prod(1).sum() > _MAX_TOKENS
+            or prefix.lengths(grid.astype(float)).sum() > _MAX_TOKENS
+        ):
+            total = sum(prefix.length(*size) for size in grid.tolist())
             raise ValueError(
                 f"A packed buffer holds at most {_MAX_TOKENS} tokens, grid_thw asks for {total}."
             )
-        return cls._build(grid, _grid_groups(grid, group), device)
+        return cls._build(grid, _grid_groups(grid, group, prefix), device, prefix=prefix)
 
     @classmethod
     def _build(
@@ -241,32 +260,37 @@ class PackedLayout:
         group_bounds: np.ndarray,
         device: torch.device | str | None,
         grouped: bool = True,
+        prefix: "_Prefix | None" = None,
     ) -> "PackedLayout":
-        counts = grid.prod(axis=1)
+        prefix = _Prefix() if prefix is None else prefix
+        counts = prefix.lengths(grid)
         bounds = _cumsum(counts)
-        index = _ragged_arange(counts)
         height, width = (np.repeat(grid[:, axis], counts) for axis in (1, 2))
-        positions = np.stack(
-            [index // np.maximum(height * width, 1), index // width % height, index % width], 1
-        )
+        frame, index = prefix.places(_ragged_arange(counts), height * width)
+        patch = np.maximum(index, 0)  # a prefix token has the place of the first patch
+        positions = np.stack([frame, patch // width % height, patch % width], 1)
         # An empty group on a boundary belongs to the later segment; being empty, it makes no difference.
         segment_groups = np.searchsorted(group_bounds[:-1], bounds, side="left")
         segment_groups[-1] = len(group_bounds) - 1
+        numbers = (bounds, group_bounds, segment_groups, positions, grid)
+        rows = [np.flatnonzero(index >= 0), np.flatnonzero(index < 0)] if prefix else []
         with torch.inference_mode(False):  # a layout made in a validation step may serve training later
-            host = [_to_tensor(array) for array in (bounds, group_bounds, segment_groups, positions, grid)]
+            host = [torch.from_numpy(array.astype(np.int32)) for array in numbers]
+            host += [torch.from_numpy(array) for array in rows]
             on_device = [tensor if device is None else tensor.to(device) for tensor in host]
-        return cls(*on_device, *host[:3], grouped=grouped)
+        named = dict(zip(("patch_rows", "prefix_rows"), on_device[5:], strict=False))
+        return cls(*on_device[:5], *host[:3], grouped=grouped, **named)
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout on another device."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        moved = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and not name.startswith("host_")
+        }
         with torch.inference_mode(False):
-            return PackedLayout(
-                **{
-                    name: value if name.startswith("host_") or name == "grouped" else value.to(device)
-                    for name, value in values.items()
-                }
-            )
+            return PackedLayout(**values | {name: value.to(device) for name, value in moved.items()})
 
     @property
     def device(self) -> torch.device:
@@ -422,9 +446,42 @@ def _block_groups(counts: np.ndarray, group_size: int | None) -> np.ndarray:
     return _cumsum(np.minimum(size, np.repeat(counts, blocks) - within * size))
 
 
-def _grid_groups(grid: np.ndarray, group: str | int) -> np.ndarray:
+@dataclass(frozen=True)
+class _Prefix:
+    """How many tokens lie in front of each segment and of each frame; a segment without patches has none."""
+
+    segment: int = 0
+    frame: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("segment_prefix", self.segment), ("frame_prefix", self.frame)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_TOKENS:
+                raise ValueError(f"{name} must be an int from 0 to {_MAX_TOKENS}, got {brief(value)}.")
+
+    def __bool__(self) -> bool:
+        return bool(self.segment or self.frame)
+
+    def length(self, frames: int, height: int, width: int) -> int:
+        """Tokens of one segment."""
+        patches = frames * height * width
+        return patches and self.segment + frames * self.frame + patches
+
+    def lengths(self, grid: np.ndarray) -> np.ndarray:
+        """Tokens of each segment."""
+        patches = grid.prod(axis=1)
+        return np.where(patches > 0, self.segment + grid[:, 0] * self.frame + patches, 0).astype(grid.dtype)
+
+    def places(self, index: np.ndarray, frame_size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The frame of tokens by their index in the segment, and their place in it; below 0 are prefix tokens."""
+        index = index - self.segment
+        step = frame_size + self.frame
+        within = np.where(index < 0, index, index % step - self.frame)
+        return np.maximum(index, 0) // step, within
+
+
+def _grid_groups(grid: np.ndarray, group: str | int, prefix: _Prefix) -> np.ndarray:
     if isinstance(group, int) and not isinstance(group, bool) and group > 0:
-        return _block_groups(grid.prod(axis=1), group)
+        return _block_groups(prefix.lengths(grid), group)
     frames, height, width = grid[grid.all(axis=1)].T  # an empty segment has no groups
     band_rows = re.fullmatch("rows:0*([1-9][0-9]*)", group) if isinstance(group, str) else None
     if group == "frame":
@@ -439,7 +496,10 @@ def _grid_groups(grid: np.ndarray, group: str | int) -> np.ndarray:
     per_segment = frames * bands
     band = _ragged_arange(per_segment) % np.repeat(np.maximum(bands, 1), per_segment)
     left = np.repeat(height, per_segment) - band * np.repeat(rows, per_segment)
-    return _cumsum(np.minimum(np.repeat(rows, per_segment), left) * np.repeat(width, per_segment))
+    sizes = np.minimum(np.repeat(rows, per_segment), left) * np.repeat(width, per_segment)
+    sizes[band == 0] += prefix.frame
+    sizes[np.cumsum(per_segment) - per_segment] += prefix.segment
+    return _cumsum(sizes)
 
 
 def _ragged_arange(counts: np.ndarray) -> np.ndarray:
@@ -457,7 +517,3 @@ def _check_lengths(counts: np.ndarray) -> None:
 
 def _cumsum(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-def _to_tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int32))
