@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.ops.checks import check_layout, check_tensor
 from vot_kernels.packing import PackedLayout
 
 
@@ -27,6 +28,8 @@ class PackedAttentionPooling(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """`[tokens, dim]` to `[segments, dim]`; an empty segment pools to zero."""
+        check_tensor("x", x, ["tokens", self.score.in_features])
+        check_layout("x", x, layout)
         owner = layout.token_segments
         x = x[: layout.num_tokens]
         score = self.score(x).float()

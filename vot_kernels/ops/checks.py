@@ -53,8 +53,30 @@ def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
         isinstance(dim, str) or value.shape[axis] == dim for axis, dim in enumerate(dims)
     )
     if not fits:
-        raise ValueError(f"{name} must have the shape {_shape(dims)}, got {list(value.shape)}.")
+        advice = _advice(name, value, dims)
+        raise ValueError(f"{name} must have the shape {_shape(dims)}, got {list(value.shape)}{advice}.")
     check_no_tangent(name, value)
+
+
+def _advice(name: str, value: Tensor, dims: Sequence[str | int]) -> str:
+    """For a batch where packed tokens belong, or the reverse: the call that makes it right."""
+    more, first = value.ndim - len(dims), dims[0] if dims else ""
+    if more == 1 and first in ("total_q", "total_k"):
+        return "; flash_attn_func takes a batch [batch, seqlen, heads, head_dim]"
+    if more == -1 and first == "batch":
+        return "; flash_attn_varlen_func takes packed tokens [total, heads, head_dim]"
+    if more != 1 or first != "tokens":
+        return ""
+    if len(dims) == 2:
+        batch, length = value.shape[:2]
+        layout = f"PackedLayout.from_lengths([{length}] * {batch})"
+        flat = f"flatten a batch with {name}.flatten(0, 1), whose layout is {layout}"
+    else:
+        flat = (
+            f"flatten a batch [B, T, H, D] with {name}.flatten(0, 1) or [B, H, T, D] with "
+            f"{name}.transpose(1, 2).flatten(0, 1), whose layout is PackedLayout.from_lengths([T] * B)"
+        )
+    return f"; {flat}, or pack it with PackedLayout.from_mask if it has padding"
 
 
 def check_no_tangent(name: str, tensor: Tensor) -> None:
@@ -112,14 +134,20 @@ def check_layout(name: str, tensor: Tensor, layout: object) -> None:
     Compares shapes only, so that it neither waits for the device nor breaks a compiled graph.
     """
     if not isinstance(layout, PackedLayout):
-        raise TypeError(f"layout must be a PackedLayout, got {type(layout).__name__}.")
+        raise TypeError(
+            "layout must be a PackedLayout, which from_lengths, from_cu_seqlens, from_mask and from_grid_thw make, "
+            f"got {type(layout).__name__}."
+        )
     if layout.positions.device != tensor.device:
         raise ValueError(
             f"layout lies on {layout.positions.device} but {name} on {tensor.device}; use layout.to(...)."
         )
     if tensor.shape[0] < layout.positions.shape[0]:
+        tokens = layout.positions.shape[0]
+        transposed = tensor.ndim == 3 and tensor.shape[1] >= tokens
+        advice = f"; [heads, tokens, head_dim] fits after {name}.transpose(0, 1)" if transposed else ""
         raise ValueError(
-            f"{name} has {tensor.shape[0]} rows, fewer than the {layout.positions.shape[0]} tokens of layout."
+            f"{name} has {tensor.shape[0]} rows, fewer than the {tokens} tokens of layout{advice}."
         )
 
 
