@@ -12,15 +12,16 @@ export PYTHONDONTWRITEBYTECODE =
 # Processes that share the tests; 0 runs them in one, which a debugger needs.
 JOBS ?= 2
 TESTS ?=
-# What `make check` runs: every op of CORE in under a minute.
-CORE := tests/meta tests/test_packing.py tests/test_testing.py tests/ops
+# What `make check` runs: every op of CORE in about a minute.
+CORE := tests/meta tests/docs/test_links.py tests/test_packing.py tests/test_testing.py tests/ops
 # What `make matrix` runs, and with which torch: the oldest that pyproject.toml allows, and the newest there is.
 OPS := tests/test_packing.py tests/test_testing.py tests/ops tests/tuning
 TORCH ?= 2.11.0 newest
 MATRIX := .venv-matrix
+DOCS := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format bench matrix fuzz clean
+.PHONY: help demo check test lint format bench docs matrix fuzz clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -45,7 +46,7 @@ help:  ## this list
 demo: $(PACKAGE)  ## answer questions about two videos with the shipped checkpoint
 	@$(BIN)/vot demo
 
-check: lint  ## before every commit, a minute: lint, import rules, each op in PyTorch against its reference
+check: lint  ## before every commit, a minute: lint, import rules, links, each op in PyTorch against its reference
 	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" $(CORE)
 
 test: lint  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
@@ -77,11 +78,23 @@ bench: $(PACKAGE)  ## measure the ops on this machine: the quick suite, three mi
 	@$(BIN)/python -m pytest benchmarks --quick --benchmark-json runs/bench.json
 	@$(BIN)/python -m benchmarks.report runs/bench.json
 
+# The reference is read off the sources, so this environment has no torch.
+docs: $(DOCS)/.installed  ## the documentation and the reference of the public names as web pages, in site/
+	@$(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS)/.installed: pyproject.toml
+	@$(call new-venv,$(DOCS))
+	@$(DOCS)/bin/python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"] \
+	    ["optional-dependencies"]["docs"]))' > $(DOCS)/requirements.txt
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r $(DOCS)/requirements.txt
+	@touch $@
+
 fuzz: $(PACKAGE)  ## 10,000 random calls of every op against the references, and calls with broken arguments
 	@$(BIN)/python -m tests.fuzz --calls 10000
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(MATRIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX) $(DOCS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that nothing else chooses its version. The old stamp goes before anything changes:
