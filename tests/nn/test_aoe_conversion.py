@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from vot_kernels.nn import aoe_conversion
-from vot_kernels.nn.aoe_conversion import convert_mlp, convert_swiglu
-from vot_kernels.nn.mlp import SwiGLU
+from vot_kernels.nn.aoe_conversion import convert_swiglu
 from vot_kernels.testing import make_tensor, shifted
 
 DIM, GROUPS, SIZE = 24, 4, 12
@@ -441,34 +439,6 @@ def test_weights_whose_products_overflow_float64_are_refused(calibrated):
     if calibrated:
         with pytest.raises(ValueError, match="too large: their products overflow float64"):
             convert_swiglu(gate, up, down, 4, 2, 8, calibration=x * 1e160)
-
-
-def test_the_modules_of_the_project_and_of_transformers():
-    torch.manual_seed(shifted(0))
-    x = make_tensor(30, 16)
-    ours, theirs = SwiGLU(16, 40), llama_mlp()
-    theirs.gate_proj.weight, theirs.up_proj.weight = map(nn.Parameter, ours.gate_up.weight.detach().chunk(2))
-    theirs.down_proj.weight = ours.down.weight
-    a, first = convert_mlp(ours, 4, 4, 16, sharpness=1e-4)
-    b, second = convert_mlp(theirs, 4, 4, 16, sharpness=1e-4)
-    torch.testing.assert_close(a(x), ours(x), rtol=1e-3, atol=1e-4)
-    assert torch.equal(a(x), b(x)) and torch.equal(first.groups, second.groups)
-
-
-def llama_mlp(**options):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    return LlamaMLP(LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=40, **options))
-
-
-def test_a_bad_module_is_named():
-    with pytest.raises(TypeError, match="gate_proj, up_proj and down_proj with weights, got Linear"):
-        convert_mlp(nn.Linear(3, 3), 2, 1, 2)
-    with pytest.raises(ValueError, match="no biases, but the projections of LlamaMLP have"):
-        convert_mlp(llama_mlp(mlp_bias=True), 2, 1, 2)
-    with pytest.raises(ValueError, match="act_fn must be SiLU, got GELU"):
-        convert_mlp(llama_mlp(hidden_act="gelu"), 2, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Some neurons contribute to every token. As a shared expert they are kept exactly
 lowers the error and evens out the load of the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
-from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
 
 SCORES = ("output", "gate")
@@ -58,7 +57,8 @@ class ConversionReport:
             for this grouping.
         mixing_error: what the softmax and `output_scale` change in the plain sum of the experts that answer,
             over the dense output.
-        output_error: of the layer that was returned; infinite if its output overflows its dtype on the tokens.
+        output_error: of the layer that was returned, of `convert_mlp` against the module; infinite if its output
+            overflows its dtype on the tokens.
     """
 
     groups: Tensor
@@ -162,44 +162,10 @@ def convert_swiglu(
     )
     _fill(layer, experts, scale, dense.take(shared), w_gate.dtype)
     if tokens is not None:
-        errors["output_error"] = _output_error(layer, dense, tokens)
+        errors["output_error"] = output_error(layer, dense, tokens, w_gate.shape[0])
     change = experts.gate - layer.w_up.detach().double() @ layer.w_down.detach().double()
     factor_error = _ratio(change.square().sum(), experts.gate.square().sum())
     return layer, ConversionReport(groups, shared, scale, factor_error, **errors)
-
-
-def convert_mlp(
-    module: nn.Module, num_experts: int, top_k: int, rank: int, **options: Any
-) -> tuple[AutonomyOfExperts, ConversionReport]:
-    """`convert_swiglu` of a module's weights.
-
-    Args:
-        module: a `vot_kernels.nn.mlp.SwiGLU`, or one with linear layers `gate_proj`, `up_proj` and `down_proj`
-            without biases and, if it has an `act_fn`, that is SiLU: the feed-forward of transformers' Llama,
-            Qwen, Mistral and their kin.
-        num_experts, top_k, rank, options: see `convert_swiglu`.
-
-    Raises:
-        TypeError: a module of another kind.
-        ValueError: biases, another activation, or what `convert_swiglu` refuses.
-    """
-    if isinstance(module, SwiGLU):
-        gate, up = module.gate_up.weight.chunk(2)
-        return convert_swiglu(gate, up, module.down.weight, num_experts, top_k, rank, **options)
-    linears = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    if not all(isinstance(getattr(linear, "weight", None), Tensor) for linear in linears):
-        raise TypeError(
-            "module must be a SwiGLU or have gate_proj, up_proj and down_proj with weights, "
-            f"got {type(module).__name__}."
-        )
-    if any(getattr(linear, "bias", None) is not None for linear in linears):
-        raise ValueError(f"An AoE layer has no biases, but the projections of {type(module).__name__} have.")
-    activation = getattr(module, "act_fn", F.silu)
-    probe = torch.linspace(-4, 4, 17)
-    if not torch.allclose(activation(probe), F.silu(probe), atol=1e-6):
-        raise ValueError(f"act_fn must be SiLU, got {activation!r}.")
-    gate, up, down = (linear.weight for linear in linears)  # type: ignore[union-attr]
-    return convert_swiglu(gate, up, down, num_experts, top_k, rank, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -429,11 +395,13 @@ def _fill(
 
 
 @torch.no_grad()
-def _output_error(layer: AutonomyOfExperts, dense: _Dense, tokens: Tensor) -> float:
-    change, square = dense.gate.new_zeros(2)
-    for x in _blocks(tokens, dense.gate.shape[0]):
-        y = dense(x)
-        change += (layer(x.to(layer.w_p.dtype)).double() - y).square().sum()
+def output_error(layer: nn.Module, exact: Callable[[Tensor], Tensor], tokens: Tensor, width: int) -> float:
+    """How far the layer is from `exact`, which takes tokens in float64; `width` numbers per token fit into memory."""
+    dtype = next(layer.parameters()).dtype
+    change, square = torch.zeros(2, dtype=torch.float64, device=tokens.device)
+    for x in _blocks(tokens, width):
+        y = exact(x).double()
+        change += (layer(x.to(dtype)).double() - y).square().sum()
         square += y.square().sum()
     return _ratio(change, square)
 
