@@ -32,7 +32,8 @@ from transformers.models.vjepa2.configuration_vjepa2 import VJEPA2Config
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
 
 from vot_kernels import PackedLayout
-from vot_kernels.nn import HybridAttention, RotaryEmbedding
+from vot_kernels.nn import HybridAttention, LinearAttention, RotaryEmbedding
+from vot_kernels.nn.rotary import rotate
 from vot_kernels.testing import make_tensor, max_error
 
 DIM, HEADS, LENGTHS = 48, 3, (5, 3, 9)
@@ -240,7 +241,8 @@ def test_weights_are_copies_with_their_dtype_and_freezing():
         projection.requires_grad_(False)
     before = module.q_proj.weight.clone()
     state = torch.get_rng_state()
-    attention = HybridAttention.from_attention(module, window=1, beta_init=-3.0)
+    with torch.no_grad():  # changes nothing
+        attention = HybridAttention.from_attention(module, window=1, beta_init=-3.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert not attention.training and not attention.qkv.weight.requires_grad
     assert attention.out.weight.requires_grad and attention.beta.requires_grad
@@ -249,6 +251,8 @@ def test_weights_are_copies_with_their_dtype_and_freezing():
     with torch.no_grad():
         attention.qkv.weight.zero_()
     assert torch.equal(module.q_proj.weight, before)
+    with torch.no_grad():
+        assert HybridAttention.from_attention(make("vit").module).qkv.weight.requires_grad
 
 
 def test_positions_come_with_the_call_or_from_a_rotary():
@@ -264,6 +268,16 @@ def test_positions_come_with_the_call_or_from_a_rotary():
     own = HybridAttention.from_attention(case.module, rotary=rotary)
     assert own.rotary is rotary and own(case.x, case.layout).shape == case.x.shape
     assert max_error(own(case.x, case.layout), attention(case.x, case.layout, **case.given)) > 1e-2
+
+
+def test_linear_attention_takes_positions_with_the_call():
+    attention, layout, x = LinearAttention(DIM, HEADS), PackedLayout.from_lengths([9]), make_tensor(9, DIM)
+    angles = make_tensor(9, HEAD_DIM // 2).repeat(1, 2)
+    found = attention(x, layout, position_embeddings=(angles.cos(), angles.sin()))
+    attention.rotary = lambda q, k, _: rotate(q, k, (angles.cos(), angles.sin()))
+    assert torch.equal(attention(x, layout), found)
+    still = attention(x, layout, (torch.ones(9, HEAD_DIM), torch.zeros(9, HEAD_DIM)))
+    assert torch.equal(still, changed(attention, rotary=None)(x, layout))
 
 
 def test_a_stream_has_the_scale_and_the_positions_of_the_whole():

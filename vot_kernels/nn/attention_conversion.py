@@ -61,6 +61,7 @@ class AttentionParts:
         return self.weight.shape[0] // (self.num_heads + 2 * self.num_kv_heads)
 
 
+@torch.enable_grad()  # so that joined weights are frozen only where all of them are
 def take_apart(module: nn.Module) -> AttentionParts:
     """The parts of an attention module; see `HybridAttention.from_attention` for the modules and the errors."""
     if not isinstance(module, nn.Module):

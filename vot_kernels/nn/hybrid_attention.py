@@ -257,7 +257,8 @@ class HybridAttention(AttentionProjections):
     ) -> tuple[Tensor, HybridAttentionState]:
         """The next group of a stream, for causal="group": output `[tokens, dim]` and the next state.
 
-        `layout` describes the rows of `x`; a rotary embedding finds their positions in the stream there.
+        `layout` describes the rows of `x`; a rotary embedding finds their positions in the stream there, unless they
+        are given by `position_embeddings`, as for `forward`.
 
         Raises:
             ValueError: the module is not causal over groups, or its window is None.

@@ -98,9 +98,11 @@ class LinearAttention(AttentionProjections):
             return None
         return logsigmoid(self.decay_logit.to(torch.promote_types(self.decay_logit.dtype, torch.float32)))
 
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """Tokens `[tokens, dim]` to `[tokens, dim]`."""
-        q, k, v = self.project(x, layout)
+    def forward(
+        self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Tokens `[tokens, dim]` to `[tokens, dim]`; `position_embeddings` as for `HybridAttention`."""
+        q, k, v = self.project(x, layout, position_embeddings)
         out = linear_attention(
             q,
             k,
