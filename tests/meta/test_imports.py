@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": OPS,
     "nn": NN,
     "models": MODELS,
-    "integrations": DATA,
+    "integrations": TOP | {"pipelines"},
     "data": DATA,
     "train": TOP,
     "reasoning": TOP,
