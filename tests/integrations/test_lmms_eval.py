@@ -12,6 +12,7 @@ import pytest
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.digitworld.question_sets import generate_questions
 from vot_kernels.integrations import lmms_eval as adapter
+from vot_kernels.integrations import patching
 from vot_kernels.pipelines import evaluation, video_qa
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,7 @@ def test_lmms_eval_gives_the_accuracy_of_the_evaluation(task, tmp_path, monkeypa
     for manifest in adapter.manifests():
         MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
     scripted = lambda path=None, device="cpu": ScriptedLanguageModel()  # noqa: E731
+    monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
     for module in (video_qa, evaluation):
         monkeypatch.setattr(module, "load_language_model", scripted)
     expected = evaluation.evaluate_digitworld(tmp_path / "result.json", videos=VIDEOS)
@@ -118,4 +120,69 @@ def test_lmms_eval_gives_the_accuracy_of_the_evaluation(task, tmp_path, monkeypa
     answers = {s["doc"]["video"]: s["filtered_resps"][0] for s in found["samples"]["digitworld"]}
     assert [answers[d["video"]] for d in documents(task)] == [row["answers"]["vot"] for row in rows]
     scores = found["results"]["digitworld"]
+    assert 0 < scores["accuracy,none"] < 1
     assert scores["accuracy,none"] == pytest.approx(expected["accuracy"]["vot"]["all"])
+
+
+@pytest.fixture(scope="module")
+def vision_language_folder(tmp_path_factory):
+    """A tiny random Qwen2.5-VL with a tokenizer of letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    from tests.integrations.tiny import qwen2_5_vl
+
+    special = {"<|image_pad|>": 90, "<|video_pad|>": 91, "<|vision_start|>": 92, "<|vision_end|>": 93}
+    words = {"[UNK]": 0} | {chr(97 + i): 1 + i for i in range(26)} | special
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", additional_special_tokens=[*special]
+    )
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
+        "{% else %}<|vision_start|><|{{ c.type }}_pad|><|vision_end|>{% endif %}{% endfor %}{% endfor %}"
+    )
+    small = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 4}
+    image, video = Qwen2VLImageProcessor(**small), Qwen2VLVideoProcessor(**small)
+    folder = tmp_path_factory.mktemp("vlm")
+    Qwen2_5_VLProcessor(image, fast, video, chat_template=template).save_pretrained(folder)
+    qwen2_5_vl().save_pretrained(folder)
+    return folder
+
+
+@needs_lmms_eval
+def test_lmms_eval_runs_a_patched_model(task, vision_language_folder, tmp_path, monkeypatch):
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for manifest in adapter.manifests():
+        MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
+
+    def answers():
+        found = simple_evaluate(
+            model="vot_kernels_vlm",
+            model_args=f"pretrained={vision_language_folder},dtype=float32,num_frames=4",
+            tasks=["digitworld"],
+            task_manager=TaskManager(include_path=str(task), include_defaults=False),
+            limit=3,
+            batch_size=1,
+            device="cpu",
+            log_samples=True,
+        )
+        return [sample["filtered_resps"][0] for sample in found["samples"]["digitworld"]]
+
+    patched = []
+    patch = patching.patch
+    monkeypatch.setattr(patching, "patch", lambda model: patched.append(patch(model)) or patched[-1])
+    adapter._patched_model.cache_clear()
+    found = answers()
+    assert len(patched) == 1 and len(patched[0].replaced) == 4
+    monkeypatch.setattr(patching, "patch", lambda model: None)
+    adapter._patched_model.cache_clear()
+    assert len(found) == 3 and all(found) and found == answers()
+    adapter._patched_model.cache_clear()

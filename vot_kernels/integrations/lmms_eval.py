@@ -20,6 +20,7 @@ from typing import Any
 
 from vot_kernels.data.digitworld.codec import h264_bytes
 from vot_kernels.data.digitworld.question_sets import generate_questions
+from vot_kernels.data.video import load_video
 from vot_kernels.extras import imports_for
 from vot_kernels.files import check_output_folder
 from vot_kernels.pipelines import video_qa
@@ -53,7 +54,7 @@ def manifests() -> list[Any]:
     here = "vot_kernels.integrations.lmms_eval"
     return [
         ModelManifest("vot_kernels_qa", simple_class_path=f"{here}.VideoQAModel"),
-        ModelManifest("vot_kernels_vlm", chat_class_path=f"{here}.PatchedModel"),
+        ModelManifest("vot_kernels_vlm", simple_class_path=f"{here}.PatchedModel"),
     ]
 
 
@@ -126,16 +127,80 @@ def _video_qa_model() -> type:
 @cache
 def _patched_model() -> type:
     with imports_for("Evaluation with lmms-eval", "lmms"):
-        from lmms_eval.models.chat.huggingface import Huggingface
+        from lmms_eval.api.model import lmms
+
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vot_kernels.integrations.patching import patch
 
-    class PatchedModel(Huggingface):
-        """The model "huggingface" of lmms-eval, with its arguments, after `vot_kernels.patch`."""
+    class PatchedModel(lmms):
+        """A vision-language model of transformers after `vot_kernels.patch`, answering greedily, one by one.
 
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
+        Args:
+            pretrained: its folder, with safetensors and a processor that has a chat template.
+            device: where it runs.
+            dtype: of the weights, "auto" for that of the files.
+            num_frames: frames of a clip that it sees, evenly spread.
+            batch_size, max_batch_size: not used.
+        """
+
+        def __init__(
+            self,
+            pretrained: str,
+            device: str = "cpu",
+            dtype: str = "auto",
+            num_frames: int = 16,
+            batch_size: int | str = 1,
+            max_batch_size: int | None = None,
+        ) -> None:
+            super().__init__()
+            local = {"local_files_only": True}
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                pretrained, dtype=dtype, use_safetensors=True, **local
+            )
+            self.model, self.num_frames = model.to(device).eval(), int(num_frames)
+            self.processor = AutoProcessor.from_pretrained(pretrained, **local)
             self.patch_report = patch(self.model)
+
+        def generate_until(self, requests: Sequence[Any]) -> list[str]:
+            """The answers."""
+            return [self._answer(*request.args) for request in requests]
+
+        @torch.no_grad()
+        def _answer(
+            self, context: str, options: dict, to_visual: Any, doc_id: Any, task: str, split: str
+        ) -> str:
+            visuals = [self._see(each) for each in to_visual(self.task_dict[task][split][doc_id])]
+            content = [*({"type": kind} for kind, _ in visuals), {"type": "text", "text": context}]
+            prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            media: dict[str, list[Any]] = {}
+            for kind, pixels in visuals:
+                media.setdefault(f"{kind}s", []).append(pixels)
+            if "videos" in media:
+                media["do_sample_frames"] = False  # type: ignore[assignment]  # they are sampled already
+            inputs = self.processor(text=[prompt], return_tensors="pt", **media).to(self.model.device)
+            longest = int(options.get("max_new_tokens", 64))
+            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=longest)
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            return self.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+        def _see(self, visual: Any) -> tuple[str, Any]:
+            """ "image" or "video", and its pixels; a file of one frame is an image."""
+            if not isinstance(visual, (str, os.PathLike)):
+                return "image", visual
+            frames = load_video(visual, num_frames=self.num_frames).frames
+            return ("image", frames[0]) if len(frames) == 1 else ("video", frames)
+
+        def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+            """Not there: raises NotImplementedError."""
+            raise NotImplementedError("vot_kernels_vlm generates; it has no likelihoods of continuations.")
+
+        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+            """Not there: raises NotImplementedError."""
+            raise NotImplementedError("vot_kernels_vlm answers questions in one round.")
 
     return PatchedModel
 
