@@ -178,7 +178,7 @@ def test_padding_at_an_end_of_rows_moves_nothing(causal, left):
     bounds, order = attention._packed_order(real)
     moving = attention.AttentionPlan(causal, (-1, -1), bounds, bounds, order, order, order.argsort())
     assert plan.rows is None and plan.keys is None and plan.places is None
-    found, expected = (attention._attend(q, k, v, each, None) for each in (plan, moving))
+    found, expected = (attention._attend(nn.Identity(), q, k, v, each, None, None) for each in (plan, moving))
     assert found.isfinite().all() and expected[real].abs().sum() > 0
     torch.testing.assert_close(found, expected)
 

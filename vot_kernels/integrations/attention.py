@@ -40,6 +40,7 @@ class AttentionPlan(NamedTuple):
         rows, keys: int64 `[batch * queries]` and `[batch * keys]`, the flattened rows in packed order, padding last;
             None if they lie in that order.
         places: int64 `[batch * queries]`, where each query is in packed order; None with `rows`.
+        padded: whether some rows of the batch may hold padding, left out by the segments or by the order.
     """
 
     causal: bool
@@ -49,6 +50,7 @@ class AttentionPlan(NamedTuple):
     rows: Tensor | None = None
     keys: Tensor | None = None
     places: Tensor | None = None
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _layout(
     layer: HybridLayer, query: Tensor, key: Tensor, plan: AttentionPlan, cu_seqlens: Tensor | None
 ) -> PackedLayout:
     """Clips and frames of a call to hybrid attention."""
-    own = query.shape[2] == key.shape[2] and plan.rows is None and plan.keys is None
+    own = query.shape[2] == key.shape[2] and not plan.padded
     if plan.causal or plan.window != _EVERYTHING or not own:
         raise ValueError(
             "Hybrid attention is for bidirectional attention of frames without padding; patch this model with "
@@ -287,9 +289,9 @@ def _plan_padding(
     cu_k, key_order = _packed_order(keys)
     if queries is None:
         plan = _plan_rows(causal, window, keys.shape[0], q_length, 0, keys.device)
-        return plan._replace(cu_seqlens_k=cu_k, keys=key_order)
+        return plan._replace(cu_seqlens_k=cu_k, keys=key_order, padded=True)
     cu_q, order = _packed_order(queries)
-    return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort())
+    return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort(), padded=True)
 
 
 def _plan_runs(
@@ -305,11 +307,13 @@ def _plan_runs(
     k_begin, k_end = _run(keys)
     q_bounds = torch.stack([none, q_begin, q_begin, q_end, all_queries], 1)
     k_bounds = torch.stack([none, none, k_begin, k_end, k_end], 1)
-    bounds = []
-    for places, length in ((q_bounds, q_length), (k_bounds, k_length)):
-        places = places + length * torch.arange(batch)[:, None]
-        bounds.append(nn.functional.pad(places.flatten(), (0, 1), value=batch * length).int())
-    return AttentionPlan(causal, window, *bounds)
+
+    def flattened(places: Tensor, length: int) -> Tensor:
+        rows = places + length * torch.arange(batch)[:, None]
+        return nn.functional.pad(rows.flatten(), (0, 1), value=batch * length).int()
+
+    cu_q, cu_k = flattened(q_bounds, q_length), flattened(k_bounds, k_length)
+    return AttentionPlan(causal, window, cu_q, cu_k, padded=True)
 
 
 def _run(real: Tensor) -> tuple[Tensor, Tensor]:
