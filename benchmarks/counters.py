@@ -4,7 +4,9 @@ A multiply-add counts as two operations; exponentials, norms and additions are l
 attention and matrix products. Bytes: every input read once, every output written once.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 from benchmarks.core import Work
@@ -127,6 +129,38 @@ def _encoder_forward(problem: Any) -> tuple[int, int]:
 
     costs = {clip: encoder_cost(problem.config(), clip) for clip in set(problem.grid)}
     return next(iter(costs.values())).parameters, sum(costs[clip].flops for clip in problem.grid)
+
+
+def tower(problem: Any, direction: str, itemsize: int) -> Work:
+    """See `benchmarks.problems.towers.Tower`: products alone; a backward of a layer takes twice its forward.
+
+    Tables of positions are looked up. Query and key meet within a frame, in windows where the layer has them.
+    """
+    family, shapes = problem.family, problem.shapes()
+    products = 0
+    for name, shape in shapes.items():
+        if len(shape) > 1 and "pos_embed" not in name and "position_embedding" not in name:
+            rows = problem.size // (family.merged if name.startswith("downsample") else 1)
+            products += 2 * rows * prod(shape)
+    width = problem.config().hidden_size
+    layers = [family.window] * (problem.layers - 1) + [None]
+    pairs = 2 * width * sum(_pairs(problem.grid, window) for window in layers)
+    flops = products * {"forward": 1, "backward": 2, "both": 3}[direction] + pairs * _PAIR_PRODUCTS[direction]
+    parameters, pixels = sum(map(prod, shapes.values())), problem.size * prod(next(iter(shapes.values()))[1:])
+    out = problem.size // family.merged * (shapes["downsample.weight"][0] if family.merged > 1 else width)
+    forward, backward = parameters + pixels + out, 2 * (parameters + pixels) + out
+    numbers = {"forward": forward, "backward": backward, "both": forward + backward}
+    return Work(flops, numbers[direction] * itemsize)
+
+
+def _pairs(grid: Sequence[tuple[int, int, int]], window: int | None) -> int:
+    """Pairs of patches of one frame, or of one window of a frame."""
+
+    def squares(side: int) -> int:
+        whole, rest = divmod(side, window or side)
+        return whole * (window or side) ** 2 + rest**2
+
+    return sum(frames * squares(height) * squares(width) for frames, height, width in grid)
 
 
 def video(problem: Any, direction: str, itemsize: int) -> Work:

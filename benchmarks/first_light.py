@@ -1,9 +1,9 @@
 """`python -m benchmarks.first_light OUT [--seconds N] [--device cuda|cpu]`: first figures of a GPU within minutes.
 
 It describes the machine and measures its ceilings, tests which ops are right on it, and times these beside PyTorch's
-own functions. It needs torch, triton and numpy alone and no installation, and writes each result at once:
-OUT/first_light.jsonl holds the lines, OUT/first_light.log the output. If it is called again with the same OUT, it
-continues. On a CPU it rehearses all of this on small problems.
+own functions. It needs torch, triton and numpy, transformers for the towers, and no installation. It writes each
+result at once: OUT/first_light.jsonl holds the lines, OUT/first_light.log the output. If it is called again with the
+same OUT, it continues. On a CPU it rehearses all of this on small problems.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from benchmarks.core import Outcome, Provider, Status, Workload
 from benchmarks.gate import MOST, ROOT, source_hash
 from benchmarks.pieces import DONE, Conductor, Journal, Piece, Write
 from benchmarks.problems.attention import Attention
+from benchmarks.problems.towers import Tower
 from benchmarks.providers import providers_of
 from benchmarks.race import Rules, judge, race
 from benchmarks.session import describe_device, race_facts, versions
@@ -43,6 +44,8 @@ WORKLOADS = (
     ("softmax", "ragged-64k-d128"),
     ("hybrid", "64k-d128"),
     ("linear", "64k-d128"),
+    ("towers", "images-qwen3-vl-d72"),
+    ("towers", "clip-qwen2.5-vl-d80"),
 )
 """The most telling first."""
 
@@ -58,6 +61,7 @@ PEERS = {
         "equal-parameter MoE (torch._grouped_mm)",
     ),
     "moe": ("torch._grouped_mm", "gathered loop"),
+    "towers": ("sdpa", "eager", "flash_attention_2"),
 }
 SLOW_PEERS = {"softmax": ("FlexAttention",)}
 """They take long to compile, so they come last."""
@@ -81,6 +85,7 @@ Work = Callable[[Write], None]
 
 LENGTHS = (127, 128, 129, 1664)  # on both sides of a block, and one of several groups
 TOKENS = 1024  # of experts
+SIZES = ((1, 8, 16), (1, 6, 22), (2, 26, 32))  # of images and a clip, for towers
 
 
 def _find_kernels() -> None:
@@ -186,13 +191,17 @@ def _tiny(problem: Any) -> Any:
     """A small problem of the same kind, for the rehearsal."""
     if isinstance(problem, Attention):
         return replace(problem, lengths=(48, 16), group_size=8, heads=2, kv_heads=2)
+    if isinstance(problem, Tower):
+        return problem.small()
     return replace(problem.small(), tokens=64, experts=4, top_k=2)
 
 
 def _case(workload: Workload) -> Workload:
     """The workload with few tokens. Verifying it compiles the kernels that the workload needs."""
     problem: Any = workload.problem
-    if workload.device == "cuda":
+    if workload.device == "cuda" and isinstance(problem, Tower):
+        problem = replace(problem.small(), sizes=SIZES)
+    elif workload.device == "cuda":
         few: Any = {"lengths": LENGTHS} if isinstance(problem, Attention) else {"tokens": TOKENS}
         problem = replace(problem, **few)
     return replace(workload, problem=problem)
@@ -319,6 +328,8 @@ def main() -> int:
     # Asking whether there is a GPU must not initialize CUDA here, or forks could not use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import_module("torch._dynamo")  # every op's first call would; so forks have it already
+    if find_spec("transformers"):
+        import_module("transformers.modeling_utils")  # likewise every tower
     try:
         return first_light(options.out, options.seconds, options.device)
     except KeyboardInterrupt:

@@ -70,7 +70,7 @@ result=$out/$name.json
 figures=0; parts=()
 # A process for every suite: whatever a peer does to the device ends with it. Early suites may take more than
 # an equal share of the time left, and what they leave goes to the later ones.
-mapfile -t suites < <(tr ',' '\n' <<<"${SUITES:-hybrid,softmax,linear,aoe,moe,fused,encoder,video}")
+mapfile -t suites < <(tr ',' '\n' <<<"${SUITES:-hybrid,softmax,linear,aoe,moe,fused,encoder,towers,video}")
 for i in "${!suites[@]}"; do
     remaining=$(($(left) - 60)) # for the report
     budget=$((remaining * 8 / (5 * (${#suites[@]} - i) + 3)))

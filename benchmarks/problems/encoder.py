@@ -93,15 +93,7 @@ class Encoder:
     @property
     def verified(self) -> list[int]:
         """The clips that are verified, ascending: no other can influence them."""
-        lengths = self.lengths
-        chosen = {0, len(lengths) - 1}
-        total = sum(lengths[i] for i in chosen)
-        for i in sorted(set(range(len(lengths))) - chosen, key=lambda i: lengths[i]):
-            total += lengths[i]
-            if total > VERIFIED_TOKENS:
-                break
-            chosen.add(i)
-        return sorted(chosen)
+        return verified_clips(self.lengths)
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
         """Every clip alone: by the reference where it is small, else by the plain PyTorch backend."""
@@ -124,6 +116,18 @@ class Encoder:
 
     def work(self, direction: str, itemsize: int) -> Work:
         return counters.encoder(self, direction, itemsize)
+
+
+def verified_clips(lengths: Sequence[int]) -> list[int]:
+    """Which clips of these lengths are verified, ascending: the first, the last, and short ones."""
+    chosen = {0, len(lengths) - 1}
+    total = sum(lengths[i] for i in chosen)
+    for i in sorted(set(range(len(lengths))) - chosen, key=lambda i: lengths[i]):
+        total += lengths[i]
+        if total > VERIFIED_TOKENS:
+            break
+        chosen.add(i)
+    return sorted(chosen)
 
 
 class OneByOne(nn.Module):

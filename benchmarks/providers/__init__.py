@@ -12,6 +12,7 @@ from benchmarks.providers import (
     naive_attention,
     ours,
     pytorch_attention,
+    towers,
     video,
 )
 
@@ -26,6 +27,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *experts_peers.PROVIDERS,
     *fused.PROVIDERS,
     *encoder.PROVIDERS,
+    *towers.PROVIDERS,
     *video.PROVIDERS,
 )
 

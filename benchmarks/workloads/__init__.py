@@ -1,12 +1,12 @@
 """The workloads, which are data alone. Each family has a file, with the most telling workload first."""
 
 from benchmarks.core import Workload
-from benchmarks.workloads import attention, encoder, experts, fused, video
+from benchmarks.workloads import attention, encoder, experts, fused, towers, video
 
-SUITES = ("hybrid", "softmax", "linear", "aoe", "moe", "fused", "encoder", "video")
+SUITES = ("hybrid", "softmax", "linear", "aoe", "moe", "fused", "encoder", "towers", "video")
 """The suites in the order in which they run."""
 
-FAMILIES = (attention, experts, fused, encoder, video)
+FAMILIES = (attention, experts, fused, encoder, towers, video)
 
 
 def workloads(device: str) -> list[Workload]:

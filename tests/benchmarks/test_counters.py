@@ -6,6 +6,7 @@ import torch
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
 from benchmarks.problems.fused import DenseResidual, PackPatches, RopeQkNorm, SizeAwareEmbedding
+from benchmarks.problems.towers import Tower
 
 K = 1024
 RAGGED = (16 * K, 12 * K, 8 * K, 8 * K, 6 * K, 4 * K, 4 * K, 2 * K, 2 * K, K, K)
@@ -121,3 +122,22 @@ SMALL = [
 def test_small_problems_by_hand(problem, direction, itemsize, flops, bytes_):
     work = problem.work(direction, itemsize)
     assert (work.flops, work.bytes) == (flops, bytes_)
+
+
+def test_towers():
+    # Four patches of 768 numbers, 128 wide, four projections and a layer of 48: 98,304 + 65,536 + 12,288 products
+    # each; then 16 pairs, two products of 128.
+    forward = 2 * 4 * 176_128 + 2 * 2 * 16 * 128
+    problem = Tower(64, ((1, 2, 2),), layers=1, heads=2)
+    assert problem.work("forward", 4).flops == forward == 1_417_216
+    assert problem.work("both", 4).flops == 3 * 1_409_024 + 7 * 4_096
+    assert (
+        problem.work("both", 4).bytes == problem.work("forward", 4).bytes + problem.work("backward", 4).bytes
+    )
+    # Twice as many frames, twice as many pairs. Windows of 8 x 8 patches in the first of two layers cut 12 x 8 into
+    # 64 and 32 patches: 4,096 + 1,024 pairs in place of 96 squared.
+    one, two = (Tower(64, ((t, 2, 2),), layers=1, heads=2).work("forward", 4).flops for t in (1, 2))
+    assert two == 2 * one
+    windows = Tower(80, ((1, 12, 8),), layers=2, heads=2)
+    products = windows.work("both", 4).flops - windows.work("forward", 4).flops * 3
+    assert products == (7 - 3 * 2) * 2 * 160 * (5_120 + 9_216)

@@ -28,6 +28,7 @@ from benchmarks.gate import (
     run_gate,
     source_hash,
 )
+from benchmarks.workloads import SUITES
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -349,6 +350,11 @@ def test_script_without_arguments_or_gpu(tmp_path):
     assert wrong.returncode == 2 and "whole number, got 'soon'" in wrong.stderr
     none = script(str(tmp_path), "60", DEVICE="nosuchdevice")
     assert none.returncode == 3 and "cannot use the device nosuchdevice" in none.stderr
+
+
+def test_script_runs_every_suite():
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    assert re.search(r"\$\{SUITES:-([\w,]+)\}", text)[1].split(",") == list(SUITES)
 
 
 def test_script_gives_no_figure_for_a_red_op(tmp_path):

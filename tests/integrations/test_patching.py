@@ -158,7 +158,48 @@ def test_padding_is_left_out_of_the_batch(calls, monkeypatch):
     )
     with vot_kernels.patched(model):
         model(input_ids=ids, attention_mask=mask)
-    assert [(q.tolist(), k.tolist()) for q, k in bounds] == [([0, 5, 14], [0, 5, 14])] * 2
+    assert [attending(*pair) for pair in bounds] == [[(5, 5), (9, 9)]] * 2
+
+
+def attending(cu_q, cu_k):
+    """The numbers of queries and keys of the segments that have both."""
+    return [pair for pair in zip(cu_q.diff().tolist(), cu_k.diff().tolist(), strict=True) if all(pair)]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_at_an_end_of_rows_moves_nothing(causal, left):
+    """The plan for padding between tokens, which sorts the rows, gives the same; padding may hold anything."""
+    real = torch.arange(9) < torch.tensor([[4], [9], [0], [1]])
+    real = real.flip(1) if left else real
+    q, k, v = (make_tensor(4, 2, 9, 8, seed=i) for i in range(3))
+    q, k, v = (x.masked_fill(~real[:, None, :, None], torch.nan) for x in (q, k, v))
+    plan = attention._plan_runs(causal, (-1, -1), real, real, 9)
+    bounds, order = attention._packed_order(real)
+    moving = attention.AttentionPlan(causal, (-1, -1), bounds, bounds, order, order, order.argsort())
+    assert plan.rows is None and plan.keys is None and plan.places is None
+    found, expected = (attention._attend(nn.Identity(), q, k, v, each, None, None) for each in (plan, moving))
+    assert found.isfinite().all() and expected[real].abs().sum() > 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_with_padding_between_tokens_are_sorted():
+    real = torch.tensor([[True, False, True], [True, True, False]])
+    plan = attention._plan_padding(True, (-1, -1), real, real, 3)
+    assert plan.keys.tolist() == [0, 2, 3, 4, 1, 5]
+
+
+def test_a_tower_without_its_pooling_head_is_served():
+    """The class declares no flash attention for the head's sake; models for language leave the head out."""
+    config = Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vision_use_head=False,
+    )
+    report = vot_kernels.patch(Siglip2VisionModel(config))
+    assert len(report.replaced) == 1 and not report.left
 
 
 def test_keys_of_padding_are_left_out_of_a_padded_tower(monkeypatch):
@@ -187,7 +228,7 @@ def test_keys_of_padding_are_left_out_of_a_padded_tower(monkeypatch):
         expected = model(**inputs)
         with vot_kernels.patched(model) as report:
             found = model(**inputs)
-    assert [(q.tolist(), k.tolist()) for q, k in bounds] == [([0, 16, 32], [0, 8, 24])] * 2
+    assert [attending(*pair) for pair in bounds] == [[(16, 8), (16, 16)]] * 2
     assert [row.kind for row in report.left] == ["Siglip2MultiheadAttentionPoolingHead"]
     for name in ("last_hidden_state", "pooler_output"):
         assert (found[name] - expected[name]).abs().max() <= OUTPUT * expected[name].abs().max()

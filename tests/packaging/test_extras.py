@@ -22,6 +22,7 @@ BELONGS = {
     "vot_kernels.data.video": ("video",),
     "vot_kernels.data.video.progress": ("video", "cli"),
     "vot_kernels.integrations": ("llm",),
+    "vot_kernels.integrations.lmms_eval": ("llm", "lmms"),
     "vot_kernels.models": ("llm",),
     "vot_kernels.models.graph": (),
     "vot_kernels.models.perception.loss": ("train",),

@@ -1,1 +1,1 @@
-"""The ops inside other libraries; each file needs the library that it is named after."""
+"""The ops inside other libraries, and as other libraries want them."""

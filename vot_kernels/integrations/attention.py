@@ -40,6 +40,7 @@ class AttentionPlan(NamedTuple):
         rows, keys: int64 `[batch * queries]` and `[batch * keys]`, the flattened rows in packed order, padding last;
             None if they lie in that order.
         places: int64 `[batch * queries]`, where each query is in packed order; None with `rows`.
+        padded: whether some rows of the batch may hold padding, left out by the segments or by the order.
     """
 
     causal: bool
@@ -49,6 +50,7 @@ class AttentionPlan(NamedTuple):
     rows: Tensor | None = None
     keys: Tensor | None = None
     places: Tensor | None = None
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _layout(
     layer: HybridLayer, query: Tensor, key: Tensor, plan: AttentionPlan, cu_seqlens: Tensor | None
 ) -> PackedLayout:
     """Clips and frames of a call to hybrid attention."""
-    own = query.shape[2] == key.shape[2] and plan.rows is None and plan.keys is None
+    own = query.shape[2] == key.shape[2] and not plan.padded
     if plan.causal or plan.window != _EVERYTHING or not own:
         raise ValueError(
             "Hybrid attention is for bidirectional attention of frames without padding; patch this model with "
@@ -211,10 +213,7 @@ def _attend(
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     widest = max(head_dim, width)
-    q, k, v = (
-        nn.functional.pad(x.to(dtype), (0, widest - x.shape[-1])).transpose(1, 2).flatten(0, 1)
-        for x in (query, key, value)
-    )
+    q, k, v = (_widened(x.to(dtype), widest).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if plan.rows is not None:
         q = q.index_select(0, plan.rows)
     if plan.keys is not None:
@@ -238,6 +237,11 @@ def _attend(
     if plan.places is not None:
         out = out.index_select(0, plan.places)
     return out.unflatten(0, (batch, queries))[..., :width].contiguous()
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """x with zeros at the end of its last dimension; itself if it is wide enough, which padding by 0 would copy."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _refusals(dropout: float, mask: Tensor | None, others: dict[str, Any]) -> Iterator[str]:
@@ -279,12 +283,43 @@ def _plan_padding(
     begins = keys & ~nn.functional.pad(keys[:, :-1], (1, 0))
     if window != _EVERYTHING and (begins.sum(1) > 1).any():
         raise ValueError("A sliding window over rows with padding between their tokens is not served.")
+    on_host = keys.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and (begins.sum(1) <= 1).all():
+        return _plan_runs(causal, window, keys, queries, q_length)
     cu_k, key_order = _packed_order(keys)
     if queries is None:
         plan = _plan_rows(causal, window, keys.shape[0], q_length, 0, keys.device)
-        return plan._replace(cu_seqlens_k=cu_k, keys=key_order)
+        return plan._replace(cu_seqlens_k=cu_k, keys=key_order, padded=True)
     cu_q, order = _packed_order(queries)
-    return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort())
+    return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort(), padded=True)
+
+
+def _plan_runs(
+    causal: bool, window: tuple[int, int], keys: Tensor, queries: Tensor | None, q_length: int
+) -> AttentionPlan:
+    """The same where real keys follow each other: nothing moves, for padding makes segments of its own.
+
+    Five of them for each row: padded queries without keys, padded keys without queries, what is real, and both again.
+    """
+    batch, k_length = keys.shape
+    none, all_queries = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), q_length)
+    q_begin, q_end = (none, all_queries) if queries is None else _run(queries)
+    k_begin, k_end = _run(keys)
+    q_bounds = torch.stack([none, q_begin, q_begin, q_end, all_queries], 1)
+    k_bounds = torch.stack([none, none, k_begin, k_end, k_end], 1)
+
+    def flattened(places: Tensor, length: int) -> Tensor:
+        rows = places + length * torch.arange(batch)[:, None]
+        return nn.functional.pad(rows.flatten(), (0, 1), value=batch * length).int()
+
+    cu_q, cu_k = flattened(q_bounds, q_length), flattened(k_bounds, k_length)
+    return AttentionPlan(causal, window, cu_q, cu_k, padded=True)
+
+
+def _run(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the real places of each row begin and end, int64 `[batch]`; they follow each other."""
+    begin = real.byte().argmax(1)
+    return begin, begin + real.sum(1)
 
 
 def _aligned(causal: bool, window: tuple[int, int]) -> bool:

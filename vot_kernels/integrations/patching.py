@@ -6,6 +6,7 @@ of its state_dict. A config serves all modules that share it, so it is patched f
 """
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -341,11 +342,16 @@ def _refusals(site: _Site) -> Iterator[str]:
 
 
 def _masks_torch_attention(model: nn.Module) -> bool:
-    """Whether a part of a model makes masks for torch's own attention: it takes ours, but no other of such a name."""
-    heads = [
-        type(m) for m in model.modules() if any(isinstance(c, nn.MultiheadAttention) for c in m.children())
-    ]
-    return any("create_bidirectional_mask" in code.co_names for kind in heads for code in _codes(kind))
+    """Whether the file of a model masks torch's own attention, in a head that this model need not have.
+
+    That head takes our masks, but none of the other implementations with such a name; nothing else is in the way.
+    """
+    files = {
+        base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")
+    }
+    kinds = [kind for file in files for kind in vars(sys.modules[file]).values() if inspect.isclass(kind)]
+    needed = {"MultiheadAttention", "create_bidirectional_mask"}
+    return any(needed <= {name for code in _codes(kind) for name in code.co_names} for kind in kinds)
 
 
 def _other_attention(model: nn.Module, sites: list[_Site]) -> Iterator[tuple[str, nn.Module]]:

@@ -148,7 +148,7 @@ def load(op: str, backend: str) -> ModuleType:
     """The module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`, imported on first use."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-    return import_module(f"vot_kernels.ops.{op}.{backend}")
+    return import_module(f".{op}.{backend}", __package__)
 
 
 def describe_backends(

@@ -71,7 +71,7 @@ class Kernel:
     def function(self) -> Any:
         """The `@triton.jit` function."""
         module, function = self.source.split(":")
-        return getattr(import_module(f"vot_kernels.kernels.{module}"), function)
+        return getattr(import_module(f"..kernels.{module}", __package__), function)
 
     def config(
         self,

@@ -9,7 +9,17 @@ from vot_kernels.extras import imports_for
 
 
 def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.ndarray:
-    """Encode uint8 [T, H, W, 3] as H.264 (yuv420p, ultrafast, one thread) in memory and decode it again.
+    """Encode uint8 [T, H, W, 3] as `h264_bytes` does and decode it again. Same input, same output."""
+    file = io.BytesIO(h264_bytes(frames, crf, fps))
+    import av
+
+    with av.open(file, "r") as reader:
+        reader.streams.video[0].thread_type = "NONE"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)])
+
+
+def h264_bytes(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> bytes:
+    """The Matroska file of uint8 [T, H, W, 3] in H.264 (yuv420p, ultrafast, one thread).
 
     crf: 0 (best) to 51. Height and width must be even. Same input, same output.
     """
@@ -34,7 +44,4 @@ def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.nd
         for frame in frames:
             writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         writer.mux(stream.encode())
-    file.seek(0)
-    with av.open(file, "r") as reader:
-        reader.streams.video[0].thread_type = "NONE"
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)])
+    return file.getvalue()

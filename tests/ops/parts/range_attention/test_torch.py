@@ -7,6 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vot_kernels import PackedLayout, flash_attn_varlen_func, hybrid_attention, packed_attention
+from vot_kernels.ops.flash_attention import torch as flash_torch
+from vot_kernels.ops.parts.range_attention import torch as ranges_torch
+from vot_kernels.ops.parts.range_attention.blocks import stretches
 from vot_kernels.ops.parts.range_attention.torch import plan_pass, range_attention, range_attention_backward
 from vot_kernels.testing import make_tensor
 
@@ -96,3 +99,80 @@ def test_query_heads_that_share_keys_are_rows_of_one_head():
     scores = 0.25 * q @ k.repeat_interleave(8, 0).transpose(1, 2)
     torch.testing.assert_close(out, scores.softmax(-1) @ v.repeat_interleave(8, 0))
     assert dk.shape == k.shape and dv.shape == v.shape and dq.shape == q.shape
+
+
+# --- segments as views ---
+
+
+def packed_in_one(lengths, heads=2, head_dim=24, seed=0):
+    """q, k and v of one projection: no row of them follows another in memory."""
+    tokens = sum(lengths)
+    qkv = make_tensor(tokens, 3, heads, head_dim, seed=seed)
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return qkv, (*qkv.unbind(1), bounds, bounds, max(lengths), max(lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ([250] * 4, 1),  # frames of a clip: one batch
+        ([250, 180, 250, 250, 180], 3),  # 250 at 0 and 430, at 680; 180 at 250 and 930
+        ([250, 2, 2, 3, 2, 250], 3),  # those of 2 are gathered
+        ([250, 0, 250], 1),
+    ],
+)
+def test_segments_are_views_unless_they_are_short(lengths, calls, monkeypatch):
+    qkv, call = packed_in_one(lengths)
+    seen, attend = [], ranges_torch._attend
+
+    def recorded(*tensors):
+        seen.append(tensors[:3])
+        return attend(*tensors)
+
+    monkeypatch.setattr(ranges_torch, "_attend", recorded)
+    found = flash_attn_varlen_func(*call, backend="torch")
+    torch.testing.assert_close(found, flash_attn_varlen_func(*call, backend="reference"))
+    assert len(seen) == calls
+    begin, end = qkv.data_ptr(), qkv.data_ptr() + qkv.nbytes
+    for q, k, v in seen:
+        assert all(begin <= x.data_ptr() < end for x in (q, k, v)) == (q.shape[2] > 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[70, 40, 70, 3, 70, 3, 3, 40], [64] * 3, [5] * 6, [0, 33, 0]])
+def test_views_have_the_gradients_of_the_reference(lengths, causal):
+    weights = make_tensor(sum(lengths), 2, 24, seed=5)
+    gradients = []
+    for backend in ("torch", "reference"):
+        qkv, call = packed_in_one(lengths, seed=3)
+        qkv.requires_grad_()
+        out = flash_attn_varlen_func(*qkv.unbind(1), *call[3:], causal=causal, backend=backend)
+        gradients.append(torch.autograd.grad((out * weights).sum(), qkv)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_cannot_read_as_it_lies_is_converted(monkeypatch):
+    monkeypatch.setattr(flash_torch, "attend_rows", None)
+    _, (q, k, v, *rest) = packed_in_one([30, 20])
+    for changed in ((q.half(), k.half(), v.half()), (q, k[:, :1], v[:, :1])):
+        assert flash_attn_varlen_func(*changed, *rest, backend="torch").isfinite().all()
+    with pytest.raises(TypeError, match="NoneType"):
+        flash_attn_varlen_func(q, k, v, *rest, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([0], [1]),
+        ([0, 5], [2]),
+        ([0, 5, 10, 15], [4]),
+        ([0, 5, 10, 17, 24, 30], [3, 2, 1]),
+        ([0, 5, 11, 18, 20], [2, 2, 1]),
+    ],
+)
+def test_stretches_have_even_steps(starts, expected):
+    columns = np.stack([starts, np.arange(len(starts))], axis=1)
+    parts = stretches(columns)
+    assert [len(columns[part]) for part in parts] == expected
+    assert np.array_equal(np.concatenate([columns[part] for part in parts]), columns)
+    assert all(len(np.unique(np.diff(columns[part], axis=0), axis=0)) <= 1 for part in parts)

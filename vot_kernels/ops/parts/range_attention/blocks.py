@@ -34,6 +34,11 @@ class Blocks:
         """Rows of all runs together."""
         return len(self) * self.length
 
+    @property
+    def are_adjacent(self) -> bool:
+        """Whether each run begins where the one before it ends."""
+        return self._step == self.length
+
     def take(self, buffer: Tensor) -> Tensor:
         """`[heads, runs, length, width]`: a view where the runs are evenly spaced, else a copy."""
         if self._step is not None:
@@ -56,6 +61,19 @@ class Blocks:
             else:
                 total = runs.take(buffer).add_(values[:, part])
                 buffer.index_copy_(1, runs._rows, total.flatten(1, 2))
+
+    def take_rows(self, x: Tensor) -> Tensor:
+        """`[runs, heads, length, width]` of `[tokens, heads, width]`: a view where the runs are evenly spaced."""
+        if self._step is not None:
+            return self._view(x.transpose(0, 1)).transpose(0, 1)
+        return x.index_select(0, self._rows).unflatten(0, (len(self), self.length)).transpose(1, 2)
+
+    def put_rows(self, x: Tensor, values: Tensor) -> None:
+        """Write `[runs, heads, length, width]` into the rows of `[tokens, heads, width]`; the runs must not overlap."""
+        if self._step is not None:
+            self.take_rows(x).copy_(values)
+        else:
+            x.index_copy_(0, self._rows, values.transpose(1, 2).flatten(0, 1))
 
     def _view(self, buffer: Tensor) -> Tensor:
         heads, _, width = buffer.shape
@@ -100,6 +118,17 @@ def bucket(columns: np.ndarray) -> list[np.ndarray]:
         return []
     _, which, counts = np.unique(columns, axis=0, return_inverse=True, return_counts=True)
     return np.split(np.argsort(which.reshape(-1), kind="stable"), np.cumsum(counts)[:-1])
+
+
+def stretches(starts: np.ndarray) -> list[slice]:
+    """Cuts `starts` `[runs, columns]` into as few stretches as have even steps in every column, front to back."""
+    steps = np.diff(starts, axis=0)
+    found, begin = [], 0
+    for i in range(2, len(starts)):
+        if i - begin >= 2 and (steps[i - 1] != steps[i - 2]).any():
+            found.append(slice(begin, i))
+            begin = i
+    return [*found, slice(begin, len(starts))]
 
 
 def to_heads(x: Tensor, tokens: int) -> Tensor:

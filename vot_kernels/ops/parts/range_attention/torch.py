@@ -31,6 +31,11 @@ class RangeBlocks:
     causal: bool
     limits: Tensor | None = None
 
+    def part(self, runs: slice) -> "RangeBlocks":
+        """Some of the runs."""
+        queries, keys = (Blocks(x.starts[runs], x.length, x.device) for x in (self.queries, self.keys))
+        return RangeBlocks(queries, keys, self.causal, self.limits)
+
     def mask(self, like: Tensor, repeats: int) -> Tensor | None:
         """`[repeats * queries, keys]` to add to the scores, None without limits."""
         hidden = self.hidden(repeats)
@@ -198,6 +203,51 @@ def range_attention_backward(
     if d_lse is not None:
         dq, dk, dv = (x[..., :-1] for x in (dq, dk, dv))
     return dq, dk, dv
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, blocks: RangePass, scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[tokens, heads, d]` and lse `[tokens, heads]` of one pass without limits; as many key heads as heads.
+
+    It reads the tensors as they lie, in any strides, and copies no rows but those of `blocks` that are not evenly
+    spaced. Queries without keys get the output 0 and the lse -inf.
+    """
+    q, scale, _ = _positive(q, scale)
+    outs, lses = [], []
+    for item in blocks:
+        query, key, value = item.queries.take_rows(q), item.keys.take_rows(k), item.keys.take_rows(v)
+        out, lse = _attend(query, key, value, item.causal, scale)
+        outs.append((item.queries, out))
+        lses.append((item.queries, lse[..., None]))
+    return _joined(q.shape, outs, q, 0.0), _joined((*q.shape[:2], 1), lses, q, -torch.inf)[..., 0]
+
+
+def attend_rows_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: RangePass, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `attend_rows`, 0 for rows that are in no block; no two blocks may share keys."""
+    q, scale, factor = _positive(q, scale)
+    parts: list[list[tuple[Blocks, Tensor]]] = [[], [], []]
+    for item in blocks:
+        g, query, o, norm = (item.queries.take_rows(x) for x in (d_out, q, out, lse[..., None]))
+        key, value = (item.keys.take_rows(x) for x in (k, v))
+        found = _attend_backward(g, query, key, value, o, norm[..., 0], item.causal, scale)
+        for part, runs, grad in zip(parts, (item.queries, item.keys, item.keys), found, strict=True):
+            part.append((runs, grad))
+    dq, dk, dv = (_joined(x.shape, part, x, 0.0) for x, part in zip((q, k, v), parts, strict=True))
+    return dq if factor == 1 else dq.mul_(factor), dk, dv
+
+
+def _joined(
+    shape: Sequence[int], parts: Sequence[tuple[Blocks, Tensor]], like: Tensor, missing: float
+) -> Tensor:
+    """`[tokens, heads, width]` of the `[runs, heads, length, width]` of blocks; no copy if one block is all of it."""
+    covered = sum(runs.num_rows for runs, _ in parts)
+    if len(parts) == 1 and covered == shape[0] and parts[0][0].are_adjacent:
+        return parts[0][1].transpose(1, 2).flatten(0, 1).contiguous()
+    total = like.new_empty(shape) if covered == shape[0] else like.new_full(shape, missing)
+    for runs, values in parts:
+        runs.put_rows(total, values)
+    return total
 
 
 def finite_pivot(lse: Tensor) -> Tensor:
