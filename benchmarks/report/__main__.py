@@ -12,17 +12,17 @@ from vot_kernels.files import atomic_write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 for done, 1 for input that cannot be used or a README that differs, 2 for wrong usage."""
+    """Exit status: 0 for done, 1 for input that cannot be used or a page that differs, 2 for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.files and options.check:
-        parser.error("--check compares the README with the committed results and takes no FILE")
+        parser.error("--check compares the pages with the committed results and takes no FILE")
     if options.out and not options.files:
         parser.error("--out DIR needs at least one FILE to report")
     try:
         if options.files:
             return _write_report(options.files, options.out or _folder(options.files[0]))
-        return _check_readme() if options.check else _write_readme()
+        return _check_pages() if options.check else _write_pages()
     except (BrokenResult, ImportError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
         description="Tables, plots and one HTML page from results of `pytest benchmarks/ --benchmark-json FILE`. "
-        "Without FILE, makes the README's tables anew from benchmarks/results/.",
+        "Without FILE, makes the tables of the README and the docs anew from benchmarks/results/.",
     )
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="results; several are merged by device"
@@ -40,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: beside the first FILE, named after it"
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if the README's tables differ"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the tables differ")
     return parser
 
 
@@ -75,23 +73,25 @@ def _prefixes(sections: Sequence[Section]) -> list[str]:
     return [kind if kinds.count(kind) == 1 else f"{kind}{i + 1}" for i, kind in enumerate(kinds)]
 
 
-def _write_readme() -> int:
-    text = readme.render(readme.README.read_text(encoding="utf-8"))
-    with atomic_write(readme.README) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"wrote the tables of {readme.README}")
+def _write_pages() -> int:
+    for path in readme.PAGES:
+        text = readme.render(path.read_text(encoding="utf-8"))
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"wrote the tables of {path}")
     return 0
 
 
-def _check_readme() -> int:
-    changed = readme.changed_tables(readme.README.read_text(encoding="utf-8"))
-    if not changed:
-        return 0
-    print(
-        f"README.md differs from the results in: {', '.join(changed)}; run python -m benchmarks.report.",
-        file=sys.stderr,
-    )
-    return 1
+def _check_pages() -> int:
+    status = 0
+    for path in readme.PAGES:
+        if changed := readme.changed_tables(path.read_text(encoding="utf-8")):
+            status = 1
+            print(
+                f"{path.name} differs from the results in: {', '.join(changed)}; run python -m benchmarks.report.",
+                file=sys.stderr,
+            )
+    return status
 
 
 if __name__ == "__main__":

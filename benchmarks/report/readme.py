@@ -1,7 +1,7 @@
-"""README tables from committed results.
+"""Tables of the README and the docs from committed results.
 
 A table is between `<!-- table: NAME -->` and `<!-- end -->`; a test checks that every table follows from the
-committed JSON, so no figure in the README can be edited by hand.
+committed JSON, so no figure there can be edited by hand.
 """
 
 import json
@@ -18,7 +18,8 @@ from benchmarks.report.tables import device_name, is_partial, number, ratio_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "frames.md")
+"""The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -129,11 +130,52 @@ def question_table() -> str:
     return table(["answered by", *(c.replace("_", " ") for c in columns)], rows) + f"\n{note}\n"
 
 
+def temporal_context_table() -> str:
+    """What a frozen tower gains from the other frames, seed by seed."""
+    result = _read(RESULTS / "temporal-context.json")
+    ways = result["results"]
+    seeds = [f"seed {seed}" for seed in range(len(next(iter(ways.values()))))]
+    rows = [
+        [way, *(f"{x:.1f}" for x in found), f"{sum(found) / len(found):.1f}"] for way, found in ways.items()
+    ]
+    note = f"`{result['command']}`: {result['task']}. {result['machine']}."
+    return table(["the covered frame sees", *seeds, "mean"], rows) + f"\n{note}\n"
+
+
+def linearize_table() -> str:
+    """A perception model before and after its attention became hybrid, and the errors of its layers."""
+    record = _read(RESULTS / "linearize.json")
+    columns = {
+        "presence": "objects present or not",
+        "center_error_px": "median centre error, px",
+        "label_accuracy": "digit",
+        "hits_f1": "hits F1",
+        "bounces_f1": "bounces F1",
+        "relations_f1": "relations F1",
+    }
+    metrics = [[name, *(f"{found[c]:.3f}" for c in columns)] for name, found in record["metrics"].items()]
+    layers = list(record["layer_errors"]["converted"])
+    titles = [name.removeprefix("encoder.").removesuffix(".attention") for name in layers]
+    errors = [
+        [when, *(f"{found[name]:.3f}" for name in layers)] for when, found in record["layer_errors"].items()
+    ]
+    flops = record["attention_flops"]
+    saved = 1 - flops["hybrid"] / flops["softmax"]
+    note = (
+        f"`{record['command']}`; {record['eval_clips']} held-out clips. Errors are root mean squares relative to the "
+        f"exact model's, on clips that were not trained on. Attention takes {saved:.0%} fewer operations on a clip of "
+        f"{' × '.join(map(str, flops['grid_thw']))} patches."
+    )
+    tables = table(["attention", *columns.values()], metrics), table(["error of", *titles], errors)
+    return "\n".join(tables) + f"\n{note}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "gpu": gpu_table,
     "perception": perception_table,
     "questions": question_table,
+    "temporal-context": temporal_context_table,
 }
 
 

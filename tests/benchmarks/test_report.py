@@ -649,12 +649,12 @@ def test_wrong_arguments_show_the_usage(arguments, capsys):
 def committed(save, tmp_path, monkeypatch):
     """A README and a folder of results of its own."""
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "PAGES", [tmp_path / "README.md"])
     save(result(*RACE, failed=FAILED), "cpu-some.json")
     marked = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("cpu", "gpu"))
-    readme.README.write_text(f"before\n{marked}after\n")
+    readme.PAGES[0].write_text(f"before\n{marked}after\n")
     assert main([]) == 0
-    return readme.README
+    return readme.PAGES[0]
 
 
 def test_readme_names_every_timed_peer(committed):

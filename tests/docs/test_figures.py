@@ -1,16 +1,16 @@
-"""The figures in the README are those of the committed results."""
+"""The figures in the README and the docs are those of the committed results."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks.report.readme import TABLES, changed_tables, render
+from benchmarks.report.readme import PAGES, TABLES, changed_tables, render
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 def test_every_table_is_what_the_results_give():
-    text = README.read_text()
+    text = "".join(page.read_text() for page in PAGES)
     assert changed_tables(text) == [], "run python -m benchmarks.report"
     assert [name for name in TABLES if f"<!-- table: {name} -->" not in text] == []
 
@@ -24,5 +24,7 @@ def test_an_edited_figure_is_noticed():
 
 
 def test_an_unknown_table_is_refused():
-    with pytest.raises(ValueError, match="'speed'.*cpu, gpu, perception, questions"):
+    with pytest.raises(
+        ValueError, match="'speed'.*cpu, gpu, perception, questions, temporal-context"
+    ):
         render("<!-- table: speed -->\n<!-- end -->")
