@@ -113,6 +113,9 @@ def _backward(plan: "Plan", saved: Saved, grads: Grads, options: Options) -> tup
     query, key, value = (to_heads(x, tokens) for x in (inputs.q, inputs.k, inputs.v))
     out, d_out, joint = (to_heads(x, tokens) for x in (saved.out, grads.d_out, saved.lse[..., None]))
     d_lse = None if grads.d_lse is None else to_heads(grads.d_lse[..., None], tokens)
+    if plan.far is not None and saved.out.dtype != out.dtype:
+        # do.(v - o) cancels, and a far weight may exceed 1 by much: then the rounding of o would be all of it.
+        out, _ = _forward(plan, inputs, options)
     repeats = query.shape[0] // key.shape[0]
     near = (key, value, out, joint, plan.passes, options.scale)
     dq, dk, dv = range_attention_backward(d_out, d_lse, query, *near)

@@ -159,7 +159,10 @@ def range_attention(
     for other, other_lse in results[1:]:
         joint = torch.logaddexp(lse, other_lse)
         safe = finite_pivot(joint)
-        out = out.mul_((lse - safe).exp()).add_(other.mul_((other_lse - safe).exp()))
+        weight, other_weight = (lse - safe).exp_(), (other_lse - safe).exp_()
+        # 1 but for the roundings of lse, or 0. In gradients, do.o cancels do.v: there a sum of 1 + 1e-5 would show.
+        total = (weight + other_weight).clamp_(min=0.5)
+        out = out.mul_(weight.div_(total)).add_(other.mul_(other_weight.div_(total)))
         lse = joint
     return out, lse
 
