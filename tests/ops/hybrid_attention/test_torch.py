@@ -105,3 +105,14 @@ def test_work_grows_with_the_rows_and_the_window_alone():
 def test_large_groups_stand_alone():
     plan = make_plan(Geometry.of(PackedLayout.from_lengths([2048], group_size=128), 1, None))
     assert not plan.pairs and all(item.limits is None for item in plan.passes[0])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_masks_cover_a_diagonal_where_all_earlier_groups_are_near(group):
+    """Of 4,096 rows each sees half on average: without a mask, but for its own block."""
+    layout = PackedLayout.from_lengths([4096], group_size=group)
+    plan = make_plan(Geometry.of(layout, None, "group"))
+    items = [item for blocks in plan.passes for item in blocks]
+    masked = sum(item.queries.num_rows * item.keys.length for item in items if item.limits is not None)
+    pairs = sum(item.queries.num_rows * item.keys.length / (1 + item.causal) for item in items)
+    assert masked <= 128 * 4096 and pairs <= (2048 + 128) * 4096 and not plan.pairs

@@ -181,6 +181,8 @@ class Plan:
 @remember
 def make_plan(geometry: Geometry) -> Plan:
     """The plan of a packing on the device where its bounds lie."""
+    if geometry.causal == "group" and not (geometry.host_cu_groups.diff() > 1).any():
+        geometry = geometry._replace(causal="token")  # the same, and without a window a plain triangle
     device, ranges = geometry.cu_seqlens.device, geometry.near_ranges()
     far, pairs = _plan_far(geometry, ranges, device) if geometry.has_far else (None, ())
     return Plan(int(geometry.host_cu_seqlens[-1]), _plan_near(geometry, ranges, device), far, pairs)
@@ -190,6 +192,7 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
     """Passes over the near ranges. Small groups are joined to blocks of rows that each see a range of their own."""
     token = geometry.causal == "token"
     joined: RangePass = ()
+    earlier: RangePass = ()
     if not geometry.all_near:
         sizes = _Sizes.of(geometry, ranges)
         most = np.clip(sizes.mean_keys / 2, _LEAST_ROWS, _MOST_ROWS)
@@ -203,6 +206,11 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
         low, high, owners = (
             np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
         )
+        if geometry.causal and geometry.left is None:  # what is before a block, all of it sees without a mask
+            first = np.flatnonzero(np.diff(owners, prepend=-1))
+            begin, end = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
+            earlier = plan_pass(np.stack([begin, end, low[first], begin], axis=1), False, device)
+            low = np.repeat(begin, np.diff(np.append(first, len(rows))))
         joined, ranges = plan_limits(rows, low, rows + 1 if token else high, owners, device), ranges[~shared]
     if token:  # the own group with a triangle, then whole groups before it
         begin, end, key_begin, _ = ranges.T
@@ -210,7 +218,7 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
         before = plan_pass(np.stack([begin, end, key_begin, begin], axis=1), False, device)
         passes = [joined + own, before]
     else:
-        passes = [joined + plan_pass(ranges, False, device)]
+        passes = [joined + plan_pass(ranges, False, device), earlier]
     return tuple(blocks for blocks in passes if blocks)
 
 
