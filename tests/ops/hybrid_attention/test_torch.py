@@ -116,3 +116,20 @@ def test_masks_cover_a_diagonal_where_all_earlier_groups_are_near(group):
     masked = sum(item.queries.num_rows * item.keys.length for item in items if item.limits is not None)
     pairs = sum(item.queries.num_rows * item.keys.length / (1 + item.causal) for item in items)
     assert masked <= 128 * 4096 and pairs <= (2048 + 128) * 4096 and not plan.pairs
+
+
+def test_short_segments_take_their_far_pairs_once():
+    """Segments of one state: near and far blocks each have every pair of rows, the far ones of both sides in one."""
+    for lengths in ([32] * 50, [20, 33, 41, 20, 33]):
+        plan = make_plan(Geometry.of(PackedLayout.from_lengths(lengths, group_size=1), 4, None))
+        shapes, squares = len(set(lengths)), sum(n * n for n in lengths)
+        for items in (plan.passes[0], plan.pairs):
+            assert len(items) == shapes
+            assert sum(item.queries.num_rows * item.keys.length for item in items) == squares
+
+
+def test_groups_of_sixteen_have_states_of_their_own():
+    layout = PackedLayout.from_lengths([50, 333, 590, 97], group_size=16)
+    plan = make_plan(Geometry.of(layout, 1, None))
+    near = sum(item.queries.num_rows * item.keys.length for item in plan.passes[0])
+    assert not plan.pairs and near <= 48 * layout.num_tokens * 1.2

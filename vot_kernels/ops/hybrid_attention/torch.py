@@ -49,7 +49,7 @@ from vot_kernels.ops.parts.range_attention.torch import (
 # _TINY rows share states of about _STATE_ROWS rows.
 _SMALL = 32
 _LEAST_ROWS, _MOST_ROWS = 16, 128
-_TINY, _STATE_ROWS = 16, 64
+_TINY, _STATE_ROWS = 8, 64
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
@@ -249,6 +249,13 @@ def _plan_far(
     )
     pieces = owner * (len(rows) + 1) + (rows - bounds[owner]) // _MOST_ROWS
     pairs: RangePass = ()
+    if behind is not None and ahead is not None:  # of a segment that is one state both sides at once
+        alone = counts[segment] == 1
+        within = bounds[first[segment[alone]]], bounds[first[segment[alone]] + 1]
+        pairs += plan_limits(rows[alone], begin[alone], end[alone], pieces[alone], device, within)
+        rows, begin, end, owner, segment, pieces = (
+            x[~alone] for x in (rows, begin, end, owner, segment, pieces)
+        )
     if behind is not None:
         start = np.maximum(owner - behind[segment] + 1, first[segment])
         pairs += plan_limits(rows, bounds[start], begin, pieces, device)
