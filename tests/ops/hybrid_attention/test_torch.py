@@ -31,6 +31,8 @@ LAYOUTS = {
     "threes": PackedLayout.from_lengths([500, 110], group_size=3),
     "sixteens": PackedLayout.from_lengths([400, 300], group_size=16),
     "irregular": irregular(450, 210, 30),
+    "one of four": PackedLayout.from_lengths([4], group_size=4),
+    "none": PackedLayout.from_lengths([0], group_size=1),
     "of two kinds": PackedLayout.from_cu_seqlens([0, 300, 600], [*range(301), 400, 500, 600]),
 }
 WINDOWS = [

@@ -206,7 +206,9 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
         low, high, owners = (
             np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
         )
-        if geometry.causal and geometry.left is None:  # what is before a block, all of it sees without a mask
+        if (
+            geometry.causal and geometry.left is None and len(rows)
+        ):  # what is before a block, all of it sees without a mask
             first = np.flatnonzero(np.diff(owners, prepend=-1))
             begin, end = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
             earlier = plan_pass(np.stack([begin, end, low[first], begin], axis=1), False, device)
