@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import vot_kernels
 from tests.fuzz.broken import FUNCTIONS, check_broken
 from tests.fuzz.calls import Draw
 from vot_kernels import (
@@ -56,6 +57,41 @@ def test_forward_mode_is_refused():
     ):
         with pytest.raises(ValueError, match="no forward-mode derivative"):
             torch.func.jvp(op, (q,), (torch.ones_like(q),))
+
+
+def test_forward_mode_is_refused_for_every_floating_argument():
+    layout = PackedLayout.from_lengths([4, 3], group_size=2)
+    x, image = torch.randn(7, 4), torch.randn(3, 4, 4)
+    head, heads = torch.randn(7, 2, 4), torch.randn(4)
+    experts = [torch.randn(3, 2, 4), torch.randn(3, 5, 2), torch.randn(3, 5, 4), torch.randn(3, 5, 4)]
+    mlp = [torch.randn(5, 12), torch.zeros(5), torch.randn(4, 5), torch.zeros(4)]
+    indices = torch.zeros(7, 2, dtype=torch.int64)
+    calls = [
+        (lambda *t: vot_kernels.aoe(*t, 2), [x, *experts]),
+        (
+            lambda *t: vot_kernels.moe(*t[:3], indices, t[3]),
+            [x, torch.randn(3, 10, 4), torch.randn(3, 4, 5), torch.ones(7, 2)],
+        ),
+        (lambda *t: vot_kernels.packed_attention(*t, layout), [head, head, head]),
+        (
+            lambda q, k, *w: vot_kernels.rope_qk_norm(
+                q, k, torch.zeros(7, 3), q_weight=w[0], k_weight=w[1], sections=(1, 1, 0)
+            ),
+            [head, head, heads, heads],
+        ),
+        (lambda *t: vot_kernels.size_aware_embedding(t[0], layout, *t[1:]), [x, *mlp]),
+        (lambda image: vot_kernels.pack_patches([image], 2, temporal_patch_size=1), [image]),
+        (lambda *t: hybrid_attention_step(*t), [head, head, head]),
+    ]
+    for call, tensors in calls:
+        call(*tensors)
+        for i, one in enumerate(tensors):
+            with pytest.raises(ValueError, match="no forward-mode derivative"):
+                torch.func.jvp(
+                    lambda t, i=i, call=call, tensors=tensors: call(*tensors[:i], t, *tensors[i + 1 :]),
+                    (one,),
+                    (torch.ones_like(one),),
+                )
 
 
 def test_a_step_refuses_features_that_ask_for_gradients():

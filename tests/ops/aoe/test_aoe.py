@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vot_kernels.ops.aoe import AoEAux, aoe, op, reference
+from vot_kernels.ops.aoe import torch as module
 from vot_kernels.ops.parts.experts import slots as _experts
 from vot_kernels.testing import (
     ToleranceError,
@@ -402,3 +403,12 @@ def test_a_bad_argument_is_named(change, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         aoe(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_scaled_rows_choose_the_same_experts():
+    """What a GPU does to every row, where a look at the norms would wait for it: powers of two change no digit."""
+    x, w_down = make_experts()[:2]
+    plain = module._select_scaled(x, w_down, None, 2, None)
+    scaled = module._select_scaled(x, w_down, None, 2, module._row_scale(x, torch.float32))
+    for a, b in zip(plain, scaled, strict=True):
+        assert torch.equal(a, b)

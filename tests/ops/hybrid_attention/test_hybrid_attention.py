@@ -91,6 +91,18 @@ def test_feature_maps_and_dtypes(name, causal, dtype):
     check(layout, [*make_qkv(50, 4, 16, dtype=dtype), BETA.to(dtype)], feature_map=name, causal=causal)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_normaliser_does_not_blow_up_the_rounding_of_the_output(dtype):
+    """Far tokens count alone, with one feature: the output does not depend on q, and q times its gradient is 0."""
+    q, k, v = make_qkv(64, head_dim=1, dtype=dtype)
+    layout = PackedLayout.from_lengths([40, 24], group_size=4)
+    options = {"window": 0, "feature_map": "relu", "beta": torch.full((2,), 60.0)}
+    q, k = (0.01 * (q.abs() + 0.1)).requires_grad_(), k.abs() + 0.1
+    out = hybrid_attention(q, k, v, layout, backend="torch", **options)
+    (dq,) = torch.autograd.grad(out, q, make_tensor(*out.shape, dtype=dtype))
+    assert (q * dq).float().abs().max() < 3e-5
+
+
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 72, 80])
 def test_head_dims(head_dim):
     layout = PackedLayout.from_lengths((18, 7, 25), group_size=4)
@@ -359,6 +371,16 @@ def test_large_scores_stay_finite():
     k[4:] = make_tensor(12, 4, 16)
     for factor, beta in ((1, None), (3, BETA)):  # a score of 300 is known to 300 eps
         check(layout, [q * factor, k, v, beta], roundings=300 * factor)
+
+
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_weights_sum_to_one_however_large_the_scores(causal):
+    """An lse of 1,000 is rounded to 3e-5; parts merged by it alone would have weights of that error."""
+    layout = PackedLayout.from_lengths([300, 24], group_size=20)
+    q, k = (30 * x for x in make_qkv(324)[:2])
+    beta = torch.full((2,), 1000.0)
+    out = hybrid_attention(q, k, torch.ones_like(k), layout, beta=beta, causal=causal, backend="torch")
+    assert (out - 1).abs().max() < 2e-6
 
 
 def test_tokens_that_see_nothing_get_zero():

@@ -31,6 +31,8 @@ LAYOUTS = {
     "threes": PackedLayout.from_lengths([500, 110], group_size=3),
     "sixteens": PackedLayout.from_lengths([400, 300], group_size=16),
     "irregular": irregular(450, 210, 30),
+    "one of four": PackedLayout.from_lengths([4], group_size=4),
+    "none": PackedLayout.from_lengths([0], group_size=1),
     "of two kinds": PackedLayout.from_cu_seqlens([0, 300, 600], [*range(301), 400, 500, 600]),
 }
 WINDOWS = [
@@ -105,3 +107,31 @@ def test_work_grows_with_the_rows_and_the_window_alone():
 def test_large_groups_stand_alone():
     plan = make_plan(Geometry.of(PackedLayout.from_lengths([2048], group_size=128), 1, None))
     assert not plan.pairs and all(item.limits is None for item in plan.passes[0])
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_masks_cover_a_diagonal_where_all_earlier_groups_are_near(group):
+    """Of 4,096 rows each sees half on average: without a mask, but for its own block."""
+    layout = PackedLayout.from_lengths([4096], group_size=group)
+    plan = make_plan(Geometry.of(layout, None, "group"))
+    items = [item for blocks in plan.passes for item in blocks]
+    masked = sum(item.queries.num_rows * item.keys.length for item in items if item.limits is not None)
+    pairs = sum(item.queries.num_rows * item.keys.length / (1 + item.causal) for item in items)
+    assert masked <= 128 * 4096 and pairs <= (2048 + 128) * 4096 and not plan.pairs
+
+
+def test_short_segments_take_their_far_pairs_once():
+    """Segments of one state: near and far blocks each have every pair of rows, the far ones of both sides in one."""
+    for lengths in ([32] * 50, [20, 33, 41, 20, 33]):
+        plan = make_plan(Geometry.of(PackedLayout.from_lengths(lengths, group_size=1), 4, None))
+        shapes, squares = len(set(lengths)), sum(n * n for n in lengths)
+        for items in (plan.passes[0], plan.pairs):
+            assert len(items) == shapes
+            assert sum(item.queries.num_rows * item.keys.length for item in items) == squares
+
+
+def test_groups_of_sixteen_have_states_of_their_own():
+    layout = PackedLayout.from_lengths([50, 333, 590, 97], group_size=16)
+    plan = make_plan(Geometry.of(layout, 1, None))
+    near = sum(item.queries.num_rows * item.keys.length for item in plan.passes[0])
+    assert not plan.pairs and near <= 48 * layout.num_tokens * 1.2

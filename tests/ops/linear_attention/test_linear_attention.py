@@ -57,6 +57,22 @@ def test_dtypes(dtype, causal):
     check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, dtype=dtype), causal=causal)
 
 
+@pytest.mark.parametrize("log_decay", [None, -0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_normaliser_does_not_blow_up_the_rounding_of_the_output(dtype, log_decay):
+    """With one feature the output does not depend on q: do.(v - o) cancels, and 1 / Z multiplies what is left."""
+    q, k, v = make_qkv(50, head_dim=1, dtype=dtype)
+    decay = {} if log_decay is None else {"log_decay": torch.full((2,), log_decay)}
+    inputs = 0.01 * (q.abs() + 0.1), k.abs() + 0.1, v
+    check(
+        PackedLayout.from_lengths((18, 7, 25)),
+        inputs,
+        feature_map="relu",
+        causal=log_decay is not None,
+        **decay,
+    )
+
+
 @pytest.mark.parametrize("head_dim", [1, 24, 40, 72, 80])
 def test_head_dims(head_dim):
     check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, 2, head_dim), causal=True)

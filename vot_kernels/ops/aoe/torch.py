@@ -1,7 +1,6 @@
 """The PyTorch backend of `aoe`: norms in blocks of tokens, then each expert once over the tokens that chose it.
 
-The host reads from the device how many tokens each expert has, in the forward and in the backward, and in the forward
-whether any norm is out of the ordinary.
+The host reads from the device how many tokens each expert has, in the forward and in the backward.
 """
 
 import torch
@@ -21,7 +20,8 @@ from vot_kernels.ops.parts.experts.slots import (
     swiglu_backward,
 )
 
-# The squares under other norms may overflow or vanish in float32; rows that have them are scaled first.
+# The squares under other norms may overflow or vanish in float32; rows that have them are scaled first. On a GPU
+# all rows are, for a look at the norms would wait for it.
 _ORDINARY_NORMS = (1e-15, 1e15)
 _LARGEST_EXPONENT = 120  # of a power of two that is a normal number in float32, and so is its inverse
 
@@ -89,7 +89,11 @@ def backward(
 
 def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Norms of all caches, the choice, and the caches of the selected experts `[slots, rank]` in the dtype of `x`."""
-    norms, indices, selected = _select_scaled(x, w_down, bias, top_k, None)
+    waits = x.device.type != "cpu" and x.shape[1] > 0
+    scale = _row_scale(x, accumulator(x.dtype)) if waits else None
+    norms, indices, selected = _select_scaled(x, w_down, bias, top_k, scale)
+    if waits:
+        return norms, indices, selected.view(-1, w_down.shape[1])
     low, high = _ORDINARY_NORMS
     extreme = ((norms < low) | (norms > high)).any(1).nonzero()[:, 0]
     if extreme.shape[0] and x.shape[1]:

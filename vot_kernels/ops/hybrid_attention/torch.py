@@ -49,7 +49,7 @@ from vot_kernels.ops.parts.range_attention.torch import (
 # _TINY rows share states of about _STATE_ROWS rows.
 _SMALL = 32
 _LEAST_ROWS, _MOST_ROWS = 16, 128
-_TINY, _STATE_ROWS = 16, 64
+_TINY, _STATE_ROWS = 8, 64
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
@@ -113,6 +113,9 @@ def _backward(plan: "Plan", saved: Saved, grads: Grads, options: Options) -> tup
     query, key, value = (to_heads(x, tokens) for x in (inputs.q, inputs.k, inputs.v))
     out, d_out, joint = (to_heads(x, tokens) for x in (saved.out, grads.d_out, saved.lse[..., None]))
     d_lse = None if grads.d_lse is None else to_heads(grads.d_lse[..., None], tokens)
+    if plan.far is not None and saved.out.dtype != out.dtype:
+        # do.(v - o) cancels, and a far weight may exceed 1 by much: then the rounding of o would be all of it.
+        out, _ = _forward(plan, inputs, options)
     repeats = query.shape[0] // key.shape[0]
     near = (key, value, out, joint, plan.passes, options.scale)
     dq, dk, dv = range_attention_backward(d_out, d_lse, query, *near)
@@ -178,6 +181,8 @@ class Plan:
 @remember
 def make_plan(geometry: Geometry) -> Plan:
     """The plan of a packing on the device where its bounds lie."""
+    if geometry.causal == "group" and not (geometry.host_cu_groups.diff() > 1).any():
+        geometry = geometry._replace(causal="token")  # the same, and without a window a plain triangle
     device, ranges = geometry.cu_seqlens.device, geometry.near_ranges()
     far, pairs = _plan_far(geometry, ranges, device) if geometry.has_far else (None, ())
     return Plan(int(geometry.host_cu_seqlens[-1]), _plan_near(geometry, ranges, device), far, pairs)
@@ -187,6 +192,7 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
     """Passes over the near ranges. Small groups are joined to blocks of rows that each see a range of their own."""
     token = geometry.causal == "token"
     joined: RangePass = ()
+    earlier: RangePass = ()
     if not geometry.all_near:
         sizes = _Sizes.of(geometry, ranges)
         most = np.clip(sizes.mean_keys / 2, _LEAST_ROWS, _MOST_ROWS)
@@ -200,6 +206,13 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
         low, high, owners = (
             np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
         )
+        if (
+            geometry.causal and geometry.left is None and len(rows)
+        ):  # what is before a block, all of it sees without a mask
+            first = np.flatnonzero(np.diff(owners, prepend=-1))
+            begin, end = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
+            earlier = plan_pass(np.stack([begin, end, low[first], begin], axis=1), False, device)
+            low = np.repeat(begin, np.diff(np.append(first, len(rows))))
         joined, ranges = plan_limits(rows, low, rows + 1 if token else high, owners, device), ranges[~shared]
     if token:  # the own group with a triangle, then whole groups before it
         begin, end, key_begin, _ = ranges.T
@@ -207,7 +220,7 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
         before = plan_pass(np.stack([begin, end, key_begin, begin], axis=1), False, device)
         passes = [joined + own, before]
     else:
-        passes = [joined + plan_pass(ranges, False, device)]
+        passes = [joined + plan_pass(ranges, False, device), earlier]
     return tuple(blocks for blocks in passes if blocks)
 
 
@@ -238,6 +251,13 @@ def _plan_far(
     )
     pieces = owner * (len(rows) + 1) + (rows - bounds[owner]) // _MOST_ROWS
     pairs: RangePass = ()
+    if behind is not None and ahead is not None:  # of a segment that is one state both sides at once
+        alone = counts[segment] == 1
+        within = bounds[first[segment[alone]]], bounds[first[segment[alone]] + 1]
+        pairs += plan_limits(rows[alone], begin[alone], end[alone], pieces[alone], device, within)
+        rows, begin, end, owner, segment, pieces = (
+            x[~alone] for x in (rows, begin, end, owner, segment, pieces)
+        )
     if behind is not None:
         start = np.maximum(owner - behind[segment] + 1, first[segment])
         pairs += plan_limits(rows, bounds[start], begin, pieces, device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.autocast import autocasts, without_autocast
+from vot_kernels.ops.checks import check_no_tangent
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.pack_patches import reference
 from vot_kernels.packing import brief
@@ -154,6 +155,7 @@ def _validate(image: Tensor, index: int, first: Tensor, patch_size: int, tempora
             f"Image {index} must be [channels, height, width] or [frames, channels, height, width], "
             f"got {list(image.shape)}."
         )
+    check_no_tangent(f"Image {index}", image)
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"Image {index} must be uint8 or floating, got {image.dtype}.")
     if (image.dtype, image.device, image.shape[-3]) != (first.dtype, first.device, first.shape[-3]):

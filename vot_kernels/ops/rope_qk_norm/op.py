@@ -32,7 +32,8 @@ def rope_qk_norm(
     normalised at all (plain rotary); the same for k. Then the pair of channels (i, i + head_dim / 2) turns by
     positions[:, axis] · theta^(-j / n): the first `sections[0]` pairs belong to t, the next to y, the last
     to x, and j counts the n pairs of a section, so that every axis has the whole range of frequencies.
-    float32 inside (float64 for float64 inputs).
+    float32 inside (float64 for float64 inputs). With a weight, a head whose mean(q²) overflows there, as at entries
+    of 1e19 and more, becomes 0.
 
     Args:
         q: `[tokens, heads, head_dim]`, floating.

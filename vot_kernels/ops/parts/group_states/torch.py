@@ -203,5 +203,9 @@ def far_weight(beta: Tensor, lse: Tensor) -> Tensor:
 def join_far(out: Tensor, lse: Tensor, sums: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """The near result and the far sums [numerator, normaliser] under one normaliser. Consumes `out`."""
     joint = torch.logaddexp(lse, beta + sums[..., -1:].log())
-    out = out.mul_((lse - joint).exp_()).addcmul_(sums[..., :-1], far_weight(beta, joint))
+    near, far = (lse - joint).exp_(), far_weight(beta, joint)
+    total = (
+        near + far * sums[..., -1:]
+    )  # 1 but for the roundings of lse, which do.o in gradients would not bear
+    out = out.mul_(near.div_(total)).addcmul_(sums[..., :-1], far.div_(total))
     return out, joint

@@ -23,13 +23,15 @@ _LEAST_KEYS = 16  # of fewer, torch's kernel takes a row of NaN scores for one t
 class RangeBlocks:
     """Query runs and the key run of each, of one shape; causal aligns both and hides later keys.
 
-    With limits `[2, queries]` query i of a run sees its keys from limits[0, i] to before limits[1, i] alone.
+    With limits `[2, queries]` query i of a run sees its keys from limits[0, i] to before limits[1, i] alone, or if
+    `outside` all but these.
     """
 
     queries: Blocks
     keys: Blocks
     causal: bool
     limits: Tensor | None = None
+    outside: bool = False
 
     def part(self, runs: slice) -> "RangeBlocks":
         """Some of the runs."""
@@ -47,7 +49,8 @@ class RangeBlocks:
             return None
         low, high = self.limits[..., None]
         key = torch.arange(self.keys.length, device=self.limits.device)
-        return ((key < low) | (key >= high)).repeat(repeats, 1)
+        beyond = (key < low) | (key >= high)
+        return (~beyond if self.outside else beyond).repeat(repeats, 1)
 
 
 RangePass = tuple[RangeBlocks, ...]
@@ -107,16 +110,26 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
 
 
 def plan_limits(
-    rows: np.ndarray, low: np.ndarray, high: np.ndarray, owners: np.ndarray, device: torch.device
+    rows: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    owners: np.ndarray,
+    device: torch.device,
+    within: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RangePass:
     """Blocks of `rows` (ascending) that each see the keys from low to before high, one block per owner.
 
+    within: first key of each row and one past the last, the same for all rows of an owner; a row then sees those of
+    them that are not from low to before high.
     Rows of one owner follow each other. Blocks whose rows see keys at the same places are worked on together.
     """
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
     for begin, end in pairwise([*np.flatnonzero(np.diff(owners, prepend=-1)), len(rows)]):
         limits = np.stack([low[begin:end], high[begin:end]])
         seen = limits[:, limits[1] > limits[0]]
+        if within is not None:
+            seen = np.stack([side[begin:end] for side in within])
+            seen = seen[:, :0] if (limits == seen).all() else seen
         if seen.size:
             key, keys = int(seen[0].min()), int(seen[1].max() - seen[0].min())
             pattern = (limits - key).clip(0, keys)
@@ -132,6 +145,7 @@ def plan_limits(
                 Blocks(places[:, 1], keys, device),
                 False,
                 None if whole else torch.from_numpy(limits.copy()).to(device),
+                within is not None,
             )
         )
     return tuple(blocks)
@@ -159,7 +173,10 @@ def range_attention(
     for other, other_lse in results[1:]:
         joint = torch.logaddexp(lse, other_lse)
         safe = finite_pivot(joint)
-        out = out.mul_((lse - safe).exp()).add_(other.mul_((other_lse - safe).exp()))
+        weight, other_weight = (lse - safe).exp_(), (other_lse - safe).exp_()
+        # 1 but for the roundings of lse, or 0. In gradients, do.o cancels do.v: there a sum of 1 + 1e-5 would show.
+        total = (weight + other_weight).clamp_(min=0.5)
+        out = out.mul_(weight.div_(total)).add_(other.mul_(other_weight.div_(total)))
         lse = joint
     return out, lse
 
