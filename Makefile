@@ -20,7 +20,7 @@ TORCH ?= 2.11.0 newest
 MATRIX := .venv-matrix
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format bench matrix fuzz clean
+.PHONY: help demo check test lint format bench matrix fuzz seeds clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -79,6 +79,9 @@ bench: $(PACKAGE)  ## measure the ops on this machine: the quick suite, three mi
 
 fuzz: $(PACKAGE)  ## 10,000 random calls of every op against the references, and calls with broken arguments
 	@$(BIN)/python -m tests.fuzz --calls 10000
+
+seeds: $(PACKAGE)  ## the tests under 20 seeds, with one and two threads and older CPU instructions, for hours; TESTS=tests/ops
+	@$(BIN)/python -m tests.seeds --seeds 0-19 $(TESTS)
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) $(MATRIX) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
