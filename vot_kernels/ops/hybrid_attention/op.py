@@ -27,6 +27,7 @@ from vot_kernels.ops.checks import (
     check_scale,
 )
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import VARIANTS, Grads, Options
@@ -194,7 +195,7 @@ def _hybrid_attention_fwd(
 
 @_hybrid_attention_fwd.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op("vot_kernels::hybrid_attention_bwd", mutates_args=())

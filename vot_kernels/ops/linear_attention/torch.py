@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
 from vot_kernels.ops.parts.attention import Grads
 from vot_kernels.ops.parts.group_states.torch import (
@@ -39,7 +40,7 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     """The output, and 1 / (Z _SCALE) `[tokens, heads]`, 0 where Z is 0."""
     plan, q = make_plan(geometry), inputs.q
     out = q.new_empty(q.shape)
-    inverse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    inverse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
     for heads, kv_heads in _head_chunks(plan, inputs):
         decay = _cut_decay(plan, inputs.log_decay, heads, inverse)
         part, part_inverse = _forward(plan, _cut(inputs, heads, kv_heads), geometry, options, decay)
