@@ -32,8 +32,9 @@ from vot_kernels.ops.parts.range_attention.blocks import (
     to_tokens,
 )
 
-_CHUNK = 64  # tokens: triangular products cost as much as the states do at about head_dim
-_SCALE = 2.0**32  # of values and normaliser: for a subnormal Z, products would lose digits and 1 / Z overflow
+_CHUNK = 64  # tokens; near head_dim, triangular products cost as much as the states do
+# Scales values and normaliser: with a subnormal Z, products would lose digits and 1 / Z would overflow.
+_SCALE = 2.0**32
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:

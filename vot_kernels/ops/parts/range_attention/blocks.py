@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vot_kernels.ops.dtypes import accumulator
 
-_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # per temporary
+_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # the most that one temporary takes
 
 
 @dataclass(frozen=True, eq=False)
