@@ -21,7 +21,7 @@ MATRIX := .venv-matrix
 DOCS := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format bench docs matrix fuzz clean
+.PHONY: help demo check test lint format bench docs matrix fuzz seeds clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -92,6 +92,9 @@ $(DOCS)/.installed: pyproject.toml
 
 fuzz: $(PACKAGE)  ## 10,000 random calls of every op against the references, and calls with broken arguments
 	@$(BIN)/python -m tests.fuzz --calls 10000
+
+seeds: $(PACKAGE)  ## the tests under 20 seeds, with one and two threads and older CPU instructions, for hours; TESTS=tests/ops
+	@$(BIN)/python -m tests.seeds --seeds 0-19 $(TESTS)
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf $(VENV) $(MATRIX) $(DOCS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

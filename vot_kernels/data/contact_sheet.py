@@ -103,7 +103,7 @@ def _choose(count: int, events: "Sequence[Event]", most: int) -> list[int]:
     if len(chosen) >= most:
         return [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
     spread = [int(k) for k in np.linspace(0, count - 1, most).round()]
-    # Room for the events is made where the spread comes closest to them.
+    # The frames of events replace the nearest of the evenly spread ones.
     for event in chosen:
         if event not in spread:
             free = [k for k in spread if k not in chosen]
@@ -155,7 +155,7 @@ class _Sheet:
     cell: tuple[int, int]
     title: str | None
     tracklets: "tuple[Tracklet, ...]"
-    colours: list[str]  # of the tracklets
+    colours: list[str]  # one per tracklet
     legend: list[str]
     legend_columns: int
 
@@ -309,7 +309,7 @@ class _Sheet:
         if events:
             left = font.getlength(clock) + 16
             words = _fit(events, font, width - left - 16)
-            # The marker is drawn, because the built-in font has no such sign.
+            # The built-in font has no such sign, so the marker is drawn.
             pen.regular_polygon((x + left + 5, y + _CAPTION / 2, 5), 4, rotation=45, fill=_EVENT)
             pen.text((x + left + 14, y + 3), words, fill=_EVENT, font=font)
 

@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 from vot_kernels.nn.attention_projections import AttentionProjections, Rotary
 from vot_kernels.ops.attention_options import FEATURE_MAPS, TOKEN_CAUSAL_MODES, Causal
 from vot_kernels.ops.checks import check_causal, check_choice
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.linear_attention import linear_attention
 from vot_kernels.packing import PackedLayout
 
@@ -96,7 +97,7 @@ class LinearAttention(AttentionProjections):
         """The logarithm of the decays, `[num_heads]`, in float32 at least; None without a decay."""
         if self.decay_logit is None:
             return None
-        return logsigmoid(self.decay_logit.to(torch.promote_types(self.decay_logit.dtype, torch.float32)))
+        return logsigmoid(self.decay_logit.to(accumulator(self.decay_logit.dtype)))
 
     def forward(
         self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None

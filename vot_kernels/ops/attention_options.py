@@ -7,11 +7,11 @@ from vot_kernels.packing import brief
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CAUSAL_MODES = (None, "group", "token")
-TOKEN_CAUSAL_MODES = (None, "token")  # where groups play no part
+TOKEN_CAUSAL_MODES = (None, "token")  # of ops without groups
 Causal = bool | str | None
 
 Window = int | tuple[int, int] | None
-_MOST = 2**31 - 1  # groups: no buffer has more
+_MOST = 2**31 - 1  # no buffer has more groups
 
 
 def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | None]:

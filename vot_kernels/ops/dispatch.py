@@ -29,7 +29,7 @@ OPS = (
     "pack_patches",
 )
 
-# Every public function, and the folder of `vot_kernels/ops` that it is in.
+# Maps every public function to its folder of `vot_kernels/ops`.
 FUNCTIONS = {op: op for op in OPS} | {
     "hybrid_attention_step": "hybrid_attention",
     "flash_attn_func": "flash_attention",

@@ -24,7 +24,7 @@ from torch import Tensor
 from vot_kernels.tuning import INTERPRETER, Config, lookup
 from vot_kernels.tuning.autotune import TUNER, Tuner
 
-# Programs along each axis, or how many there are with given blocks.
+# The number of programs along each axis, or a function that finds it from the blocks.
 Grid = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
@@ -45,10 +45,10 @@ class Launch:
     config: Config
 
 
-# Read once, as Triton itself does, and plain globals: torch.compile traces through the dispatch.
+# These are read once, as Triton does, and are plain globals, because torch.compile traces through the dispatch.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
-_VECTOR = 8  # numbers of 16 bits in the widest load
+_VECTOR = 8  # 16-bit numbers in the widest load
 _OLDEST_GPU = (8, 0)  # older ones have no bfloat16 and too little shared memory for the shipped blocks
 _recording: tuple[str, list[Launch]] | None = None
 

@@ -21,7 +21,7 @@ from vot_kernels.reasoning.names import (
 )
 from vot_kernels.scene_graph.graph import STSG, Event, Tracklet
 
-MOVED = 0.04  # fractions of the frame; below, a displacement says nothing about direction
+MOVED = 0.04  # fractions of the frame; a shorter displacement has no direction
 STILL = re.compile(r"\b(not mov\w*|still|stationary|stays?|does not|doesn't)\b")
 NEGATED = re.compile(r"\b(not|never|no|without|neither|nor)\b|n't\b")
 _HALVES = (
@@ -223,7 +223,7 @@ def relation_fact(predicate: str, subject: str, other: str, graph: STSG) -> Fact
     relations = [r for r in graph.relations if r.predicate == predicate]
     holds = [r for r in relations if (r.subject, r.object) == (subject, other)]
     frames = sum(any(r.t0 <= k <= r.t1 for r in holds) for k in together)
-    # Without one relation of this kind in the graph, its absence may just mean that nobody looked for it.
+    # A graph without any relation of this kind may have been made without looking for it.
     if not together or not relations or 0 < frames < len(together):
         return None, "the relation does not hold always or never"
     always = frames == len(together)

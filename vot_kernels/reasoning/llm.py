@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from vot_kernels.extras import imports_for
 
-KEPT_PREFIXES = 2  # prompts with the video, and without it
-_SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
+KEPT_PREFIXES = 2  # one prompt with the video and one without
+_SLOT = "\ue000"  # takes the prompt's place while the chat template is filled in
 
 
 class LanguageModelError(ValueError):
@@ -21,7 +21,7 @@ class LanguageModelError(ValueError):
 
 
 class Reply(str):
-    """Words of a model that knows whether the limit of tokens cut them.
+    """The reply of a model, which knows whether the limit of tokens cut it.
 
     Attributes:
         cut: they stop at the limit, before the model had ended.
@@ -294,7 +294,7 @@ class HFLanguageModel:
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             cache = self.model(input_ids=tokens, **options).past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        # A prompt that begins like a kept one takes its place; another kind of prompt displaces the oldest.
+        # A prompt that begins like a kept one replaces it; any other replaces the oldest.
         continues = 2 * common >= len(nearest[0])
         others = [kept for kept in self._kept if kept is not nearest] if continues else self._kept
         self._kept = [(prefix, layers), *others][:KEPT_PREFIXES]

@@ -1,4 +1,4 @@
-"""Everything the language model is told. Short, because a small model on a CPU reads 600 tokens a second.
+"""The prompts of the language model. They are short, because a small model on a CPU reads 600 tokens a second.
 
 The prompts of steps 3 to 5 begin with the same `context`, so a model that keeps its cache reads it once.
 """
@@ -14,7 +14,7 @@ from vot_kernels.scene_graph.graph import STSG
 GraphStyle = Literal["sentences", "stsg", "both"]
 MAX_PROPOSAL = 160  # characters
 GRAPH_STYLES = ("sentences", "stsg", "both")
-MAX_LINES = 48  # of one graph; a crowded scene would not fit a small model's context
+MAX_LINES = 48  # lines of one graph, so that a crowded scene fits a small model's context
 
 
 def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MAX_LINES) -> str:

@@ -146,7 +146,7 @@ class VideoOfThought:
             check = next((c for c in verification.checks if c.candidate == choice), None)
             verdict = check.verdict if check else "uncheckable"
             seen = perception_score(stsg, ids)
-            # The only candidate has won against nothing.
+            # A lone candidate has won against no other.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
         return Answer(

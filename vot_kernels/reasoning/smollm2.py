@@ -119,7 +119,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     )
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)  # the weights are plain numbers now
-    # A model read from GGUF refuses to be saved; its numbers in a fresh model do not.
+    # transformers refuses to save a model read from GGUF, so its weights go into a new one.
     model = LlamaForCausalLM(LlamaConfig(**settings)).half()
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -135,7 +135,7 @@ def _publish(fresh: Path, folder: Path) -> None:
     except OSError:
         if _is_complete(folder):
             return
-        shutil.rmtree(folder, ignore_errors=True)  # left behind by someone who deleted parts of it
+        shutil.rmtree(folder, ignore_errors=True)  # a folder of which parts were deleted
         os.rename(fresh, folder)
 
 

@@ -57,7 +57,7 @@ _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
     ("yes/no", r"^(did|do|does|is|are|was|were|has|have|had|can|could)\b|\byes or no\b|\btrue or false\b"),
 )
 
-# What the words of a question must hold at least for a kind that the model names.
+# The words of a question must contain at least these for a kind that the model names.
 _KIND_HINTS: dict[QuestionKind, str] = {
     "counterfactual": r"\b(if|without|had|were|suppose|imagine)\b",
     "prediction": r"\b(future|after\w*|later|soon|then|expect\w*|predict\w*|end up)\b",
@@ -69,7 +69,7 @@ _KIND_HINTS: dict[QuestionKind, str] = {
     "which": r"\b(which|who|whom|whose|what|name)\b",
     "yes/no": r"\b(whether|true|false|correct|right|possible)\b",
 }
-_ECHO_SHARE = 0.5  # of a question's words; a proposal that repeats more of them in a row is no answer
+_ECHO_SHARE = 0.5  # a proposal that repeats more of a question's words than this in a row is no answer
 
 
 class Recorder:

@@ -28,7 +28,7 @@ DecidedBy = Literal["words", "likelihood", "both", "none"]
 
 @dataclass(frozen=True)
 class Switches:
-    """Which steps run. A step that is off still has an output, so that the later steps work.
+    """The steps that run. A step that is off still has an output, which the later steps need.
 
     Attributes:
         task_definition: if off, the kind is "open" and every tracklet is a target.

@@ -31,7 +31,7 @@ from vot_kernels.tuning import Config, Request, Table, as_config, fitting_entrie
 
 _WARPS = (4, 8)
 _STAGES = (1, 2, 3, 4)
-# A block of a matrix product has at least 16 rows or columns; the kernels address 128 rows with 32 bits.
+# A block of a matrix product has at least 16 rows and columns; kernels address at most 128 rows in 32 bits.
 _MATRIX_BLOCKS = range(16, 128 + 1)
 
 
@@ -118,7 +118,7 @@ class Tuner:
     def _time(self, candidate: Config, run: Callable[[Config], None]) -> float:
         try:
             return self._measure(partial(run, candidate))
-        except Exception:  # the compiler and the driver have many ways to say that it does not fit
+        except Exception:  # the compiler and the driver raise many types for a config that does not fit
             return math.inf
 
     def _path(self, request: Request) -> Path:

@@ -29,7 +29,7 @@ def row_source(
     the multiplication with weights of 0. `launch.with_workspace` says what a descriptor needs of the host.
     """
     if USE_TMA:
-        end = tl.maximum(end, 1)  # of no rows there is no descriptor, nor is one ever read
+        end = tl.maximum(end, 1)  # a descriptor cannot have 0 rows; this one is never read
         source = tl.make_tensor_descriptor(pointer, [end, HEAD_DIM], [stride, 1], [BLOCK, BLOCK_D])
     else:
         source = pointer

@@ -29,7 +29,7 @@ def _combine_kernel(
     column = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (column < N)[None, :]
     sums = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    # Unrolled, so that the rows of four slots are under way together.
+    # The loop is unrolled, so that the rows of four slots are loaded together.
     for j in tl.range(0, TOP_K, loop_unroll_factor=4):
         slot = token * TOP_K + j
         place = tl.load(places_ptr + slot, token < tokens, other=-1)

@@ -99,7 +99,7 @@ def _grouped_matmul_kernel(
     row = place if order_ptr is None else tl.load(order_ptr + place) // TOP_K
     w_ptr += expert.to(tl.int64) * (w_expert_stride * STRIDE_UNIT)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if addend_ptr is not None:  # first, while registers are free: the products take them all
+    if addend_ptr is not None:  # before the products, which take all registers
         addend_ptr += place.to(tl.int64)[:, None] * (addend_stride * STRIDE_UNIT)
         addend = tl.load(addend_ptr + column[None, :], (column < N)[None, :], other=0.0)
         sums += tl.load(scale_ptr + place)[:, None] * addend

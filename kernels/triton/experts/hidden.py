@@ -42,7 +42,7 @@ def _load_weight(
     if TRANSPOSED:
         pointers = weight_ptr + (k.to(tl.int64)[:, None] * stride * STRIDE_UNIT + column[None, :])
         tile = tl.load(pointers, mask & (column < COLUMNS)[None, :], other=0.0)
-    else:  # the last column again takes fewer registers than a mask
+    else:  # repeating the last column takes fewer registers than a mask
         column = tl.minimum(column, COLUMNS - 1)
         pointers = weight_ptr + (column.to(tl.int64)[None, :] * stride * STRIDE_UNIT + k[:, None])
         tile = tl.load(pointers) if SIZE % BLOCK_K == 0 else tl.load(pointers, mask, other=0.0)
@@ -441,7 +441,7 @@ def _expert_hidden_bwd_kernel(
     slot = tl.load(order_ptr + place)
     weight = tl.load(weights_ptr + slot)
     SAVED: tl.constexpr = 2 * HIDDEN if cache_ptr is None else HIDDEN
-    # What the epilogue reads arrives while the products are under way.
+    # The epilogue's inputs are loaded while the products are computed.
     value = _load_pieces(
         saved_ptr + (SAVED - HIDDEN), place, tile * TILE_N, HIDDEN, SAVED, BLOCK_M, TILE_N, PIECE
     )

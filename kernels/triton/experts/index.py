@@ -38,7 +38,7 @@ def _rank_slots_kernel(
         before += tl.sum((same & earlier).to(tl.int32), 1)
         after += tl.sum((same & ~earlier).to(tl.int32), 1)
     tl.store(places_ptr + first + position, before, first + position < slots)
-    # The first slot of an expert in the tile speaks for all: they come after it, and itself among them.
+    # The first slot of an expert in the tile counts for all of its slots: itself and those after it.
     count = counts_ptr + 1 + expert.to(tl.int64) * tiles + tile
     tl.store(count, after, (expert >= 0) & (before == 0))
 
@@ -93,7 +93,7 @@ def _mixing_backward_kernel(
     place = tl.load(places_ptr + slot, mask, other=-1)
     grouped = place >= 0
 
-    # Tokens that follow each other have places that do, in each of their experts: the loads share their lines.
+    # Successive tokens have successive places within an expert, so their loads share cache lines.
     pointers = partials_ptr + place
     d_mix = tl.zeros([ROWS, WIDTH], tl.float32)
     for _ in tl.range(blocks, loop_unroll_factor=4):

@@ -55,7 +55,7 @@ def _cache_norms_kernel(
     if RANK != PADDED:
         inside = inside & (rank < RANK)
     depth = tl.arange(0, BLOCK_D)
-    # Rows outside repeat the last one: without a mask on rows there is more room for the accumulator.
+    # Rows past the end repeat the last one, because a mask would take registers from the accumulator.
     x_pointers = x_ptr + tl.minimum(row, tokens - 1)[:, None] * X_STRIDE + depth[None, :]
     w_row = tl.minimum(expert, EXPERTS - 1).to(tl.int64) * W_EXPERT_STRIDE
     w_row += tl.minimum(rank, RANK - 1).to(tl.int64) * W_RANK_STRIDE

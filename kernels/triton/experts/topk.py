@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Below the key of every number: of experts that do not exist, and of those already chosen.
+# The key of experts that do not exist or are already chosen; it is below the key of every number.
 _TAKEN: tl.constexpr = tl.constexpr(-(2**31))
 
 
@@ -11,7 +11,7 @@ _TAKEN: tl.constexpr = tl.constexpr(-(2**31))
 def ordered_key(score):
     """int32 numbers in the order of float32 scores, above _TAKEN; 0 and -0 are equal, NaN is the largest."""
     bits = score.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the bits of a negative number fall as it rises
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the bits of a negative number fall as the number rises
     key = tl.where(score == 0, 0, key)
     return tl.where(score != score, 0x7FFFFFFF, key)
 

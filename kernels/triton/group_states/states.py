@@ -183,7 +183,7 @@ def tile_state(
     state = tl.zeros([ROWS, COLUMNS], tl.float32)
     normaliser = tl.zeros([ROWS], tl.float32)
     blocks = tl.cdiv(end - first, BLOCK_T)
-    for i in range(repeats * blocks):  # one loop, so that loads run ahead from head to head too
+    for i in range(repeats * blocks):  # one loop, so that the loads of the next head run ahead too
         token = first + i % blocks * BLOCK_T
         head = (first_head + i // blocks).to(tl.int64)
         features = load_features(
@@ -259,7 +259,7 @@ def _group_states_kernel(
     column = program % VALUE_BLOCKS * BLOCK_V
     kv_head = program // VALUE_BLOCKS % kv_heads
     tile = program // (VALUE_BLOCKS * kv_heads)
-    group, first = locate_tile(bounds_ptr, num_groups + 1, tile, TILE)  # the last one is the slack
+    group, first = locate_tile(bounds_ptr, num_groups + 1, tile, TILE)  # the last group is the slack
     if group == num_groups:
         return
     begin = tl.load(bounds_ptr + group)

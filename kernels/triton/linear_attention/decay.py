@@ -86,7 +86,7 @@ def _decay_pairs_kernel(
             other = first + j * BLOCK_T
             key = load_features(key_ptr, other, stop, key_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D)
             value = load_block(value_ptr, other, stop, value_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-            # One product after the other: side by side, float32 operands do not fit into registers.
+            # The products follow each other, because the float32 operands of both do not fit into the registers.
             pairs = dot(d_out, tl.trans(value), TYPE) + last[:, None]
             pairs *= weights[:, None]
             distance = (i - j) * BLOCK_T + place[:, None] - place[None, :]
@@ -169,4 +169,4 @@ def _decay_states_kernel(
     )  # fmt: skip
     total += tl.sum(state * before)
     total_last += tl.sum(last * before_last)
-    tl.store(out_ptr + program, total + tl.where(column == 0, total_last, 0.0))  # one column for all blocks
+    tl.store(out_ptr + program, total + tl.where(column == 0, total_last, 0.0))  # counted once, not per block

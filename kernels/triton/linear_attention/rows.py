@@ -72,7 +72,7 @@ def _products(
     ROWS: tl.constexpr = x.shape[0]
     PART: tl.constexpr = 64
     if TYPE.is_fp32() and x.shape[1] > 2 * PART:
-        # Both are left out by the compiler for other feature maps, which take no scale.
+        # Other feature maps take no scale: the compiler leaves both out.
         x_scale = softmax_scale(x_ptr, row, stop, x_stride, WIDTH, ROWS)
         y_scale = softmax_scale(y_ptr, row, stop, y_stride, WIDTH, ROWS)
         products = tl.zeros([ROWS, ROWS], tl.float32)
@@ -386,7 +386,7 @@ def _linear_feature_grad_kernel(
         if KEY_SIDE:
             x_last = tl.full([BLOCK_T], 1.0, tl.float32)
             if FEATURE_MAP == "softmax" and BLOCK_F < HEAD_DIM:
-                # phi_j.(dS v'_j) = v'_j.dv'_j, of the whole row
+                # phi_j.(dS v'_j) = v'_j.dv'_j, over the whole row
                 out = load_block(out_ptr, row, stop, heads * HEAD_DIM, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
                 pull = load_column(out_last_ptr + head, row, stop, heads, BLOCK_T)
                 pull += tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)

@@ -204,7 +204,7 @@ def _dq_target(
     The descriptor ends where the rows do: nothing is added to those of a neighbour, not even NaN times 0.
     """
     if USE_TMA:
-        end = tl.maximum(end, 1)  # of no rows there is no descriptor, nor is one ever added to
+        end = tl.maximum(end, 1)  # a descriptor cannot have 0 rows; nothing is added to this one
         target = tl.make_tensor_descriptor(
             dq_ptr, [end, heads, HEAD_DIM], [heads * HEAD_DIM, HEAD_DIM, 1], [BLOCK_Q, 1, BLOCK_D]
         )
@@ -365,7 +365,7 @@ def _range_attention_dkdv_kernel(
     dq = None
     if ADD_DQ:
         dq = _dq_target(dq_ptr, end, heads, HEAD_DIM, BLOCK_D, BLOCK_Q, USE_TMA)
-        # Keys of 0 stand for those past the end. Their weights, if not masked, may be infinite: inf * 0 is NaN.
+        # Keys past the end are 0. Unless their weights are masked, these may be infinite, and inf * 0 is NaN.
         end_full = tl.where(first_key + BLOCK_K > end_key, first_full, end_full)
     k_ptr, k_stride = head_rows(k_ptr, kv_head, k_head_stride, k_stride, STRIDE_UNIT)
     v_ptr, v_stride = head_rows(v_ptr, kv_head, v_head_stride, v_stride, STRIDE_UNIT)
@@ -381,7 +381,7 @@ def _range_attention_dkdv_kernel(
     d_out_head_stride *= STRIDE_UNIT
     lse_ptr += head
     delta_ptr += head
-    # One loop over heads and blocks: nested ones cost some 30 registers more.
+    # Heads and blocks share one loop: nested loops take some 30 registers more.
     masked = count - (end_full - first_full)
     for step in range(masked * repeats):
         repeat = (step // masked).to(tl.int64)

@@ -148,7 +148,7 @@ def _range_attention_fwd_kernel(
     each half of the rows. On sm_90 the compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps; it
     says nothing where it leaves the loop as it is, so that configs have the limit `warp_specialized`.
     """
-    # Late rows see the most keys when attention is causal: they go first.
+    # Late rows go first, because they see the most keys if attention is causal.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     if WARP_SPECIALIZE:
         segment, first_row = locate_tile_by_steps(cu_rows_ptr, segments, tile, BLOCK_Q)
@@ -169,7 +169,7 @@ def _range_attention_fwd_kernel(
     query = load_source(
         queries, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True, WARP_SPECIALIZE
     )
-    factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf of a masked score, 0 would be NaN
+    factor = tl.maximum(scale * LOG2_E, 1e-30)  # 0 times a masked score, -inf, would be NaN
 
     sums = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)

@@ -42,12 +42,12 @@ AVAILABILITY: dict[str, dict[str, float]] = {
 }
 """Share of train clips that admit a cell, where the cells of one form differ; measured on 300 clips."""
 
-HORIZON = 4.0  # seconds past the end within which the next hit must come
+HORIZON = 4.0  # the next hit must come within this many seconds after the end
 DOMINANCE = 1.5  # a direction of motion outweighs the other axis by this factor
-MIN_MOVED = 0.5  # radii; less is no motion in any direction
+MIN_MOVED = 0.5  # radii; a shorter path has no direction
 MIN_APART = 2  # frames between two hits whose order is asked
-MIN_MISS = 0.1  # radii of clear space that "does not hit" must leave
-NEAR_MISS = 1.0  # radii of space at most, for a pair that could have hit
+MIN_MISS = 0.1  # radii; discs that do not hit stay at least so far apart
+NEAR_MISS = 1.0  # radii; discs that could have hit come at least so close
 CHANGED = 0.25  # radii by which removing an object must move another one to matter
 WOBBLE = math.radians(1.5)  # answers of re-simulations must survive velocities turned by this much
 
@@ -343,7 +343,7 @@ class Asker:
                 yield self._question("counterfactual", text, YES_NO, wanted, body, first, second, flip=flip)
 
     def _next(self, cell: str) -> Iterator[Question]:
-        del cell  # one cell only
+        del cell  # this kind has one cell only
         last = self.facts.motion.times[-1]
         if self.facts.scene.duration - last < 1.5 / self.facts.scene.fps:
             return  # the last velocities cannot be seen

@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 COLOUR_NAMES = tuple(COLOURS)
 IMAGE_SPLITS = ("train", "val", "test")
 _SIDE = 8
-_SPAN = 9  # source pixels across a sprite: leaves room for centring the ink without leaving the box
+_SPAN = 9  # source pixels across a sprite, so that centred ink stays in the box
 _FRACTIONS = (0.7, 0.1, 0.2)  # of each digit's images, in the order of IMAGE_SPLITS
 _SPLIT_SEED = 20250315  # fixed: which images are held out must never depend on a run
 

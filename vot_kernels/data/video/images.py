@@ -51,7 +51,7 @@ def load_image(path: Path, image: Any, request: Request) -> VideoClip:
             "RGB", request.size(width, height)
         )  # lets the JPEG decoder skip detail that is not needed
     complete = _load_pixels(image)
-    # Asked for only now, because looking for EXIF data makes Pillow read a PNG to its end.
+    # EXIF data is asked for only now, because Pillow reads a PNG to its end to find it.
     orientation = _EXIF.get(image.getexif().get(_EXIF_ORIENTATION, 1), Orientation())
     picker = Picker(np.zeros(1), 0.0, lambda frame: orientation.apply(_rgb(frame, request)))
     picker.offer(0.0, image)

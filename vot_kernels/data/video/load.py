@@ -17,7 +17,7 @@ from vot_kernels.data.video.progress import progress_bar
 from vot_kernels.data.video.reader import Reader
 from vot_kernels.data.video.request import Request, VideoError
 
-# A wanted time this much further on is reached by seeking; nearer ones are quicker reached by decoding on.
+# The reader seeks to a wanted time that is at least so far ahead; decoding up to a nearer one is faster.
 _SEEK_GAP_S = 3.0
 
 

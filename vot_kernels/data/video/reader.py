@@ -170,7 +170,7 @@ class Reader:
         if stream.duration is not None and stream.time_base is not None:
             return float(stream.duration * stream.time_base)
         tag = _seconds(stream.metadata.get("DURATION"))
-        offset = max(self._origin or 0.0, 0.0)  # both that follow count from time stamp 0
+        offset = max(self._origin or 0.0, 0.0)  # tag and container count from time stamp 0
         if tag is not None:
             return tag - offset
         if self.container.duration is not None:
@@ -307,7 +307,7 @@ def _open_container(path: Path) -> Any:
     try:
         # Prefix and whitelist keep a name such as "concat:a|b", or a playlist, from opening anything else.
         options = {"protocol_whitelist": "file"}
-        # A title may be in any encoding, and nobody asked for it.
+        # A title may be in any encoding; it is not used.
         container = av.open(f"file:{path.absolute()}", options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(_not_media(path, error)) from None

@@ -68,7 +68,7 @@ class Request:
             return max(1, round(width)), max(1, round(height))
         scale = math.sqrt(self.max_pixels / (width * height))
         columns, rows = _even(width * scale), _even(height * scale)
-        # A side that cannot shrink below one pixel leaves the area to the other.
+        # If one side is a pixel already, the other alone shrinks to the area.
         return min(columns, _even(self.max_pixels / rows)), min(rows, _even(self.max_pixels / columns))
 
 

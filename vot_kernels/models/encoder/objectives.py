@@ -12,6 +12,7 @@ from vot_kernels.nn.hybrid_attention import HybridAttention
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.nn.rotary import RotaryEmbedding
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.packing import PackedLayout
 
 _START = 256  # follows the bytes; with it the empty caption has a token too
@@ -131,7 +132,7 @@ def sigmoid_contrastive_loss(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1, got {chunk_size}.")
-    wide = torch.float64 if image_embeds.dtype == torch.float64 else torch.float32
+    wide = accumulator(image_embeds.dtype)
     images, texts, scale, bias = (
         x.to(wide) for x in (image_embeds, text_embeds, logit_scale.exp(), logit_bias)
     )

@@ -23,7 +23,7 @@ from vot_kernels.ops.parts.experts.slots import (
 # The squares under other norms may overflow or vanish in float32; rows that have them are scaled first. On a GPU
 # all rows are, for a look at the norms would wait for it.
 _ORDINARY_NORMS = (1e-15, 1e15)
-_LARGEST_EXPONENT = 120  # of a power of two that is a normal number in float32, and so is its inverse
+_LARGEST_EXPONENT = 120  # 2^n and 2^-n are normal numbers in float32 up to this n
 
 
 def forward(

@@ -20,6 +20,7 @@ from vot_kernels.ops.checks import (
     check_tensor,
 )
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.flash_attention import reference
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
@@ -303,8 +304,8 @@ def _flash_attention_fwd(
 
 @_flash_attention_fwd.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=compute)
+    lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
 @torch.library.custom_op("vot_kernels::flash_attention_bwd", mutates_args=())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.plans import remember
@@ -43,7 +44,7 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     if plan.views is not None:
         return attend_rows(q, k, v, plan.views, options.scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
     for heads, kv_heads in head_chunks(q, k, 0):
         query = to_heads(q[:, heads], plan.rows)
         key, value = (to_heads(x[:, kv_heads], plan.keys) for x in (k, v))

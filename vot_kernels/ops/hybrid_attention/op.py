@@ -212,7 +212,7 @@ def _hybrid_attention_fwd(
 
 @_hybrid_attention_fwd.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op("vot_kernels::hybrid_attention_bwd", mutates_args=())

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.group_states.torch import (
@@ -56,7 +57,7 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     """Output and lse `[tokens, heads]`, at least float32."""
     plan, q = make_plan(geometry), inputs.q
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
     for heads, kv_heads in head_chunks(q, inputs.k, plan.state_size(inputs)):
         part, part_lse = _forward(plan, _cut(inputs, heads, kv_heads), options)
         to_tokens(part, out[:, heads])

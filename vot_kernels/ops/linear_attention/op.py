@@ -23,6 +23,7 @@ from vot_kernels.ops.checks import (
     check_tensor,
 )
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.linear_attention import reference
 from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
 from vot_kernels.ops.parts.attention import Grads
@@ -114,7 +115,7 @@ def _linear_attention_fwd(
 
 @_linear_attention_fwd.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op("vot_kernels::linear_attention_bwd", mutates_args=())

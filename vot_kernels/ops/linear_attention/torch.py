@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
 from vot_kernels.ops.parts.attention import Grads
 from vot_kernels.ops.parts.group_states.torch import (
@@ -31,15 +32,16 @@ from vot_kernels.ops.parts.range_attention.blocks import (
     to_tokens,
 )
 
-_CHUNK = 64  # tokens: triangular products cost as much as the states do at about head_dim
-_SCALE = 2.0**32  # of values and normaliser: for a subnormal Z, products would lose digits and 1 / Z overflow
+_CHUNK = 64  # tokens; near head_dim, triangular products cost as much as the states do
+# Scales values and normaliser: with a subnormal Z, products would lose digits and 1 / Z would overflow.
+_SCALE = 2.0**32
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """The output, and 1 / (Z _SCALE) `[tokens, heads]`, 0 where Z is 0."""
     plan, q = make_plan(geometry), inputs.q
     out = q.new_empty(q.shape)
-    inverse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    inverse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
     for heads, kv_heads in _head_chunks(plan, inputs):
         decay = _cut_decay(plan, inputs.log_decay, heads, inverse)
         part, part_inverse = _forward(plan, _cut(inputs, heads, kv_heads), geometry, options, decay)

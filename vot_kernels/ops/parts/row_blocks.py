@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-_BLOCK_NUMBERS = 2**16  # per thread
+_BLOCK_NUMBERS = 2**16  # numbers that one thread works on at a time
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:

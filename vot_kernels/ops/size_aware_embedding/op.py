@@ -22,7 +22,7 @@ from vot_kernels.ops.size_aware_embedding import reference
 from vot_kernels.packing import PackedLayout
 
 QUANTITIES = 6
-_LONGEST_PERIOD = 32.0  # in octaves of size: no two sizes up to 2^16 tokens a side coincide
+_LONGEST_PERIOD = 32.0  # octaves of size, so that no two sizes up to 2^16 tokens a side coincide
 
 
 def size_features(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-_LONG = 8  # tokens per segment, on average, from which a CPU goes through the segments one by one
-_RUN = 64  # numbers that are added one after the other; at least 4, or the runs would never end
+_LONG = 8  # a CPU goes through the segments one by one if they have this many tokens on average
+_RUN = 64  # numbers that are added one after the other; fewer than 4 would never come to an end
 
 
 def forward(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -19,7 +19,7 @@ _RANK_SLOTS = Kernel("experts", "rank_slots", "experts.index:_rank_slots_kernel"
 _PLACE_SLOTS = Kernel("experts", "place_slots", "experts.index:_place_slots_kernel")
 _GATHER_CACHES = Kernel("experts", "gather_caches", "experts.gather:_gather_caches_kernel")
 _MIXING_BACKWARD = Kernel("experts", "mixing_backward", "experts.index:_mixing_backward_kernel")
-_SPANS = (128, 64, 32, 16)  # columns whose squares are summed in one go; 8 where these pad a rank too much
+_SPANS = (128, 64, 32, 16)  # columns whose squares make a partial sum; 8 where these pad a rank too much
 
 
 def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a block of caches
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # the size of a block of caches
 
 
 @dataclass(frozen=True, eq=False)

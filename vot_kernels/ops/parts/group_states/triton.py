@@ -16,7 +16,7 @@ from vot_kernels.tuning import Config
 _TILES = Kernel("group_states", "group_states", "group_states.states:_group_states_kernel")
 _REDUCE = Kernel("group_states", "reduce_states", "group_states.states:_reduce_states_kernel")
 _SCAN = Kernel("group_states", "scan_states", "group_states.states:_scan_states_kernel")
-# Bits that a factor of tl.dot keeps: float16 goes as tf32, for sums over a segment leave its range.
+# Bits that tl.dot keeps of a factor. float16 is multiplied as tf32, because sums over a segment exceed its range.
 _DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 

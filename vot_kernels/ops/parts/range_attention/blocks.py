@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # per temporary
+from vot_kernels.ops.dtypes import accumulator
+
+_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # the most that one temporary takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +135,8 @@ def stretches(starts: np.ndarray) -> list[slice]:
 
 def to_heads(x: Tensor, tokens: int) -> Tensor:
     """`[tokens, heads, d]` without slack as contiguous `[heads, tokens, d]` in at least float32."""
-    compute = torch.promote_types(x.dtype, torch.float32)
-    return x[:tokens].transpose(0, 1).to(compute, memory_format=torch.contiguous_format).contiguous()
+    wide = accumulator(x.dtype)
+    return x[:tokens].transpose(0, 1).to(wide, memory_format=torch.contiguous_format).contiguous()
 
 
 def to_tokens(x: Tensor, rows: Tensor, fill: float = 0.0) -> None:

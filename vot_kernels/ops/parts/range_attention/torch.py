@@ -94,7 +94,7 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
             rows = min(_WINDOW_ROWS, end - first)
             low = max(key_begin, first + offset - behind)
             keys = min(key_end, first + rows + offset + ahead) - low
-            # Blocks of one range are evenly spaced, so views; those of several are copied: only short ones.
+            # Evenly spaced blocks, as of one range, are views. Blocks of several ranges are copied, if they are short.
             apart = owner if keys > 4 * _WINDOW_ROWS else -1
             place = first + offset - low
             found.append((first, low, rows, keys, place - behind, place + ahead, apart))

@@ -33,7 +33,7 @@ _DQ = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_
 _START = Kernel("range_attention", "bwd_start", "range_attention.bwd:_range_attention_dq_kernel")
 _DKDV = Kernel("range_attention", "bwd_dkdv", "range_attention.bwd:_range_attention_dkdv_kernel")
 _UNLIMITED = 2**31 - 1
-_DESCRIPTOR_BYTES = 16  # what a tensor descriptor asks of bases and strides
+_DESCRIPTOR_BYTES = 16  # bases and strides in a tensor descriptor are multiples of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class KeyRanges:
     tokens_right: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # the kernels are told no strides of them
+        for field in fields(self):  # the kernels do not get their strides
             if isinstance(x := getattr(self, field.name), Tensor):
                 object.__setattr__(self, field.name, x.contiguous())
 
@@ -156,7 +156,7 @@ def range_attention_forward(
         The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
         rows that see nothing.
     """
-    if scale < 0:  # a peak of scores is one after scaling too only if the scale is positive
+    if scale < 0:  # a negative scale would turn the maximum of the scores into the minimum
         q, scale = -q, -scale
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     rows, heads, head_dim = q.shape
