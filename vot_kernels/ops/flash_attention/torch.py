@@ -138,12 +138,13 @@ def make_plan(
 
 
 def _as_views(passes: Sequence[RangePass], width: int) -> RangePass:
-    """The blocks of one pass at most, cut into blocks of evenly spaced runs; runs that are short are rather copied."""
+    """The blocks of one pass at most, cut into blocks of adjacent runs; runs that are short are rather copied."""
     found = []
     for item in (item for blocks in passes for item in blocks):
         starts = np.stack([item.queries.starts, item.keys.starts], axis=1)
         apart = item.queries.length * width > _COPIED
-        for part in stretches(starts) if apart else [slice(None)]:
+        lengths = (item.queries.length, item.keys.length)
+        for part in stretches(starts, lengths) if apart else [slice(None)]:
             found.append(item.part(part))
     return tuple(found)
 

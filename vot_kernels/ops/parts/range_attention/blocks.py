@@ -5,8 +5,10 @@ equal shape. Buffers here are head-major, `[heads, tokens, width]`, so that the 
 Where the runs are evenly spaced (groups of one size, overlapping windows) they are strided views: no copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -122,15 +124,10 @@ def bucket(columns: np.ndarray) -> list[np.ndarray]:
     return np.split(np.argsort(which.reshape(-1), kind="stable"), np.cumsum(counts)[:-1])
 
 
-def stretches(starts: np.ndarray) -> list[slice]:
-    """Cuts `starts` `[runs, columns]` into as few stretches as have even steps in every column, front to back."""
-    steps = np.diff(starts, axis=0)
-    found, begin = [], 0
-    for i in range(2, len(starts)):
-        if i - begin >= 2 and (steps[i - 1] != steps[i - 2]).any():
-            found.append(slice(begin, i))
-            begin = i
-    return [*found, slice(begin, len(starts))]
+def stretches(starts: np.ndarray, lengths: Sequence[int]) -> list[slice]:
+    """Cuts `starts` `[runs, columns]` where a run does not begin at the end of the one before, in any column."""
+    breaks = np.flatnonzero((np.diff(starts, axis=0) != lengths).any(axis=1)) + 1
+    return [slice(begin, end) for begin, end in pairwise([0, *breaks.tolist(), len(starts)])]
 
 
 def to_heads(x: Tensor, tokens: int) -> Tensor:

@@ -259,8 +259,10 @@ def _joined(
 ) -> Tensor:
     """`[tokens, heads, width]` of the `[runs, heads, length, width]` of blocks; no copy if one block is all of it."""
     covered = sum(runs.num_rows for runs, _ in parts)
-    if len(parts) == 1 and covered == shape[0] and parts[0][0].are_adjacent:
-        return parts[0][1].transpose(1, 2).flatten(0, 1).contiguous()
+    if covered == shape[0] and parts and all(runs.are_adjacent for runs, _ in parts):
+        ordered = sorted(parts, key=lambda part: int(part[0].starts[0]))
+        rows = [values.transpose(1, 2).flatten(0, 1) for _, values in ordered]
+        return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
     total = like.new_empty(shape) if covered == shape[0] else like.new_full(shape, missing)
     for runs, values in parts:
         runs.put_rows(total, values)
