@@ -91,7 +91,7 @@ def test_a_function_that_is_not_called_is_found(script, qwen2_5_vl, monkeypatch)
 
 def test_what_is_refused_says_why(script):
     found = script.compare(Alone(), {"x": torch.ones(2, 3)})
-    assert found.status == "refused" and found.reason == "no attention at all."
+    assert found.status == "refused" and found.reason == "none at all."
 
 
 class Alone(nn.Module):

@@ -77,6 +77,7 @@ def check_same(model, rows=None, **inputs):
 
 
 def implementations(model):
+    """What the configs of a model say, which a patch writes to."""
     configs = {
         id(m.config): m.config
         for m in model.modules()
@@ -96,7 +97,8 @@ def test_every_layer_is_one_call_for_the_whole_batch(kind, calls):
     model, inputs = VISION_LANGUAGE[kind](), image_and_text()
     with vot_kernels.patched(model) as report:
         model(**inputs)
-    assert len(calls) == len(report.replaced) == 4
+    assert len(calls) == 4
+    assert [row.after for row in report.replaced] == ["flash_attn_varlen_func"] * 4 + ["linear"]
     assert sorted(q.shape[0] for q in calls) == [26, 26, 48, 48]
 
 
@@ -361,9 +363,9 @@ def test_causality_comes_from_the_module_or_the_call():
 def test_the_report():
     model = qwen2_5_vl()
     report = vot_kernels.patch(model)
-    assert len(report.replaced) == 4 and report.left == ()
+    assert len(report.replaced) == 5 and report.left == ()
     found = json.loads(json.dumps(report.to_dict()))
-    assert found["replaced"] == 4 and found["left"] == 0
+    assert found["replaced"] == 5 and found["left"] == 0
     assert found["modules"][0] == {
         "name": "model.visual.blocks.0.attn",
         "kind": "Qwen2_5_VLVisionAttention",
@@ -374,8 +376,9 @@ def test_the_report():
         "note": "",
     }
     text = str(report).splitlines()
-    assert text[0] == "4 of 4 attention modules replaced" and len(text) == 3
+    assert text[0] == "5 of 5 modules replaced" and len(text) == 4
     assert "model.visual.blocks.0.attn to model.visual.blocks.1.attn: sdpa -> " in text[1]
+    assert text[3] == "  1 x Conv3d, model.visual.patch_embed.proj: conv -> linear (torch)"
 
 
 def test_a_submodule_alone():

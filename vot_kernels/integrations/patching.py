@@ -1,8 +1,9 @@
 """Other people's models on the attention of this package: `patch`, `unpatch` and `patched`.
 
 The modules are found, not listed: every attention of transformers that looks its function up by the name in its
-config is served, by writing our name into that config. Nothing else of a model changes: no class, no weight, no key
-of its state_dict. A config serves all modules that share it, so it is patched for all of them or for none.
+config is served, by writing our name into that config, and so are its experts; a convolution that embeds patches gets
+a function of its own. Nothing else of a model changes: no class, no weight, no key of its state_dict. A config serves
+all modules that share it, so it is patched for all of them or for none.
 """
 
 import inspect
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 
 from vot_kernels.extras import imports_for
+from vot_kernels.integrations import experts as moe_experts
+from vot_kernels.integrations import patch_embedding
 from vot_kernels.integrations.hybrid import (
     Clips,
     HybridOptions,
@@ -26,25 +29,28 @@ from vot_kernels.integrations.hybrid import (
     grid_owner,
     undo,
 )
+from vot_kernels.integrations.writes import Write, planned, take_back, write_all
 from vot_kernels.ops.attention_options import Window
 from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.dispatch import select
 from vot_kernels.packing import brief
 
-_STATE = "_vot_kernels_patch"  # the configs that a patch wrote to, and what they said before
+_STATE = "_vot_kernels_patch"  # what a patch wrote, and what was there before
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
-_OP, _HYBRID_OP = "flash_attn_varlen_func", "hybrid_attention"
+_ATTRIBUTE = "_attn_implementation_internal"
+_OP, _HYBRID_OP, _MOE, _LINEAR = "flash_attn_varlen_func", "hybrid_attention", "moe", "linear"
 
 
 @dataclass(frozen=True)
 class PatchedModule:
-    """What became of one attention module.
+    """What became of one module: an attention, the experts of a layer, or a convolution that embeds patches.
 
     Attributes:
         name: its name in the model, "" for the model itself.
         kind: its class.
-        before: the attention implementation it had.
-        after: the function of this package that serves it now, None if it stays as it was.
+        before: the attention or experts implementation it had, "conv" for a convolution.
+        after: the function that serves it now, None if it stays as it was. It is one of this package, but for
+            "linear", which is PyTorch's.
         backend: on what backend.
         reason: why it stays, "" if it does not.
         note: what a user should know besides.
@@ -87,14 +93,14 @@ class PatchReport:
         groups: dict[tuple, list[str]] = {}
         for m in self.modules:
             now = (
-                f"{m.before} -> vot_kernels.{m.after} ({m.backend})"
+                f"{m.before} -> {'' if m.after == _LINEAR else 'vot_kernels.'}{m.after} ({m.backend})"
                 if m.after
                 else f"stays as it is: {m.reason}"
             )
             groups.setdefault((m.kind, now + (f"; {m.note}" if m.note else "")), []).append(
                 m.name or "the model"
             )
-        lines = [f"{len(self.replaced)} of {len(self.modules)} attention modules replaced"]
+        lines = [f"{len(self.replaced)} of {len(self.modules)} modules replaced"]
         for (kind, now), names in groups.items():
             where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             lines.append(f"  {len(names)} x {kind}, {where}: {now}")
@@ -110,8 +116,10 @@ def patch(
     layers: Literal["all"] | Sequence[int] = "all",
     feature_map: str = "softmax",
     frames: int | None = None,
+    experts: bool = True,
+    embeddings: bool = True,
 ) -> PatchReport:
-    """Run the attention of a transformers model on this package.
+    """Run attention, experts and patch embedding of a transformers model on this package.
 
     With attention="exact" outputs and gradients stay the same but for rounding.
 
@@ -119,7 +127,7 @@ def patch(
     causality, sliding windows, packed sequences and caches. What a call can only find out by itself (a mask for every
     pair of tokens, dropout) raises one sentence then. A submodule may be given to patch that part alone. Models that
     were made from the same config object share the patch, since the name is written there; it is not saved with a
-    model.
+    model. Experts become one call of `moe` per layer, and a convolution that embeds patches a linear layer.
 
     With attention="hybrid" the attention of vision towers becomes `hybrid_attention` of the frames of a clip: softmax
     to the frames in `window`, linear to the others, with a weight per head that is learned. In a tower that attends
@@ -137,9 +145,11 @@ def patch(
         feature_map: phi of the far part, see `hybrid_attention`.
         frames: frames of every clip, for towers that take an image or a frame per row (SigLIP, ViT) or no grid. None:
             the tower's own argument `grid_thw` says it.
+        experts: False leaves experts alone.
+        embeddings: False leaves the convolutions of patch embeddings alone.
 
     Returns:
-        For each attention module what replaced it, on which backend, or why it stays.
+        For each such module what replaced it, on which backend, or why it stays.
 
     Raises:
         TypeError: not a module.
@@ -155,7 +165,7 @@ def patch(
     with imports_for("Patching a model", "llm"):
         from vot_kernels.integrations.attention import NAME, register_attention
     sites = list(_sites(model))
-    if any(_implementation(site.config) == NAME for site in sites):
+    if _STATE in vars(model) or any(_implementation(site.config) == NAME for site in sites):
         raise ValueError("The model is patched already; call vot_kernels.unpatch first.")
     shared = _reasons_of_configs(model, sites)
     able = [site for site in sites if not shared[id(site.config)]]
@@ -178,28 +188,35 @@ def patch(
         )
         for name, module in _other_attention(model, sites)
     ]
+    written = list(configs.values()) + _parents(model, configs)
+    writes = [planned(config, _ATTRIBUTE, NAME) for config in written]
+    for wanted, part in ((experts, _on_experts), (embeddings, _on_embeddings)):
+        if wanted:
+            more, of_part = part(model)
+            rows, writes = rows + more, writes + of_part
     report = PatchReport(tuple(rows))
-    if not configs:
-        found = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "no attention at all"
+    if not writes:
+        found = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "none at all"
         raise ValueError(
-            f"Nothing in {type(model).__name__} can be replaced. Looked for modules of transformers that look their "
-            f"attention function up in {_FUNCTIONS}, and found {found}."
+            f"Nothing in {type(model).__name__} can be replaced. Looked for attention and experts that look their "
+            f"function up in a table of transformers and for patch embeddings, and found {found}."
         )
     if options is not None and not hybrid:
-        reasons = "; ".join(dict.fromkeys(exact.values()))
+        reasons = "; ".join(dict.fromkeys(exact.values())) or "none of it can be replaced"
         raise ValueError(f"No attention of {type(model).__name__} can be hybrid: {reasons}.")
     register_attention()
-    if options is not None:
-        attach(hybrid.values(), options)
-    written = list(configs.values()) + _parents(model, configs)
-    setattr(model, _STATE, [(config, _implementation(config)) for config in written])
-    for config in written:
-        config._attn_implementation_internal = NAME
+    try:
+        if options is not None:
+            attach(hybrid.values(), options)
+        write_all([*writes, planned(model, _STATE, writes)])
+    except BaseException:
+        undo(model)
+        raise
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give a model the attention back that it had before `patch`; its outputs are bit-equal to those of then.
+    """Give a model back what it had before `patch`; its outputs are bit-equal to those of then.
 
     A config that was given another implementation since keeps that.
 
@@ -209,12 +226,8 @@ def unpatch(model: nn.Module) -> None:
     state = vars(model).pop(_STATE, None) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
-    from vot_kernels.integrations.attention import NAME
-
     undo(model)
-    for config, before in state:
-        if _implementation(config) == NAME:
-            config._attn_implementation_internal = before
+    take_back(state)
 
 
 @contextmanager
@@ -225,6 +238,38 @@ def patched(model: nn.Module, attention: str = "exact", **options: Any) -> Itera
         yield report
     finally:
         unpatch(model)
+
+
+def _on_experts(model: nn.Module) -> tuple[list[PatchedModule], list[Write]]:
+    """The rows of a model's experts, and the writes that put them on `moe`."""
+    with imports_for("Patching a model", "llm"):
+        from vot_kernels.integrations.transformers import register_experts
+    found = list(moe_experts.expert_sites(model))
+    reasons = moe_experts.refusals([module for _, module in found])
+    rows, able = [], []
+    for name, module in found:
+        row = PatchedModule(name, type(module).__name__, moe_experts.implementation(module))
+        if reason := reasons[id(module.config)]:
+            rows.append(replace(row, reason=reason))
+        else:
+            rows.append(replace(row, after=_MOE, backend=moe_experts.backend(module)))
+            able.append(module)
+    if able:
+        register_experts(moe_experts.NAME)
+    return rows, moe_experts.writes(model, able)
+
+
+def _on_embeddings(model: nn.Module) -> tuple[list[PatchedModule], list[Write]]:
+    """The rows of the convolutions that embed patches, and the writes that make them linear."""
+    rows, writes = [], []
+    for name, module in patch_embedding.patch_embeddings(model):
+        row = PatchedModule(name, type(module).__name__, "conv")
+        if reason := patch_embedding.refusal(module):
+            rows.append(replace(row, reason=reason))
+        else:
+            rows.append(replace(row, after=_LINEAR, backend="torch"))
+            writes.append(planned(module, patch_embedding.FORWARD, patch_embedding.embed_patches))
+    return rows, writes
 
 
 def _options(attention: str, *values: Any) -> HybridOptions | None:

@@ -77,7 +77,7 @@ def experts_forward(
     Raises:
         ValueError: the op cannot serve such experts; all reasons in one sentence.
     """
-    reasons = list(_refusals(self))
+    reasons = list(expert_refusals(self))
     if reasons:
         raise ValueError(
             f"The experts implementation of vot_kernels cannot serve {type(self).__name__}: {', '.join(reasons)}; "
@@ -93,7 +93,7 @@ def experts_forward(
     return y.to(hidden_states.dtype)
 
 
-def _refusals(experts: object) -> Iterator[str]:
+def expert_refusals(experts: object) -> Iterator[str]:
     """Why the op cannot serve `experts`; a version of transformers without an attribute means its default."""
     if not getattr(experts, "has_gate", True):
         yield "they have no gate"
