@@ -79,6 +79,23 @@ def image_and_text() -> dict:
     }
 
 
+def video_and_text(kind: str) -> dict:
+    """A prompt with a clip of four frames, two to a patch in time; each model has its own marks around frames."""
+    torch.manual_seed(shifted(3))
+    if kind == "qwen3_vl":  # a run of video tokens for each place in time
+        clip, more = [START, *[VIDEO] * 4, 93] * 2, {}
+    else:
+        clip, more = [START, *[VIDEO] * 8, 93], {"second_per_grid_ts": torch.tensor([1.0])}
+    ids = torch.tensor([[5, *clip, 7, 8, 9]])
+    return more | {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == VIDEO).long() * 2,
+        "pixel_values_videos": torch.randn(32, 3 * 2 * 14 * 14),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+
+
 def prompts(*lengths: int) -> torch.Tensor:
     torch.manual_seed(shifted(2))
     return torch.randint(1, 80, lengths)

@@ -1,0 +1,287 @@
+"""What else works on a patched model as it does on another: videos, adapters, compilation, sharding, a trainer."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import vot_kernels
+from tests.integrations.tiny import (
+    TEXT,
+    VISION_LANGUAGE,
+    image_and_text,
+    prompts,
+    spread,
+    video_and_text,
+)
+from vot_kernels.integrations import attention
+
+OUTPUT, GRADIENT = 2e-5, 2e-4  # relative to the largest number
+ROOT = Path(__file__).parents[2]
+both_models = pytest.mark.parametrize("kind", VISION_LANGUAGE)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The queries of every call of the op."""
+    seen = []
+    op = attention.flash_attn_varlen_func
+    monkeypatch.setattr(
+        attention, "flash_attn_varlen_func", lambda q, *a, **o: seen.append(q) or op(q, *a, **o)
+    )
+    return seen
+
+
+def run(model, inputs):
+    """Logits of real rows, and the gradients of every parameter that has one."""
+    model.zero_grad()
+    logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+    logits.square().mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_close(found, expected):
+    (logits, gradients), (expected_logits, expected_gradients) = found, expected
+    assert (logits - expected_logits).abs().max() <= OUTPUT * expected_logits.abs().max()
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        error = (gradients[name] - gradient).abs().max()
+        assert error <= GRADIENT * gradient.abs().max() or error <= 1e-6 * largest, name
+
+
+@both_models
+def test_generate_after_a_video_finds_the_same_tokens(kind, calls):
+    model, inputs = VISION_LANGUAGE[kind](), video_and_text(kind)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert not calls
+    with vot_kernels.patched(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+    assert calls
+
+
+@both_models
+def test_a_video_is_the_same(kind):
+    model, inputs = VISION_LANGUAGE[kind](), video_and_text(kind)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    expected = run(model, inputs)
+    with vot_kernels.patched(model):
+        check_close(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+@both_models
+def test_adapters_train_alone(kind, patch_first, calls):
+    peft = pytest.importorskip("peft")
+    layers = r".*(qkv|[qkvo]_proj|gate_proj|up_proj|down_proj|linear_fc1|patch_embed\.proj)"
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    inputs = image_and_text()
+    results = []
+    for patched in (False, True):
+        model = VISION_LANGUAGE[kind]()
+        if patched and patch_first:
+            vot_kernels.patch(model)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config)
+        if patched and not patch_first:
+            vot_kernels.patch(adapted)
+        results.append(run(adapted, inputs))
+    check_close(*results[::-1])
+    assert len(calls) == 4
+    gradients = results[1][1]
+    assert gradients and all("lora_" in name for name in gradients)
+    assert any("patch_embed" in name for name in gradients)
+    vot_kernels.unpatch(model if patch_first else adapted)
+    again = run(adapted, inputs)
+    assert torch.equal(again[0], results[0][0])
+
+
+def mixtral():
+    config = MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    return spread(MixtralForCausalLM(config))
+
+
+def test_adapters_on_fused_experts():
+    peft = pytest.importorskip("peft")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=targets, lora_dropout=0.0, init_lora_weights=False
+    )
+    model = peft.get_peft_model(mixtral(), config)
+    ids = prompts(2, 7)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = run(model, inputs)
+    with vot_kernels.patched(model) as report:
+        found = run(model, inputs)
+    assert [row.after for row in report.replaced].count("moe") == 2
+    check_close(found, expected)
+    assert len(expected[1]) == 8 and all("lora_" in name for name in expected[1])
+
+
+@both_models
+def test_autocast_is_as_far_from_full_precision_as_it_was(kind, calls):
+    model, inputs = VISION_LANGUAGE[kind](), image_and_text()
+    exact, _ = run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, _ = run(model, inputs)
+        with vot_kernels.patched(model):
+            after, gradients = run(model, inputs)
+    assert {q.dtype for q in calls} == {torch.bfloat16}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert (after - exact).square().mean() <= 4 * (before - exact).square().mean()
+
+
+@both_models
+def test_a_compiled_tower_takes_any_packing(kind):
+    """What transformers computes from the grid breaks graphs; a patched tower breaks them nowhere else."""
+    tower = VISION_LANGUAGE[kind]().model.visual.eval()
+    batches = [[[1, 4, 4], [1, 8, 4]], [[3, 4, 4]], [[1, 8, 8], [2, 4, 4], [1, 4, 4]]]
+    inputs = [
+        (torch.randn(sum(t * h * w for t, h, w in b), 3 * 2 * 14 * 14), torch.tensor(b)) for b in batches
+    ]
+    seen = []
+    with torch.no_grad():
+        for patched in (False, True):
+            if patched:
+                vot_kernels.patch(tower)
+            torch._dynamo.reset()
+            counters.clear()
+            expected = [tower(*i).last_hidden_state for i in inputs]
+            compiled = torch.compile(tower, backend=(counter := CompileCounterWithBackend("eager")))
+            found = [compiled(*i).last_hidden_state for i in inputs]
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+            seen.append((counter.frame_count, sum(counters["graph_break"].values())))
+    torch._dynamo.reset()
+    print(kind, seen)
+    assert seen[1][0] <= seen[0][0] and seen[1][1] <= seen[0][1]
+
+
+def test_a_language_model_compiles_in_one_graph():
+    from tests.integrations.tiny import qwen2
+
+    model = qwen2()
+    vot_kernels.patch(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 7), (3, 9), (2, 11)):
+            ids = prompts(*shape)
+            found, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@both_models
+def test_a_step_of_accelerate_is_a_step(kind, calls):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    inputs = image_and_text()
+    weights = []
+    for prepared in (False, True):
+        model = VISION_LANGUAGE[kind]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if prepared:
+            vot_kernels.patch(model)
+            model, optimizer = accelerator.prepare(model, optimizer)
+        loss = model(**inputs).logits[inputs["attention_mask"].bool()].square().mean()
+        accelerator.backward(loss) if prepared else loss.backward()
+        optimizer.step()
+        weights.append(dict(accelerator.unwrap_model(model).named_parameters()))
+    assert len(calls) == 4
+    before = dict(VISION_LANGUAGE[kind]().named_parameters())
+    for name, weight in weights[0].items():
+        step = (weight - before[name]).abs().max()
+        assert (weights[1][name] - weight).abs().max() <= 2e-3 * step + 1e-6, name
+
+
+def test_a_hook_of_accelerate_still_brings_the_weights():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, inputs = VISION_LANGUAGE["qwen3_vl"](), image_and_text()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        states = copy.deepcopy(model.state_dict())
+        for name, module in model.named_modules():
+            if module._parameters and not list(module.children()):
+                weights = {
+                    key: states[f"{name}.{key}"] for key in module._parameters if f"{name}.{key}" in states
+                }
+                hook = hooks.AlignDevicesHook("cpu", offload=True, weights_map=weights)
+                hooks.add_hook_to_module(module, hook)
+        with vot_kernels.patched(model) as report:
+            found = model(**inputs).logits
+    rows = inputs["attention_mask"].bool()
+    assert [row.after for row in report.replaced].count("linear") == 1
+    assert (found - expected)[rows].abs().max() <= OUTPUT * expected.abs().max()
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import vot_kernels
+from tests.integrations.tiny import VISION_LANGUAGE, image_and_text
+from vot_kernels.integrations import attention
+
+rank, store, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+inputs = image_and_text()
+rows = inputs["attention_mask"].bool()
+model = VISION_LANGUAGE[kind]()
+model(**inputs).logits[rows].square().mean().backward()
+expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+model.zero_grad()
+vot_kernels.patch(model)
+calls, op = [], attention.flash_attn_varlen_func
+attention.flash_attn_varlen_func = lambda q, *a, **o: calls.append(q) or op(q, *a, **o)
+visual = model.model.visual
+for block in [visual.patch_embed.proj, *visual.blocks, *model.model.language_model.layers, model]:
+    fully_shard(block)
+model(**inputs).logits[rows].square().mean().backward()
+assert len(calls) == 4
+largest = max(g.abs().max() for g in expected.values())
+found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+assert found.keys() == expected.keys()
+for name, gradient in expected.items():
+    error = (found[name] - gradient).abs().max()
+    assert error <= 2e-4 * gradient.abs().max() or error <= 1e-6 * largest, (name, error)
+vot_kernels.unpatch(model)
+model(**inputs)
+assert len(calls) == 4
+dist.barrier()
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@both_models
+def test_two_ranks_of_fsdp_compute_the_gradients_of_one_process(kind, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store"), kind],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            out, error = rank.communicate(timeout=120)
+            assert rank.returncode == 0 and out.strip().endswith("equal"), error[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
