@@ -18,6 +18,7 @@ from tests.integrations.tiny import (
     VISION_LANGUAGE,
     image_and_text,
     prompts,
+    qwen2,
     spread,
     video_and_text,
 )
@@ -166,8 +167,6 @@ def test_a_compiled_tower_takes_any_packing(kind):
 
 
 def test_a_language_model_compiles_in_one_graph():
-    from tests.integrations.tiny import qwen2
-
     model = qwen2()
     vot_kernels.patch(model)
     torch._dynamo.reset()
@@ -245,7 +244,7 @@ vot_kernels.patch(model)
 calls, op = [], attention.flash_attn_varlen_func
 attention.flash_attn_varlen_func = lambda q, *a, **o: calls.append(q) or op(q, *a, **o)
 visual = model.model.visual
-for block in [visual.patch_embed.proj, *visual.blocks, *model.model.language_model.layers, model]:
+for block in [visual.patch_embed, *visual.blocks, *model.model.language_model.layers, model]:
     fully_shard(block)
 model(**inputs).logits[rows].square().mean().backward()
 assert len(calls) == 4
@@ -264,12 +263,12 @@ print("equal")
 """
 
 
-@both_models
-def test_two_ranks_of_fsdp_compute_the_gradients_of_one_process(kind, tmp_path):
+@pytest.mark.slow
+def test_two_ranks_of_fsdp_compute_the_gradients_of_one_process(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store"), kind],
+            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path / "store"), "qwen3_vl"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -280,7 +279,7 @@ def test_two_ranks_of_fsdp_compute_the_gradients_of_one_process(kind, tmp_path):
     ]
     try:
         for rank in ranks:
-            out, error = rank.communicate(timeout=120)
+            out, error = rank.communicate(timeout=300)
             assert rank.returncode == 0 and out.strip().endswith("equal"), error[-3000:]
     finally:
         for rank in ranks:
