@@ -310,7 +310,9 @@ def train_linearize_command(
     layer_steps: Annotated[
         int, typer.Option(help="Optimiser steps in which each layer learns alone.")
     ] = Linearization.layer_steps,
-    steps: Annotated[int, typer.Option(help="Further steps of the whole encoder.")] = Linearization.steps,
+    steps: Annotated[
+        int, typer.Option(help="Further steps in which all layers learn together.")
+    ] = Linearization.steps,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
 ) -> None:
     """Turn exact attention into hybrid attention by distillation, layer by layer and then end to end."""

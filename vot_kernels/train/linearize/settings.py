@@ -9,7 +9,7 @@ class Linearization:
 
     Attributes:
         layer_steps: steps in which each attention module alone learns to return what the teacher's returns.
-        steps: steps after those, in which the whole student learns the teacher's outputs.
+        steps: steps after those, in which all modules together learn the teacher's outputs.
         layer_learning_rate, learning_rate: peaks of the two stages.
         warmup, clip: of both; see `vot_kernels.train.loop.Schedule`.
     """
@@ -17,6 +17,6 @@ class Linearization:
     layer_steps: int = 150
     steps: int = 150
     layer_learning_rate: float = 3e-3
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup: int = 10
     clip: float = 1.0

@@ -31,8 +31,9 @@ def linearize(
 ) -> dict[str, LayerErrors]:
     """Train `student`, in place, to compute what `teacher` does, or resume from the checkpoints under `out`.
 
-    First each attention module learns to return what the teacher's returns for the teacher's input; then all
-    parameters of the student learn the teacher's outputs. The errors are root mean squares relative to the teacher's.
+    First each attention module learns to return what the teacher's returns for the teacher's input; then all of them
+    together learn the teacher's outputs. Nothing else of the student changes: with more parameters its outputs came
+    less close. The errors are root mean squares relative to the teacher's.
 
     Args:
         out: folder of the checkpoints.
@@ -91,7 +92,7 @@ def linearize(
     train(out / "layers", inside, schedule, 0, layer_terms)
     errors["layer by layer"] = layer_errors(teacher, student, names, held_out, outputs)
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
-    train(out, list(student.parameters()), schedule, settings.layer_steps, output_terms)
+    train(out, inside, schedule, settings.layer_steps, output_terms)
     errors["end to end"] = layer_errors(teacher, student, names, held_out, outputs)
     return errors
 
