@@ -118,9 +118,12 @@ def hybrid_attention(draw: Draw) -> Call:
     given = draw.chance(0.2)
     for count in (heads, kv_heads):
         tensors.append(draw.tensor(layout.num_tokens, count, width, dtype=dtype).abs() if given else None)
+    far = "beta"
+    if beta is not None and draw.chance(0.3):
+        far, tensors[3] = "far_weight", beta.exp()
 
     def arguments(x: Sequence[Tensor | None]) -> tuple[Any, dict[str, Any]]:
-        return (*x[:3], layout), {"beta": x[3], "q_features": x[4], "k_features": x[5], **options}
+        return (*x[:3], layout), {far: x[3], "q_features": x[4], "k_features": x[5], **options}
 
     def run(x: Sequence[Tensor | None], backend: str) -> list[Tensor]:
         positional, named = arguments(x)
@@ -130,7 +133,7 @@ def hybrid_attention(draw: Draw) -> Call:
         positional, named = arguments(x)
         return list(hybrid_reference(*positional, **named))
 
-    shown = {**options, "lengths": layout.lengths, "groups": layout.group_lengths, "beta": beta}
+    shown = {**options, "lengths": layout.lengths, "groups": layout.group_lengths, far: tensors[3]}
     return Call("hybrid_attention", tensors, run, exact, shown, layout.num_tokens, (0, 1, 2, 4, 5))
 
 
