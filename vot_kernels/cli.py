@@ -279,9 +279,12 @@ def train_perception_command(
         typer.Option(help="Attention of the encoder; softmax reaches all frames."),
     ] = PerceptionTraining.attention,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
+    device: Device = "cpu",
 ) -> None:
     """Train the nano encoder and the STSG head on DigitWorld."""
     require("vot train perception", "video", "llm", "train")
+    from vot_kernels.pipelines.sampling import check_device
+
     settings = PerceptionTraining(
         steps=steps,
         dynamics_steps=dynamics_steps,
@@ -290,10 +293,11 @@ def train_perception_command(
         seed=seed,
         attention=attention,
     )
+    check_device(device)
     check_output_folder(out)
     from vot_kernels.train.perception.run import run
 
-    print(run(out, settings, eval_clips))
+    print(run(out, settings, eval_clips, device))
 
 
 @train_app.command("linearize")
@@ -314,16 +318,20 @@ def train_linearize_command(
         int, typer.Option(help="Further steps in which all layers learn together.")
     ] = Linearization.steps,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+    device: Device = "cpu",
 ) -> None:
     """Turn exact attention into hybrid attention by distillation, layer by layer and then end to end."""
     require("vot train linearize", "video", "llm", "train")
     from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind
+    from vot_kernels.pipelines.sampling import check_device
 
+    check_device(device)
     checkpoint_kind(checkpoint, PERCEPTION)
     check_output_folder(out)
     from vot_kernels.train.linearize.run import run
 
-    print(run(out, checkpoint, Linearization(layer_steps=layer_steps, steps=steps), window, eval_clips))
+    settings = Linearization(layer_steps=layer_steps, steps=steps)
+    print(run(out, checkpoint, settings, window, eval_clips, device))
 
 
 @train_app.command("encoder")
@@ -352,11 +360,12 @@ def train_encoder_command(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = EncoderTraining.learning_rate,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = EncoderTraining.seed,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+    device: Device = "cpu",
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
     require("vot train encoder", "video", "llm", "train")
     from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind
-    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT
+    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, check_device
 
     settings = EncoderTraining(
         distillation=distillation,
@@ -366,13 +375,14 @@ def train_encoder_command(
         learning_rate=learning_rate,
         seed=seed,
     )
+    check_device(device)
     folder = None if teacher == Path(RANDOM_TEACHER) else teacher or BUNDLED_CHECKPOINT
     if folder is not None and settings.distillation:
         checkpoint_kind(folder, PERCEPTION, ENCODER)
     check_output_folder(out)
     from vot_kernels.train.encoder.run import run
 
-    print(run(out, settings, folder, eval_clips))
+    print(run(out, settings, folder, eval_clips, device))
 
 
 @eval_app.command("digitworld")

@@ -80,6 +80,9 @@ def test_help_explains_units(vot, monkeypatch):
         (["train", "encoder", "--out", "CLIP/run"], "is a file"),
         (["train", "encoder", "--out", "run", "--teacher", "nowhere"], "nowhere"),
         (["train", "encoder", "--out", "run", "--batch-size", "1"], "batch_size"),
+        (["train", "perception", "--out", "run", "--device", "toaster"], "toaster"),
+        (["train", "encoder", "--out", "run", "--device", "toaster"], "toaster"),
+        (["train", "linearize", "nowhere", "--out", "run", "--device", "toaster"], "toaster"),
         (["demo", "--out", "CLIP"], "is a file"),
         (["ask", "--batch", "q.jsonl"], "--out"),
         (["ask", "CLIP", "Who?", "--num-frames", "0"], "num_frames"),
@@ -119,6 +122,7 @@ def test_mistakes_are_one_sentence(vot, words, sentence, tmp_path, monkeypatch):
         ["ask", "CLIP", "Who?", "--device", "toaster"],
         ["eval", "digitworld", "--out", "x.txt"],
         ["train", "perception", "--out", "CLIP"],
+        ["train", "perception", "--out", "run", "--device", "toaster"],
         ["train", "encoder", "--out", "run", "--teacher", "nowhere"],
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 PERCEPTION, ENCODER = "vot_perception", "vot_encoder"
@@ -13,6 +14,7 @@ _NAMES = {PERCEPTION: "a perception checkpoint", ENCODER: "an encoder checkpoint
 _FILES = ("config.json", "model.safetensors")
 
 Model = TypeVar("Model", bound="PreTrainedModel")
+Module = TypeVar("Module", bound="nn.Module")
 
 
 def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
@@ -81,6 +83,19 @@ def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model
             f"{folder} does not hold the weights that its config.json describes: it {'; '.join(said)}."
         )
     return loaded.eval()
+
+
+def on_device(model: Module, device: str) -> Module:
+    """The model, moved.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"The device '{device}' cannot be used: {reason}") from error
 
 
 def _listed(keys: list[str], limit: int = 3) -> str:

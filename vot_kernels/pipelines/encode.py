@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vot_kernels.files import atomic_write, check_output
-from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind, load_checkpoint
+from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind, load_checkpoint, on_device
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, checkpoint_fps, sample_video
 
@@ -42,7 +42,6 @@ def encode_videos(
     from safetensors.torch import save_file
 
     from vot_kernels.models.perception.reading import sampled_fps
-    from vot_kernels.pipelines.video_qa import on_device
 
     encoder, processor = load_encoder(checkpoint_folder(checkpoint, ENCODER, PERCEPTION))
     encoder = on_device(encoder, device)

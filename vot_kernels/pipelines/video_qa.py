@@ -5,12 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from vot_kernels.data.video import VideoClip
-from vot_kernels.models.checkpoint import load_checkpoint
+from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
@@ -19,8 +17,6 @@ from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_tran
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
-
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -207,19 +203,6 @@ def load_perception(
 def load_language_model(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> LanguageModel:
     """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
     return load_smollm2(device=device) if path is None else HFLanguageModel(path, device=device)
-
-
-def on_device(model: Module, device: str) -> Module:
-    """The model, moved.
-
-    Raises:
-        ValueError: torch cannot use the device.
-    """
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"The device '{device}' cannot be used: {reason}") from error
 
 
 def domain_warning(detection: Detection) -> str | None:

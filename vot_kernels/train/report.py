@@ -43,6 +43,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def finished(folder: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of the checkpoint that an earlier run wrote to `folder`, if it has every entry of `same`."""
+    file = folder / "training.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    return record if record and all(record.get(name) == value for name, value in same.items()) else None
+
+
 def format_metrics(metrics: Mapping[str, Mapping[str, float]], first: str = "split") -> str:
     """A plain table: one row per entry, one column per metric."""
     names = list(next(iter(metrics.values())))

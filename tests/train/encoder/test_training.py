@@ -198,7 +198,7 @@ def test_teachers_are_loaded_and_named_for_what_they_are(tmp_path, teacher):
         load_teacher(tmp_path / "nowhere")
 
 
-def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path):
+def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path, monkeypatch):
     settings = EncoderTraining(steps=1, batch_size=2, num_frames=2, caption_width=16)
     table = run(tmp_path, settings, None, eval_clips=6)
     assert table.startswith("Teacher: random features\n") and "trained" in table
@@ -208,6 +208,11 @@ def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path):
     encoder = VotEncoder.from_pretrained(tmp_path / "model", local_files_only=True)
     assert encoder.config.hidden_size == VotEncoderConfig.preset("nano").hidden_size
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "model"}
+    with pytest.raises(ValueError, match="batch_size was 2, now 3"):
+        run(tmp_path, dataclasses.replace(settings, batch_size=3), None, eval_clips=6)
+    for name in ("train_encoder", "encoder_metrics", "publish"):  # what is finished needs none of them
+        monkeypatch.setattr(f"vot_kernels.train.encoder.run.{name}", None)
+    assert run(tmp_path, settings, None, eval_clips=6) == table
 
 
 @pytest.mark.parametrize(

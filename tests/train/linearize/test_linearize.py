@@ -86,13 +86,9 @@ def test_a_perception_checkpoint_is_converted(tmp_path, monkeypatch):
     torch.manual_seed(0)
     teacher = VotPerceptionModel(digitworld_config("softmax"))
     teacher.save_pretrained(tmp_path / "teacher")
-    table = run(
-        tmp_path / "run",
-        tmp_path / "teacher",
-        Linearization(layer_steps=1, steps=1),
-        window=1,
-        eval_clips=1,
-    )
+    settings = Linearization(layer_steps=1, steps=1)
+    paths = tmp_path / "run", tmp_path / "teacher"
+    table = run(*paths, settings, window=1, eval_clips=1)
     assert "fewer operations" in table
     student = load_checkpoint(VotPerceptionModel, tmp_path / "run/model")
     assert student.config.encoder.attention == "hybrid" and student.config.encoder.layer_windows == [1] * 4
@@ -100,6 +96,11 @@ def test_a_perception_checkpoint_is_converted(tmp_path, monkeypatch):
     assert list(record["metrics"]) == ["softmax", "converted", "distilled"]
     flops = record["attention_flops"]
     assert 0 < flops["hybrid"] < 0.5 * flops["softmax"]
+    with pytest.raises(ValueError, match="window was 1, now 2"):
+        run(*paths, settings, window=2, eval_clips=1)
+    for name in ("linearize", "perception_metrics", "publish"):  # what is finished needs none of them
+        monkeypatch.setattr(f"vot_kernels.train.linearize.run.{name}", None)
+    assert run(*paths, settings, window=1, eval_clips=1) == table
 
 
 def test_a_window_over_all_frames_changes_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Training: resumable bit for bit, honest about other settings, and it learns."""
 
+import dataclasses
 import json
 
 import pytest
@@ -80,8 +81,30 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
     record = json.loads((out / "model" / "training.json").read_text())
     assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
     assert record["command"] == (
-        "vot train perception --steps 4 --dynamics-steps 2 --batch-size 2 --learning-rate 0.002 --seed 0"
+        "vot train perception --steps 4 --dynamics-steps 2 --batch-size 2 --learning-rate 0.002 --seed 0 "
+        "--attention hybrid"
     )
+
+
+def test_a_finished_run_prints_its_table_again_and_does_nothing_else(trained, monkeypatch):
+    out, _, _ = trained
+    table = run(out, SETTINGS, eval_clips=1)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
+    with monkeypatch.context() as patched:
+        for name in ("train_perception", "perception_metrics", "publish"):
+            patched.setattr(f"vot_kernels.train.perception.run.{name}", None)
+        assert run(out, SETTINGS, eval_clips=1) == table
+        with pytest.raises(TypeError):  # other metrics are measured
+            run(out, SETTINGS, eval_clips=2)
+    with pytest.raises(ValueError, match="batch_size was 2, now 3"):
+        run(out, dataclasses.replace(SETTINGS, batch_size=3), eval_clips=1)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
+
+
+def test_a_device_that_torch_lacks_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="The device 'cuda:99' cannot be used"):
+        train_perception(tmp_path, SETTINGS, device="cuda:99")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_are_not_resumed(trained):

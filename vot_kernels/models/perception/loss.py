@@ -1,6 +1,6 @@
 """Set-prediction loss of the STSG head: Hungarian matching of whole tracks, then supervised terms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,10 @@ class Targets:
     unary_events: Tensor
     pair_relations: Tensor
     unary_relations: Tensor
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """The same truth on a device."""
+        return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @torch.no_grad()

@@ -127,7 +127,8 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         """
         self.domain_mean.copy_(mean_tokens.mean(0))
         covariance = torch.cov(mean_tokens.double().T)
-        shrunk = covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        unit = torch.eye(len(covariance), device=covariance.device)
+        shrunk = covariance + 0.05 * covariance.diagonal().mean() * unit
         self.domain_precision.copy_(torch.linalg.inv(shrunk))
         self.domain_threshold.copy_(2 * self.domain_distance(held_out).quantile(quantile))
 

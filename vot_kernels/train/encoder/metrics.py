@@ -66,17 +66,17 @@ def _look(
             for index in range(first, min(first + _BATCH, clips))
         ]
         batch = captioned(episodes, settings.h264_share)
-        inputs = processor(batch.clips, fps=batch.fps)
+        inputs = processor(batch.clips, fps=batch.fps).to(teacher.encoder.device)
         output = model.encoder(**inputs)
         seen.episodes += episodes
-        seen.pooled.append(output.pooler_output)
+        seen.pooled.append(output.pooler_output.cpu())
         if model.distillation is not None:
             for name, value in model.distil(output, teacher, inputs).items():
                 seen.distances.setdefault(f"distil_{name}", []).append(value.item())
         if model.contrast is not None:
             images, texts = model.embed(output, batch.captions)
-            seen.images.append(images)
-            seen.texts.append(texts)
+            seen.images.append(images.cpu())
+            seen.texts.append(texts.cpu())
     return seen
 
 

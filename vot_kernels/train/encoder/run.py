@@ -3,7 +3,9 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder
 from vot_kernels.train.checkpoint import publish_folder
@@ -16,23 +18,43 @@ from vot_kernels.train.encoder.stage import (
     random_features,
     train_encoder,
 )
-from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar, write_record
+from vot_kernels.train.report import (
+    command_line,
+    finished,
+    format_metrics,
+    machine,
+    progress_bar,
+    write_record,
+)
 
 OPTIONS = ("steps", "batch_size", "learning_rate", "distillation", "contrastive", "seed")
 """The settings that the command line has options for, besides the teacher."""
 
 
-def run(out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: int = 200) -> str:
+def run(
+    out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: int = 200, device: str = "cpu"
+) -> str:
     """Train a nano encoder, or resume, and write `out/model`; returns a table of metrics before and after.
 
     `teacher` is a perception or encoder checkpoint; None is an untrained encoder ("random features"). No
     checkpoint is loaded if the settings switch distillation off.
     `out/model` holds safetensors, the configurations, and training.json: the command, the settings, the
     teacher, the wall time, and the metrics of the random and of the trained weights on held-out clips.
+    What is finished is neither trained nor measured again.
     """
     config = VotEncoderConfig.preset("nano")
     loaded = teacher if settings.distillation else None
     guide = random_features(config, settings.seed) if loaded is None else load_teacher(loaded)
+    same = {
+        "settings": asdict(settings),
+        "teacher": guide.name if settings.distillation else None,
+        "teacher_fingerprint": guide.fingerprint if settings.distillation else None,
+        "eval_clips": eval_clips,
+    }
+    record = finished(out / "model", same)
+    if record is not None:
+        return _table(record)
+    on_device(guide.encoder, device)
     start = time.perf_counter()
     with progress_bar(settings.steps) as report:
         model = train_encoder(out, settings, config, guide, report=report)
@@ -44,20 +66,21 @@ def run(out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: 
     teacher_words = ("--teacher", RANDOM_TEACHER if teacher is None else str(teacher))
     record = {
         "command": command_line("vot train encoder", settings, OPTIONS, *teacher_words),
-        "settings": asdict(settings),
-        "teacher": guide.name if settings.distillation else None,
-        "teacher_fingerprint": guide.fingerprint if settings.distillation else None,
+        **same,
         "training_seconds": round(seconds),
         **machine(),
         "parameters": {
             name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
         },
-        "eval_clips": eval_clips,
         "metrics": metrics,
     }
     publish(model.encoder, out / "model", record)
-    table = format_metrics(metrics, "weights")
-    return f"Teacher: {record['teacher']}\n{table}"
+    return _table(record)
+
+
+def _table(record: dict[str, Any]) -> str:
+    """What the command prints."""
+    return f"Teacher: {record['teacher']}\n{format_metrics(record['metrics'], 'weights')}"
 
 
 def publish(encoder: VotEncoder, folder: Path, record: dict) -> None:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
+from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
@@ -45,7 +45,7 @@ class Teacher:
 
     Attributes:
         name: what it is, for people.
-        encoder: its parameters are frozen.
+        encoder: its parameters are frozen; the student is trained on its device.
     """
 
     name: str
@@ -57,10 +57,7 @@ class Teacher:
     @property
     def fingerprint(self) -> str:
         """Changes with the weights."""
-        total = 0
-        for tensor in self.encoder.state_dict().values():
-            total = zlib.crc32(tensor.contiguous().float().numpy().tobytes(), total)
-        return f"{total:08x}"
+        return fingerprint(self.encoder)
 
 
 def load_teacher(folder: Path) -> Teacher:
@@ -240,7 +237,8 @@ def train_encoder(
     )
 
     def losses(step: int, batch: CaptionedClips) -> dict[str, Tensor]:
-        return model.losses(processor(batch.clips, fps=batch.fps), batch.captions, teacher, settings)
+        inputs = processor(batch.clips, fps=batch.fps).to(teacher.encoder.device)
+        return model.losses(inputs, batch.captions, teacher, settings)
 
     run_steps(
         out,
@@ -259,7 +257,7 @@ def train_encoder(
 
 
 def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> EncoderPretraining:
-    """The model before its first step: random weights, and the teacher's statistics."""
+    """The model before its first step, on the teacher's device: random weights, and the teacher's statistics."""
     if teacher.encoder.config.patch_size != config.patch_size:
         raise ValueError(
             f"The teacher's patch_size must be the student's, got {teacher.encoder.config.patch_size} "
@@ -267,10 +265,11 @@ def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher)
         )
     torch.manual_seed(settings.seed)
     model = EncoderPretraining(config, teacher.encoder.config.hidden_size, settings)
+    model.to(teacher.encoder.device)
     if model.distillation is not None:
         processor, batches = make_processor(config), CaptionBatches(settings)
         seen = [
-            teach(teacher, processor(batch.clips, fps=batch.fps))
+            teach(teacher, processor(batch.clips, fps=batch.fps).to(teacher.encoder.device))
             for batch in (batches[step] for step in range(_FIT_BATCHES))
         ]
         tokens, pooled = (torch.cat(parts) for parts in zip(*seen, strict=True))

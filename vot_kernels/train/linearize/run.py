@@ -9,16 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from vot_kernels.models.checkpoint import load_checkpoint
+from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.cost import encoder_cost
 from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.linearize.stage import linearize
 from vot_kernels.train.perception.batches import Batch, TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish
 from vot_kernels.train.perception.stage import make_processor
-from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar
+from vot_kernels.train.report import command_line, finished, format_metrics, machine, progress_bar
 
 OPTIONS = ("layer_steps", "steps")
 """The settings that the command line has options for, besides the teacher and the window."""
@@ -43,14 +44,28 @@ def convert(teacher: VotPerceptionModel, window: int) -> VotPerceptionModel:
     return student
 
 
-def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, eval_clips: int = 200) -> str:
+def run(
+    out: Path,
+    checkpoint: Path,
+    settings: Linearization,
+    window: int = 1,
+    eval_clips: int = 200,
+    device: str = "cpu",
+) -> str:
     """Convert and distil, or resume, and write `out/model`; returns tables of metrics and of errors per layer.
 
     `out/model` is a perception checkpoint; its training.json has the command, the settings, held-out metrics of the
     teacher, of the student as converted and as trained, the errors of each layer, and counted operations.
+    What is finished is neither trained nor measured again.
     """
     teacher = load_checkpoint(VotPerceptionModel, checkpoint).requires_grad_(False)
-    student = convert(teacher, window)
+    known = {"window": window, "teacher_fingerprint": fingerprint(teacher)}
+    same = {"settings": asdict(settings), **known, "eval_clips": eval_clips}
+    finished_before = finished(out / "model", same)
+    if finished_before is not None:
+        return _tables(finished_before)
+    student = on_device(convert(teacher, window), device)
+    on_device(teacher, device)
     processor = make_processor(teacher)
     names = [f"encoder.{n}" for n, _ in student.encoder.named_modules() if n.endswith(".attention")]
     data = TrainingBatches(_SEED, _BATCH)
@@ -59,7 +74,7 @@ def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, e
         return (data[step] for step in range(start, stop))
 
     def outputs(model: Any, batch: Batch) -> tuple[Tensor, ...]:
-        found = model.encoder(**processor(list(batch.clips), fps=batch.fps))
+        found = model.encoder(**processor(list(batch.clips), fps=batch.fps).to(model.device))
         return found.last_hidden_state, found.pooler_output
 
     def measure(model: VotPerceptionModel) -> dict[str, float]:
@@ -68,7 +83,9 @@ def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, e
     metrics = {"softmax": measure(teacher), "converted": measure(student)}
     start = time.perf_counter()
     with progress_bar(settings.layer_steps + settings.steps) as report:
-        errors = linearize(out, teacher, student, names, batches, outputs, settings, report=report)
+        errors = linearize(
+            out, teacher, student, names, batches, outputs, settings, known=known, report=report
+        )
     seconds = time.perf_counter() - start
     cost = encoder_cost(student.config.encoder, _GRID)
 
@@ -77,11 +94,10 @@ def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, e
             "command": command_line(
                 "vot train linearize", settings, OPTIONS, str(checkpoint), "--window", str(window)
             ),
-            "settings": asdict(settings),
+            **same,
             "training_seconds": round(seconds),
             **machine(),
-            "eval_clips": eval_clips,
-            "metrics": metrics | {"distilled": measure(published)},
+            "metrics": metrics | {"distilled": measure(on_device(published, device))},
             "layer_errors": errors,
             "attention_flops": {
                 "softmax": cost.dense_attention_flops,
@@ -90,11 +106,14 @@ def run(out: Path, checkpoint: Path, settings: Linearization, window: int = 1, e
             },
         }
 
-    record = publish(student, out / "model", describe)
-    saved = 1 - cost.attention_flops / cost.dense_attention_flops
-    words = (
-        f"Attention takes {saved:.0%} fewer operations on a clip of {' x '.join(map(str, _GRID))} patches."
-    )
+    return _tables(publish(student, out / "model", describe))
+
+
+def _tables(record: dict[str, Any]) -> str:
+    """What the command prints."""
+    flops = record["attention_flops"]
+    saved, grid = 1 - flops["hybrid"] / flops["softmax"], " x ".join(map(str, flops["grid_thw"]))
+    words = f"Attention takes {saved:.0%} fewer operations on a clip of {grid} patches."
     tables = (
         format_metrics(record["metrics"], "model"),
         format_metrics(record["layer_errors"], "relative error"),

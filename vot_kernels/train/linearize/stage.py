@@ -1,6 +1,6 @@
 """Distillation of a model into its copy with cheaper attention: layer by layer, then end to end."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ def linearize(
     outputs: Outputs,
     settings: Linearization,
     *,
+    known: Mapping[str, Any] | None = None,
     save_every: int = 100,
     report: Report = no_report,
 ) -> dict[str, LayerErrors]:
@@ -43,6 +44,7 @@ def linearize(
         batches: `batches(start, stop)` yields the batches of the steps `start` … `stop - 1`; no labels are needed.
         outputs: `outputs(model, batch)` runs a model and returns the tensors to match.
         settings: how long, and how fast.
+        known: what must be equal for a run to be resumed, besides the settings.
         save_every: steps between two checkpoints.
         report: called after every step with the number of steps done and the loss terms.
 
@@ -52,7 +54,7 @@ def linearize(
         finished is measured as it is now.
 
     Raises:
-        ValueError: no names, or a module that one of the models lacks.
+        ValueError: no names, a module that one of the models lacks, or checkpoints of another run.
     """
     _check_names(teacher, student, names)
     total = settings.layer_steps + settings.steps
@@ -81,7 +83,7 @@ def linearize(
             schedule,
             lambda start, stop: batches(first + start, first + stop),
             terms,
-            signature=asdict(settings),
+            signature=asdict(settings) | dict(known or {}),
             save_every=save_every,
             report=lambda step, values: report(first + step, values),
         )

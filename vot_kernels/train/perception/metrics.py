@@ -69,10 +69,10 @@ def _measure(
 ) -> None:
     batch = episode_batch(episodes, codec_fraction=1.0)
     inputs = processor(list(batch.frames), fps=episodes[0].scene.fps)
-    output = model(**inputs)
+    output = model(**inputs.to(model.device))
     (head,) = output.clips
-    truth = dense_targets(batch, episodes)
-    pixels = torch.tensor([batch.frames.shape[3], batch.frames.shape[2]], dtype=torch.float32)
+    truth = dense_targets(batch, episodes).to(model.device)
+    pixels = head.centers.new_tensor([batch.frames.shape[3], batch.frames.shape[2]])
     wanted = torch.zeros_like(head.presence, dtype=torch.bool)
     for row, (queries, objects) in enumerate(match(head, truth)):
         wanted[row, queries] = truth.present[row, objects]

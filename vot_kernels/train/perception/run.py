@@ -8,39 +8,49 @@ from typing import Any
 
 import torch
 
-from vot_kernels.models.checkpoint import load_checkpoint
+from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, train_perception
-from vot_kernels.train.report import command_line, format_metrics, machine, progress_bar, write_record
+from vot_kernels.train.report import (
+    command_line,
+    finished,
+    format_metrics,
+    machine,
+    progress_bar,
+    write_record,
+)
 
 OPTIONS = ("steps", "dynamics_steps", "batch_size", "learning_rate", "seed", "attention")
 """The settings that the command line has options for."""
 SPLITS = ("test", "held_out_pairs", "five_objects", "long", "resolution")
 
 
-def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200) -> str:
+def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: str = "cpu") -> str:
     """Train, or resume, measure on the held-out splits, and write `out/model`; returns a table of metrics.
 
     `out/model` holds fp16 safetensors, the configurations, and training.json: the command, the settings, the
-    wall time, and the metrics of the weights as published.
+    wall time, and the metrics of the weights as published. What is finished is neither trained nor measured again.
     """
+    same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
+    record = finished(out / "model", same)
+    if record is not None:
+        return format_metrics(record["metrics"])
     start = time.perf_counter()
     with progress_bar(settings.steps + settings.dynamics_steps) as report:
-        model = train_perception(out, settings, report=report)
+        model = train_perception(out, settings, report=report, device=device)
     seconds = time.perf_counter() - start
 
     def describe(published: VotPerceptionModel) -> dict[str, Any]:
-        processor = make_processor(published)
+        processor = make_processor(on_device(published, device))
         return {
             "command": command_line("vot train perception", settings, OPTIONS),
-            "settings": asdict(settings),
+            **same,
             "training_seconds": round(seconds),
             **machine(),
             "parameters": published.num_parameters_by_part,
-            "eval_clips_per_split": eval_clips,
             "metrics": {
                 split: perception_metrics(published, processor, split, eval_clips) for split in SPLITS
             },
@@ -57,7 +67,9 @@ def publish(
     `describe` gets the model as it can be read from the folder, and returns the content of training.json,
     which is returned.
     """
-    domain = {name: buffer.clone() for name, buffer in model.named_buffers() if name.startswith("domain_")}
+    domain = {
+        name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name.startswith("domain_")
+    }
     half = VotPerceptionModel(model.config)
     half.load_state_dict(model.state_dict())
     half.half()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.loss import dynamics_loss, match, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
@@ -29,15 +30,20 @@ def train_perception(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    device: str = "cpu",
 ) -> VotPerceptionModel:
     """Train both stages, or resume from the newest checkpoint; the caller saves the result.
 
     Checkpoints of the first stage are in `out`, those of the second in `out/dynamics`. Steps are counted
-    through both, also in `stop_at`. See `vot_kernels.train.loop.run_steps` for the options.
+    through both, also in `stop_at`. A run may be resumed on another `device`. See
+    `vot_kernels.train.loop.run_steps` for the other options.
+
+    Raises:
+        ValueError: torch cannot use the device, or the checkpoint has other settings.
     """
     torch.manual_seed(settings.seed)
     config = digitworld_config(settings.attention)
-    model = VotPerceptionModel(config).train()
+    model = on_device(VotPerceptionModel(config).train(), device)
     processor = make_processor(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
@@ -86,7 +92,8 @@ def train_dynamics(
         noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
         noise = noise * torch.randn(targets.centers.shape, generator=generator)
         centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
-        return dynamics_loss(dynamics(centers, targets.sizes, frame), targets)
+        targets = targets.to(model.device)
+        return dynamics_loss(dynamics(centers.to(model.device), targets.sizes, frame), targets)
 
     return run_steps(
         out,
@@ -124,7 +131,7 @@ def fit_domain(
     """Learn what training clips look like, from batches after `start`, which were not trained on."""
     model.eval()
     tokens = [
-        model.mean_tokens(**processor(list(batch.clips), fps=batch.fps))
+        model.mean_tokens(**processor(list(batch.clips), fps=batch.fps).to(model.device))
         for batch in batches.loader(start, start + _DOMAIN_STEPS + _DOMAIN_HELD_OUT)
     ]
     model.fit_domain(torch.cat(tokens[:_DOMAIN_STEPS]), torch.cat(tokens[_DOMAIN_STEPS:]))
@@ -132,9 +139,10 @@ def fit_domain(
 
 def _loss(model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch) -> dict[str, Tensor]:
     """The terms of the loss; their sum is minimised."""
-    inputs = processor(list(batch.clips), fps=batch.fps)
+    inputs = processor(list(batch.clips), fps=batch.fps).to(model.device)
+    targets = batch.targets.to(model.device)
     output = model(**inputs)
     (head,) = output.clips
     _, height, width = inputs["image_grid_thw"][0].tolist()
-    terms = perception_loss(head, batch.targets, match(head, batch.targets), (height, width))
+    terms = perception_loss(head, targets, match(head, targets), (height, width))
     return terms | {"balance": 0.01 * output.balance_loss}
