@@ -14,17 +14,20 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from vot_kernels.extras import imports_for, require
-from vot_kernels.files import atomic_write, check_output, check_output_folder
-from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
-from vot_kernels.train.linearize.settings import Linearization
-from vot_kernels.train.perception.settings import PerceptionTraining
-
 try:
+    from vot_kernels.extras import imports_for, require
+    from vot_kernels.files import atomic_write, check_output, check_output_folder
+    from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
+    from vot_kernels.train.linearize.settings import Linearization
+    from vot_kernels.train.perception.settings import PerceptionTraining
+
     with imports_for("vot", "cli"):
         import typer
 except ImportError as error:
     sys.exit(str(error))
+except KeyboardInterrupt:  # before `main`, which sees to it from then on
+    print("Interrupted: nothing was written; run the same command again.", file=sys.stderr)
+    sys.exit(130)
 
 if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA

@@ -288,6 +288,28 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     assert process.returncode == 130 and "kept in run" in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.parametrize("module", ["typer", "rich", "torch"])
+def test_ctrl_c_while_modules_are_imported(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("print('ready', flush=True)\nimport time\ntime.sleep(60)\n")
+    code = "import sys; sys.argv[0] = 'vot'; from vot_kernels.cli import main; main()"
+    clip, text, _ = digitworld_clip()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "ask", str(clip), text],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        preexec_fn=default_signals,
+    ) as process:
+        process.stdout.readline()  # the slow import has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if not line.endswith(" …")]
+    assert process.returncode == 130 and out == ""
+    assert lines == ["Interrupted: nothing was written; run the same command again."]
+
+
 def test_the_demo_shows_what_it_can(vot, scripted, monkeypatch, tmp_path):
     from vot_kernels.pipelines import demo
 
