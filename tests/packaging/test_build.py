@@ -11,7 +11,10 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from vot_kernels.data.video import save_mp4
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {"vot_kernels": "vot_kernels", "vot_kernels/kernels": "kernels/triton"}
@@ -184,3 +187,12 @@ def test_the_installed_package_works_from_another_folder(clean_python, tmp_path)
 def test_the_installed_commands_work_from_another_folder(clean_python, tmp_path):
     assert "packed_attention" in run(clean_python, "-m", "vot_kernels.info", cwd=tmp_path)
     assert "ask" in run(clean_python.with_name("vot"), "--help", cwd=tmp_path)
+
+
+def test_the_installed_command_line_looks_at_a_clip(clean_python, tmp_path):
+    vot = clean_python.with_name("vot")
+    assert "DigitWorld" in run(vot, "demo", "--help", cwd=tmp_path)
+    assert "hybrid_attention" in run(vot, "info", cwd=tmp_path)
+    save_mp4(tmp_path / "grey.mp4", np.full((8, 64, 64, 3), 128, np.uint8), 8)
+    said = run(vot, "ask", "grey.mp4", "What is moving?", cwd=tmp_path)  # needs no language model
+    assert "outside what the checkpoint knows" in said
