@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -308,6 +309,36 @@ def test_ctrl_c_while_modules_are_imported(module, tmp_path):
     lines = [line for line in err.splitlines() if not line.endswith(" …")]
     assert process.returncode == 130 and out == ""
     assert lines == ["Interrupted: nothing was written; run the same command again."]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ask_says_what_it_does_while_torch_is_imported(terminal, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, time\ntime.sleep(1)\nos.write(2, b'torch is there')\nos._exit(7)\n"
+    )
+    code = "import sys; sys.argv[0] = 'vot'; from vot_kernels.cli import main; main()"
+    clip, text, _ = digitworld_clip()
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    with (
+        open(ours, "rb", buffering=0) as shown,
+        subprocess.Popen(
+            [sys.executable, "-c", code, "ask", str(clip), text],
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TERM": "xterm"},
+        ) as process,
+    ):
+        os.close(theirs)
+        said = b""
+        while b"torch is there" not in said and (more := shown.read(4096)):
+            said += more
+    before, imported, _ = said.decode().partition("torch is there")
+    assert process.returncode == 7 and imported
+    if terminal:  # a spinner, which is drawn over itself
+        assert "Loading the perception checkpoint …" in before and "\x1b[2K" in before
+    else:
+        assert before == "Loading the perception checkpoint …\n"
 
 
 def test_the_demo_shows_what_it_can(vot, scripted, monkeypatch, tmp_path):
