@@ -49,6 +49,6 @@ def test_a_function_with_a_name_of_its_own_keeps_to_the_past(positions):
 @report("Liger#911", "ms-swift#7304")
 def test_a_patch_that_replaces_nothing_is_an_error():
     with pytest.raises(
-        ValueError, match=r"^Nothing in Sequential can be replaced\. Looked for .* no attention at all"
+        ValueError, match=r"^Nothing in Sequential can be replaced\. Looked for .* found none at all"
     ):
         vot_kernels.patch(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))

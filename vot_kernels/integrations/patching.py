@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import CodeType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -20,20 +20,14 @@ from torch import nn
 from vot_kernels.extras import imports_for
 from vot_kernels.integrations import experts as moe_experts
 from vot_kernels.integrations import patch_embedding
-from vot_kernels.integrations.hybrid import (
-    Clips,
-    HybridOptions,
-    HybridSite,
-    attach,
-    count_heads,
-    grid_owner,
-    undo,
-)
 from vot_kernels.integrations.writes import Write, planned, take_back, write_all
 from vot_kernels.ops.attention_options import Window
 from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.dispatch import select
 from vot_kernels.packing import brief
+
+if TYPE_CHECKING:  # at run time inside functions: it brings torch's compiler along, which takes a second
+    from vot_kernels.integrations.hybrid import HybridOptions, HybridSite
 
 _STATE = "_vot_kernels_patch"  # what a patch wrote, and what was there before
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
@@ -164,6 +158,8 @@ def patch(
     options = _options(attention, window, far, layers, feature_map, frames)
     with imports_for("Patching a model", "llm"):
         from vot_kernels.integrations.attention import NAME, register_attention
+    from vot_kernels.integrations.hybrid import attach, undo
+
     sites = list(_sites(model))
     if _STATE in vars(model) or any(_implementation(site.config) == NAME for site in sites):
         raise ValueError("The model is patched already; call vot_kernels.unpatch first.")
@@ -226,6 +222,8 @@ def unpatch(model: nn.Module) -> None:
     state = vars(model).pop(_STATE, None) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
+    from vot_kernels.integrations.hybrid import undo
+
     undo(model)
     take_back(state)
 
@@ -272,9 +270,11 @@ def _on_embeddings(model: nn.Module) -> tuple[list[PatchedModule], list[Write]]:
     return rows, writes
 
 
-def _options(attention: str, *values: Any) -> HybridOptions | None:
+def _options(attention: str, *values: Any) -> "HybridOptions | None":
     """The options of hybrid attention, None if it is not asked for."""
     check_choice("attention", attention, ("exact", "hybrid"))
+    from vot_kernels.integrations.hybrid import HybridOptions
+
     options = HybridOptions(*values)
     if attention == "hybrid":
         return options
@@ -284,9 +284,11 @@ def _options(attention: str, *values: Any) -> HybridOptions | None:
 
 
 def _hybrid_sites(
-    model: nn.Module, sites: "list[_Site]", options: HybridOptions
-) -> tuple[dict[str, HybridSite], dict[str, str]]:
+    model: nn.Module, sites: "list[_Site]", options: "HybridOptions"
+) -> "tuple[dict[str, HybridSite], dict[str, str]]":
     """By name the modules that become hybrid, and why the others do not."""
+    from vot_kernels.integrations.hybrid import Clips, HybridSite, count_heads, grid_owner
+
     chosen: dict[str, HybridSite] = {}
     reasons: dict[str, str] = {}
     places: dict[nn.Module, int] = {}
