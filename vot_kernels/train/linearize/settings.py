@@ -10,13 +10,14 @@ class Linearization:
     Attributes:
         layer_steps: steps in which each attention module alone learns to return what the teacher's returns.
         steps: steps after those, in which all modules together learn the teacher's outputs.
-        layer_learning_rate, learning_rate: peaks of the two stages.
+        layer_learning_rate, learning_rate: peaks of the two stages. The second moves all layers at once and has to be
+            small: experts that are chosen otherwise than by the teacher cost more than it gains.
         warmup, clip: of both; see `vot_kernels.train.loop.Schedule`.
     """
 
     layer_steps: int = 150
     steps: int = 150
     layer_learning_rate: float = 3e-3
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-5
     warmup: int = 10
     clip: float = 1.0

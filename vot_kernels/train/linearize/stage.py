@@ -90,12 +90,16 @@ def linearize(
 
     errors = {"converted": layer_errors(teacher, student, names, held_out, outputs)}
     inside = [p for name in names for p in student.get_submodule(name).parameters()]
+    student.requires_grad_(False)
+    for parameter in inside:
+        parameter.requires_grad_()
     schedule = Schedule(settings.layer_steps, settings.layer_learning_rate, settings.warmup, settings.clip)
     train(out / "layers", inside, schedule, 0, layer_terms)
     errors["layer by layer"] = layer_errors(teacher, student, names, held_out, outputs)
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
     train(out, inside, schedule, settings.layer_steps, output_terms)
     errors["end to end"] = layer_errors(teacher, student, names, held_out, outputs)
+    student.requires_grad_()
     return errors
 
 
