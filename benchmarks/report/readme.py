@@ -176,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perception": perception_table,
     "questions": question_table,
     "temporal-context": temporal_context_table,
+    "linearize": linearize_table,
 }
 
 

@@ -16,7 +16,7 @@ class Linearization:
     """
 
     layer_steps: int = 150
-    steps: int = 150
+    steps: int = 0
     layer_learning_rate: float = 3e-3
     learning_rate: float = 1e-5
     warmup: int = 10
