@@ -17,7 +17,7 @@ from vot_kernels.data.digitworld import hidden_colours
 VISION = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64}
 VISION |= {"patch_size": 8, "temporal_patch_size": 1, "spatial_merge_size": 1, "deepstack_visual_indexes": []}
 bce = nn.functional.binary_cross_entropy_with_logits
-HYBRID = {"attention": "hybrid", "feature_map": "relu"}  # at first the same as one frame, bit for bit
+HYBRID = {"attention": "hybrid", "feature_map": "relu"}  # at first the same as one frame
 WAYS = {"one frame": {}, "temporal context": HYBRID, "full attention": HYBRID | {"window": None}}
 
 

@@ -14,7 +14,7 @@ from vot_kernels.integrations import attention
 from vot_kernels.integrations.hybrid import FAR_WEIGHT
 from vot_kernels.testing import make_tensor
 
-GRID = torch.tensor([[3, 8, 8], [1, 4, 4], [2, 8, 12]])  # a clip, an image, a clip
+GRID = torch.tensor([[3, 8, 8], [1, 4, 4], [2, 8, 12], [3, 2, 4]])  # a clip, an image, two clips
 WEIGHTS = ["blocks.0.attn.far_weight", "blocks.1.attn.far_weight"]
 
 
@@ -43,14 +43,18 @@ def frame_encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", VISION_LANGUAGE)
-def test_the_start_is_exact_bit_for_bit(kind):
+def test_the_start_is_exact(kind):
+    """The far part adds zeros, bit for bit; what near attention sums in another order is a matter of rounding."""
     model = tower(kind)
     with torch.no_grad():
         stock = seen(model)
         with vot_kernels.patched(model):
             exact = seen(model)
+        with vot_kernels.patched(model, attention="hybrid", far=None):
+            without_far = seen(model)
         report = vot_kernels.patch(model, attention="hybrid")
-        assert torch.equal(seen(model), exact)
+        assert torch.equal(seen(model), without_far)
+        assert (without_far - exact).abs().max() <= 2e-6 * exact.abs().max()
         assert [row.after for row in report.modules] == ["hybrid_attention"] * 2 + ["linear"]
         vot_kernels.unpatch(model)
         assert torch.equal(seen(model), stock)
@@ -113,7 +117,8 @@ def test_without_a_far_part_it_has_no_parameters_and_stays_exact():
         with vot_kernels.patched(model):
             exact = seen(model)
         with vot_kernels.patched(model, attention="hybrid", far=None):
-            assert torch.equal(seen(model), exact) and not set(WEIGHTS) & set(model.state_dict())
+            assert (seen(model) - exact).abs().max() <= 2e-6 * exact.abs().max()
+            assert not set(WEIGHTS) & set(model.state_dict())
 
 
 def test_frames_per_row_of_an_image_encoder():
@@ -122,7 +127,8 @@ def test_frames_per_row_of_an_image_encoder():
         with vot_kernels.patched(model):
             exact = model(frames).last_hidden_state
         report = vot_kernels.patch(model, attention="hybrid", frames=3)
-        assert torch.equal(model(frames).last_hidden_state, exact)
+        start = model(frames).last_hidden_state
+        assert (start - exact).abs().max() <= 2e-6 * exact.abs().max()
         for name, parameter in model.named_parameters():
             if name.endswith(FAR_WEIGHT):
                 parameter.fill_(1.0)

@@ -367,9 +367,8 @@ def _real_keys(
 def _pattern(function: Callable[..., Any]) -> _Pattern:
     """Take a mask function of transformers apart; it is one of theirs, or several joined by "and"."""
     causal, window, sequences = False, _EVERYTHING, None
-    if (
-        function is masking_utils.causal_mask_function
-    ):  # by its identity, since a compiler cannot look into functions
+    # By its identity first, since a compiler cannot look into functions.
+    if function is masking_utils.causal_mask_function:
         return _Pattern(True, window, sequences)
     if function is masking_utils.bidirectional_mask_function:
         return _Pattern(False, window, sequences)

@@ -10,8 +10,7 @@ class Linearization:
     Attributes:
         layer_steps: steps in which each attention module alone learns to return what the teacher's returns.
         steps: steps after those, in which all modules together learn the teacher's outputs.
-        layer_learning_rate, learning_rate: peaks of the two stages. The second moves all layers at once and has to be
-            small: experts that are chosen otherwise than by the teacher cost more than it gains.
+        layer_learning_rate, learning_rate: peaks of the two stages. The second moves all layers at once.
         warmup, clip: of both; see `vot_kernels.train.loop.Schedule`.
     """
 

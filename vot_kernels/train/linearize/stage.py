@@ -33,8 +33,8 @@ def linearize(
     """Train `student`, in place, to compute what `teacher` does, or resume from the checkpoints under `out`.
 
     First each attention module learns to return what the teacher's returns for the teacher's input; then all of them
-    together learn the teacher's outputs. Nothing else of the student changes: with more parameters its outputs came
-    less close. The errors are root mean squares relative to the teacher's.
+    together learn the teacher's outputs. Nothing else of the student changes. The
+    errors are root mean squares relative to the teacher's.
 
     Args:
         out: folder of the checkpoints.
