@@ -30,6 +30,26 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a draft that becomes the folder `path` on success; on failure nothing is left of it.
+
+    Raises:
+        FileExistsError: there is something in the folder.
+        OSError: it can be neither written to nor made.
+    """
+    folder = Path(path).absolute()
+    check_output_folder(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"The folder '{path}' is not empty; name one that is, or that does not exist.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        draft = Path(temporary) / "whole"
+        draft.mkdir()
+        yield draft
+        os.replace(draft, folder)
+
+
 def check_output(path: str | os.PathLike[str], suffix: str = "") -> None:
     """Refuse a file that could not be written later: called before the work whose result it is to hold.
 

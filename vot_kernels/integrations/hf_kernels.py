@@ -13,13 +13,12 @@ import json
 import os
 import re
 import sys
-import tempfile
 from base64 import b64encode
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.files import check_output_folder
+from vot_kernels.files import new_folder
 
 NAME = "vot-kernels"
 VERSION = 0  # of the exported interface; the Hub reserves 0 for what may still change
@@ -45,20 +44,11 @@ def export(out: str | os.PathLike[str]) -> Path:
         FileExistsError: there is something in the folder.
         OSError: it can be neither written to nor made.
     """
-    folder = Path(out)
-    check_output_folder(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"The folder '{folder}' is not empty; name one that is, or that does not exist."
-        )
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    files = _files()
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as temporary:
-        whole = Path(temporary) / "whole"
+    with new_folder(out) as draft:
+        files = _files()
         for backend in BACKENDS:
-            _write(whole / "build" / f"torch-{backend}", backend, files)
-        os.replace(whole, folder)
-    return folder
+            _write(draft / "build" / f"torch-{backend}", backend, files)
+    return Path(out)
 
 
 def _files() -> dict[str, str]:

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from vot_kernels.data.digitworld.codec import h264_bytes
 from vot_kernels.data.digitworld.question_sets import generate_questions
 from vot_kernels.data.video import load_video
 from vot_kernels.extras import imports_for
-from vot_kernels.files import check_output_folder
+from vot_kernels.files import new_folder
 from vot_kernels.pipelines import video_qa
 
 TASK = """\
@@ -239,14 +238,8 @@ def write_task(out: str | os.PathLike[str], videos: int = 300, seed: int = 0) ->
         OSError: it can be neither written to nor made.
     """
     folder = Path(out).absolute()
-    check_output_folder(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"The folder '{out}' is not empty; name one that is, or that does not exist.")
-    asked = generate_questions("test", videos, seed=seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        whole = Path(temporary) / "whole"
-        whole.mkdir()
+    with new_folder(out) as whole:
+        asked = generate_questions("test", videos, seed=seed)
         with (whole / "questions.jsonl").open("w", encoding="utf-8") as lines:
             for item in asked:
                 clip, question = f"{item.episode.name}.mkv", item.question
@@ -261,7 +254,6 @@ def write_task(out: str | os.PathLike[str], videos: int = 300, seed: int = 0) ->
                 lines.write(json.dumps(document, ensure_ascii=False) + "\n")
         task = TASK.format(questions=json.dumps(str(folder / "questions.jsonl")))
         (whole / "digitworld.yaml").write_text(task, encoding="utf-8")
-        os.replace(whole, folder)
     return folder
 
 
