@@ -1,0 +1,142 @@
+// Small matrix products, the one inner loop of attention and experts, and the transposes that feed it.
+#pragma once
+#include "simd.h"
+
+namespace vot {
+namespace VOT_ISA {
+
+constexpr int TILE_ROWS = 6;                                  // rows of a tile of registers
+constexpr int TILE_VECTORS = VOT_VECTOR_BYTES == 32 ? 2 : 4;  // and vectors of a row: 24 sums of 32 registers, 12 of 16
+constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
+
+// The left operand of a product: A[r, k] is at data[r * row + k * column]. Its elements are broadcast, so both strides
+// are free, and a transposed matrix costs nothing.
+struct Left {
+  const float* data;
+  ptrdiff_t row, column;
+  VOT_INLINE Left below(ptrdiff_t rows) const { return {data + rows * row, row, column}; }
+};
+// A row-major matrix: element [r, c] is at data[r * row + c].
+struct Right {
+  const float* data;
+  ptrdiff_t row;
+};
+struct Result {
+  float* data;
+  ptrdiff_t row;
+};
+
+// What becomes of the result's old numbers.
+enum class Old { CLEAR, KEEP, SCALE };
+
+// sums[R][C vectors] += A[R x depth] . B[depth x C vectors]
+template <int R, int C>
+VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
+  const float *left = a.data, *right = b.data;
+#pragma GCC unroll 1
+  for (int k = 0; k < depth; k++) {
+    Vec columns[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) columns[c] = load(right + c * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      Vec factor = splat(left[r * a.row]);
+      // Keeps the broadcast in a register: the compiler would fold it into each product, a load for every one.
+#if VOT_VECTOR_BYTES == 64
+      asm("" : "+v"(factor));
+#elif VOT_VECTOR_BYTES == 32
+      asm("" : "+x"(factor));
+#endif
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) sums[r][c] += factor * columns[c];
+    }
+    left += a.column;
+    right += b.row;
+  }
+}
+
+template <int R, int C>
+VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
+  Vec sums[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) sums[r][c] = old == Old::CLEAR ? Vec{} : load(out.data + r * out.row + c * LANES);
+  if (old == Old::SCALE)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < C; c++) sums[r][c] *= splat(scales[r]);
+  multiply_add<R, C>(a, b, depth, sums);
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(out.data + r * out.row + c * LANES, sums[r][c]);
+}
+
+// All rows of a strip of C vectors.
+template <int C>
+VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales) {
+  const auto tile = [&](auto multiply, int r) {
+    multiply(a.below(r), b, depth, Result{out.data + r * out.row, out.row}, old, scales + (old == Old::SCALE ? r : 0));
+  };
+  int r = 0;
+  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile(multiply_tile<TILE_ROWS, C>, r);
+  switch (rows - r) {
+    case 5: return tile(multiply_tile<5, C>, r);
+    case 4: return tile(multiply_tile<4, C>, r);
+    case 3: return tile(multiply_tile<3, C>, r);
+    case 2: return tile(multiply_tile<2, C>, r);
+    case 1: return tile(multiply_tile<1, C>, r);
+  }
+}
+
+// out[rows x columns] = A[rows x depth] . B[depth x columns], added to the old numbers as `old` says, which SCALE
+// multiplies by a number per row. `columns` is a multiple of LANES: pad B and out.
+inline void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old = Old::CLEAR,
+                     const float* scales = nullptr) {
+  const auto strip = [&](auto multiply, int c) {
+    multiply(rows, a, Right{b.data + c, b.row}, depth, Result{out.data + c, out.row}, old, scales);
+  };
+  int c = 0;
+  for (; c + TILE_COLUMNS <= columns; c += TILE_COLUMNS) strip(multiply_strip<TILE_VECTORS>, c);
+  switch ((columns - c) / LANES) {
+    case 3: return strip(multiply_strip<3>, c);
+    case 2: return strip(multiply_strip<2>, c);
+    case 1: return strip(multiply_strip<1>, c);
+  }
+}
+
+// to[c * to_row + r] = from[r * from_row + c] for 16 x 16 floats.
+VOT_INLINE void transpose_16x16(const float* from, ptrdiff_t from_row, float* to, ptrdiff_t to_row) {
+#if VOT_VECTOR_BYTES == 64
+  __m512 rows[16], next[16];
+  const auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_ps(from + i * from_row);
+  for (int i = 0; i < 8; i++) {  // pairs of floats
+    next[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    next[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours
+    rows[i] = low(next[i], next[i + 2]);
+    rows[i + 1] = high(next[i], next[i + 2]);
+    rows[i + 2] = low(next[i + 1], next[i + 3]);
+    rows[i + 3] = high(next[i + 1], next[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // eights
+    next[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
+    next[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+    next[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+    next[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_ps(to + i * to_row, _mm512_shuffle_f32x4(next[i], next[i + 8], 0x88));
+    _mm512_storeu_ps(to + (i + 8) * to_row, _mm512_shuffle_f32x4(next[i], next[i + 8], 0xdd));
+  }
+#else
+  for (int r = 0; r < 16; r++)
+    for (int c = 0; c < 16; c++) to[c * to_row + r] = from[r * from_row + c];
+#endif
+}
+
+}  // namespace VOT_ISA
+}  // namespace vot
