@@ -10,6 +10,7 @@ The cost grows linearly with the tokens. `window=None` is exact softmax attentio
 attention.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -248,15 +249,16 @@ def _hybrid_attention_bwd(
         (cu_seqlens, cu_groups, segment_groups),
         (host_cu_seqlens, host_cu_groups, host_segment_groups),
     )
-    weight = _some_weight(beta) if weighs and beta is not None else None
-    inputs = Inputs(q, k, v, beta if weight is None else weight.log(), q_features, k_features)
+    log_weight = _some_log_weight(beta, lse) if weighs and beta is not None else beta
+    inputs = Inputs(q, k, v, log_weight, q_features, k_features)
     saved = Saved(inputs, out, lse)
     geometry = Geometry(*device, *host, left, right, causal)
     options = Options(feature_map, scale, torch.are_deterministic_algorithms_enabled(), variant)
     found = load("hybrid_attention", backend).backward(saved, Grads(d_out, d_lse), geometry, options)
     dq, dk, dv, d_beta, d_q_features, d_k_features = (q.new_empty(0) if x is None else x for x in found)
-    if weight is not None and beta is not None:
-        d_beta = (d_beta / weight).to(beta.dtype)
+    if weighs and beta is not None and log_weight is not None:
+        root = (-log_weight / 2).exp()  # 1 / weight itself may overflow where the gradient does not
+        d_beta = (d_beta * root * root).to(beta.dtype)
     return dq, dk, dv, d_beta, d_q_features, d_k_features
 
 
@@ -269,13 +271,18 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype))
 
 
-def _some_weight(weight: Tensor) -> Tensor:
-    """Far weights above 0, where those of 0 are too small to matter to any gradient but their own.
+def _some_log_weight(weight: Tensor, lse: Tensor) -> Tensor:
+    """Logs of far weights, where those of 0 are too small to matter to any gradient but their own.
 
     Backends differentiate by log weights, which says nothing of a weight of 0: there that gradient is 0 times another.
+    What a weight adds to a row is relative to exp(lse), so the least lse of a head decides what is small: exp(-8) of
+    a rounding. Smaller weights would do harm, because their logs are rounded in larger steps.
     """
-    weight = _widened(weight)
-    return weight.clamp(min=torch.finfo(weight.dtype).eps ** 1.5)
+    log_weight = _widened(weight).log()
+    if not lse.shape[0]:
+        return log_weight.clamp(min=0)
+    least = lse.masked_fill(lse == -torch.inf, torch.inf).amin(0).nan_to_num(nan=0.0, posinf=0.0)
+    return torch.maximum(log_weight, least.to(log_weight) + math.log(torch.finfo(log_weight.dtype).eps) - 8)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

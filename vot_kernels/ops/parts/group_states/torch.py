@@ -197,7 +197,11 @@ def log_weight(beta: Tensor | None, query: Tensor) -> Tensor:
 def far_weight(beta: Tensor, lse: Tensor) -> Tensor:
     """exp(beta - lse), bounded so that it times an absent far part is 0 and not NaN."""
     limit = math.log(torch.finfo(lse.dtype).max) - 8
-    return (beta - lse).clamp_(max=limit).exp_()
+    exponent = beta - lse
+    # What the rounding of the difference left out (Knuth's two-sum), which matters where beta is large.
+    moved = exponent - beta
+    rest = ((beta - (exponent - moved)) - (lse + moved)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return exponent.clamp_(max=limit).exp_().mul_(rest.add_(1))
 
 
 def join_far(out: Tensor, lse: Tensor, sums: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
