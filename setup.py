@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -37,16 +37,17 @@ class BuildPackage(build_py):
                 shutil.copy(path, folder)
 
 
+class Package(Distribution):
+    def has_ext_modules(self) -> bool:
+        return WITH_KERNELS
+
+
 class Wheel(bdist_wheel):
     """With kernels it belongs to this kind of processor, but still to every Python."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not WITH_KERNELS
 
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
         return ("py3", "none", tag[2]) if WITH_KERNELS else tag
 
 
-setup(cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})
+setup(distclass=Package, cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})

@@ -33,7 +33,7 @@ def functions_with(registers: str, disassembly: str) -> set[str]:
 
 @cpp
 def test_wide_instructions_stand_in_the_functions_of_their_instruction_set_alone():
-    """Elsewhere they would run on processors that do not have them, as when the linker keeps that copy of a template."""
+    """Elsewhere they would run on processors that lack them, as when the linker keeps that copy of a template."""
     isas = library().isas
     if "avx512" not in isas or shutil.which("objdump") is None:
         pytest.skip("needs a library with AVX-512, and objdump")

@@ -103,7 +103,7 @@ def find_compiler() -> list[str]:
     for words in [named] if named else [[name] for name in _COMPILERS]:
         if shutil.which(words[0]):
             return words
-    missing = f"{named[0]!r}, which CXX names, was" if named else f"none of {', '.join(_COMPILERS)} was"
+    missing = f"CXX={named[0]} was not" if named else f"none of {', '.join(_COMPILERS)} was"
     raise CannotBuild(f"The C++ kernels need a C++ compiler, and {missing} found.")
 
 

@@ -33,7 +33,6 @@ class Library:
     compiler: str = ""
 
 
-@torch.compiler.assume_constant_result
 def why_not_cpp(device_type: str) -> str | None:
     """Why the C++ kernels cannot take tensors on such a device, in a clause; None if they can.
 
@@ -42,6 +41,10 @@ def why_not_cpp(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"C++ kernels run on CPU tensors, not on {device_type}"
     return library().problem
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a traced call happens at once.
+setattr(why_not_cpp, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def kernels() -> Any:

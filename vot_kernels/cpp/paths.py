@@ -66,6 +66,6 @@ def read_stamp(library: Path) -> dict[str, Any]:
         OSError: one of the two is not there.
     """
     stamp = json.loads(stamp_of(library).read_text(encoding="utf-8"))
-    if stamp["sha256"] != digest_of(library):
+    if not isinstance(stamp, dict) or stamp.get("sha256") != digest_of(library):
         raise ValueError("it is damaged")
-    return dict(stamp)
+    return stamp
