@@ -110,6 +110,11 @@ def _compiled(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _compiled_pixels(inputs: Inputs) -> list[str]:
+    problem = why_not_cpp(inputs.device.type)
+    return _pixels(inputs) + ([] if problem is None else [problem])
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference of all steps together is hybrid_attention(causal="group")']
 
@@ -129,9 +134,9 @@ for _op in (
 CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
-for _op in ("dense_residual",):
+for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
     CAPABILITIES[_op]["cpp"] = _compiled
-CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
+CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "reference": _pixels}
 
 
 def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
