@@ -21,7 +21,7 @@ MATRIX := .venv-matrix
 DOCS := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint format bench docs matrix fuzz seeds clean
+.PHONY: help demo cpp check test lint format bench docs matrix fuzz seeds clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -43,13 +43,16 @@ help:  ## this list
 	@echo "make TARGET, where TARGET is"
 	@sed -n 's/^\([a-z]*\):.*##/  \1\t/p' $(MAKEFILE_LIST)
 
-demo: $(PACKAGE)  ## answer questions about two videos with the shipped checkpoint
+demo: cpp  ## answer questions about two videos with the shipped checkpoint
 	@$(BIN)/vot demo
 
-check: lint  ## before every commit, a minute: lint, import rules, links, each op in PyTorch against its reference
+cpp: $(PACKAGE)  ## compile the C++ kernels for this machine, half a minute; without a compiler the ops run in PyTorch
+	@$(BIN)/python -m vot_kernels.cpp --optional
+
+check: lint cpp  ## before every commit, a minute: lint, import rules, links, each op in PyTorch against its reference
 	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" $(CORE)
 
-test: lint  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
+test: lint cpp  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
 	@$(call both-runs,$(BIN)/python,$(TESTS))
 
 lint: $(PACKAGE)  ## ruff, its format, mypy
@@ -74,7 +77,7 @@ format: $(PACKAGE)  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: $(PACKAGE)  ## measure the ops on this machine: the quick suite, three minutes on two cores
+bench: cpp  ## measure the ops on this machine: the quick suite, three minutes on two cores
 	@$(BIN)/python -m pytest benchmarks --quick --benchmark-json runs/bench.json
 	@$(BIN)/python -m benchmarks.report runs/bench.json
 

@@ -23,6 +23,7 @@ LABELS = {
     "integrations": "other people's models",
     "nn": "modules",
     "ops": "one folder per op",
+    "cpp": "compiles and loads csrc/",
     "kernels": "Triton device code",
     "tuning": "launch parameters",
     "scene_graph": "STSG",

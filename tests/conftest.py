@@ -13,6 +13,7 @@ from hypothesis import settings
 from tests.interpreter import look_for_builtins_once
 from tests.marks import why_skipped
 from vot_kernels import testing
+from vot_kernels.cpp.library import library
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -53,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "interpreting": INTERPRETING,
         "triton": HAS_TRITON,
         "gpu": torch.cuda.is_available() or "VOT_GPU_TESTS_DEVICE" in os.environ,  # see tests/gpu/conftest.py
+        "no_cpp": library().problem,
     }
     for item in items:
         if reason := why_skipped({mark.name for mark in item.iter_markers()}, **here):

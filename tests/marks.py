@@ -10,9 +10,15 @@ import pytest
 
 interpreted = pytest.mark.interpreter  # runs kernels on Triton's interpreter
 compiled = pytest.mark.compiled  # needs kernels that can be compiled, or CPU tensors to be refused
+cpp = pytest.mark.cpp  # runs the C++ kernels
+
+# What computes on the CPU, apart from the reference: parameters of an op's tests.
+COMPUTING = ("torch", pytest.param("cpp", marks=cpp))
 
 
-def why_skipped(marks: Collection[str], *, interpreting: bool, triton: bool, gpu: bool) -> str | None:
+def why_skipped(
+    marks: Collection[str], *, interpreting: bool, triton: bool, gpu: bool, no_cpp: str | None
+) -> str | None:
     """The reason in words, None for a test that can run.
 
     Args:
@@ -20,6 +26,7 @@ def why_skipped(marks: Collection[str], *, interpreting: bool, triton: bool, gpu
         interpreting: TRITON_INTERPRET=1 is set.
         triton: it is installed.
         gpu: torch finds a CUDA device, or the tests for one run on another device.
+        no_cpp: why the C++ kernels cannot run, None if they can.
     """
     if "gpu" in marks and not gpu:
         return "needs a CUDA device; torch finds none"
@@ -29,4 +36,6 @@ def why_skipped(marks: Collection[str], *, interpreting: bool, triton: bool, gpu
         return "needs Triton, which is not installed"
     if "compiled" in marks and interpreting:
         return "needs Triton without its interpreter: unset TRITON_INTERPRET"
+    if "cpp" in marks and no_cpp is not None:
+        return f"needs the C++ kernels: {no_cpp}"
     return None

@@ -11,6 +11,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
@@ -29,7 +30,8 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dict with the keys "vot_kernels", "python", "platform", "cpu", "packages" (name to version, None
-        if not installed), "extras" (extra to such a dict), "gpus" (a list of dicts with "name",
+        if not installed), "extras" (extra to such a dict), "cpp" (the C++ kernels: "path", "problem" (why they cannot
+        be used, None if they can), "isa" that runs, "isas" compiled, "compiler"), "gpus" (a list of dicts with "name",
         "capability" and "memory_gib"), "no_gpu" (why that list is empty, else None) and "backends" (op to
         backend to the reasons against it, for float32 on the default device; "auto" chooses the first backend
         without a reason). A probe that failed leaves {"error": "its exception"}.
@@ -47,6 +49,7 @@ def collect() -> dict[str, Any]:
             extra: {name: _guarded(partial(_metadata_version, name)) for name in packages.values()}
             for extra, packages in EXTRAS.items()
         },
+        "cpp": _guarded(_cpp),
         "gpus": gpus if found else [],
         "no_gpu": None if found and gpus else _guarded(_why_no_gpu) if found else gpus,
         "backends": _guarded(_backends),
@@ -76,6 +79,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         ("cpu", _text(report["cpu"])),
         *((name, _text(version)) for name, version in report["packages"].items()),
         *((f"[{extra}]", _extra_text(versions)) for extra, versions in report["extras"].items()),
+        ("C++", _cpp_text(report["cpp"])),
         *(("gpu", _gpu_text(gpu)) for gpu in report["gpus"]),
     ]
     if not report["gpus"]:
@@ -116,6 +120,11 @@ def _cpu() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {threads} torch threads"
 
 
+def _cpp() -> dict[str, Any]:
+    found = import_module("vot_kernels.cpp.library").library()
+    return {**asdict(found), "path": found.path and str(found.path), "isas": list(found.isas)}
+
+
 def _gpus() -> list[dict[str, Any]]:
     cuda = import_module("torch").cuda
     if not cuda.is_available():
@@ -154,6 +163,14 @@ def _text(value: object) -> str:
 
 def _extra_text(versions: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {_text(version)}" for name, version in versions.items())
+
+
+def _cpp_text(cpp: Mapping[str, Any]) -> str:
+    if "error" in cpp:
+        return _text(cpp)
+    if cpp["problem"] is not None:
+        return f"none: {cpp['problem']}"
+    return f"{cpp['isa']} of {', '.join(cpp['isas'])}, by {cpp['compiler']}  ({cpp['path']})"
 
 
 def _gpu_text(gpu: Mapping[str, object]) -> str:

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define VOT_VECTOR_BYTES 64
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -26,15 +28,6 @@
 #define VOT_NOINLINE __attribute__((noinline))
 
 namespace vot {
-
-// Half precision as it lies in memory. Kernels compute in float.
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
 namespace VOT_ISA {
 
 constexpr int LANES = VOT_VECTOR_BYTES / 4;
@@ -212,7 +205,8 @@ VOT_INLINE float sum(Vec x) {
 #endif
 }
 
-// Writes past the cache, for results larger than it that are not read soon. `to` is aligned to a vector.
+// Writes past the cache, for results larger than it that are not read soon. `to` is aligned to a vector. Whoever streams
+// calls finish_streams() before another thread may read.
 VOT_INLINE void stream(float* to, Vec x) {
 #if VOT_VECTOR_BYTES == 64
   _mm512_stream_ps(to, x);
@@ -220,6 +214,15 @@ VOT_INLINE void stream(float* to, Vec x) {
   _mm256_stream_ps(to, x);
 #else
   store(to, x);
+#endif
+}
+template <class Half>
+VOT_INLINE void stream(Half* to, Vec x) {
+  store(to, x);
+}
+VOT_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 

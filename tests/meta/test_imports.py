@@ -11,13 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 # What each part may import besides itself: imports go one way, from the top down.
 GROUND = {"packing", "files", "extras", "scene_graph"}  # they import no other part
-OPS = {"packing", "files", "tuning", "testing", "kernels"}
+OPS = {"packing", "files", "tuning", "testing", "kernels", "cpp"}
 NN = OPS | {"ops"}
 MODELS = NN | {"nn", "scene_graph"}
 DATA = MODELS | {"models", "extras"}
 TOP = DATA | {"data"}
 ALLOWED = {
     **{part: set() for part in GROUND},
+    "cpp": {"files"},
     "kernels": set(),
     "tuning": {"files"},
     "testing": {"packing"},
@@ -35,7 +36,7 @@ ALLOWED = {
 }
 REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references
 # These serve users who have torch and numpy alone; a launcher imports its kernels when it needs them.
-LEAN = {"", "packing", "files", "extras", "scene_graph", "tuning", "testing", "ops", "nn", "info"}
+LEAN = {"", "packing", "files", "extras", "scene_graph", "tuning", "testing", "cpp", "ops", "nn", "info"}
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
     *("transformers", "safetensors", "tokenizers", "gguf", "huggingface_hub"),

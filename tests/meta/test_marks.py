@@ -8,7 +8,7 @@ import pytest
 
 from tests.marks import why_skipped
 
-HERE = {"interpreting": False, "triton": True, "gpu": False}
+HERE = {"interpreting": False, "triton": True, "gpu": False, "no_cpp": None}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,8 @@ HERE = {"interpreting": False, "triton": True, "gpu": False}
         (["interpreter"], {"interpreting": True}, None),
         (["interpreter"], {"interpreting": True, "triton": False}, "not installed"),
         (["interpreter", "gpu"], {"interpreting": True}, "CUDA device"),
+        (["cpp"], {}, None),
+        (["cpp"], {"no_cpp": "they are not compiled"}, "needs the C++ kernels: they are not compiled"),
         (["compiled"], {}, None),
         (["compiled"], {"interpreting": True}, "unset TRITON_INTERPRET"),
     ],

@@ -62,11 +62,15 @@ def test_backends_stand_in_order_of_preference():
     assert all(tuple(reasons) == BACKENDS for reasons in describe_backends("cpu").values())
     cpu = torch.zeros(8, 2, 64)
     assert select("hybrid_attention", "auto", cpu) == "torch"
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'torch', 'reference'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'triton', 'cpp', 'torch', 'reference'"
+    ):
         select("hybrid_attention", "cuda", cpu)
 
 
 def test_only_backends_are_loaded():
     assert load("aoe", "torch").__name__ == "vot_kernels.ops.aoe.torch"
-    with pytest.raises(ValueError, match="backend must be one of 'triton', 'torch', 'reference', got 'op'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'triton', 'cpp', 'torch', 'reference', got 'op'"
+    ):
         load("aoe", "op")

@@ -1,7 +1,10 @@
 """The wheel and the sdist: built without torch and network, installed and imported from another folder."""
 
 import ast
+import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vot_kernels.cpp import paths
+from vot_kernels.cpp.build import portable_isas
 from vot_kernels.data.video import save_mp4
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {"vot_kernels": "vot_kernels", "vot_kernels/kernels": "kernels/triton"}
+SOURCES = {"vot_kernels": "vot_kernels", "vot_kernels/csrc": "csrc", "vot_kernels/kernels": "kernels/triton"}
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "demo-output", "runs")
 
 
@@ -90,7 +95,8 @@ def test_the_package_list_equals_the_disk(tree):
     found = {
         ".".join([prefix.replace("/", "."), *path.relative_to(tree / folder).parent.parts])
         for prefix, folder in SOURCES.items()
-        for path in (tree / folder).rglob("*.py")
+        for path in (tree / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp")
     }
     listed = tomllib.loads((tree / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     wanted = "\n".join(f'    "{name}",' for name in sorted(found))
@@ -112,6 +118,28 @@ def test_the_wheel_holds_every_file_and_nothing_else(wheel, tree):
 def test_the_wheel_is_pure_python_with_one_import_package(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {name.split("/")[0] for name in contents(wheel) if ".dist-info/" not in name} == {"vot_kernels"}
+
+
+def test_a_wheel_with_kernels_is_for_this_processor_and_every_python(tree, tmp_path, monkeypatch):
+    """A script in place of the compiler makes files, but none that could be loaded."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done\necho fake'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("VOT_BUILD_CPU", "1")
+    wheel = build_wheel(shutil.copytree(tree, tmp_path / "tree"), tmp_path / "out", "")
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    files = contents(wheel)
+    [library] = [name for name in files if name.endswith(".so")]
+    assert library == f"vot_kernels/cpp/lib/{paths.library_name()}"
+    stamp = json.loads(files[library.replace(".so", ".json")])
+    assert (
+        stamp["isas"] == list(portable_isas())
+        and stamp["sha256"] == hashlib.sha256(files[library]).hexdigest()
+    )
+    assert [name for name in files if name.endswith(".o")] == []
 
 
 def test_metadata(wheel):

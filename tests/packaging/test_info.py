@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vot_kernels import __version__, info
+from vot_kernels.cpp.library import library
 from vot_kernels.ops.dispatch import BACKENDS, FUNCTIONS
 
 
@@ -20,6 +21,7 @@ def test_report_of_this_machine():
     assert set(report["extras"]) == {"video", "llm", "train", "cli", "lmms"}
     assert report["extras"]["video"]["av"].count(".") >= 1
     assert bool(report["gpus"]) == torch.cuda.is_available() == (report["no_gpu"] is None)
+    assert report["cpp"]["problem"] == library().problem and report["cpp"]["isa"] == library().isa
     assert set(report["backends"]) == set(FUNCTIONS)
     assert all(list(reasons) == list(BACKENDS) for reasons in report["backends"].values())
 
@@ -99,6 +101,27 @@ def test_broken_dispatch_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("vot_kernels.ops.dispatch.describe_backends", broken)
     assert info.main([]) == 0
     assert "unknown: broken (KeyError: 'hybrid_attention')" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cpp", "text"),
+    [
+        ({"problem": "they are not compiled"}, "none: they are not compiled"),
+        ({"error": "OSError: no"}, "broken (OSError: no)"),
+        (
+            {
+                "problem": None,
+                "isa": "avx2",
+                "isas": ["avx512", "avx2"],
+                "compiler": "c++ 12",
+                "path": "a.so",
+            },
+            "avx2 of avx512, avx2, by c++ 12  (a.so)",
+        ),
+    ],
+)
+def test_what_is_said_of_the_cpp_kernels(cpp, text):
+    assert info._cpp_text(cpp) == text
 
 
 def test_gpus_are_listed(monkeypatch):

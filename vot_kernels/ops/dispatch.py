@@ -12,10 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.launch import is_interpreted, why_not_triton
 
-BACKENDS = ("triton", "torch", "reference")  # in order of preference
+BACKENDS = ("triton", "cpp", "torch", "reference")  # in order of preference
 
 OPS = (
     "hybrid_attention",
@@ -61,6 +62,10 @@ def _no_kernel(inputs: Inputs) -> list[str]:
     return ["no Triton kernel for this op in this version"]
 
 
+def _no_cpp_kernel(inputs: Inputs) -> list[str]:
+    return ["no C++ kernel for this op in this version"]
+
+
 def _floating(inputs: Inputs) -> list[str]:
     supported = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if inputs.dtype in supported:
@@ -95,12 +100,28 @@ def _attention_kernel(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _compiled(inputs: Inputs) -> list[str]:
+    """C++: half or single precision, on the CPU, where the library is there."""
+    reasons = []
+    if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
+    if (problem := why_not_cpp(inputs.device.type)) is not None:
+        reasons.append(problem)
+    return reasons
+
+
+def _compiled_pixels(inputs: Inputs) -> list[str]:
+    problem = why_not_cpp(inputs.device.type)
+    return _pixels(inputs) + ([] if problem is None else [problem])
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference of all steps together is hybrid_attention(causal="group")']
 
 
 CAPABILITIES: dict[str, dict[str, Predicate]] = {
-    name: {"triton": _no_kernel, "torch": _floating, "reference": _floating} for name in FUNCTIONS
+    name: {"triton": _no_kernel, "cpp": _no_cpp_kernel, "torch": _floating, "reference": _floating}
+    for name in FUNCTIONS
 }
 for _op in (
     "hybrid_attention",
@@ -113,7 +134,9 @@ for _op in (
 CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
-CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
+for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
+    CAPABILITIES[_op]["cpp"] = _compiled
+CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "reference": _pixels}
 
 
 def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:

@@ -1,8 +1,12 @@
 """The weighted sum of past states against its reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.dense_residual import dense_residual, op
 from vot_kernels.ops.parts import row_blocks
 from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor
@@ -13,19 +17,29 @@ def make_inputs(count=4, shape=(9, 12), dtype=torch.float32, weight_dtype=torch.
     return [weights, *(make_tensor(*shape, seed=i, dtype=dtype) for i in range(count))]
 
 
-def ours(weights, *states):
-    return (dense_residual(states, weights, backend="torch"),)
+def ours(weights, *states, backend="torch"):
+    return (dense_residual(states, weights, backend=backend),)
+
+
+@pytest.fixture(params=COMPUTING)
+def on(request):
+    """`ours` on each backend."""
+    return partial(ours, backend=request.param)
 
 
 def oracle(weights, *states):
     return (dense_residual(states, weights, backend="reference"),)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_matches_the_reference(dtype, count):
-    check_against_reference(ours, oracle, make_inputs(count, dtype=dtype))
-    check_against_reference(ours, oracle, make_inputs(count, dtype=dtype, weight_dtype=dtype))
+def test_matches_the_reference(on, dtype, count):
+    check_against_reference(on, oracle, make_inputs(count, dtype=dtype))
+    check_against_reference(on, oracle, make_inputs(count, dtype=dtype, weight_dtype=dtype))
+
+
+def test_matches_the_reference_in_float64():
+    check_against_reference(ours, oracle, make_inputs(dtype=torch.float64, weight_dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,9 +49,9 @@ def test_blocks_of_any_size(numbers, dtype, monkeypatch):
     check_against_reference(ours, oracle, make_inputs(dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (6,)])
-def test_shapes(shape):
-    check_against_reference(ours, oracle, make_inputs(3, shape))
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (6,), (47, 521)])
+def test_shapes(on, shape):
+    check_against_reference(on, oracle, make_inputs(3, shape))
 
 
 def test_reference_is_the_sum():
@@ -51,12 +65,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(ours, inputs)
 
 
-def test_sums_in_float32():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_sums_in_float32(backend):
     """A large and a tiny state of opposite weights: half precision would lose the tiny one on the way."""
     states = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1024.0, 1.0, 1024.0)]
-    assert torch.equal(
-        dense_residual(states, torch.tensor([1.0, 1.0, -1.0])), torch.ones(4, dtype=torch.bfloat16)
-    )
+    y = dense_residual(states, torch.tensor([1.0, 1.0, -1.0]), backend=backend)
+    assert torch.equal(y, torch.ones(4, dtype=torch.bfloat16))
 
 
 def test_keeps_only_the_states_for_the_backward():
@@ -67,40 +81,53 @@ def test_keeps_only_the_states_for_the_backward():
     assert set(saved) == {x.data_ptr() for x in (weights, *states)}
 
 
-def test_one_state_twice_and_strided_states():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_one_state_twice_and_strided_states(backend):
     state = make_tensor(6, 4).T.requires_grad_()
     weights = torch.tensor([2.0, 3.0], requires_grad=True)
-    y = dense_residual([state, state], weights)
+    y = dense_residual([state, state], weights, backend=backend)
     torch.testing.assert_close(y, 5 * state)
     (gradient,) = torch.autograd.grad(y.sum(), [state])
     torch.testing.assert_close(gradient, torch.full((4, 6), 5.0))
 
 
-def test_repeats_bitwise_and_rows_are_independent():
-    weights, *states = make_inputs(shape=(33, 16))
-    y = dense_residual(states, weights)
-    assert torch.equal(y, dense_residual(states, weights))
-    assert torch.equal(y[7:8], dense_residual([s[7:8] for s in states], weights))
+def test_repeats_bitwise_and_rows_are_independent(on):
+    inputs = make_inputs(shape=(33, 16))
+    (y,) = on(*inputs)
+    assert torch.equal(y, on(*inputs)[0])
+    assert torch.equal(y[7:8], on(inputs[0], *(state[7:8] for state in inputs[1:]))[0])
 
 
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    inputs = [x.requires_grad_() for x in make_inputs(shape=(100, 257))]
+
+    def results():
+        (y,) = ours(*inputs, backend="cpp")
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    assert differing(results) == []
+
+
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, backend):
     weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))
-    torch.library.opcheck(op._dense_residual_fwd, (states, weights, "torch"))
+    torch.library.opcheck(op._dense_residual_fwd, (states, weights, backend))
     strided = [make_tensor(4, 6, seed=i, dtype=dtype).T for i in range(2)]
-    torch.library.opcheck(op._dense_residual_fwd, (strided, weights[:2].detach().requires_grad_(), "torch"))
-    arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach(), "torch")
+    torch.library.opcheck(op._dense_residual_fwd, (strided, weights[:2].detach().requires_grad_(), backend))
+    arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach(), backend)
     torch.library.opcheck(op._dense_residual_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_one_compiled_graph_for_any_number_of_tokens():
+def test_one_compiled_graph_for_any_number_of_tokens(on):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *inputs: ours(*inputs)[0].square().sum(), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda *inputs: on(*inputs)[0].square().sum(), backend=counter, fullgraph=True)
     for tokens in (5, 40, 17):
         inputs = [x.requires_grad_() for x in make_inputs(shape=(tokens, 8))]
         for state in inputs[1:]:
             torch._dynamo.mark_dynamic(state, 0)
-        actual, expected = compiled(*inputs), ours(*inputs)[0].square().sum()
+        actual, expected = compiled(*inputs), on(*inputs)[0].square().sum()
         pairs = zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert counter.frame_count == 1

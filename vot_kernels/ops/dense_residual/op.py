@@ -22,7 +22,7 @@ def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = 
     Args:
         states: tensors of one shape, dtype and device; any floating dtype.
         weights: `[len(states)]`, floating, same device.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         A tensor like each state.

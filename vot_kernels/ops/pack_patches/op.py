@@ -29,7 +29,7 @@ def pack_patches(
             `patch_size`, frames of `temporal_patch_size`; a still image is repeated that often.
         patch_size: height and width of a patch, pixels.
         temporal_patch_size: frames of a patch.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         pixel_values `[patches, channels · temporal_patch_size · patch_size²]` and

@@ -44,7 +44,7 @@ def rope_qk_norm(
         theta: base of the frequencies.
         sections: pairs of (t, y, x), summing to head_dim / 2. Default: a third each for y and x, t the rest.
         eps: added to the mean square.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         (q, k) in their own shapes and dtype.

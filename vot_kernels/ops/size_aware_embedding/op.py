@@ -98,7 +98,7 @@ def size_aware_embedding(
         b2: `[dim]`.
         fps: frames per second, `[segments]` or one number; None or entries <= 0: unknown.
         use_frames: False leaves the clip length out.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         `[tokens, dim]`, dtype of x.

@@ -1,0 +1,28 @@
+// Every entry point of the kernels, and the table of them that each instruction set has.
+#pragma once
+#include "dense_residual.h"
+#include "pack_patches.h"
+#include "parallel.h"
+#include "rope_qk_norm.h"
+#include "segment_add.h"
+
+// X(function, its problem), in the order of the files' names.
+#define VOT_KERNELS(X)                              \
+  X(dense_residual_forward, DenseResidualForward)   \
+  X(dense_residual_backward, DenseResidualBackward) \
+  X(pack_patches_forward, PackPatches)              \
+  X(pack_patches_backward, PackPatches)             \
+  X(rope_qk_norm_forward, RopeQkNormForward)        \
+  X(rope_qk_norm_backward, RopeQkNormBackward)      \
+  X(segment_add_forward, SegmentAddForward)         \
+  X(segment_add_backward, SegmentAddBackward)
+
+namespace vot {
+
+struct Kernels {
+#define VOT_FIELD(function, Problem) void (*function)(const Problem&, const Parallel&);
+  VOT_KERNELS(VOT_FIELD)
+#undef VOT_FIELD
+};
+
+}  // namespace vot

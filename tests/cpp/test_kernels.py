@@ -1,0 +1,85 @@
+"""The compiled kernels apart from any op: where instructions stand, what sanitizers say, every instruction set."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.marks import cpp
+from vot_kernels.cpp import build, paths
+from vot_kernels.cpp.library import library
+from vot_kernels.ops.dispatch import CAPABILITIES, FUNCTIONS, _no_cpp_kernel
+
+ROOT = Path(__file__).parents[2]
+CHECKS = sorted((ROOT / "tests" / "csrc").glob("*.cpp"))
+# The kinds of the fuzzer's calls that reach C++ kernels.
+KINDS = [op for op in FUNCTIONS if CAPABILITIES[op]["cpp"] is not _no_cpp_kernel]
+
+
+def functions_with(registers: str, disassembly: str) -> set[str]:
+    """The names of the functions whose instructions have such registers."""
+    found, name = set(), ""
+    for line in disassembly.splitlines():
+        if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            name = header[1]
+        elif re.search(registers, line):
+            found.add(name)
+    return found
+
+
+@cpp
+def test_wide_instructions_stand_in_the_functions_of_their_instruction_set_alone():
+    """Elsewhere they would run on processors that lack them, as when the linker keeps that copy of a template."""
+    isas = library().isas
+    if "avx512" not in isas or shutil.which("objdump") is None:
+        pytest.skip("needs a library with AVX-512, and objdump")
+    text = subprocess.run(
+        ["objdump", "-d", library().path], capture_output=True, text=True, check=True
+    ).stdout
+    zmm, ymm = functions_with(r"%zmm", text), functions_with(r"%ymm", text)
+    assert zmm and [name for name in zmm if "avx512" not in name] == []
+    assert ymm and [name for name in ymm if "avx512" not in name and "avx2" not in name] == []
+
+
+def test_the_search_for_wide_instructions_can_find_some():
+    text = "0010 <_ZN3vot4mainEv>:\n  10: vaddps %zmm0,%zmm1,%zmm2\n0020 <other>:\n  20: addps %xmm0,%xmm1\n"
+    assert functions_with(r"%zmm", text) == {"_ZN3vot4mainEv"}
+
+
+def compile_driver(sanitizer: str, isa: str, checks: list[Path]) -> Path:
+    """The checks of tests/csrc with the kernels. Objects are kept for the next run of the tests."""
+    folder = paths.build_folder() / "sanitizers" / sanitizer
+    options = ("-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    own = (f"-DVOT_ISA={isa}", *build.ISAS[isa], *options)
+    units = build.kernel_units([isa], options) + [build.Unit(path, isa, own) for path in checks]
+    objects = build.compile_units(units, folder)
+    program = folder / "driver"
+    build.run([*build.find_compiler(), *options, *map(str, objects), "-pthread", "-o", str(program)])
+    return program
+
+
+@cpp
+@pytest.mark.parametrize(
+    ("sanitizer", "isa"), [("address,undefined", -1), ("thread", 0)], ids=["address and undefined", "thread"]
+)
+def test_sanitizers_find_nothing(sanitizer, isa):
+    isa = build.default_isas()[isa]
+    program = compile_driver(sanitizer, isa, CHECKS)
+    result = subprocess.run([program, "20"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert sorted(result.stdout.split()) == sorted(path.stem for path in CHECKS if path.stem != "driver")
+
+
+@cpp
+def test_the_ops_on_the_other_instruction_sets():
+    """The fuzzer's calls, in a process that is told which instruction set to use."""
+    for isa in set(library().isas) & set(build.default_isas()) - {library().isa}:
+        command = [sys.executable, "-m", "tests.fuzz", "--calls", "60"]
+        command += [word for kind in KINDS for word in ("--kind", kind)]
+        environment = os.environ | {"VOT_CPU_ISA": isa}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
