@@ -183,21 +183,25 @@ def flash_attn_varlen_func(draw: Draw) -> Call:
     def run(x: Sequence[Tensor | None], backend: str) -> list[Tensor]:
         longest = max(lengths, default=0), max(key_lengths, default=0)
         options = {"softmax_scale": scale, "causal": causal, "window_size": window, "backend": backend}
-        return [vot_kernels.flash_attn_varlen_func(*x, cu_q, cu_k, *longest, **options)]
+        found = vot_kernels.flash_attn_varlen_func(
+            *x, cu_q, cu_k, *longest, **options, return_attn_probs=True
+        )
+        return [found[0], found[1].t().detach()]
 
     def exact(x: Sequence[Tensor | None]) -> list[Tensor]:
         q, k, v = x
         left, right = (None if side == -1 else side for side in window)
         factor = q.shape[2] ** -0.5 if scale is None else scale
-        pieces = [q[:0] + (k.sum() + v.sum()) * 0]
+        nothing = q[:0] + (k.sum() + v.sum()) * 0
+        pieces = [(nothing, nothing[..., 0].to(torch.promote_types(q.dtype, torch.float32)))]
         for row, row_end, key, key_end in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+            rows, keys = q[row:row_end], slice(key, key_end)
             if key == key_end:
-                pieces.append(torch.zeros_like(q[row:row_end]))
+                pieces.append((torch.zeros_like(rows), torch.full_like(rows[..., 0], -torch.inf)))
             elif row < row_end:
-                keys = slice(key, key_end)
-                right_side = 0 if causal else right
-                pieces.append(cross_attention(q[row:row_end], k[keys], v[keys], left, right_side, factor)[0])
-        return [torch.cat(pieces)]
+                pieces.append(cross_attention(rows, k[keys], v[keys], left, 0 if causal else right, factor))
+        out, lse = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return [out, lse.detach()]  # flash-attn's lse has no gradient either
 
     shown = {"lengths": lengths, "keys": key_lengths, "causal": causal, "window": window, "scale": scale}
     return Call("flash_attn_varlen_func", tensors, run, exact, shown, None, (0, 1, 2))

@@ -64,7 +64,7 @@ def errors_nearby(call: Call) -> list[list[float]]:
 
 def error_of_lse(call: Call, outputs: list[Tensor], gradient: Tensor) -> float:
     """What the rounding of lse does to a gradient: the backward has its weights from it, as exp(score - lse)."""
-    if call.op not in ("hybrid_attention", "packed_attention"):
+    if call.op not in ("hybrid_attention", "packed_attention", "flash_attn_varlen_func"):
         return 0.0
     lse = outputs[1][outputs[1].isfinite()]
     if not lse.numel() or not gradient.numel():
