@@ -1,6 +1,6 @@
-"""What attention may be asked for: feature maps, causal modes and windows.
+"""The options of attention: feature maps, causal modes and windows.
 
-This file lies below the references and the backends alike, so that the references stay independent of what they judge.
+The references and the backends both import this file, so that the references share no code with what they check.
 """
 
 from vot_kernels.packing import brief
@@ -15,12 +15,12 @@ _MOST = 2**31 - 1  # no buffer has more groups
 
 
 def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | None]:
-    """Groups that are near on the left and on the right; None means all of them.
+    """Return how many groups are near on the left and on the right; None means all of them.
 
     An int counts for both sides, or for the left side alone when attention is causal.
 
     Raises:
-        ValueError: not an int >= 0, a pair of them or None, or a causal window that looks right.
+        ValueError: `window` is not an int >= 0, a pair of them or None, or a causal window looks right.
     """
     if window is None:
         return None, (None if causal is None else 0)
@@ -33,7 +33,7 @@ def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | 
     left, right = sides if len(sides) == 2 else (None, None)
     if not _is_count(left) or not _is_count(right):
         raise ValueError(
-            f"window must be an int >= 0, a pair (left, right) of them, or None for all, got {brief(window)}."
+            f"window must be an int >= 0, a pair (left, right) of them, or None for all groups, got {brief(window)}."
         )
     if causal is not None and right != 0:
         raise ValueError(f"A causal window looks left only: give an int or (left, 0), got {brief(window)}.")

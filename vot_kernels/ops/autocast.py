@@ -1,8 +1,7 @@
-"""How the public ops behave under `torch.autocast`.
+"""The behaviour of the public ops under `torch.autocast`.
 
-Inputs that take part in matrix products are cast to the autocast dtype before anything else, so that their gradients
-come back in the dtype that they had; float64 stays, as in torch. All that follows, a reference as well, computes as it
-does without autocast.
+Inputs of matrix products are cast to the autocast dtype first, so that their gradients come back in their own dtype;
+float64 inputs stay, as in torch. All that follows, in a reference too, computes as it does without autocast.
 """
 
 import inspect
@@ -18,12 +17,12 @@ T = TypeVar("T")
 
 
 def autocasts(*names: str, widest: tuple[str, ...] = ()) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """A public function under autocast, on the device of its first argument.
+    """Make a public function follow autocast on the device of its first argument.
 
     Args:
         names: arguments that are cast to the autocast dtype.
-        widest: arguments, tensors or sequences of them, that meet outside of matrix products: they are cast to the
-            widest dtype among them, as torch.cat does it.
+        widest: arguments, tensors or sequences of them, that are combined outside of matrix products; they are
+            cast to the widest dtype among them, as torch.cat does.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -51,7 +50,7 @@ def autocasts(*names: str, widest: tuple[str, ...] = ()) -> Callable[[Callable[P
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """The inside of a custom op, which is not autocast: a backward runs in whatever surrounds the call of it."""
+    """Turn autocast off inside a custom op, because a backward runs under the autocast state of its caller."""
 
     @wraps(function)
     def computed(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -65,7 +64,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _autocasting(value: Any) -> str | None:
-    """The type of the device of a tensor, or of the first of several, if autocast is on there."""
+    """Return the device type of a tensor, or of the first of several, if autocast is on there."""
     first = next(iter(_tensors(value)), None)
     if first is None:
         return None
@@ -76,7 +75,7 @@ def _autocasting(value: Any) -> str | None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """A tensor, or those of a sequence; none of anything else, which the function itself refuses."""
+    """List a tensor or those of a sequence; any other value gives an empty list, and the function itself refuses it."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [x for x in values if isinstance(x, Tensor)]
 

@@ -1,4 +1,4 @@
-"""Checks shared by the public ops. Each failure is one sentence: what was given and what is allowed."""
+"""Checks shared by the public ops. Each error is one sentence: what was given and what is allowed."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -15,13 +15,13 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """`value` is one of `allowed`."""
+    """Check that `value` is one of `allowed`."""
     if isinstance(value, (Tensor, np.ndarray)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}.")
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` is a real number, and so it is returned; a tensor is none, for its gradient would be lost."""
+    """Return `value`, which must be a real number; a tensor is refused, because its gradient would be lost."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be a number, got {brief(value)}.")
     try:
@@ -33,12 +33,12 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_scale(name: str, value: object, head_dim: int) -> float:
-    """`value` is a number, or None for head_dim ** -0.5."""
+    """Return `value`, which must be a number, or head_dim ** -0.5 for None."""
     return head_dim**-0.5 if value is None else check_number(name, value)
 
 
 def check_causal(causal: Causal, modes: Sequence[str | None]) -> str | None:
-    """`causal` is one of `modes` or a bool; True is "token" and False is None, and so it is returned."""
+    """Return `causal`, which must be one of `modes` or a bool, with True as "token" and False as None."""
     check_choice("causal", causal, (*modes, False, True))
     if isinstance(causal, str) or causal is None:
         return causal
@@ -46,7 +46,7 @@ def check_causal(causal: Causal, modes: Sequence[str | None]) -> str | None:
 
 
 def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
-    """`value` is a tensor with the named dimensions; an int among `dims` is an exact size."""
+    """Check that `value` is a tensor with the named dimensions; an int among `dims` is an exact size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {_shape(dims)}, got {type(value).__name__}.")
     fits = value.ndim == len(dims) and all(
@@ -59,7 +59,7 @@ def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
 
 
 def _advice(name: str, value: Tensor, dims: Sequence[str | int]) -> str:
-    """For a batch where packed tokens belong, or the reverse: the call that makes it right."""
+    """Suggest the right call where a batch was given in place of packed tokens, or the reverse."""
     more, first = value.ndim - len(dims), dims[0] if dims else ""
     if more == 1 and first in ("total_q", "total_k"):
         return "; flash_attn_func takes a batch [batch, seqlen, heads, head_dim]"
@@ -80,7 +80,7 @@ def _advice(name: str, value: Tensor, dims: Sequence[str | int]) -> str:
 
 
 def check_no_tangent(name: str, tensor: Tensor) -> None:
-    """`tensor` has no tangent of forward-mode differentiation, which would be lost: the ops have none."""
+    """Check that `tensor` has no tangent of forward-mode differentiation, which the ops would lose."""
     if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
         raise ValueError(
             f"{name} has a tangent, but the ops have no forward-mode derivative; use reverse mode (backward)."
@@ -88,18 +88,18 @@ def check_no_tangent(name: str, tensor: Tensor) -> None:
 
 
 def _shape(dims: Sequence[str | int]) -> str:
-    """Only for messages: a compiled graph cannot print a symbolic size."""
+    """Format dimensions for messages, and only for these: a compiled graph cannot print a symbolic size."""
     return f"[{', '.join(map(str, dims))}]"
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """`tensor` is float16, bfloat16, float32 or float64."""
+    """Check that `tensor` is float16, bfloat16, float32 or float64."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
 
 
 def check_alike(reference_name: str, reference: Tensor, **others: Tensor) -> None:
-    """Every tensor of `others` has the dtype and device of `reference`."""
+    """Check that every tensor of `others` has the dtype and device of `reference`."""
     for name, tensor in others.items():
         if tensor.dtype != reference.dtype:
             raise TypeError(
@@ -109,38 +109,38 @@ def check_alike(reference_name: str, reference: Tensor, **others: Tensor) -> Non
 
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor) -> None:
-    """Every tensor of `others` lies on the device of `reference`."""
+    """Check that every tensor of `others` is on the device of `reference`."""
     for name, tensor in others.items():
         if tensor.device != reference.device:
             raise ValueError(
-                f"{name} must lie on the device of {reference_name}, {reference.device}, got {tensor.device}."
+                f"{name} must be on the device of {reference_name}, {reference.device}, got {tensor.device}."
             )
 
 
 def check_groups(layout: PackedLayout, window: Window, causal: str | None) -> None:
-    """If groups play a part, `layout` was made with some: else every segment is one, and all of it near."""
+    """Check that `layout` has groups if the options need them; without groups, each segment would be one near group."""
     if layout.grouped or (window is None and causal != "group"):
         return
     asked = f"window={brief(window)} counts" if window is not None else 'causal="group" orders'
     raise ValueError(
-        f"{asked} groups, but the layout was made without any: give it group_size or cu_groups "
-        "(or window=None for attention to all of a segment)."
+        f"{asked} groups, but the layout has none; give it group_size or cu_groups "
+        "(or window=None for attention to the whole segment)."
     )
 
 
 def check_layout(name: str, tensor: Tensor, layout: object) -> None:
-    """`layout` lies on the device of `tensor` and its tokens fit into the rows of `tensor`.
+    """Check that `layout` is on the device of `tensor` and that its tokens fit into the rows of `tensor`.
 
-    Compares shapes only, so that it neither waits for the device nor breaks a compiled graph.
+    It compares shapes only, so that it neither waits for the device nor breaks a compiled graph.
     """
     if not isinstance(layout, PackedLayout):
         raise TypeError(
-            "layout must be a PackedLayout, which from_lengths, from_cu_seqlens, from_mask and from_grid_thw make, "
+            "layout must be a PackedLayout, as from_lengths, from_cu_seqlens, from_mask or from_grid_thw makes it, "
             f"got {type(layout).__name__}."
         )
     if layout.positions.device != tensor.device:
         raise ValueError(
-            f"layout lies on {layout.positions.device} but {name} on {tensor.device}; use layout.to(...)."
+            f"layout is on {layout.positions.device} but {name} on {tensor.device}; use layout.to(...)."
         )
     if tensor.shape[0] < layout.positions.shape[0]:
         tokens = layout.positions.shape[0]
@@ -152,7 +152,7 @@ def check_layout(name: str, tensor: Tensor, layout: object) -> None:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q `[tokens, heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]`, alike, heads a multiple."""
+    """Check that q `[tokens, heads, head_dim]` and k, v `[tokens, kv_heads, head_dim]` fit, heads being a multiple."""
     check_tensor("q", q, ["tokens", "heads", "head_dim"])
     check_floating("q", q)
     check_tensor("k", k, ["tokens", "kv_heads", "head_dim"])
@@ -172,7 +172,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_per_head(name: str, values: Tensor | None, q: Tensor) -> None:
-    """None, or floating point `[heads]`."""
+    """Check that `values` is None or a floating-point tensor `[heads]`."""
     if values is not None:
         check_tensor(name, values, [q.shape[1]])
         check_device("q", q, **{name: values})
@@ -188,7 +188,7 @@ def check_options(
     q_features: Tensor | None,
     k_features: Tensor | None,
 ) -> None:
-    """beta `[heads]`, a known feature map, and either both features or none."""
+    """Check that beta is `[heads]`, that the feature map is known, and that both features or neither are given."""
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_per_head("beta", beta, q)
     if (q_features is None) != (k_features is None):

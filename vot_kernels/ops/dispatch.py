@@ -1,7 +1,7 @@
-"""Which backend serves an op: capability as data, each refusal a readable sentence.
+"""The choice of a backend for an op. Capabilities are data, and each refusal is a readable sentence.
 
-One predicate per (function, backend) answers dispatch, error messages and `vot_kernels.info` alike. A kernel is
-added by putting its predicate into `CAPABILITIES`, and nothing else changes here.
+The same predicate per (function, backend) serves dispatch, error messages and `vot_kernels.info`. A new kernel adds
+its predicate to `CAPABILITIES`; nothing else changes here.
 """
 
 from collections.abc import Callable
@@ -40,13 +40,13 @@ FUNCTIONS = {op: op for op in OPS} | {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a backend may look at before it accepts a call.
+    """The properties of a call that decide whether a backend accepts it.
 
     Attributes:
-        device: where the tensors lie.
-        dtype: of the tensors that are computed on.
-        head_dim: size of the last dimension; None where it is not known yet, which refuses nothing.
-        width: size of the last dimension of given features, None where there are none.
+        device: device of the tensors.
+        dtype: dtype of the tensors to compute with.
+        head_dim: size of the last dimension; None if not known yet, in which case it leads to no refusal.
+        width: size of the last dimension of given features, or None without features.
     """
 
     device: torch.device
@@ -74,14 +74,14 @@ def _floating(inputs: Inputs) -> list[str]:
 
 
 def _pixels(inputs: Inputs) -> list[str]:
-    """Values that are moved, not computed on."""
+    """Accept values that are moved, not computed with."""
     if inputs.dtype == torch.uint8 or inputs.dtype.is_floating_point:
         return []
     return [f"dtype {inputs.dtype} is neither uint8 nor floating"]
 
 
 def _kernel(inputs: Inputs) -> list[str]:
-    """Triton: half or single precision, on CUDA (or interpreted)."""
+    """Accept half or single precision on CUDA, or in Triton's interpreter."""
     reasons = why_not_triton(inputs.device)
     if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
@@ -91,7 +91,7 @@ def _kernel(inputs: Inputs) -> list[str]:
 
 
 def _attention_kernel(inputs: Inputs) -> list[str]:
-    """`_kernel`, with a head_dim of 16 to 256."""
+    """Accept what `_kernel` accepts, with a head_dim of 16 to 256."""
     reasons = _kernel(inputs)
     if inputs.head_dim is not None and not 16 <= inputs.head_dim <= 256:
         reasons.append(f"head_dim {inputs.head_dim} is not from 16 to 256")
@@ -116,7 +116,7 @@ def _compiled_pixels(inputs: Inputs) -> list[str]:
 
 
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
-    return ['the reference of all steps together is hybrid_attention(causal="group")']
+    return ['the reference for the steps of a whole stream is hybrid_attention(causal="group")']
 
 
 CAPABILITIES: dict[str, dict[str, Predicate]] = {
@@ -140,17 +140,17 @@ CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "ref
 
 
 def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
-    """The backend that serves `op` for inputs like `tensor`.
+    """Return the backend that serves `op` for inputs like `tensor`.
 
     Args:
         op: a name of `FUNCTIONS`.
-        backend: a name of `BACKENDS`, or "auto" for the first that accepts the inputs; "auto" never picks
-            the interpreter of Triton, which is for tests.
-        tensor: the op's main input; its device, dtype and last dimension decide.
-        features: features that are given in place of a feature map, if any.
+        backend: a name of `BACKENDS`, or "auto" for the first that accepts the inputs; "auto" never selects Triton's
+            interpreter, which is for tests.
+        tensor: the op's main input; its device, dtype and last dimension decide the choice.
+        features: features given in place of a feature map, if any.
 
     Raises:
-        ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
+        ValueError: `backend` is unknown, or no backend fits; the message lists every reason of every candidate.
     """
     check_choice("backend", backend, ("auto", *BACKENDS))
     candidates = BACKENDS if backend == "auto" else (backend,)
@@ -168,7 +168,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
 
 
 def load(op: str, backend: str) -> ModuleType:
-    """The module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`, imported on first use."""
+    """Import and return the module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
     return import_module(f".{op}.{backend}", __package__)
@@ -177,11 +177,10 @@ def load(op: str, backend: str) -> ModuleType:
 def describe_backends(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, list[str]]]:
-    """Per public function and backend, why it cannot serve such inputs; an empty list means that it can.
+    """Say for each public function and backend why it cannot serve such inputs; an empty list means that it can.
 
-    Backends stand in order of preference, so "auto" uses the first with an empty list (on CPU tensors: after
-    "triton").
-    The device defaults to "cuda" where there is one, else "cpu".
+    Backends are in order of preference, so "auto" uses the first one with an empty list (other than "triton" for CPU
+    tensors). The device defaults to "cuda" if one is available, else to "cpu".
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,5 +4,5 @@ import torch
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, promoted to at least float32."""
+    """Return `dtype`, promoted to at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Launching Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation.
+"""Launching of Triton kernels: on a GPU, on the interpreter, or into a list for ahead-of-time compilation.
 
 A launcher declares each kernel once and launches it by keyword:
 
@@ -24,19 +24,19 @@ from torch import Tensor
 from vot_kernels.tuning import INTERPRETER, Config, lookup
 from vot_kernels.tuning.autotune import TUNER, Tuner
 
-# The number of programs along each axis, or a function that finds it from the blocks.
+# The number of programs along each axis, or a function that computes it from the block sizes.
 Grid = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it would have happened.
+    """One recorded launch.
 
     Attributes:
         kernel: the `@triton.jit` function.
         grid: programs along each axis.
-        arguments: every argument by name: tensors, numbers, None, and the constexprs.
-        config: its blocks are among the arguments; its limits are for the compiler's output.
+        arguments: all arguments by name: tensors, numbers, None, and the constexprs.
+        config: its block sizes are among the arguments; its limits apply to the compiler's output.
     """
 
     kernel: Any
@@ -45,22 +45,22 @@ class Launch:
     config: Config
 
 
-# These are read once, as Triton does, and are plain globals, because torch.compile traces through the dispatch.
+# These are read once, as Triton reads them, and are plain globals, because torch.compile traces through the dispatch.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = find_spec("triton") is not None
-_VECTOR = 8  # 16-bit numbers in the widest load
-_OLDEST_GPU = (8, 0)  # older ones have no bfloat16 and too little shared memory for the shipped blocks
+_VECTOR = 8  # 16-bit elements in the widest load
+_OLDEST_GPU = (8, 0)  # older GPUs have no bfloat16 and too little shared memory for the shipped block sizes
 _recording: tuple[str, list[Launch]] | None = None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by name. Its device code is imported at the first launch, and Triton with it.
+    """A kernel by name. The first launch imports its device code, and Triton with it.
 
     Attributes:
         family: its config table is `vot_kernels/tuning/configs/<arch>/<family>.json`.
-        name: of its entries there.
-        source: where it is below `vot_kernels.kernels`, "module:function".
+        name: its name in that table.
+        source: its place below `vot_kernels.kernels`, as "module:function".
     """
 
     family: str
@@ -81,9 +81,10 @@ class Kernel:
         prefer: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
     ) -> Config:
-        """The config for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one of that variant.
+        """Return the config for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one of that
+        variant.
 
-        See `vot_kernels.tuning.lookup` for the variants and for what is raised.
+        See `vot_kernels.tuning.lookup` for the variants and the errors.
         """
         options: dict[str, Any] = {**(key or {}), "prefer": prefer, "exclude": exclude}
         shipped = lookup(self.family, self.name, target_arch(device), **options)
@@ -98,14 +99,14 @@ class Kernel:
         config: Config | None = None,
         **arguments: Any,
     ) -> None:
-        """`launch` with the config for `key`, or with one that the caller has looked up.
+        """Call `launch` with the config for `key`, or with one that the caller has looked up.
 
         Args:
-            arguments: a tensor `x_ptr` must be contiguous unless `x_stride`, `x_head_stride` or the like are among
-                them, as `strides` returns them.
+            arguments: a tensor `x_ptr` must be contiguous unless its strides, such as `x_stride` or `x_head_stride`,
+                are among them, as `strides` returns them.
 
         Raises:
-            ValueError: a tensor is not contiguous and the kernel is not told its strides.
+            ValueError: a tensor is not contiguous and the arguments do not have its strides.
         """
         for name, x in arguments.items():
             if isinstance(x, Tensor) and not x.is_contiguous():
@@ -115,26 +116,26 @@ class Kernel:
 
 
 def _check_strides(kernel: str, name: str, x: Tensor, arguments: Iterable[str]) -> None:
-    """Refuse a tensor of which the kernel would read the wrong numbers."""
+    """Refuse a tensor from which the kernel would read the wrong elements."""
     prefix, others = name.removesuffix("ptr").lower(), [*map(str.lower, arguments)]
     told = [other for other in others if re.fullmatch(rf"{prefix}(\w+_)?stride", other)]
     columns = x.stride(-1) == 1 or x.shape[-1] == 1 or f"{prefix}transposed" in others
     if len(told) != x.ndim - 1 or not columns:
         raise ValueError(
-            f"{kernel}: {name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel is told "
-            f"{len(told)} of them and takes the rest for contiguous."
+            f"{kernel}: {name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel takes "
+            f"{len(told)} of these and needs the other dimensions contiguous."
         )
 
 
 def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
-    """Run `kernel` on `grid` with `arguments` and the blocks of `config`, on the device of the first tensor.
+    """Run `kernel` on `grid` with `arguments` and the block sizes of `config`, on the device of the first tensor.
 
-    Nothing is launched on an empty grid. While `record_launches` is active, the launch is noted instead.
+    An empty grid launches nothing. While `record_launches` is active, the launch is recorded instead.
 
     Args:
         kernel: the `@triton.jit` function.
-        grid: a function of the blocks. A fixed grid disables tuning, which repeats the launch with other blocks: it
-            is for kernels that read what they write.
+        grid: a function of the block sizes. A fixed grid disables tuning, which repeats a launch with other sizes, and
+            so is for kernels that read what they write.
     """
 
     def programs(config: Config) -> tuple[int, ...]:
@@ -164,10 +165,10 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
 
 
 def with_workspace(run: Callable[[], None]) -> None:
-    """Call `run`, which launches a kernel that makes tensor descriptors: Triton asks PyTorch for their memory.
+    """Call `run`, which launches a kernel that makes tensor descriptors; Triton asks PyTorch for their memory.
 
-    Triton keeps the allocator in a context variable, which is unset on the threads of autograd. It is set in a
-    copy of the context, so that the caller's own allocator stays.
+    Triton keeps the allocator in a context variable, which is unset on autograd's threads. It is set in a copy of the
+    context, so that the caller's own allocator stays.
     """
 
     def run_here() -> None:
@@ -180,7 +181,7 @@ def with_workspace(run: Callable[[], None]) -> None:
 
 
 def _allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory of the current device and stream, as the launch; the caching allocator reuses it in stream order."""
+    """Allocate on the current device and stream, like the launch; the allocator reuses memory in stream order."""
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
@@ -189,15 +190,15 @@ def _device(arguments: Mapping[str, Any]) -> torch.device:
 
 
 def _tuner(device: torch.device) -> Tuner | None:
-    """None unless tuning was asked for and kernels really run on a GPU."""
+    """Return the tuner, or None unless tuning was requested and kernels run on a real GPU."""
     return TUNER if device.type == "cuda" and not INTERPRETING and _recording is None else None
 
 
 @contextmanager
 def record_launches(arch: str) -> Iterator[list[Launch]]:
-    """Collect what ops with `backend="triton"` would launch on `arch` ("sm_90"), on CPU tensors, running nothing.
+    """Collect what ops with `backend="triton"` would launch on `arch` ("sm_90") for CPU tensors, without running it.
 
-    The ops' results are uninitialized memory then.
+    The results of the ops are then uninitialized memory.
     """
     global _recording
     launches: list[Launch] = []
@@ -210,7 +211,7 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
 
 
 def target_arch(device: torch.device) -> str:
-    """The architecture to choose a config for: that of the GPU or of `record_launches`, or "interpreter"."""
+    """Return the architecture to choose a config for: that of the GPU or of `record_launches`, or "interpreter"."""
     if _recording is not None:
         return _recording[0]
     if device.type == "cuda":
@@ -225,7 +226,7 @@ def is_interpreted(device: torch.device) -> bool:
 
 
 def why_not_triton(device: torch.device) -> list[str]:
-    """Reasons why no Triton kernel can run on tensors of `device`; empty if one can."""
+    """Return the reasons why no Triton kernel can run on tensors of `device`; the list is empty if one can."""
     if not _HAS_TRITON:
         return ["triton is not installed (it comes with vot-kernels on Linux x86-64)"]
     if device.type == "cuda":
@@ -238,7 +239,7 @@ def why_not_triton(device: torch.device) -> list[str]:
 
 
 def _why_too_old(device: torch.device) -> list[str]:
-    """No GPU is visible (compile-only run): assume it is supported."""
+    """Say whether the GPU is too old. Without a visible GPU (compile-only run) assume that it is supported."""
     if not torch.cuda.is_available():
         return []
     gpu = torch.cuda.get_device_properties(device)  # unlike get_device_capability, torch.compile can trace it
@@ -249,46 +250,47 @@ def _why_too_old(device: torch.device) -> list[str]:
 
 
 def ceil_div(size: int, block: int) -> int:
-    """Blocks that hold `size`."""
+    """Return how many blocks hold `size` elements."""
     return -(-size // block)
 
 
 def padded(width: int) -> int:
-    """Columns of a block that holds `width` of them: a power of two, at least the 16 of a matrix product."""
+    """Return the columns of a block for `width` columns: a power of two, at least the 16 of a matrix product."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """`x` in `dtype` if given, or one copy of it: contiguous. None stays None."""
+    """Return `x`, in `dtype` if given, or a contiguous copy of it. None stays None."""
     return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 
 def rows_contiguous(x: Tensor, *, compact: bool = False) -> Tensor:
-    """`x`, or one copy of it whose columns lie side by side. Any other stride is taken as it is.
+    """Return `x`, or a copy of it if its columns are not contiguous. All other strides are accepted.
 
     Args:
-        compact: 128 rows must also span less than 2**31 numbers, for kernels that address a block with 32 bits.
+        compact: 128 rows must also span less than 2**31 elements, for kernels that address a block with 32 bits.
     """
     side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
     return x if side_by_side and not (compact and x.stride(0) >= 2**24) else x.contiguous()
 
 
 def matrices_contiguous(w: Tensor) -> Tensor:
-    """`w` `[n, rows, columns]`, or a copy of it: the rows or the columns of its matrices lie side by side."""
+    """Return `w` `[n, rows, columns]`, or a copy of it if neither rows nor columns of its matrices are contiguous."""
     return w if 1 in w.stride()[1:] else w.contiguous()
 
 
 def strides(matrices: Mapping[str, Tensor | None] | None = None, /, **rows: Tensor | None) -> dict[str, Any]:
-    """How a kernel finds the numbers of its arguments, in units of `STRIDE_UNIT` numbers; 0 for None.
+    """Return the stride arguments of a kernel, in units of `STRIDE_UNIT` elements; 0 for None.
 
-    Triton asks of an argument whether it is a multiple of 16. A multiple of 8 is enough for the widest loads, and heads
-    of 72 or 40 numbers are one, so that the unit is the largest divisor of all strides up to 8.
+    Triton specialises an argument on being a multiple of 16. A multiple of 8 elements is enough for the widest loads,
+    and heads of 72 or 40 elements are such multiples, so the unit is the largest divisor of all strides up to 8.
 
     Args:
-        matrices: `[n, rows, columns]` as `matrices_contiguous` returns them. `NAME_stride` is that of the dimension
-            that is not contiguous, the columns if `NAME_TRANSPOSED`; `NAME_expert_stride` leads to the next matrix.
-        rows: `[rows, columns]` or `[rows, heads, columns]` as `rows_contiguous` returns them: `NAME_stride` from row to
-            row, and for the latter `NAME_head_stride`.
+        matrices: `[n, rows, columns]` as `matrices_contiguous` returns them. `NAME_stride` is the stride of the
+            dimension that is not contiguous, the columns if `NAME_TRANSPOSED`; `NAME_expert_stride` leads to the next
+            matrix.
+        rows: `[rows, columns]` or `[rows, heads, columns]` as `rows_contiguous` returns them. `NAME_stride` leads to
+            the next row, and `NAME_head_stride`, with three dimensions, to the next head.
     """
     found, transposed = {}, {}
     for name, x in rows.items():

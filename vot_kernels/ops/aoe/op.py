@@ -1,7 +1,7 @@
 """Autonomy-of-Experts: experts choose themselves by the norm of their own activation (no router).
 
-No backend holds the `[tokens, experts, rank]` cache for long: what is kept for the backward are the caches of the
-selected experts.
+No backend keeps the whole `[tokens, experts, rank]` cache: only the caches of the selected experts are saved for the
+backward.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -87,9 +87,9 @@ def aoe(
     """Sum over the top_k experts i of w_i · (SiLU(C_i W_upᵢᵀ) ⊙ x W_pᵢᵀ) W_oᵢ, with C_i = x W_downᵢᵀ.
 
     An expert is selected by p_i = ‖C_i‖₂, computed from a float32 (or wider) accumulator. With
-    "topk_softmax" and no gradient through `norms` or `balance_loss`, only selected experts get gradient.
-    Norms are finite wherever the C_i are; "triton" keeps their squares in float32, so there a norm above 1.8e19 is
-    infinite.
+    "topk_softmax" and no gradient through `norms` or `balance_loss`, only the selected experts get a gradient.
+    Norms are finite wherever the C_i are, except that "triton" squares them in float32, so that a norm above 1.8e19
+    becomes infinite.
 
     Args:
         x: `[tokens, dim]`, float64, float32, bfloat16 or float16.
@@ -100,7 +100,7 @@ def aoe(
         top_k: experts per token, 1 to experts.
         weighting: "topk_softmax" (softmax over the selected norms) or "softmax_topk" (softmax over all
             norms, then the selected entries; they do not sum to 1).
-        bias: `[experts]`, added to the norms for the selection alone; gets no gradient.
+        bias: `[experts]`, added to the norms for the selection alone; it gets no gradient.
         return_aux: also return an `AoEAux`.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -145,9 +145,9 @@ def _aoe_fwd(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, norms, indices, weights) and what the backward reads: (cache, value, order, places, offsets).
+    """Return (y, norms, indices, weights) and what the backward reads: (cache, value, order, places, offsets).
 
-    See `Saved` and, for the last three, `Slots`. `cache` and `value` have no rows unless `save`.
+    The last three are those of `Slots`; see also `Saved`. `cache` and `value` have no rows unless `save` is true.
     """
     experts = Experts(w_down, w_up, w_p, w_o)
     with torch.autocast(x.device.type, enabled=False):
@@ -207,7 +207,7 @@ def _aoe_bwd(
     weighting: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_w_down, d_w_up, d_w_p and d_w_o, exactly zero for an expert without a gradient."""
+    """Return d_x, d_w_down, d_w_up, d_w_p and d_w_o, which are exactly zero for an expert without a gradient."""
     slots = Slots(order, places, offsets, indices.shape[1])
     saved = Saved(norms, indices, weights, cache, value, slots)
     experts = Experts(w_down, w_up, w_p, w_o)
@@ -270,7 +270,9 @@ def _validate(
     check_tensor("w_down", w_down, ["experts", "rank", dim])
     experts, rank, _ = w_down.shape
     if rank == 0:
-        raise ValueError("w_down must have a rank of at least 1: experts are chosen by norms over it. Got 0.")
+        raise ValueError(
+            "w_down must have a rank of at least 1, because experts are chosen by norms over it, got 0."
+        )
     check_tensor("w_up", w_up, [experts, "hidden", rank])
     check_tensor("w_p", w_p, [experts, w_up.shape[1], dim])
     check_tensor("w_o", w_o, [experts, w_up.shape[1], dim])

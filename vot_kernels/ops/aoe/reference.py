@@ -17,10 +17,11 @@ def aoe(
     bias: Tensor | None = None,
     indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Every expert looks at every token; the `top_k` with the largest cache norms answer.
+    """Compute the cache of every expert for every token; the `top_k` experts with the largest norms contribute.
 
-    Arguments as for `vot_kernels.aoe`; any floating dtype, differentiable. `indices` `[tokens, top_k]`
-    replaces the selection: near-ties may legally fall either way, so a backend is compared on its own choice.
+    The arguments are those of `vot_kernels.aoe`, of any floating dtype. The result is differentiable. `indices`
+    `[tokens, top_k]` replaces the selection: near ties may fall either way, so a backend is compared on its own
+    choice.
 
     Returns:
         (y, norms, indices, weights, load, balance_loss), see `vot_kernels.ops.aoe.AoEAux`.

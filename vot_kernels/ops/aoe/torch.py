@@ -20,8 +20,8 @@ from vot_kernels.ops.parts.experts.slots import (
     swiglu_backward,
 )
 
-# The squares under other norms may overflow or vanish in float32; rows that have them are scaled first. On a GPU
-# all rows are, for a look at the norms would wait for it.
+# Outside this range of norms, squares may overflow or vanish in float32, so rows with such norms are scaled first. On
+# a GPU all rows are scaled, because looking at the norms would wait for the device.
 _ORDINARY_NORMS = (1e-15, 1e15)
 _LARGEST_EXPONENT = 120  # 2^n and 2^-n are normal numbers in float32 up to this n
 
@@ -29,7 +29,7 @@ _LARGEST_EXPONENT = 120  # 2^n and 2^-n are normal numbers in float32 up to this
 def forward(
     x: Tensor, experts: Experts, bias: Tensor | None, top_k: int, weighting: str, save: bool
 ) -> tuple[Tensor, Saved]:
-    """y `[tokens, dim]`, and what the backward reads; its cache and value have no rows unless `save`."""
+    """Return y `[tokens, dim]` and what the backward reads; its cache and value have no rows unless `save` is true."""
     norms, indices, cache = _select(x, experts.w_down, bias, top_k)
     weights = _mixing_weights(norms, indices, weighting)
     slots = group_slots(indices, norms.shape[1])
@@ -58,7 +58,7 @@ def backward(
     saved: Saved,
     weighting: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_w_down, d_w_up, d_w_p and d_w_o; None stands for an output without a gradient."""
+    """Return d_x, d_w_down, d_w_up, d_w_p and d_w_o; None stands for an output gradient that is absent."""
     norms, indices, weights, cache, _, slots = saved
     d_x = x.new_zeros(x.shape, dtype=norms.dtype)
     d_experts = Experts(*(w.new_zeros(w.shape) for w in experts))
@@ -88,7 +88,7 @@ def backward(
 
 
 def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms of all caches, the choice, and the caches of the selected experts `[slots, rank]` in the dtype of `x`."""
+    """Return the norms of all caches, the choice, and the selected caches `[slots, rank]` in the dtype of `x`."""
     waits = x.device.type != "cpu" and x.shape[1] > 0
     scale = _row_scale(x, accumulator(x.dtype)) if waits else None
     norms, indices, selected = _select_scaled(x, w_down, bias, top_k, scale)
@@ -106,9 +106,9 @@ def _select(x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int) -> tuple
 def _select_scaled(
     x: Tensor, w_down: Tensor, bias: Tensor | None, top_k: int, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_select`, with the selected caches `[tokens, top_k, rank]`; squares the caches of scale · x."""
+    """As `_select`, but square the caches of scale · x; the selected caches are `[tokens, top_k, rank]`."""
     tokens, (experts, rank, _) = x.shape[0], w_down.shape
-    # Products of two half-precision numbers are exact in float32: widening first gives the accumulator.
+    # Products of two half-precision numbers are exact in float32, so widening first gives the accumulator's value.
     accumulate = accumulator(x.dtype)
     norms = x.new_empty(tokens, experts, dtype=accumulate)
     indices = x.new_empty(tokens, top_k, dtype=torch.int64)
@@ -126,7 +126,7 @@ def _select_scaled(
 
 
 def _row_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[tokens, 1]`: powers of two, which change no digit, that bring the largest entry of each row near 1."""
+    """Return powers of two `[tokens, 1]` that bring the largest entry of each row near 1 without rounding."""
     largest = x.abs().amax(1, keepdim=True).to(dtype)
     exponent = torch.frexp(largest).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     return torch.ldexp(torch.ones_like(largest), -exponent)
@@ -148,7 +148,7 @@ def _bodies_backward(
     d_cache: Tensor,
     d_mix: Tensor,
 ) -> None:
-    """Backward of the expert bodies; fills or adds to every argument after `saved`."""
+    """Compute the backward of the expert bodies; fill or add to every argument after `saved`."""
     accumulate, slots = saved.weights.dtype, saved.slots
     flat_weights, flat_d_mix = saved.weights.flatten(), d_mix.view(-1)
     for expert, places, chosen in slots.by_expert():

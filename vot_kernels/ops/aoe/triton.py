@@ -1,7 +1,7 @@
-"""The Triton backend of `aoe`: routing, expert bodies, and their gradients, without a host sync.
+"""The Triton backend of `aoe`: routing, expert bodies, and their gradients, without waiting for the device.
 
-Everything between the tokens and the output lies in the order of places (see `Slots`), so that an expert works on
-rows that lie together, and no two programs write to one number.
+All intermediate rows are in the order of places (see `Slots`), so that each expert works on contiguous rows and no two
+programs write to the same element.
 """
 
 import torch
@@ -30,7 +30,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """As `vot_kernels.ops.aoe.torch.forward`."""
     count = experts.w_down.shape[0]
-    # Caches of the selected are cheaper to compute again than all of them to store, unless most are selected.
+    # Computing the selected caches again is cheaper than storing all caches, unless most of them are selected.
     squares, caches = cache_norms(x, experts.w_down, keep_cache=2 * top_k > count)
     norms, indices, weights = select_experts(squares, bias, top_k, weighting)
     slots = group_slots(indices, count)
@@ -54,7 +54,7 @@ def backward(
     saved: Saved,
     weighting: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `vot_kernels.ops.aoe.torch.backward`; the gate and the hidden activations are computed again."""
+    """As `vot_kernels.ops.aoe.torch.backward`; the gate and the hidden activations are recomputed."""
     norms, indices, weights, cache, value, slots = saved
     d_y = torch.zeros_like(x) if d_y is None else d_y
     gate = (cache, experts.w_up)

@@ -1,4 +1,4 @@
-"""Weighted sum of past states, the mixing step of DenseFormer, without a stacked copy of them."""
+"""The weighted sum of past states, which is the mixing step of DenseFormer, without a stacked copy of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from vot_kernels.packing import brief
 def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Σ weights[i] · states[i], summed in float32 (float64 for float64 states).
 
-    Differentiable in states and weights. Nothing but the states themselves is kept for the backward.
+    It is differentiable in states and weights, and saves only these for the backward.
 
     Args:
         states: tensors of one shape, dtype and device; any floating dtype.
@@ -25,13 +25,13 @@ def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = 
         backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
-        A tensor like each state.
+        A tensor of the shape, dtype and device of each state.
 
     Raises:
-        TypeError: a state or the weights are not floating, or a state has another dtype than the first.
-        ValueError: there are no states, a state has another shape than the first, the weights are not one number
-            per state, a tensor lies on another device than the first state, or `backend` is unknown or cannot
-            serve these inputs.
+        TypeError: a state or the weights are not floating, or a state differs from the first in dtype.
+        ValueError: there are no states, a state differs from the first in shape, the weights are not one number per
+            state, a tensor is on another device than the first state, or `backend` is unknown or cannot serve these
+            inputs.
 
     Source: Pagliardini et al., DenseFormer, NeurIPS 2024 (arXiv 2402.02622), equation 2.
     """
@@ -47,7 +47,7 @@ def dense_residual(states: Sequence[Tensor], weights: Tensor, *, backend: str = 
 
 @torch.library.custom_op("vot_kernels::dense_residual_fwd", mutates_args=())
 def _dense_residual_fwd(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
-    """The sum; see `dense_residual`."""
+    """Compute the sum; see `dense_residual`."""
     return load("dense_residual", backend).forward(states, weights)
 
 
@@ -61,7 +61,7 @@ def _(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
 def _dense_residual_bwd(
     d_out: Tensor, states: Sequence[Tensor], weights: Tensor, backend: str
 ) -> tuple[list[Tensor], Tensor]:
-    """d_states and d_weights."""
+    """Return d_states and d_weights."""
     return load("dense_residual", backend).backward(d_out, states, weights)
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch backend of `dense_residual`: block by block, so that the running sum stays in the cache of a CPU."""
+"""The PyTorch backend of `dense_residual`: block by block, so that the running sum stays in a CPU's cache."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from vot_kernels.ops.parts.row_blocks import row_blocks
 
 
 def forward(states: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The weighted sum, contiguous."""
+    """Return the weighted sum as a contiguous tensor."""
     accumulate = accumulator(states[0].dtype)
     out = states[0].new_empty(states[0].shape)
     flat_out, (first, *others) = out.view(-1), [state.reshape(-1) for state in states]
@@ -27,7 +27,7 @@ def forward(states: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def backward(d_out: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[list[Tensor], Tensor]:
-    """d_states, contiguous, and d_weights."""
+    """Return d_states, each contiguous, and d_weights."""
     accumulate = accumulator(d_out.dtype)
     d_states = [state.new_empty(state.shape) for state in states]
     flat_d_out = d_out.reshape(-1)
@@ -36,7 +36,9 @@ def backward(d_out: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[
         for state, d_state, scale in zip(states, d_states, weights.to(accumulate), strict=True)
     ]
     blocks = list(row_blocks(d_out.numel(), 1, d_out.device))
-    d_weights = weights.new_empty(len(states), len(blocks), dtype=accumulate)  # what each block adds
+    d_weights = weights.new_empty(
+        len(states), len(blocks), dtype=accumulate
+    )  # the contribution of each block
     for column, block in enumerate(blocks):
         d_block = flat_d_out[block].to(accumulate)
         for row, (state, d_state, scale) in enumerate(flat):

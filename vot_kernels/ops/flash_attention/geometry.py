@@ -1,4 +1,4 @@
-"""The tensors and bounds that every backend of the flash-attn functions is given, but for the reference."""
+"""The arguments that every backend of the flash-attn functions takes, except the reference."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from vot_kernels.ops.parts.range_attention.triton import KeyRanges
 
 
 class Inputs(NamedTuple):
-    """The tensors of `flash_attn_varlen_func`, or their gradients."""
+    """The tensors of `flash_attn_varlen_func`, or the gradients of these."""
 
     q: Tensor
     k: Tensor
@@ -16,7 +16,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: the inputs, and what the forward returned for them."""
+    """What the backward reads: the inputs and the results of the forward."""
 
     inputs: Inputs
     out: Tensor
@@ -24,11 +24,11 @@ class Saved(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Which keys of its segment each query sees.
+    """The keys of its segment that each query sees.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_k: int32 `[segments + 1]`, on the device alone.
-        left, right: keys seen before and after the aligned place, None for all; 0 on the right if causal.
+        cu_seqlens_q, cu_seqlens_k: int32 `[segments + 1]`, on the device only.
+        left, right: keys seen before and after the aligned position, None for all; 0 on the right if causal.
     """
 
     cu_seqlens_q: Tensor
@@ -37,5 +37,5 @@ class Geometry(NamedTuple):
     right: int | None
 
     def key_ranges(self) -> KeyRanges:
-        """The same for the kernels."""
+        """The same ranges as the kernels take them."""
         return KeyRanges.of_segments(*self)

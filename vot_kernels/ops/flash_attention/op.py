@@ -1,8 +1,8 @@
-"""The functions of the flash-attn package, over this package's kernels: a drop-in for code that imports them.
+"""The functions of the flash-attn package, computed by this package's kernels: a drop-in for code that imports them.
 
-The arguments, their order and their defaults are those of flash-attn 2. What is not supported (dropout, softcap,
-ALiBi, paged keys) is refused in words, never ignored. q and k may be of different lengths; causal attention and
-windows are aligned at the last tokens, as flash-attn 2.1 and later have it.
+Arguments, their order and their defaults are those of flash-attn 2. Options that are not supported (dropout, softcap,
+ALiBi, paged keys) raise an error and are never ignored. q and k may differ in length; causal attention and windows
+are then aligned to the last tokens, as in flash-attn 2.1 and later.
 """
 
 from typing import Any, Literal, overload
@@ -102,20 +102,20 @@ def flash_attn_varlen_func(
         q: `[total_q, heads, head_dim]`, float16, bfloat16, float32 or float64.
         k, v: `[total_k, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         cu_seqlens_q, cu_seqlens_k: int32 `[segments + 1]`, cumulative lengths, on the device of q. Rows past
-            the last of them are slack: never read, output and gradient 0.
+            the last of them are slack: they are never read, and their output and gradient are 0.
         max_seqlen_q, max_seqlen_k: accepted for compatibility and not used.
         dropout_p, softcap: must be 0; alibi_slopes, block_table: must be None.
         softmax_scale: factor on q.k, by default head_dim ** -0.5.
-        causal: query i of a segment sees no key after i + (its keys - its queries).
-        window_size: keys seen before and after that place; -1 is no limit.
-        deterministic: the same inputs give gradients of the same bits. If False, they do unless a GPU's config
-            table prefers a faster backward, and always under `torch.use_deterministic_algorithms(True)`.
-        return_attn_probs: also return lse and None in place of the probabilities.
+        causal: query i of a segment sees no key after i + (keys - queries of the segment).
+        window_size: keys seen before and after that position; -1 means no limit.
+        deterministic: whether the same inputs must give bitwise equal gradients. If False, they still do, unless a
+            GPU's config table selects a faster backward, and always under `torch.use_deterministic_algorithms(True)`.
+        return_attn_probs: also return lse, and None in place of the probabilities.
         backend: "auto", "triton", "torch" or "reference". All but "triton" read the lengths on the host.
 
     Returns:
-        `[total_q, heads, head_dim]`, 0 for a query that sees no key; with `return_attn_probs` also lse
-        `[heads, total_q]`, float32 (float64 for float64 inputs), -inf for such a query, without gradient.
+        `[total_q, heads, head_dim]`, which is 0 for a query that sees no key; with `return_attn_probs` also lse
+        `[heads, total_q]`, float32 (float64 for float64 inputs), which is -inf for such a query and has no gradient.
 
     Raises:
         TypeError: q, k, v or the cumulative lengths are not tensors, q is not floating point, the dtypes of q, k and
@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
         raise ValueError("head_dim must be at least 1, got 0.")
     if k.shape != v.shape or not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            "k and v must have the same shape, and the heads of q be a multiple of theirs, got "
+            "k and v must have the same shape, and q a multiple of their heads, got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
         )
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -146,11 +146,11 @@ def flash_attn_varlen_func(
         readable = bounds.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and bounds.shape[0] and bounds[0] != 0:
             raise ValueError(
-                f"{name} must begin with 0, got {int(bounds[0])}: it has cumulative lengths, not lengths."
+                f"{name} must begin with 0, because it holds cumulative lengths, got {int(bounds[0])}."
             )
     if cu_seqlens_q.shape != cu_seqlens_k.shape or not cu_seqlens_q.shape[0]:
         raise ValueError(
-            "cu_seqlens_q and cu_seqlens_k must have an entry more than there are segments, got "
+            "cu_seqlens_q and cu_seqlens_k must both have one entry more than there are segments, got "
             f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]} entries."
         )
     _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes, block_table=block_table)
@@ -223,7 +223,7 @@ def flash_attn_func(
     *,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, None]:
-    """The same for a batch of equal lengths.
+    """Softmax attention for a batch in which all sequences have the same length.
 
     Args:
         q: `[batch, seqlen_q, heads, head_dim]`.
@@ -267,7 +267,7 @@ def flash_attn_func(
 
 
 def _refuse(**options: object) -> None:
-    """What flash-attn has and this package has not."""
+    """Refuse the options of flash-attn that this package does not support."""
     for name, value in options.items():
         if value is not None and not (isinstance(value, (int, float)) and value == 0):
             allowed = "0" if isinstance(value, (int, float)) else "None"
@@ -275,7 +275,7 @@ def _refuse(**options: object) -> None:
 
 
 def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
-    """Keys before and after the aligned place; None for no limit."""
+    """Return how many keys are seen before and after the aligned position; None means no limit."""
     sides = list(window_size) if isinstance(window_size, (tuple, list)) else []
     if len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
         raise ValueError(f"window_size must be a pair of ints >= -1, got {brief(window_size)}.")
@@ -297,7 +297,7 @@ def _flash_attention_fwd(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output and lse `[total_q, heads]`."""
+    """Return the output and lse `[total_q, heads]`."""
     geometry, options = Geometry(cu_seqlens_q, cu_seqlens_k, left, right), Options(scale=scale)
     return load("flash_attention", backend).forward(Inputs(q, k, v), geometry, options)
 
@@ -325,7 +325,7 @@ def _flash_attention_bwd(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
+    """Return dq, dk and dv."""
     saved = Saved(Inputs(q, k, v), out, lse)
     geometry = Geometry(cu_seqlens_q, cu_seqlens_k, left, right)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Attention of queries to keys of other lengths, by its definition: one segment at a time, dense masks, autograd."""
+"""Attention of queries to keys of another length by its definition: segment by segment, dense masks, autograd."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from vot_kernels.ops.hybrid_attention.reference import _normalised
 def aligned_mask(
     rows: int, keys: int, left: int | None, right: int | None, device: torch.device | None = None
 ) -> Tensor:
-    """Which keys each row sees, `[rows, keys]`: from `left` before to `right` after the key of its own place.
+    """Return which keys each row sees, `[rows, keys]`: from `left` before to `right` after its own position.
 
-    Places are counted from the end: the last row and the last key are at one place. None is no limit.
+    Positions are counted from the end: the last row and the last key have the same position. None means no limit.
     """
     place = torch.arange(rows, device=device)[:, None] + (keys - rows)
     key = torch.arange(keys, device=device)
@@ -26,7 +26,7 @@ def aligned_mask(
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one segment's rows to its keys, and lse `[rows, heads]`; see `aligned_mask`.
+    """Return softmax attention of one segment's rows to its keys, and lse `[rows, heads]`; see `aligned_mask`.
 
     q `[rows, heads, head_dim]`; k, v `[keys, kv_heads, head_dim]`.
     """
@@ -52,7 +52,7 @@ def flash_attention(
     right: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output and lse `[total_q, heads]` of all segments; 0 and -inf in rows that belong to none or see nothing."""
+    """Return output and lse `[total_q, heads]`; 0 and -inf in rows that belong to no segment or see no key."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()

@@ -1,4 +1,4 @@
-"""The flash-attn functions on the range attention kernels."""
+"""The flash-attn functions, computed by the range attention kernels."""
 
 from torch import Tensor
 
@@ -8,12 +8,12 @@ from vot_kernels.ops.parts.range_attention.triton import range_attention_backwar
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
-    """Output and lse, float32 `[total_q, heads]`."""
+    """Return the output and lse, float32 `[total_q, heads]`."""
     return range_attention_forward(*inputs, geometry.key_ranges(), options.scale)
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     inputs, out, lse = saved
     ranges = geometry.key_ranges()
     return Inputs(

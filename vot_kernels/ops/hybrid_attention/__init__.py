@@ -1,4 +1,4 @@
-"""Softmax attention to near groups, linear attention to far ones, one normaliser: see `op.py`."""
+"""Softmax attention to near groups and linear attention to far ones under one normaliser: see `op.py`."""
 
 from vot_kernels.ops.hybrid_attention.op import hybrid_attention
 from vot_kernels.ops.hybrid_attention.step import HybridAttentionState, hybrid_attention_step

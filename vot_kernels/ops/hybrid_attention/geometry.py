@@ -1,4 +1,4 @@
-"""What is near and what is far, for every backend but the reference, and the tensors that a backend is given."""
+"""Near and far groups, and the tensors that every backend takes, except the reference."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from vot_kernels.packing import PackedLayout
 
 
 class Inputs(NamedTuple):
-    """The tensors of `hybrid_attention`, or their gradients."""
+    """The tensors of `hybrid_attention`, or the gradients of these."""
 
     q: Tensor
     k: Tensor
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: the inputs, and what the forward returned for them."""
+    """What the backward reads: the inputs and the results of the forward."""
 
     inputs: Inputs
     out: Tensor
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Which groups of a packing are near each other and which are far.
+    """The groups of a packing that are near each other and those that are far.
 
     Attributes:
         cu_seqlens, cu_groups, segment_groups: int32, as in `PackedLayout`, on the device.
@@ -51,7 +51,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, layout: PackedLayout, window: Window, causal: str | None) -> "Geometry":
-        """The geometry of `layout`. `window_sides` refuses a malformed window."""
+        """Return the geometry of `layout`. A malformed window raises the ValueError of `window_sides`."""
         return cls(
             layout.cu_seqlens,
             layout.cu_groups,
@@ -65,12 +65,12 @@ class Geometry(NamedTuple):
 
     @property
     def all_near(self) -> bool:
-        """Whether groups play no part: a token is near its whole segment, or all of it up to itself."""
+        """Whether groups play no part: a token sees its whole segment, or all of it up to itself, as near."""
         return self.left is None and self.causal != "group"
 
     @property
     def lags(self) -> tuple[int | None, int | None]:
-        """How many groups back and ahead the far ones begin; None for no such side."""
+        """The distances in groups, back and ahead, at which far groups begin; None for a side without far groups."""
         behind = None if self.left is None else self.left + 1
         ahead = None if self.right is None or self.causal is not None else self.right + 1
         return behind, ahead
@@ -83,7 +83,7 @@ class Geometry(NamedTuple):
         return bool(lags) and counts.numel() > 0 and int(counts.max()) > min(lags)
 
     def key_ranges(self) -> KeyRanges:
-        """Which keys each row is near, for the kernels."""
+        """The near keys of each row, as the kernels take them."""
         tokens_right = 0 if self.causal == "token" else None
         if self.all_near:
             return KeyRanges.of_segments(self.cu_seqlens, self.cu_seqlens, tokens_right=tokens_right)
@@ -92,10 +92,10 @@ class Geometry(NamedTuple):
         return KeyRanges(self.cu_seqlens, self.cu_seqlens, *groups, *sides, tokens_right=tokens_right)
 
     def near_ranges(self) -> np.ndarray:
-        """The same on the host: int64 `[groups, 4]`, where each group begins and ends, and where its near keys do.
+        """The near keys on the host: int64 `[groups, 4]`, begin and end of each group, begin and end of its near keys.
 
-        If all is near, each segment is one group. If tokens are causal, a group ends with its own near keys, and a
-        row sees no key after itself.
+        If all is near, each segment is one group. With token causality, a group ends where its near keys end, and no
+        row sees a key after itself.
         """
         segments, groups, first = (
             bounds.numpy().astype(np.int64)

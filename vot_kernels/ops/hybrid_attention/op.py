@@ -1,4 +1,4 @@
-"""Hybrid attention: exact softmax over near groups and linear attention over far ones, one normaliser.
+"""Hybrid attention: exact softmax over near groups and linear attention over far ones, with one normaliser.
 
 For a query i in group g of a packed segment, with near(g) the groups inside the window and far(g) the others,
 
@@ -6,7 +6,7 @@ For a query i in group g of a packed segment, with near(g) the groups inside the
              = exp(beta_h) phi(q_i).phi(k_j)   j in far(g)
     o_i = sum_j kappa_ij v_j / Z_i,   Z_i = sum_j kappa_ij,   lse_i = log Z_i.
 
-The cost grows linearly with the tokens. `window=None` is exact softmax attention, beta = -inf is window
+The cost grows linearly with the number of tokens. `window=None` is exact softmax attention; beta = -inf is window
 attention.
 """
 
@@ -100,22 +100,22 @@ def hybrid_attention(
     """Softmax attention to the groups in the window and linear attention to the rest of the segment.
 
     Args:
-        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; sums and exponentials in float32
-            at least (docs/attention.md says what each backend rounds). Rows past the layout's tokens are
-            slack: never read, output and gradient 0, lse -inf.
+        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64. Sums and exponentials are computed in
+            float32 or wider (docs/attention.md says what each backend rounds). Rows past the layout's tokens are
+            slack: they are never read, and their output and gradient are 0, their lse -inf.
         k, v: `[tokens, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         layout: which rows belong to which segment and group.
         window: groups that are near: an int (on both sides, or to the left when causal), a pair
-            (left, right), or None for all, which is exact softmax attention. 0 is the own group only.
-        beta: `[heads]`, log of the weight of far tokens; None is 0, -inf leaves them out.
-        far_weight: `[heads]` >= 0, that weight itself, in place of beta. It has a gradient at 0 as well, so training
-            can begin with window attention and let the far tokens in; with beta = -inf it never would.
+            (left, right), or None for all, which is exact softmax attention. 0 means only a token's own group.
+        beta: `[heads]`, log of the weight of far tokens; None means 0, and -inf leaves them out.
+        far_weight: `[heads]` >= 0, that weight itself, in place of beta. It has a gradient at 0 too, so training can
+            begin with window attention and let the far tokens in; with beta = -inf it never would.
         feature_map: phi of the far part, on q and k as given: "softmax" over head_dim, "elu" (elu + 1)
             or "relu".
         q_features: `[tokens, heads, width]` >= 0 in place of phi(q); requires `k_features`.
         k_features: `[tokens, kv_heads, width]` >= 0 in place of phi(k).
-        causal: None or False; "group", groups see no later group but all of their own (streaming video);
-            "token" or True, tokens see no later token. A far group lies wholly before the window then.
+        causal: None or False for no mask; "group" if groups see no later group, but all of their own (streaming
+            video); "token" or True if tokens see no later token. Then only groups wholly before the window are far.
         scale: factor on q.k of near tokens, by default head_dim ** -0.5.
         return_lse: also return lse, which is differentiable: results over disjoint keys can be merged.
         backend: "auto", "triton", "torch" or "reference".
@@ -123,8 +123,9 @@ def hybrid_attention(
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse
         `[tokens, heads]`, float32 (float64 for float64 inputs).
-        The same inputs give the same bits. Gradients do so under `torch.use_deterministic_algorithms(True)`; without
-        it a GPU's config table may choose a faster Triton backward, which adds up dq in no fixed order.
+        The same inputs give bitwise equal outputs. Gradients are bitwise equal too under
+        `torch.use_deterministic_algorithms(True)`; without it, a GPU's config table may select a faster Triton
+        backward, which sums dq in no fixed order.
 
     Raises:
         TypeError: a tensor argument is not a tensor, `layout` is not a PackedLayout, q or beta is not floating point,
@@ -168,8 +169,8 @@ def hybrid_attention(
     return (out, lse) if return_lse else out
 
 
-# The ops take the layout's tensors, on the device for kernels and on the host for planning, and no integer
-# of a particular batch: a compiled graph then serves every packing.
+# The ops take the layout's tensors, on the device for kernels and on the host for planning, and no integer that
+# depends on a batch, so that one compiled graph serves every packing.
 
 
 @torch.library.custom_op("vot_kernels::hybrid_attention_fwd", mutates_args=())
@@ -196,9 +197,9 @@ def _hybrid_attention_fwd(
     variant: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse: `Inputs`, `Geometry` and `Options` one by one, and the backend.
+    """Return output and lse. The arguments are `Inputs`, `Geometry` and `Options` one by one, then the backend.
 
-    `weighs` says that `beta` is the far weight itself.
+    `weighs` says that `beta` is the far weight itself, not its log.
     """
     device, host = (
         (cu_seqlens, cu_groups, segment_groups),
@@ -244,7 +245,7 @@ def _hybrid_attention_bwd(
     variant: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
+    """Return the gradients of q, k, v, beta, q_features and k_features; empty for an argument that is None."""
     device, host = (
         (cu_seqlens, cu_groups, segment_groups),
         (host_cu_seqlens, host_cu_groups, host_segment_groups),

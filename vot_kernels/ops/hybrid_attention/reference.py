@@ -1,4 +1,4 @@
-"""Hybrid, packed and linear attention by their definition: dense masks, one segment at a time, autograd.
+"""Hybrid, packed and linear attention by their definition: segment by segment, dense masks, autograd.
 
 The kernel matrix is built entry by entry,
 
@@ -41,7 +41,7 @@ def hybrid_attention(
     causal: str | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[tokens, heads, head_dim]` and lse `[tokens, heads]`; see the op of the same name."""
+    """Return output `[tokens, heads, head_dim]` and lse `[tokens, heads]`; see the op of the same name."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     sides = window_sides(window, causal)
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -74,14 +74,14 @@ def hybrid_attention(
 
 
 def _bounds(layout: PackedLayout) -> list[int]:
-    """First rows of the segments; an empty one in front ties even an empty result to its inputs."""
+    """Return the first row of each segment; an empty segment at the front ties even an empty result to its inputs."""
     return [0, *layout.host_cu_seqlens.tolist()]
 
 
 def _normalised(
     scores: Tensor, near: Tensor, similarity: Tensor, far: Tensor, beta: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """kappa v / Z and log Z of one segment: scores and similarity `[heads, n, n]`, value `[heads, n, d]`.
+    """Return kappa v / Z and log Z of one segment: scores and similarity `[heads, n, n]`, value `[heads, n, d]`.
 
     beta: log of the weight of far keys, `[heads, 1, 1]` or one per pair `[heads, n, n]`.
     """
@@ -97,7 +97,7 @@ def _normalised(
 
 @torch.no_grad()
 def _pivot(scores: Tensor, near: Tensor, similarity: Tensor, far: Tensor, beta: Tensor) -> Tensor:
-    """The largest log kappa of each row, a constant that cancels; 0 where a row sees nothing."""
+    """Return the largest log kappa of each row, a constant that cancels; 0 for a row that sees nothing."""
     if not scores.shape[-1]:
         return scores.new_zeros(*scores.shape[:-1], 1)
     tiny = torch.finfo(similarity.dtype).tiny
@@ -110,9 +110,9 @@ def _pivot(scores: Tensor, near: Tensor, similarity: Tensor, far: Tensor, beta: 
 
 
 def _masks(groups: Tensor, sides: tuple[int | None, int | None], causal: str | None) -> tuple[Tensor, Tensor]:
-    """Which keys are near and which far for each query of a segment, both `[n, n]`."""
+    """Return which keys are near and which are far for each query of a segment, both `[n, n]`."""
     left, right = sides
-    distance = groups[None, :] - groups[:, None]  # of the key's group from the query's
+    distance = groups[None, :] - groups[:, None]  # from the query's group to the key's
     near = torch.ones_like(distance, dtype=torch.bool)
     if left is not None:
         near &= distance >= -left
@@ -127,12 +127,12 @@ def _masks(groups: Tensor, sides: tuple[int | None, int | None], causal: str | N
 
 
 def _features(x: Tensor, name: str, given: Tensor | None = None, begin: int = 0, end: int = 0) -> Tensor:
-    """Features of one segment, heads first: phi of `x`, or rows begin:end of the ones given."""
+    """Return the features of one segment, heads first: phi of `x`, or rows begin:end of the given ones."""
     return feature_map(x, name) if given is None else given[begin:end].to(x.dtype).transpose(0, 1)
 
 
 def _assemble(pieces: list[Tensor], like: Tensor, dtype: torch.dtype, fill: float) -> Tensor:
-    """The segments' rows one after another, then rows of `fill` where the buffer has slack."""
+    """Concatenate the rows of the segments, then rows of `fill` where the buffer has slack."""
     used = sum(piece.shape[0] for piece in pieces)
     slack = torch.full((like.shape[0] - used, *like.shape[1:]), fill, device=like.device, dtype=dtype)
     return torch.cat([*(piece.to(dtype) for piece in pieces), slack])

@@ -1,4 +1,4 @@
-"""Hybrid attention of a stream, one group at a time, with a state of constant size."""
+"""Hybrid attention over a stream, one group at a time, with a state of constant size."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,10 +27,10 @@ class NearGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class HybridAttentionState:
-    """What a stream remembers: the groups in the window and the sum over all groups before them.
+    """What a stream keeps: the groups in the window, and the sum over all groups before them.
 
     Attributes:
-        near: the last groups, at most as many as the window is wide.
+        near: the last groups, at most as many as the window holds.
         far: `[kv_heads, width, head_dim + 1]`, sum of phi(k) [v, 1]^T, float32 (float64 for float64 inputs);
             None until a group has left the window.
     """
@@ -40,7 +40,7 @@ class HybridAttentionState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors held; it does not grow with the stream."""
+        """Return the size of the tensors in bytes, which does not grow with the stream."""
         tensors = [x for group in self.near for x in group if x is not None]
         tensors += [] if self.far is None else [self.far]
         return sum(x.numel() * x.element_size() for x in tensors)
@@ -60,33 +60,34 @@ def hybrid_attention_step(
     k_features: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, HybridAttentionState]:
-    """The next group of one stream: the rows `hybrid_attention(causal="group")` gives for it.
+    """Attend from the next group of a stream; the result equals its rows of `hybrid_attention(causal="group")`.
 
-    Feeding a segment group by group gives the result of the whole segment at once. The state is not changed;
-    the returned one replaces it, and owns all that it holds. For inference only. PyTorch computes it on every device:
-    no kernel computes one step, so there is no choice of a backend.
+    The state is not changed; the returned one replaces it and shares no memory with the inputs. This function is for
+    inference only. PyTorch computes it on every device; there is no kernel for one step, and so no choice of a
+    backend.
 
     Args:
         q, k, v: one group, shaped as for `hybrid_attention`.
-        state: what the previous step returned, None at the beginning of a stream.
-        window, beta, feature_map, q_features, k_features, scale: as for `hybrid_attention`; the same at every
-            step of a stream. The window cannot be None: the state would grow without bound.
+        state: the state that the previous step returned, or None at the beginning of a stream.
+        window, beta, feature_map, q_features, k_features, scale: as for `hybrid_attention`, and the same at every
+        step of
+            a stream. The window cannot be None, because the state would grow without bound.
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q, and the next state.
 
     Raises:
-        TypeError: an argument that must be a tensor is none, q is not floating point, dtypes differ, also from those
-            of the stream's earlier groups, or `state` is not a HybridAttentionState.
-        ValueError: shapes or devices do not fit together or to the earlier groups, `feature_map` or `window` is none
-            of the above.
-        RuntimeError: gradients are asked for.
+        TypeError: an argument that must be a tensor is not one, q is not floating point, dtypes differ from each other
+            or from the earlier groups of the stream, or `state` is not a HybridAttentionState.
+        ValueError: shapes or devices do not fit together or do not fit the earlier groups, or `feature_map` or
+            `window` is not allowed.
+        RuntimeError: gradients are required.
     """
     check_qkv(q, k, v)
     check_options(q, k, beta, feature_map, q_features, k_features)
     if window is None:
         raise ValueError(
-            "window must be an int >= 0 for a stream, got None, with which the state would grow."
+            "window must be an int >= 0 for a stream, because the state would grow without bound with None, got None."
         )
     left, _ = window_sides(window, "group")
     scale = check_scale("scale", scale, q.shape[2])
@@ -114,7 +115,7 @@ def hybrid_attention_step(
     rows = q.new_empty(q.shape)
     to_tokens(out, rows)
     near = groups[leaving:]
-    if near:  # the newest group's tensors are the caller's, who may write into them
+    if near:  # the caller may write into the tensors of the newest group
         own = NearGroup(k.clone(), v.clone(), None if k_features is None else k_features.clone())
         near = (*near[:-1], own)
     return rows, HybridAttentionState(near, far)
@@ -128,7 +129,7 @@ def _near(query: Tensor, groups: tuple[NearGroup, ...], scale: float) -> tuple[T
 
 
 def _absorb(far: Tensor | None, group: NearGroup, name: str) -> Tensor:
-    """The far state with one more group in it."""
+    """Return the far state with one more group added."""
     tokens = group.k.shape[0]
     given = group.k_features
     features = _feature_map(to_heads(group.k, tokens), name) if given is None else to_heads(given, tokens)

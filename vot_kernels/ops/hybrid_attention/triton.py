@@ -1,4 +1,4 @@
-"""Hybrid attention on the Triton kernels: states of groups, their sums over the far ones, and range attention."""
+"""Hybrid attention on the Triton kernels: group states, their sums over far groups, and range attention."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vot_kernels.ops.parts.range_attention.triton import (
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
-    """Output and lse, float32 `[tokens, heads]`."""
+    """Return the output and lse, float32 `[tokens, heads]`."""
     q, k, v = inputs.q, inputs.k, inputs.v
     ranges = geometry.key_ranges()
     if not geometry.has_far:
@@ -31,9 +31,9 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
-    """Gradients of the inputs that were given.
+    """Return the gradients of the inputs that were given.
 
-    The far states are made again instead of kept: small groups have larger states than inputs.
+    The far states are recomputed, not saved, because with small groups they are larger than the inputs.
     """
     inputs, out, lse = saved
     q, k, v, beta, q_features, k_features = inputs
@@ -43,7 +43,7 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
         near = range_attention_backward(*grads, out, lse, q, k, v, ranges, options.scale, *choice)
         unused = (None if x is None else torch.zeros_like(x) for x in (beta, q_features, k_features))
         return Inputs(*near, *unused)
-    d_out, v = _compact(grads.d_out), _compact(v)  # a gradient may be expanded, as that of a sum is
+    d_out, v = _compact(grads.d_out), _compact(v)  # gradients may be expanded, as those of a sum are
     near_part = (q, k, v, ranges, options.scale)
     queries, keys, name = _features(inputs, options.feature_map)
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
@@ -61,7 +61,7 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
 def _far_states(
     geometry: Geometry, rows: Rows, kv_heads: int, feature_map: str, *, mirrored: bool = False
 ) -> Tensor:
-    """For each group the sum of the states of the groups far from it; mirrored: from which it is far."""
+    """Sum for each group the states of the groups that are far from it; mirrored: those from which it is far."""
     behind, ahead = reversed(geometry.lags) if mirrored else geometry.lags
     states = group_states(rows, geometry.cu_groups, kv_heads, feature_map)
     sums = None
@@ -73,7 +73,7 @@ def _far_states(
 
 
 def _features(inputs: Inputs, feature_map: str) -> tuple[Tensor, Tensor, str]:
-    """What phi is made of on either side, and the feature map that is still to be applied."""
+    """Return what phi is applied to on either side, and the feature map that is still to be applied."""
     if inputs.q_features is None or inputs.k_features is None:
         return _compact(inputs.q), _compact(inputs.k), feature_map
     return _compact(inputs.q_features), _compact(inputs.k_features), "none"

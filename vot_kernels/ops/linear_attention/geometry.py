@@ -1,4 +1,4 @@
-"""The tensors and options that every backend of linear attention is given, but for the reference."""
+"""The tensors and options that every backend of linear attention takes, except the reference."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The tensors of `linear_attention`, or their gradients."""
+    """The tensors of `linear_attention`, or the gradients of these."""
 
     q: Tensor
     k: Tensor
@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward reads: the inputs, and what the forward returned for them."""
+    """What the backward reads: the inputs and the results of the forward."""
 
     inputs: Inputs
     out: Tensor
@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Which tokens see each other: all of a segment, or each the ones up to itself.
+    """Which tokens see each other: all of a segment, or each token those up to itself.
 
     Attributes:
         cu_seqlens: int32, as in `PackedLayout`, on the device.
@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How to compute.
+    """How to compute the result.
 
     Attributes:
         feature_map: phi.

@@ -2,9 +2,8 @@
 
     o_i = sum_j phi(q_i).phi(k_j) v_j / Z_i,   Z_i = sum_j phi(q_i).phi(k_j)
 
-over all tokens j of the segment, or those up to i (Katharopoulos et al., 2020, eq. 5). The causal form may
-forget: with a decay per head every weight is times exp(log_decay_h (i - j)), as in retention (Sun et al., 2023), but
-normalised.
+summed over all tokens j of the segment, or those up to i (Katharopoulos et al., 2020, eq. 5). The causal form can
+decay: each weight is then multiplied by exp(log_decay_h (i - j)), as in retention (Sun et al., 2023), but normalised.
 """
 
 from typing import Any
@@ -42,19 +41,19 @@ def linear_attention(
     log_decay: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Linear attention of every token to its own segment, normalised to weights that sum to 1.
+    """Attend linearly from every token to its own segment, with weights normalised to a sum of 1.
 
     Args:
-        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64; sums and exponentials in float32
-            at least (docs/attention.md says what each backend rounds).
-            Rows past the layout's tokens are slack: never read, output and gradient 0.
+        q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64. Sums and exponentials are computed in
+            float32 or wider (docs/attention.md says what each backend rounds). Rows past the layout's tokens are
+            slack: they are never read, and their output and gradient are 0.
         k, v: `[tokens, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         layout: which rows belong to which segment; its groups play no part.
         feature_map: phi, on q and k as given: "softmax" over head_dim, "elu" (elu + 1) or "relu".
-        causal: False or None; True or "token", a token sees itself and the tokens before it.
-        log_decay: `[heads]`, at most 0 and differentiable; needs `causal`. The token n places back weighs
-            exp(n * log_decay) times as much: 0 forgets nothing, as None does, and with -inf a token sees itself
-            alone. Values above 0 are refused where looking is free: on CPU tensors, and not in compiled code.
+        causal: False or None for no mask; True or "token" if a token sees only itself and the tokens before it.
+        log_decay: `[heads]`, at most 0 and differentiable; it needs `causal`. The weight of the token n places back is
+            multiplied by exp(n * log_decay): 0 is no decay, as None, and with -inf a token sees only itself. Values
+            above 0 are refused where checking them is free: on CPU tensors outside of compiled code.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -83,13 +82,13 @@ def linear_attention(
 
 
 def _check_decay(log_decay: Tensor, q: Tensor, causal: str | None) -> None:
-    """`[heads]`, floating point, on the device of q, at most 0, of causal attention."""
+    """Check that log_decay is `[heads]`, floating point, on the device of q, at most 0, and used with `causal`."""
     check_tensor("log_decay", log_decay, [q.shape[1]])
     check_device("q", q, log_decay=log_decay)
     if not log_decay.is_floating_point():
         raise TypeError(f"log_decay must be floating point, got {log_decay.dtype}.")
     if not causal:
-        raise ValueError("log_decay needs causal=True, for it counts tokens back, got causal=False.")
+        raise ValueError("log_decay needs causal=True, because it acts on earlier tokens, got causal=False.")
     readable = log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and (log_decay > 0).any():
         raise ValueError(f"log_decay must be at most 0, got {float(log_decay.detach().max()):g}.")
@@ -108,7 +107,7 @@ def _linear_attention_fwd(
     feature_map: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and for the backward 1 / Z `[tokens, heads]`, 0 where Z is 0."""
+    """Return the output and, for the backward, 1 / Z `[tokens, heads]`, which is 0 where Z is 0."""
     inputs, geometry = Inputs(q, k, v, log_decay), Geometry(cu_seqlens, host_cu_seqlens, causal)
     return load("linear_attention", backend).forward(inputs, geometry, Options(feature_map))
 
@@ -135,7 +134,7 @@ def _linear_attention_bwd(
     backend: str,
     decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and d_decay, which is empty if there is no decay or its gradient is not wanted."""
+    """Return dq, dk, dv and d_decay, which is empty without a decay or if its gradient is not needed."""
     saved = Saved(Inputs(q, k, v, log_decay), out, inverse)
     geometry, options = Geometry(cu_seqlens, host_cu_seqlens, causal), Options(feature_map, decay_gradient)
     found = load("linear_attention", backend).backward(saved, Grads(d_out), geometry, options)

@@ -1,7 +1,7 @@
-"""Normalised linear attention by its definition: dense masks, one segment at a time, autograd.
+"""Normalised linear attention by its definition: segment by segment, dense masks, autograd.
 
-The weight of key j to query i is phi(q_i).phi(k_j), times exp(log_decay (i - j)) with a decay; see the reference of
-`hybrid_attention`, whose far part this is.
+The weight of key j for query i is phi(q_i).phi(k_j), with a decay times exp(log_decay (i - j)). It is the far part
+of `hybrid_attention`; see the reference of that op.
 """
 
 import torch
@@ -22,9 +22,10 @@ def linear_attention(
     causal: Causal = False,
     log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised linear attention within each segment: output and log normaliser.
+    """Return normalised linear attention within each segment: output and log normaliser.
 
-    log_decay: `[heads]`, at most 0, causal only: key j weighs exp(log_decay * (i - j)) times as much to query i.
+    log_decay: `[heads]`, at most 0, causal only: the weight of key j for query i is multiplied by
+    exp(log_decay * (i - j)).
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[1] // k.shape[1]
@@ -45,7 +46,7 @@ def linear_attention(
 
 
 def _log_weight(log_decay: Tensor | None, query: Tensor) -> Tensor:
-    """log_decay * (i - j) `[heads, n, n]` for j < i and 0 elsewhere, or 0 `[heads, 1, 1]` without a decay."""
+    """Return log_decay * (i - j) `[heads, n, n]` for j < i and 0 elsewhere, or 0 `[heads, 1, 1]` without a decay."""
     if log_decay is None:
         return query.new_zeros(query.shape[0], 1, 1)
     place = torch.arange(query.shape[1], device=query.device)

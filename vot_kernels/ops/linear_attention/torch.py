@@ -1,6 +1,6 @@
-"""Linear attention in PyTorch operations: states of segments or chunks as batches, a few heads at a time.
+"""Linear attention in PyTorch operations: the states of segments or chunks in batches, a few heads at a time.
 
-The causal form works on chunks: the states of earlier chunks by a scan, the own chunk by a small triangular product.
+The causal form works on chunks: a scan gives the states of earlier chunks, a small triangular product the own chunk.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ from vot_kernels.ops.parts.range_attention.blocks import (
     to_tokens,
 )
 
-_CHUNK = 64  # tokens; near head_dim, triangular products cost as much as the states do
-# Scales values and normaliser: with a subnormal Z, products would lose digits and 1 / Z would overflow.
+_CHUNK = 64  # tokens; with about head_dim of them, triangular products cost as much as the states do
+# This scales values and normaliser: with a subnormal Z, products would lose digits and 1 / Z would overflow.
 _SCALE = 2.0**32
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
-    """The output, and 1 / (Z _SCALE) `[tokens, heads]`, 0 where Z is 0."""
+    """Return the output and 1 / (Z _SCALE) `[tokens, heads]`, which is 0 where Z is 0."""
     plan, q = make_plan(geometry), inputs.q
     out = q.new_empty(q.shape)
     inverse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
@@ -51,10 +51,10 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
-    """Gradients of q, k and v, and that of log_decay if the options want it.
+    """Return the gradients of q, k and v, and that of log_decay if the options ask for it.
 
-    With g_i = [do_i, -do_i.o_i] / Z_i the far formulas of hybrid attention hold. Here phi(q_i) is divided by Z_i
-    instead: the products of g_i and [v_j, 1] cancel, and those of rounded quotients would not.
+    With g_i = [do_i, -do_i.o_i] / Z_i, the formulas for the far part of hybrid attention hold. Here phi(q_i) is
+    divided by Z_i instead: the products of g_i and [v_j, 1] cancel, which rounded quotients would not do.
     """
     plan, inputs = make_plan(geometry), saved.inputs
     dq, dk, dv = (x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v))
@@ -72,14 +72,14 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
 
 
 def _cut(x: Inputs, heads: slice, kv_heads: slice) -> Inputs:
-    """Some heads; the decay is cut by `_cut_decay`."""
+    """Select some heads; `_cut_decay` selects those of the decay."""
     return Inputs(x.q[:, heads], x.k[:, kv_heads], x.v[:, kv_heads])
 
 
 def _forward(
     plan: "Plan", inputs: Inputs, geometry: Geometry, options: Options, decay: "_Decay | None"
 ) -> tuple[Tensor, Tensor]:
-    """Output `[heads, tokens, d]` and 1 / (Z _SCALE) `[heads, tokens, 1]` of some heads."""
+    """Return output `[heads, tokens, d]` and 1 / (Z _SCALE) `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (inputs.q, inputs.k, inputs.v))
     repeats = query.shape[0] // key.shape[0]
     query, key, value = (
@@ -116,7 +116,7 @@ def _backward(
     options: Options,
     decay: "_Decay | None",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Head-major dq, dk, dv of some heads, and the gradient of their log_decay."""
+    """Return dq, dk and dv of some heads, head-major, and the gradient of their log_decay."""
     tokens, inputs = plan.num_tokens, saved.inputs
     query, key, value = (to_heads(x, tokens) for x in (inputs.q, inputs.k, inputs.v))
     out, d_out, inverse = (to_heads(x, tokens) for x in (saved.out, d_out, saved.inverse[..., None]))
@@ -169,10 +169,10 @@ def _backward(
 def _decayed_backward(
     plan: "Plan", decay: "_Decay", weights_q: Tensor, phi_k: Tensor, value: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What comes through the states: gradients of phi(q) before its division by Z, phi(k), the values and log_decay.
+    """Return the part through the states: gradients of phi(q) before its division by Z, phi(k), values and log_decay.
 
-    The distance i - j is that of i from the start of its chunk, plus that of j to the end of its own, plus the
-    chunks between. The gradient of log_decay sums each by itself: places in the segment would cancel.
+    The distance i - j is the sum of three: from the start of its chunk to i, from j to the end of its chunk, and the
+    chunks between. The gradient of log_decay sums each on its own, because positions in the segment would cancel.
     """
     repeats = weights_q.shape[0] // phi_k.shape[0]
     phi_k, value = repeat_heads(phi_k, repeats), repeat_heads(value, repeats)
@@ -192,7 +192,7 @@ def _decayed_backward(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Packed rows, the states to scan, and the chunks that see themselves in part (causal only)."""
+    """The packed rows, the states to scan, and the chunks whose tokens see only part of them (causal only)."""
 
     num_tokens: int
     states: StatePlan
@@ -200,12 +200,12 @@ class Plan:
     device: torch.device
 
     def state_size(self, q: Tensor) -> int:
-        """Numbers in the states of one head."""
+        """Return the number of elements in the states of one head."""
         return self.states.num_slots * q.shape[2] * (q.shape[2] + 1)
 
     @cached_property
     def places(self) -> Tensor:
-        """The place of every token in its chunk `[tokens]` (causal only)."""
+        """The position of every token in its chunk `[tokens]` (causal only)."""
         places = np.arange(self.num_tokens)
         for chunks, _ in self.own.groups:
             places[chunks.starts[:, None] + np.arange(chunks.length)] = np.arange(chunks.length)
@@ -215,11 +215,11 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Decay:
-    """The factors of a decay, each the exponential of a distance >= 0 times log_decay: none exceeds 1.
+    """The factors of a decay. Each is the exponential of log_decay times a distance >= 0, so none exceeds 1.
 
     Attributes:
         log_decay: `[heads]`, in the dtype of the computation.
-        places: `[tokens]`, the place of every token in its chunk.
+        places: `[tokens]`, the position of every token in its chunk.
     """
 
     log_decay: Tensor
@@ -227,25 +227,25 @@ class _Decay:
 
     @property
     def log_step(self) -> Tensor:
-        """`[heads]`, log of the decay over a chunk. Only the last one of a segment, which none follows, is short."""
+        """`[heads]`, log of the decay over a chunk. Only the last chunk of a segment is short, and none follows it."""
         return _CHUNK * self.log_decay
 
     @cached_property
     def from_start(self) -> Tensor:
-        """`[heads, tokens, 1]`: from the start of a query's chunk to the query."""
+        """`[heads, tokens, 1]`, the decay from the start of a query's chunk to the query."""
         return self._over(self.places)[..., None]
 
     @cached_property
     def to_end(self) -> Tensor:
-        """`[heads, tokens, 1]`: from a key to the start of the next chunk."""
+        """`[heads, tokens, 1]`, the decay from a key to the start of the next chunk."""
         return self._over(_CHUNK - self.places)[..., None]
 
     def triangle(self, length: int) -> Tensor:
-        """`[heads, 1, length, length]`: from the keys to the queries of a chunk; 1 above the diagonal."""
+        """`[heads, 1, length, length]`, the decay from the keys to the queries of a chunk; 1 above the diagonal."""
         return self._over(self._distances(length))[:, None]
 
     def count(self, weights: Tensor) -> Tensor:
-        """Sum of `[heads, chunks, length, length]` times the distances, `[heads]`."""
+        """Multiply `[heads, chunks, length, length]` by the distances and sum to `[heads]`."""
         return (weights.sum(1) * self._distances(weights.shape[-1])).sum((1, 2))
 
     def _distances(self, length: int) -> Tensor:
@@ -253,18 +253,18 @@ class _Decay:
         return (place[:, None] - place).clamp_(min=0)
 
     def _over(self, distance: Tensor) -> Tensor:
-        """The decay `[heads, ...]` over distances; 1 over none, whatever the decay."""
+        """Return the decay `[heads, ...]` over distances; over a distance of 0 it is 1, whatever log_decay is."""
         log_decay = self.log_decay.view(-1, *[1] * distance.ndim)
         return torch.where(distance == 0, 0, log_decay * distance).exp_()
 
 
 def _cut_decay(plan: Plan, log_decay: Tensor | None, heads: slice, like: Tensor) -> _Decay | None:
-    """The decay of some heads, if there is one, in the dtype of `like`."""
+    """Return the decay of some heads, if there is one, in the dtype of `like`."""
     return None if log_decay is None else _Decay(log_decay[heads].to(like.dtype), plan.places)
 
 
 def _head_chunks(plan: Plan, inputs: Inputs) -> list[tuple[slice, slice]]:
-    """Heads to work on at a time; with a decay, heads that share a key have states of their own."""
+    """Return the heads to work on at a time; with a decay, heads that share a key have states of their own."""
     q, k = inputs.q, inputs.k
     shared = 1 if inputs.log_decay is None else q.shape[1] // k.shape[1]
     return head_chunks(q, k, shared * plan.state_size(q))
@@ -272,7 +272,7 @@ def _head_chunks(plan: Plan, inputs: Inputs) -> list[tuple[slice, slice]]:
 
 @remember
 def make_plan(geometry: Geometry) -> Plan:
-    """The plan of a packing on the device where its bounds lie."""
+    """Return the plan of a packing on the device of its bounds."""
     bounds, device = geometry.host_cu_seqlens.numpy().astype(np.int64), geometry.cu_seqlens.device
     if not geometry.causal:  # one state per segment, which every token of it reads
         first = np.arange(len(bounds))

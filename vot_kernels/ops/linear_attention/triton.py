@@ -1,6 +1,6 @@
 """Linear attention on the Triton kernels: running sums of group states, then the rows.
 
-Nothing here asks the device for a number.
+No function here waits for the device.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _DECAY_STATES = Kernel("linear_attention", "decay_states", "linear_attention.dec
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
-    """The output, and 1 / Z float32 `[tokens, heads]`, 0 where Z is 0."""
+    """Return the output and 1 / Z float32 `[tokens, heads]`, which is 0 where Z is 0."""
     q, k, v = (rows_contiguous(x, compact=True) for x in (inputs.q, inputs.k, inputs.v))
     shared = _LinearLaunch.of(q, k, inputs.log_decay, geometry, options)
     rows = Rows(k, v)
@@ -37,9 +37,9 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
-    """Gradients of q, k and v, and that of log_decay if the options want it.
+    """Return the gradients of q, k and v, and that of log_decay if the options ask for it.
 
-    The states of k and v are made again: they may outweigh the inputs.
+    The states of k and v are recomputed, because they may be larger than the inputs.
     """
     inputs, out, inverse = saved
     tensors = (grads.d_out, inputs.q, inputs.k, inputs.v)
@@ -47,7 +47,7 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     inverse = inverse.contiguous()
     shared = _LinearLaunch.of(q, k, inputs.log_decay, geometry, options)
     keys = Rows(k, v)
-    last = torch.empty_like(inverse)  # -do.out, written with dq
+    last = torch.empty_like(inverse)  # -do.out, written together with dq
     before = shared.states(keys)
     dq = shared.feature_grad(d_out, q, keys, inverse, last, out, None, before)
     queries = Rows(q, d_out, inverse, last)
@@ -62,11 +62,11 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
 
 @dataclass(frozen=True, eq=False)
 class _LinearLaunch:
-    """What all launches of one forward or backward share.
+    """The arguments that all launches of one forward or backward share.
 
     Attributes:
-        state_heads: heads that have states: those of k, or with a decay, which tells heads of one key apart, of q.
-        log_decay: float32 `[state_heads]`, side by side, or None.
+        state_heads: heads that have states: those of k, or with a decay, which differs between heads of one key, of q.
+        log_decay: float32 `[state_heads]`, contiguous, or None.
     """
 
     cu_seqlens: Tensor
@@ -80,14 +80,14 @@ class _LinearLaunch:
     def of(
         cls, q: Tensor, k: Tensor, log_decay: Tensor | None, geometry: Geometry, options: Options
     ) -> "_LinearLaunch":
-        """Of these queries and keys; log_decay in any floating dtype."""
+        """Make it from these queries and keys, with log_decay of any floating dtype."""
         bounds = geometry.cu_seqlens.contiguous(), geometry.host_cu_seqlens
         heads = k.shape[1] if log_decay is None else q.shape[1]
         log_decay = contiguous(log_decay, torch.float32)
         return cls(*bounds, options.feature_map, geometry.causal is not None, heads, log_decay)
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
-        """What each tile begins with; None if every segment is one tile, which finds it on its own."""
+        """Return the state before each tile; None if every segment is one tile, whose kernel needs none."""
         lengths = self.host_cu_seqlens.diff()
         if not lengths.numel() or int(lengths.max()) <= states_config(rows).blocks["TILE"]:
             return None
@@ -105,7 +105,7 @@ class _LinearLaunch:
     def apply(
         self, x: Tensor, rows: Rows, states: Tensor | None, *, normalise: bool = False, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """phi(x) applied to S, and to z; heads that share one of x are apart."""
+        """Return phi(x) applied to S and to z; heads that share one of x are separate."""
         out = self._new_rows(x)
         out_last = x.new_empty(out.shape[:2], dtype=torch.float32)
         _APPLY.launch(
@@ -139,7 +139,7 @@ class _LinearLaunch:
         out_last: Tensor | None,
         states: Tensor | None,
     ) -> Tensor:
-        """The gradient of `own`, q or k, as `apply` has it; `out_last` is given on the side of k."""
+        """Return the gradient of `own`, q or k, as `apply` does; `out_last` is given on the side of k."""
         d_own = self._new_rows(own)
         _FEATURE_GRAD.launch(
             lambda blocks: self._grid(x, rows, blocks["BLOCK_F"]),
@@ -163,7 +163,7 @@ class _LinearLaunch:
         return d_own
 
     def decay(self, queries: Rows, keys: Rows, before: Tensor | None, after: Tensor | None) -> Tensor:
-        """The gradient of log_decay, float32 `[heads]`."""
+        """Return the gradient of log_decay, float32 `[heads]`."""
         tokens, heads, head_dim = queries.features.shape
         tile = states_config(keys).blocks["TILE"]
         tiles = tokens // tile + self.cu_seqlens.shape[0] - 1
@@ -195,7 +195,7 @@ class _LinearLaunch:
         config = _DECAY_STATES.config(sums.device, key)
         others = sums.new_empty((tiles, heads, ceil_div(head_dim, config.blocks["BLOCK_V"])))
         _DECAY_STATES.launch(
-            (others.numel(),),  # fixed, as `others` is: it has as many blocks of columns
+            (others.numel(),),  # fixed, because `others` has a row for each block of columns
             config=config,
             before_ptr=before,
             after_ptr=after,
@@ -209,11 +209,11 @@ class _LinearLaunch:
         return {**key, "head_dim": padded(x.shape[2]), "dot_bits": dot_bits(x)}
 
     def _heads(self, x: Tensor) -> int:
-        """Heads of x, those that share one counted each."""
+        """Return the number of heads of x, counting each of those that share one."""
         return max(x.shape[1], self.state_heads)
 
     def _new_rows(self, x: Tensor) -> Tensor:
-        """Room for rows like those of x, float32 where heads that share one are yet to be added up."""
+        """Allocate rows like those of x, in float32 where heads that share one are still to be summed."""
         heads = self._heads(x)
         dtype = x.dtype if heads == x.shape[1] else torch.float32
         return x.new_empty((x.shape[0], heads, x.shape[2]), dtype=dtype)
@@ -240,5 +240,5 @@ class _LinearLaunch:
 
 
 def _fold_heads(x: Tensor, like: Tensor) -> Tensor:
-    """`x`, the heads that share one of `like` added up."""
+    """Return `x` with the heads that share one of `like` summed."""
     return x if x.shape == like.shape else x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)

@@ -1,4 +1,4 @@
-"""A plain top-k mixture of SwiGLU experts whose routing is given, on the grouped matrix products of `aoe`."""
+"""A top-k mixture of SwiGLU experts with given routing, on the grouped matrix products of `aoe`."""
 
 from typing import Any
 
@@ -29,21 +29,21 @@ def moe(
         w_gate_up: `[experts, 2 * hidden, dim]`: the rows of W_gate, then those of W_up; dtype and device of `x`.
         w_down: `[experts, dim, hidden]`, like `w_gate_up`.
         topk_idx: int32 or int64 `[tokens, k]`, the experts of each token. An id that is not from 0 to experts - 1
-            adds nothing: with experts spread over ranks, that is a choice of another rank's.
-        topk_weights: `[tokens, k]`, their weights in any floating dtype, used as they are.
+            adds nothing; with experts spread over ranks, such an id belongs to another rank.
+        topk_weights: `[tokens, k]`, their weights in any floating dtype, used unchanged.
         backend: "auto", "triton", "torch" or "reference". "torch" reads the experts' loads on the host.
 
     Returns:
-        `[tokens, dim]` in the dtype of `x`, summed in float32 or wider in the order of the choices;
-        differentiable in all but `topk_idx`. An expert without tokens gets a gradient of zeros.
+        `[tokens, dim]` in the dtype of `x`, summed in float32 or wider in the order of the choices,
+        and differentiable in everything but `topk_idx`. An expert without tokens gets a gradient of zeros.
 
     Raises:
-        TypeError: a tensor is missing, `topk_idx` is not int32 or int64, another one is not floating, or a weight
+        TypeError: a tensor is missing, `topk_idx` is not int32 or int64, another tensor is not floating, or a weight
             matrix has another dtype than `x`.
         ValueError: a tensor does not have the shape above or lies on another device than `x`; an unknown
             `backend`, or one that cannot serve these inputs.
 
-    The weights are laid out as the experts of transformers 5 have them (`gate_up_proj`, `down_proj`); see
+    The weights have the layout of the experts in transformers 5 (`gate_up_proj`, `down_proj`); see
     `vot_kernels.integrations.transformers`.
     """
     _validate(x, w_gate_up, w_down, topk_idx, topk_weights)
@@ -65,9 +65,9 @@ def _moe_fwd(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y and what the backward reads: (projected, order, places, offsets), the last three as in `Slots`.
+    """Return y and what the backward reads: (projected, order, places, offsets), the last three as in `Slots`.
 
-    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places; it has no rows unless `save`.
+    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places; it has no rows unless `save` is true.
     """
     with torch.autocast(x.device.type, enabled=False):
         y, projected, slots = load("moe", backend).forward(x, w_gate_up, w_down, topk_idx, topk_weights, save)
@@ -107,7 +107,7 @@ def _moe_bwd(
     offsets: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
+    """Return d_x, d_w_gate_up, d_w_down and d_topk_weights."""
     slots = Slots(order, places, offsets, topk_weights.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         return load("moe", backend).backward(d_y, x, w_gate_up, w_down, topk_weights, projected, slots)

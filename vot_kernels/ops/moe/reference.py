@@ -1,4 +1,4 @@
-"""A plain top-k mixture of SwiGLU experts, written to be read: the oracle for every backend of `moe`."""
+"""A top-k mixture of SwiGLU experts, written to be read: the oracle for every backend of `moe`."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ def moe(x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_wei
         x: `[tokens, dim]`, any floating dtype.
         w_gate_up: `[experts, 2 * hidden, dim]`: the rows of W_gate, then those of W_up.
         w_down: `[experts, dim, hidden]`.
-        topk_idx: integer `[tokens, k]`, the experts of each token; an id may stand in any place.
-        topk_weights: `[tokens, k]`, their weights, used as they are.
+        topk_idx: integer `[tokens, k]`, the experts of each token; the ids of a token may be in any order.
+        topk_weights: `[tokens, k]`, their weights, used unchanged.
 
     Returns:
         `[tokens, dim]` in the dtype of `x`, summed in float32 or wider; differentiable in all but `topk_idx`.

@@ -1,4 +1,4 @@
-"""The PyTorch backend of `moe`: each expert once over the tokens that chose it."""
+"""The PyTorch backend of `moe`: each expert is applied once, to the tokens that chose it."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from vot_kernels.ops.parts.experts.slots import Slots, group_slots, swiglu_backw
 def forward(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Slots]:
-    """y, and what the backward reads: `projected`, which has no rows unless `save`, and the slots."""
+    """Return y and what the backward reads: `projected`, which has no rows unless `save` is true, and the slots."""
     slots = group_slots(topk_idx, w_down.shape[0])
     projected = x.new_zeros(slots.order.shape[0] if save else 0, w_gate_up.shape[1])
     y = x.new_zeros(x.shape, dtype=accumulator(x.dtype))
@@ -35,7 +35,7 @@ def backward(
     projected: Tensor,
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
+    """Return d_x, d_w_gate_up, d_w_down and d_topk_weights."""
     accumulate = accumulator(x.dtype)
     weights = topk_weights.flatten().to(accumulate)
     d_x, d_weights = x.new_zeros(x.shape, dtype=accumulate), torch.zeros_like(weights)

@@ -1,6 +1,6 @@
-"""The Triton backend of `moe`: grouping by expert, expert bodies, and their gradients, without a host sync.
+"""The Triton backend of `moe`: grouping by expert, expert bodies, and their gradients, without waiting for the device.
 
-Rows between the tokens and the output lie in the order of places, see `Slots`.
+All intermediate rows are in the order of places; see `Slots`.
 """
 
 import torch
@@ -15,7 +15,7 @@ from vot_kernels.ops.parts.experts.slots import Slots
 def forward(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Slots]:
-    """y, and what the backward reads: `projected`, which has no rows unless `save`, and the slots."""
+    """Return y and what the backward reads: `projected`, which has no rows unless `save` is true, and the slots."""
     slots = group_slots(topk_idx, w_down.shape[0])
     w_gate, w_up = w_gate_up.chunk(2, dim=1)
     hidden, projected = expert_hidden(x, w_up, w_gate, slots, save)
@@ -34,7 +34,7 @@ def backward(
     projected: Tensor,
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
+    """Return d_x, d_w_gate_up, d_w_down and d_topk_weights."""
     if not slots.top_k:  # no token chose any expert
         d_x, d_w_gate_up, d_w_down, d_weights = map(torch.zeros_like, (x, w_gate_up, w_down, topk_weights))
         return d_x, d_w_gate_up, d_w_down, d_weights

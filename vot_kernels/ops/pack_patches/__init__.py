@@ -1,4 +1,4 @@
-"""Images and clips of any sizes in one buffer of patches: see `op.py`."""
+"""Packing of images and clips of any size into one buffer of patches: see `op.py`."""
 
 from vot_kernels.ops.pack_patches.op import pack_patches, unpack_patches
 

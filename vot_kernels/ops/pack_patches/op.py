@@ -1,4 +1,4 @@
-"""Images and clips of any sizes, cut into patches and laid in one buffer."""
+"""Packing of images and clips of any size into one buffer of patches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from vot_kernels.packing import brief
 def pack_patches(
     images: Sequence[Tensor], patch_size: int, *, temporal_patch_size: int = 1, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Cut images and clips of mixed sizes into one buffer of flat patches, the Qwen-VL convention.
+    """Cut images and clips of mixed sizes into one buffer of flat patches, in the order of Qwen-VL.
 
-    Patches of an image or clip follow each other in the order (t, y, x), x fastest; within a patch the values
-    lie in the order (channel, frame, row, column). Values and dtype are unchanged: scale before or after.
-    Differentiable.
+    The patches of an image or clip follow each other in the order (t, y, x), x fastest; within a patch the values are
+    in the order (channel, frame, row, column). Values and dtype do not change: scale before or after. The result is
+    differentiable.
 
     Args:
         images: images `[channels, height, width]` and clips `[frames, channels, height, width]`, uint8 or
@@ -36,9 +36,9 @@ def pack_patches(
         grid_thw int64 `[images, 3]`, (frames, height, width) of each in patches, on the device of the images.
 
     Raises:
-        TypeError: an image is not a tensor, or neither uint8 nor floating.
-        ValueError: there are no images; one does not have a shape above or is no multiple of the patch; two differ
-            in dtype, device or channels; a patch size is not an int >= 1; `backend` is unknown or cannot serve
+        TypeError: an image is not a tensor, or is neither uint8 nor floating.
+        ValueError: there are no images; an image does not have a shape above or is not a multiple of the patch; two
+            differ in dtype, device or channels; a patch size is not an int >= 1; `backend` is unknown or cannot serve
             these images. The message names the image.
     """
     for name, size in (("patch_size", patch_size), ("temporal_patch_size", temporal_patch_size)):
@@ -64,7 +64,7 @@ def pack_patches(
 def _pack_patches_fwd(
     images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, backend: str
 ) -> Tensor:
-    """The patches; see `pack_patches`."""
+    """Return the patches; see `pack_patches`."""
     return load("pack_patches", backend).forward(images, patch_size, temporal_patch_size)
 
 
@@ -80,7 +80,7 @@ def _(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, backe
 def _pack_patches_bwd(
     d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int, backend: str
 ) -> list[Tensor]:
-    """Gradients of the images, whose frames, height and width stand in `sizes` one after the other, see `_sizes`."""
+    """Return the gradients of the images; `sizes` has frames, height and width of each in turn, see `_sizes`."""
     return load("pack_patches", backend).backward(d_values, sizes, patch_size, temporal_patch_size)
 
 
@@ -114,10 +114,10 @@ def unpack_patches(
     *,
     temporal_patch_size: int = 1,
 ) -> list[Tensor]:
-    """The inverse of `pack_patches`: clips `[frames, channels, height, width]`, a still image included.
+    """Invert `pack_patches`, giving clips `[frames, channels, height, width]`, also for still images.
 
     Raises:
-        ValueError: the grid does not account for the patches, or a patch is not that large.
+        ValueError: `grid_thw` does not match the number of patches, or their size is wrong.
     """
     grid = grid_thw.tolist() if isinstance(grid_thw, Tensor) else [list(row) for row in grid_thw]
     counts = [t * y * x for t, y, x in grid]
@@ -136,7 +136,7 @@ def unpack_patches(
 
 
 def _sizes(images: Sequence[Tensor]) -> list[int]:
-    """Frames, height and width of each image, one after the other; 0 frames stand for a still image."""
+    """Return frames, height and width of each image in turn; 0 frames mean a still image."""
     return [n for image in images for n in (image.shape[0] if image.ndim == 4 else 0, *image.shape[-2:])]
 
 

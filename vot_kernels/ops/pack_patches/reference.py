@@ -1,4 +1,4 @@
-"""Every patch cut out by hand: the oracle for every backend."""
+"""Patches cut out one by one: the oracle for every backend."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def pack_patches(
     images: Sequence[Tensor], patch_size: int, *, temporal_patch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Cuts every patch out by hand."""
+    """Cut out every patch by itself."""
     p, tp = patch_size, temporal_patch_size
     patches, grid = [], []
     for image in images:

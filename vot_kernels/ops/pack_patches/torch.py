@@ -1,4 +1,4 @@
-"""The PyTorch backend of `pack_patches`: one strided copy per image, straight into its rows of the buffer."""
+"""The PyTorch backend of `pack_patches`: one strided copy per image into its rows of the buffer."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def forward(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int) -> Tensor:
-    """`[patches, channels · temporal_patch_size · patch_size²]`."""
+    """Return `[patches, channels · temporal_patch_size · patch_size²]`."""
     clips = [image if image.ndim == 4 else image.expand(temporal_patch_size, -1, -1, -1) for image in images]
     cuts = [_cut(clip, patch_size, temporal_patch_size) for clip in clips]
     counts = [cut.shape[:3].numel() for cut in cuts]
@@ -19,11 +19,11 @@ def forward(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int)
 def backward(
     d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int
 ) -> list[Tensor]:
-    """Gradients of the images.
+    """Return the gradients of the images.
 
     Args:
         d_values: `[patches, channels · temporal_patch_size · patch_size²]`.
-        sizes: frames, height and width of each image, one after the other; 0 frames stand for a still image.
+        sizes: frames, height and width of each image in turn; 0 frames mean a still image.
         patch_size, temporal_patch_size: as in `pack_patches`.
     """
     channels = d_values.shape[1] // (temporal_patch_size * patch_size**2)
@@ -33,7 +33,7 @@ def backward(
         cut = _cut(d_clip, patch_size, temporal_patch_size)
         last = first + cut.shape[:3].numel()
         cut.copy_(d_values[first:last].reshape(cut.shape))
-        if not frames:  # the still image stands for all frames of its patches
+        if not frames:  # a still image is repeated over the frames of its patches
             d_clip = d_clip[0] if temporal_patch_size == 1 else d_clip.sum(0)
         d_images.append(d_clip)
         first = last
@@ -41,7 +41,7 @@ def backward(
 
 
 def _cut(clip: Tensor, patch_size: int, temporal_patch_size: int) -> Tensor:
-    """A view `[t, y, x, channels, temporal_patch_size, patch_size, patch_size]` of `clip`."""
+    """Return a view `[t, y, x, channels, temporal_patch_size, patch_size, patch_size]` of `clip`."""
     frames, channels, height, width = clip.shape
     t, y, x = frames // temporal_patch_size, height // patch_size, width // patch_size
     cut = clip.view(t, temporal_patch_size, channels, y, patch_size, x, patch_size)

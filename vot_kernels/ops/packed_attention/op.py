@@ -60,22 +60,22 @@ def packed_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Variable-length softmax attention: every token attends to all tokens of its own segment.
 
-    It is `hybrid_attention` with `window=None`: the groups of the layout play no part.
+    It is `hybrid_attention` with `window=None`; the groups of the layout play no part.
 
     Args:
         q: `[tokens, heads, head_dim]`, float16, bfloat16, float32 or float64. Rows past the layout's tokens
             are slack: they are never read as keys, their output and gradient are 0, their lse is -inf.
         k, v: `[tokens, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
         layout: which rows belong to which segment.
-        causal: False or None; True or "token", a token sees itself and the tokens before it.
+        causal: False or None for no mask; True or "token" if a token sees only itself and the tokens before it.
         scale: factor on q.k, by default head_dim ** -0.5.
         return_lse: also return the log of the normaliser, which is differentiable.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse
-        `[tokens, heads]`, float32 (float64 for float64 inputs). On bitwise repeatable gradients see
-        `hybrid_attention`.
+        `[tokens, heads]`, float32 (float64 for float64 inputs). `hybrid_attention` says when gradients are bitwise
+        reproducible.
 
     Raises:
         TypeError: q, k or v is not a tensor, `layout` is not a PackedLayout, q is not floating point, or the dtypes

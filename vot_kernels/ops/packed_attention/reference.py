@@ -16,7 +16,7 @@ def packed_attention(
     causal: Causal = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact softmax attention within each segment: output and lse."""
+    """Return exact softmax attention within each segment: output and lse."""
     return reference.hybrid_attention(
         q, k, v, layout, window=None, causal="token" if causal else None, scale=scale
     )

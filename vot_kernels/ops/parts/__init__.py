@@ -1,1 +1,1 @@
-"""What several ops are made of; nothing here is public."""
+"""The parts that several ops share; nothing here is public."""

@@ -1,6 +1,6 @@
-"""What every backend of an attention op is asked: `forward(inputs, geometry, options)` and `backward(saved, grads, …)`.
+"""The interface of the attention backends: `forward(inputs, geometry, options)` and `backward(saved, grads, …)`.
 
-`Inputs`, `Saved` and `Geometry` are each op's own; a backward returns the gradients of the inputs as `Inputs`.
+Each op has its own `Inputs`, `Saved` and `Geometry`; a backward returns the gradients of the inputs as `Inputs`.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ VARIANTS = (None, "tma", "warp_specialized", "fused")
 
 
 class Options(NamedTuple):
-    """How to compute, apart from which rows see which.
+    """How to compute the result, apart from which rows see which keys.
 
     Attributes:
         feature_map: phi of far tokens.
         scale: factor on q.k of near tokens.
-        deterministic: whether the backward must give the same bits for the same inputs.
-        variant: one of `VARIANTS`, the form of the Triton kernels of range attention to use where it can run, or None
+        deterministic: whether the backward must give bitwise equal results for the same inputs.
+        variant: the form of the Triton kernels of range attention to use where it can run, one of `VARIANTS`, or None
             for the default of the config tables.
     """
 
@@ -28,11 +28,11 @@ class Options(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of what a forward returned.
+    """The gradients of a forward's results.
 
     Attributes:
         d_out: shaped like the output.
-        d_lse: shaped like lse, None for 0.
+        d_lse: shaped like lse, or None for 0.
     """
 
     d_out: Tensor

@@ -1,4 +1,4 @@
-"""Plans of packings, remembered by contents: all layers of a model share a packing, and each asks for its plan."""
+"""A memory of plans of packings, by contents: all layers of a model share a packing, and each asks for its plan."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -13,16 +13,16 @@ _forget: list[Callable[[], None]] = []
 
 
 def remember(make: Callable[..., T]) -> Callable[..., T]:
-    """`make`, with its last 32 results kept.
+    """Cache the last 32 results of `make`.
 
     Arguments are positional: hashable values, tensors, and tuples of these. Tensors on the host are compared by their
-    contents. Tensors elsewhere are compared by their device alone, because reading them would wait for it: what they
-    hold must follow from the other arguments.
+    contents. Tensors elsewhere are compared by their device alone, because reading them would wait for it: their
+    contents must follow from the other arguments.
     """
 
     @lru_cache(maxsize=32)
     def make_once(arguments: _Arguments) -> T:
-        with torch.inference_mode(False):  # a plan made in a validation step may serve training later
+        with torch.inference_mode(False):  # a plan made in a validation step may be used in training later
             return make(*arguments.take())
 
     _forget.append(make_once.cache_clear)
@@ -41,7 +41,7 @@ def forget_plans() -> None:
 
 
 class _Arguments:
-    """Arguments that are equal if their contents are. `take` gives the tensors away, so that no key keeps them."""
+    """Arguments, equal if their contents are. `take` hands the tensors over, so that no key keeps them alive."""
 
     def __init__(self, values: tuple[Any, ...]) -> None:
         self._values = values

@@ -1,17 +1,17 @@
-"""Cutting rows into blocks whose intermediate results stay in the cache of a CPU."""
+"""Cutting of rows into blocks whose intermediate results stay in a CPU's cache."""
 
 from collections.abc import Iterator
 
 import torch
 
-_BLOCK_NUMBERS = 2**16  # numbers that one thread works on at a time
+_BLOCK_NUMBERS = 2**16  # elements that one thread works on at a time
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover `rows` rows of `width` numbers: small ones on a CPU, a single one elsewhere.
+    """Yield slices that cover `rows` rows of `width` elements: small ones on a CPU, a single one elsewhere.
 
-    Each PyTorch call reads and writes memory. A chain of calls on a small block finds the results of the call before
-    in the cache.
+    Each PyTorch call reads and writes memory. In a chain of calls on a small block, each finds the results of the
+    previous call in the cache.
     """
     block = rows
     if device.type == "cpu":

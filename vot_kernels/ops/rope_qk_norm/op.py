@@ -30,24 +30,24 @@ def rope_qk_norm(
 
     With `q_weight`, q becomes q / sqrt(mean(q²) + eps) · q_weight over head_dim; without it, q is not
     normalised at all (plain rotary); the same for k. Then the pair of channels (i, i + head_dim / 2) turns by
-    positions[:, axis] · theta^(-j / n): the first `sections[0]` pairs belong to t, the next to y, the last
+    positions[:, axis] · theta^(-j / n): the first `sections[0]` pairs belong to t, the next to y and the last
     to x, and j counts the n pairs of a section, so that every axis has the whole range of frequencies.
-    float32 inside (float64 for float64 inputs). With a weight, a head whose mean(q²) overflows there, as at entries
-    of 1e19 and more, becomes 0.
+    All is computed in float32 (float64 for float64 inputs). With a weight, a head whose mean(q²) overflows there, as
+    with entries of 1e19 and more, becomes 0.
 
     Args:
         q: `[tokens, heads, head_dim]`, floating.
         k: `[tokens, kv_heads, head_dim]`, dtype and device of q.
-        positions: `[packed tokens, 3]` of (t, y, x), integer or floating; not more rows than q. Rows of q
-            and k beyond them come out zero. No gradient.
+        positions: `[packed tokens, 3]` of (t, y, x), integer or floating; no more rows than q has. Rows of q
+            and k beyond these become zero. It gets no gradient.
         q_weight, k_weight: `[head_dim]`, floating, or None.
         theta: base of the frequencies.
-        sections: pairs of (t, y, x), summing to head_dim / 2. Default: a third each for y and x, t the rest.
+        sections: pairs of (t, y, x), summing to head_dim / 2. By default, y and x have a third each and t the rest.
         eps: added to the mean square.
         backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
-        (q, k) in their own shapes and dtype.
+        (q, k) in the shapes and dtype of the inputs.
 
     Raises:
         TypeError: q or a weight is not floating, k has another dtype than q, or positions are bool or complex.
@@ -69,7 +69,7 @@ def rope_qk_norm(
 
 
 def default_sections(pairs: int) -> list[int]:
-    """Pairs of (t, y, x): y and x equal and as near to a third as can be, t the rest."""
+    """Return the pairs of (t, y, x): y and x equal and as near to a third as possible, t the rest."""
     space = (pairs + 1) // 3
     return [pairs - 2 * space, space, space]
 
@@ -121,7 +121,7 @@ def _rope_qk_norm_bwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_q, d_k, d_q_weight and d_k_weight; the last two are empty where there is no weight."""
+    """Return d_q, d_k, d_q_weight and d_k_weight; the last two are empty without a weight."""
     arguments = (d_q_out, d_k_out, q, k, positions, q_weight, k_weight, theta, sections, eps)
     return load("rope_qk_norm", backend).backward(*arguments)
 
@@ -152,7 +152,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, d_q_out: Tensor, d_k_out: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: with checkpoints a second look would compute the forward again
+    saved = ctx.saved_tensors  # read once: with checkpointing, each access computes the forward again
     _, _, _, q_weight, k_weight = saved
     d_q, d_k, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *saved, *ctx.options)
     d_weights = (

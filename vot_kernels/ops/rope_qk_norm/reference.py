@@ -17,7 +17,7 @@ def rope_qk_norm(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm over head_dim, then the pair (i, i + head_dim / 2) turns by its axis' position · frequency."""
+    """Apply the RMS norm over head_dim, then turn each pair (i, i + head_dim / 2) by its position · frequency."""
     return (
         _rope_norm(q, positions, q_weight, theta, sections, eps),
         _rope_norm(k, positions, k_weight, theta, sections, eps),

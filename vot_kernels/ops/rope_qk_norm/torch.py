@@ -1,4 +1,4 @@
-"""The PyTorch backend of `rope_qk_norm`: blocks of tokens, so that a CPU keeps the steps of a block in its cache."""
+"""The PyTorch backend of `rope_qk_norm`: blocks of tokens, so that intermediate results stay in a CPU's cache."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def forward(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """q and k, normalised and rotated."""
+    """Return q and k, normalised and rotated."""
     cos, sin = _angles(positions, theta, sections, accumulator(q.dtype))
     return _forward_one(q, q_weight, cos, sin, eps), _forward_one(k, k_weight, cos, sin, eps)
 
@@ -36,7 +36,7 @@ def backward(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_q, d_k, d_q_weight and d_k_weight; the last two are empty where there is no weight."""
+    """Return d_q, d_k, d_q_weight and d_k_weight; the last two are empty without a weight."""
     cos, sin = _angles(positions, theta, sections, accumulator(q.dtype))
     d_q, d_q_weight = _backward_one(d_q_out, q, q_weight, cos, sin, eps)
     d_k, d_k_weight = _backward_one(d_k_out, k, k_weight, cos, sin, eps)
@@ -46,7 +46,7 @@ def backward(
 def _angles(
     positions: Tensor, theta: float, sections: Sequence[int], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin `[packed tokens, 1, pairs]`."""
+    """Return cos and sin `[packed tokens, 1, pairs]`."""
     columns = []
     for axis, count in enumerate(sections):
         exponents = torch.arange(count, dtype=dtype, device=positions.device) / -max(count, 1)
@@ -78,7 +78,7 @@ def _backward_one(
     wide_weight = None if weight is None else weight.to(cos.dtype)
     d_x = x.new_empty(x.shape)
     d_x[tokens:] = 0
-    d_weights = []  # what each block adds
+    d_weights = []  # the contribution of each block
     for block in row_blocks(tokens, x.shape[1] * x.shape[2], x.device):
         a, b = d_out[block].to(cos.dtype).chunk(2, dim=-1)
         rotated = torch.cat([a * cos[block] + b * sin[block], b * cos[block] - a * sin[block]], dim=-1)

@@ -1,4 +1,4 @@
-"""An embedding of an image's or clip's size: see `op.py`."""
+"""An embedding of the size of an image or clip: see `op.py`."""
 
 from vot_kernels.ops.size_aware_embedding.op import QUANTITIES, size_aware_embedding, size_features
 

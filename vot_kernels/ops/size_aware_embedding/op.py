@@ -30,21 +30,22 @@ def size_features(
 ) -> Tensor:
     """Fourier features of log2 height, width, height / width, height · width, frames and fps.
 
-    Each quantity v gives sin and cos of 2π v 2^o / 32, o = 0 .. octaves - 1; smooth, so a size never seen
-    lies between its neighbours. An unknown quantity (frames without `use_frames`, fps None, or any value that
-    is not positive) gives zeros, which no known value does.
+    Each quantity v gives sin and cos of 2π v 2^o / 32 for o = 0 .. octaves - 1. The features are smooth, so that a
+    size that training never saw lies between its neighbours. An unknown quantity (frames without `use_frames`, fps
+    None, or any value that is not positive) gives zeros, which no known value gives.
 
     Args:
         sizes: `[segments, 3]`, (frames, height, width) in tokens.
         fps: frames per second of each segment `[segments]`, one number for all, or None.
-        octaves: frequencies per quantity.
-        use_frames: False where the clip length is not known in advance (streaming); fps is kept.
+        octaves: number of frequencies per quantity.
+        use_frames: False if the clip length is not known in advance (streaming); fps is still used.
 
     Returns:
-        float32 `[segments, 12 · octaves]`; no gradient.
+        float32 `[segments, 12 · octaves]`, without a gradient.
 
     Raises:
-        ValueError: `sizes` or `fps` do not have the shape above.
+        ValueError: `sizes` or `fps` does not have the shape above.
+        TypeError: `fps` is complex.
     """
     if sizes.ndim != 2 or sizes.shape[1] != 3:
         raise ValueError(f"sizes must be [segments, 3], got {list(sizes.shape)}.")
@@ -84,24 +85,24 @@ def size_aware_embedding(
     use_frames: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """x + W2 SiLU(W1 f + b1) + b2 for every token, f the `size_features` of its segment.
+    """Return x + W2 SiLU(W1 f + b1) + b2 for every token, where f are the `size_features` of its segment.
 
-    A function of (height, width, aspect, frames, fps) rather than a table index, so it extends to sizes that
-    training never saw. Everything is computed in float32 (float64 for float64 x) and cast once.
+    The embedding is a function of height, width, aspect ratio, frames and fps, not a table index, so it extends to
+    sizes that training never saw. Everything is computed in float32 (float64 for float64 x) and rounded once.
 
     Args:
-        x: `[tokens, dim]`, floating. Rows beyond the layout's tokens come out zero.
-        layout: its `sizes` are counted in tokens and its `cu_seqlens` say which rows they describe.
-        w1: `[hidden, 12 · octaves]`, any number of octaves.
+        x: `[tokens, dim]`, floating. Rows beyond the layout's tokens become zero.
+        layout: its `sizes` are in tokens, and its `cu_seqlens` say which rows they describe.
+        w1: `[hidden, 12 · octaves]`, for any number of octaves.
         b1: `[hidden]`.
         w2: `[dim, hidden]`.
         b2: `[dim]`.
-        fps: frames per second, `[segments]` or one number; None or entries <= 0: unknown.
+        fps: frames per second, `[segments]` or one number; None or entries <= 0 mean unknown.
         use_frames: False leaves the clip length out.
         backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
-        `[tokens, dim]`, dtype of x.
+        `[tokens, dim]`, in the dtype of x.
 
     Raises:
         TypeError: `layout` is not a `PackedLayout`, a tensor is missing, or x is not floating.
@@ -124,7 +125,7 @@ def size_aware_embedding(
 
 @torch.library.custom_op("vot_kernels::segment_add_fwd", mutates_args=())
 def _segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
-    """x + the row of its segment in `embedding` `[segments, dim]`; zero from row `tokens`, cu_seqlens[-1], on."""
+    """Add to each row of x its segment's row of `embedding` `[segments, dim]`; rows from `tokens` on become zero."""
     return load("size_aware_embedding", backend).forward(x, embedding, cu_seqlens, tokens)
 
 
@@ -138,7 +139,7 @@ def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: st
 def _segment_add_bwd(
     d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """d_x and d_embedding."""
+    """Return d_x and d_embedding."""
     return load("size_aware_embedding", backend).backward(d_out, embedding, cu_seqlens, tokens)
 
 

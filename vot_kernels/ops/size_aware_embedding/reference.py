@@ -1,4 +1,4 @@
-"""The embedding segment by segment, written to be read: the oracle for every backend."""
+"""The embedding, segment by segment, written to be read: the oracle for every backend."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def size_aware_embedding(
     x: Tensor, cu_seqlens: Tensor, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:
-    """Adds W2 SiLU(W1 features + b1) + b2 of its segment to every token; rows beyond the last are 0."""
+    """Add W2 SiLU(W1 features + b1) + b2 of its segment to every token; rows beyond the last segment become 0."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
     bounds = cu_seqlens.tolist()
     rows = []

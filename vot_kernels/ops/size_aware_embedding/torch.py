@@ -1,14 +1,14 @@
-"""The PyTorch backend of `size_aware_embedding`: a row for each segment, added to all of its tokens."""
+"""The PyTorch backend of `size_aware_embedding`: a row per segment is added to all tokens of the segment."""
 
 import torch
 from torch import Tensor
 
-_LONG = 8  # a CPU goes through the segments one by one if they have this many tokens on average
-_RUN = 64  # numbers that are added one after the other; fewer than 4 would never come to an end
+_LONG = 8  # tokens per segment, on average, from which on a CPU processes the segments one by one
+_RUN = 64  # rows that are added in sequence; with fewer than 4 the recursion would not end
 
 
 def forward(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """x + the row of its segment in `embedding`; zero from row `tokens` on."""
+    """Add to each row of x the row of its segment in `embedding`; rows from `tokens` on become zero."""
     out = x.new_empty(x.shape)
     out[tokens:] = 0
     x, packed = x[:tokens], out[:tokens]
@@ -22,7 +22,7 @@ def forward(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int) -> Te
 
 
 def backward(d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """d_x and d_embedding; sums run in a fixed order, without atomics."""
+    """Return d_x and d_embedding; sums are in a fixed order, without atomics."""
     d_x = d_out.new_empty(d_out.shape)
     d_x[tokens:] = 0
     d_x[:tokens] = d_out[:tokens]
@@ -40,10 +40,10 @@ def _one_by_one(x: Tensor, embedding: Tensor) -> bool:
 
 
 def _segment_sums(rows: Tensor, bounds: Tensor) -> Tensor:
-    """Sums of rows[bounds[i] : bounds[i + 1]], `[len(bounds) - 1, dim]`.
+    """Return the sums of rows[bounds[i] : bounds[i + 1]], `[len(bounds) - 1, dim]`.
 
-    Runs of `_RUN` rows are summed, then runs of their sums, and so on: the rounding error grows with the logarithm
-    of the length of a segment, not with the length.
+    Runs of `_RUN` rows are summed, then runs of these sums, and so on: the rounding error grows with the logarithm of
+    the length of a segment, not with the length.
     """
     longest = rows.shape[0]
     while longest > _RUN:

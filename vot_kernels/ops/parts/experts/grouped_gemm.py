@@ -1,6 +1,6 @@
 """Launchers of the matrix products over rows grouped by expert, and of the sum over a token's slots.
 
-`Slots` says which places belong to which expert, on the device alone: grids are functions of what the host knows.
+`Slots` has the places of each expert, on the device only, so grids depend only on what the host knows.
 """
 
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ def grouped_matmul(
     second: tuple[Tensor, Tensor] | None = None,
     addend: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """out[p] = a[row of p] @ w[e] (+ a2[p] @ w2[e]) (+ scale[p] * rows[p]) at each place p of an expert e.
+    """Compute out[p] = a[row of p] @ w[e] (+ a2[p] @ w2[e]) (+ scale[p] * rows[p]) at each place p of an expert e.
 
-    Products add up in float32 and are rounded once.
+    Products are summed in float32 and rounded once.
 
     Args:
-        a: `[slots, K]`, or with `gather` `[tokens, K]`: the row of a place is then that of its token.
+        a: `[slots, K]`, or with `gather` `[tokens, K]`, where the row of a place is that of its token.
         w: `[experts, K, N]`, any strides; copied unless K or N is contiguous.
         slots: the places of each expert.
         gather: see `a`.
@@ -87,11 +87,11 @@ def grouped_matmul(
 def weight_gradient(
     a: Tensor, b: Tensor, slots: Slots, *, gather_a: bool = False, gather_b: bool = False
 ) -> Tensor:
-    """out[e] = sum over the places p of expert e of a[row of p]ᵀ b[row of p], in float32 and ascending order.
+    """Sum a[row of p]ᵀ b[row of p] over the places p of each expert, in float32 and ascending order.
 
     Args:
-        a, b: `[slots, M]` and `[slots, N]`, or where gathered `[tokens, M]`, `[tokens, N]`: the row of a place is
-            then that of its token.
+        a, b: `[slots, M]` and `[slots, N]`, or if gathered `[tokens, M]` and `[tokens, N]`, where the row of a place
+            is that of its token.
         slots: the places of each expert.
         gather_a, gather_b: see `a`.
 
@@ -126,12 +126,12 @@ def weight_gradient(
 
 
 def combine(rows: Tensor, slots: Slots, tokens: int, weights: Tensor | None) -> Tensor:
-    """out[t] = sum over the slots j of token t, in float32 and ascending order, of weights[t, j] * its row.
+    """Sum weights[t, j] * its row over the slots j of each token t, in float32 and ascending order.
 
     Args:
         rows: `[slots, N]`, at the places of the slots.
-        slots: the place of each slot; those of place -1 add nothing.
-        tokens: how many.
+        slots: the place of each slot; slots with place -1 add nothing.
+        tokens: number of tokens.
         weights: float32 `[tokens, top_k]`, or None for 1.
 
     Returns:
@@ -161,5 +161,5 @@ def combine(rows: Tensor, slots: Slots, tokens: int, weights: Tensor | None) -> 
 
 
 def _key(x: Tensor, unit: int, *sizes: int) -> dict[str, int]:
-    """`vector`: how many numbers a load takes at once; where these are few, a thread needs more addresses."""
+    """Return `vector`, the number of elements that one load takes; with few, a thread needs more addresses."""
     return {"bits": 8 * x.dtype.itemsize, "vector": gcd(unit, *sizes)}

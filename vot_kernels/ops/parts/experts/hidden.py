@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels of the hidden layer of gated experts, forward and backward.
 
-Rows of the results lie in place order, see `Slots`; those from offsets[-1] on are uninitialized. Nothing here asks
-the device for a number.
+Rows of the results are in the order of places, see `Slots`; those from offsets[-1] on are uninitialized. No function
+here waits for the device.
 """
 
 from math import gcd
@@ -20,19 +20,19 @@ _BWD = Kernel("experts", "hidden_bwd", "experts.hidden:_expert_hidden_bwd_kernel
 def expert_hidden(
     x: Tensor, w_value: Tensor, gate: tuple[Tensor, Tensor] | Tensor, slots: Slots, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """hidden = SiLU(pre) * value, with value = x W_valueᵀ of each place's token and expert.
+    """Compute hidden = SiLU(pre) * value, with value = x W_valueᵀ for the token and expert of each place.
 
     Args:
         x: `[tokens, dim]`, float16, bfloat16 or float32.
         w_value: `[experts, hidden, dim]`, any strides.
-        gate: (cache `[slots, rank]` in place order, w_up `[experts, hidden, rank]`): pre = cache W_upᵀ; or
-            w_gate `[experts, hidden, dim]`: pre = x W_gateᵀ.
+        gate: either (cache `[slots, rank]` in the order of places, w_up `[experts, hidden, rank]`) for pre = cache
+            W_upᵀ, or w_gate `[experts, hidden, dim]` for pre = x W_gateᵀ.
         slots: which token and expert are at each place.
         save: also return what the backward reads.
 
     Returns:
-        hidden `[slots, hidden]`, and with `save` value `[slots, hidden]`, or with w_gate pre and value side by
-        side `[slots, 2 * hidden]`; else None. All in the dtype of x.
+        hidden `[slots, hidden]`, and None or with `save` what the backward reads: value `[slots, hidden]`, or with
+        w_gate pre and value side by side `[slots, 2 * hidden]`. All have the dtype of x.
     """
     cache, w_gate = gate if isinstance(gate, tuple) else (None, gate)
     x, cache = rows_contiguous(x), None if cache is None else rows_contiguous(cache)
@@ -83,21 +83,21 @@ def hidden_backward(
     weights: Tensor,
     slots: Slots,
 ) -> tuple[Tensor, ...]:
-    """Gradients through y[t] = Σ_j weights[t, j] · hidden[place of slot (t, j)] W_out.
+    """Compute the gradients through y[t] = Σ_j weights[t, j] · hidden[place of slot (t, j)] W_out.
 
     Args:
         d_y: `[tokens, dim]`.
         w_out: `[experts, hidden, dim]`, any strides.
-        saved: as the forward returned it.
-        gate: (cache, w_up) of the forward, from which pre is computed again; None where it had w_gate.
+        saved: what the forward returned for the backward.
+        gate: (cache, w_up) of the forward, from which pre is recomputed; None if it had w_gate.
         weights: float32 `[tokens, top_k]`.
         slots: those of the forward.
 
     Returns:
-        d_pre and d_value `[slots, hidden]`, or where there is no cache the two side by side, one tensor
-        `[slots, 2 * hidden]`; weighted `[slots, hidden]`, the mixing weight times hidden; these in the dtype of
-        `saved`. Last, partials float32 `[blocks, slots]`: their sum over the blocks of columns is the gradient of
-        each place's mixing weight.
+        d_pre and d_value `[slots, hidden]`, or without a cache the two side by side in one tensor
+        `[slots, 2 * hidden]`; weighted `[slots, hidden]`, the mixing weight times hidden; all of the dtype of `saved`.
+        Last, partials float32 `[blocks, slots]`, whose sum over the blocks of columns is the gradient of the mixing
+        weight of each place.
     """
     cache, w_up = (None, None) if gate is None else (rows_contiguous(gate[0]), matrices_contiguous(gate[1]))
     d_y, w_out, saved = rows_contiguous(d_y), matrices_contiguous(w_out), saved.contiguous()
@@ -107,7 +107,7 @@ def hidden_backward(
     weighted = saved.new_empty(places, width)
     told = strides({"w_out": w_out, "w_gate": w_up}, d_y=d_y, cache=cache)
     config = _BWD.config(saved.device, _key(saved, cache, gcd(told["STRIDE_UNIT"], width)))
-    # This is a tile and not a block: tuning does not change it, so `partials` fits every candidate.
+    # This is a tile, not a block: tuning does not change it, so `partials` fits every candidate.
     partials = saved.new_empty(ceil_div(width, config.blocks["TILE_N"]), places, dtype=torch.float32)
     _BWD.launch(
         lambda blocks: (_programs(slots, width, blocks["BLOCK_M"], blocks["TILE_N"]),),
@@ -136,11 +136,11 @@ def hidden_backward(
 
 
 def _key(x: Tensor, cache: Tensor | None, vector: int) -> dict[str, int]:
-    """vector: how many numbers lie side by side wherever a load or a store begins, 8 at most."""
+    """Return `vector`, the number of contiguous elements at the start of every load or store, at most 8."""
     return {"bits": 8 * x.dtype.itemsize, "cached": int(cache is not None), "vector": vector}
 
 
 def _programs(slots: Slots, width: int, rows: int, columns: int) -> int:
-    """One per tile; every expert has a tile more than it may need."""
+    """Return one program per tile; every expert has one tile more than it may need."""
     places, experts = slots.order.shape[0], slots.offsets.shape[0] - 1
     return (places // rows + experts) * ceil_div(width, columns) if places else 0

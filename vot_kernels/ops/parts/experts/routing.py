@@ -1,7 +1,6 @@
-"""Launchers of the Triton kernels that choose experts and group the choices, and their caches, by expert.
+"""Launchers of the Triton kernels that choose experts and sort the choices, and their caches, by expert.
 
-Nothing here asks the device for a number. Sizes of the weights are constants of the kernels, the number of tokens
-is not.
+No function here waits for the device. Sizes of the weights are constants of the kernels; the number of tokens is not.
 """
 
 from typing import Any
@@ -19,13 +18,13 @@ _RANK_SLOTS = Kernel("experts", "rank_slots", "experts.index:_rank_slots_kernel"
 _PLACE_SLOTS = Kernel("experts", "place_slots", "experts.index:_place_slots_kernel")
 _GATHER_CACHES = Kernel("experts", "gather_caches", "experts.gather:_gather_caches_kernel")
 _MIXING_BACKWARD = Kernel("experts", "mixing_backward", "experts.index:_mixing_backward_kernel")
-_SPANS = (128, 64, 32, 16)  # columns whose squares make a partial sum; 8 where these pad a rank too much
+_SPANS = (128, 64, 32, 16)  # columns whose squares make a partial sum; 8 if these pad a rank too much
 
 
 def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Tensor | None]:
-    """Squared norms float32 `[tokens, experts]` of C_i = x W_downᵢᵀ, and C `[tokens, experts, rank]` if kept.
+    """Return squared norms float32 `[tokens, experts]` of C_i = x W_downᵢᵀ, and C `[tokens, experts, rank]` if kept.
 
-    The squares come from the float32 accumulator, C has the dtype of x.
+    The squares are of the float32 accumulator; C has the dtype of x.
 
     Args:
         x: `[tokens, dim]`, float32, float16 or bfloat16, any strides.
@@ -62,9 +61,9 @@ def cache_norms(x: Tensor, w_down: Tensor, keep_cache: bool) -> tuple[Tensor, Te
 def select_experts(
     squares: Tensor, bias: Tensor | None, top_k: int, weighting: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms float32 `[tokens, experts]`, indices int64 and weights float32 `[tokens, top_k]`.
+    """Return norms float32 `[tokens, experts]`, indices int64 and weights float32 `[tokens, top_k]`.
 
-    Chosen are the largest of norms + bias, the largest first, of equal ones the lowest id, NaN before any number.
+    The largest of norms + bias are chosen, largest first. Ties go to the lowest id, and NaN comes before any number.
 
     Args:
         squares: float32 `[tokens, experts]`, squared norms.
@@ -92,7 +91,7 @@ def select_experts(
 
 
 def group_slots(indices: Tensor, experts: int) -> Slots:
-    """The choices grouped by expert, in the order of the slots inside each.
+    """Sort the choices by expert, keeping the order of the slots within each expert.
 
     Args:
         indices: int32 or int64 `[tokens, top_k]`, any strides. A token may name an expert twice; ids outside 0 to
@@ -116,7 +115,9 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     )
     starts = torch.cumsum(counts, 0, dtype=torch.int32)
     _PLACE_SLOTS.launch(
-        (ceil_div(slots, tile),),  # a fixed grid disables tuning: this kernel updates `places` in place
+        (
+            ceil_div(slots, tile),
+        ),  # a fixed grid disables tuning, because this kernel updates `places` in place
         indices_ptr=indices,
         starts_ptr=starts,
         places_ptr=places,
@@ -128,7 +129,7 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
 
 
 def gather_caches(caches: Tensor, slots: Slots) -> Tensor:
-    """`[slots, rank]` in the order of places, from `[tokens, experts, rank]`."""
+    """Return `[slots, rank]` in the order of places, taken from `[tokens, experts, rank]`."""
     experts, rank = caches.shape[1:]
     count = slots.order.shape[0]
     out = caches.new_empty(count, rank)
@@ -153,11 +154,11 @@ def mixing_backward(
     indices: Tensor,
     weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the mixing weights, and what the norm of each cache adds to the gradient of that cache.
+    """Return the gradient of the mixing weights, and the factor by which the norm of a cache adds to its gradient.
 
-    With w the softmax over the chosen norms p = |c|: d_mix = the sum of partials at the slot's place +
-    d_weights; dp = w (d_mix - sum of w d_mix over the token's slots); the gradient of c through p is
-    scale c, scale = dp / p, 0 where p is 0.
+    With w the softmax over the chosen norms p = |c|, d_mix = the sum of partials at the slot's place + d_weights, and
+    dp = w (d_mix - sum of w d_mix over the token's slots). The gradient of c through p is scale c with scale = dp / p,
+    or 0 where p is 0.
 
     Args:
         partials: float32 `[blocks, slots]`, in the order of places.
@@ -176,7 +177,7 @@ def mixing_backward(
 
 
 def sum_partials(partials: Tensor, slots: Slots) -> Tensor:
-    """float32 `[tokens, top_k]`: for each slot the sum of partials `[blocks, slots]` at its place, 0 if it has none."""
+    """Sum partials `[blocks, slots]` at the place of each slot to float32 `[tokens, top_k]`; 0 if it has no place."""
     return _mixing_backward(partials, None, slots, None, None, None, None)
 
 
@@ -211,7 +212,7 @@ def _mixing_backward(
 
 
 def _sum_spans(sums: Tensor, experts: int) -> Tensor:
-    """float32 `[tokens, experts]` of sums `[tokens, experts * spans]`."""
+    """Return float32 `[tokens, experts]` from sums `[tokens, experts * spans]`."""
     squares = sums.new_empty(sums.shape[0], experts)
     spans = sums.shape[1] // experts
     _SUM_SPANS.launch(
@@ -225,7 +226,7 @@ def _sum_spans(sums: Tensor, experts: int) -> Tensor:
 
 
 def _span(rank: int) -> int:
-    """The widest span that pads `rank` by no more than a sixteenth: padding is computed for nothing."""
+    """Return the widest span that pads `rank` by at most a sixteenth, because padding is computed for nothing."""
     return next((span for span in _SPANS if -rank % span * 16 <= rank), 8)
 
 
@@ -235,10 +236,10 @@ def _has_aligned_rows(x: Tensor) -> bool:
 
 
 def _aligned(*lengths: int) -> bool:
-    """Whether what is as many bytes apart can be read and written 16 bytes at a time."""
+    """Whether addresses that many bytes apart can be read and written 16 bytes at a time."""
     return all(length % 16 == 0 for length in lengths)
 
 
 def _row_blocks(rows: int, width: int, block: int) -> int:
-    """Programs for rows of `width` numbers, padded to a power of two, of which a program takes about `block`."""
+    """Return the programs for rows of `width` elements, padded to a power of two, with about `block` of them each."""
     return ceil_div(rows, max(block >> (width - 1).bit_length(), 1))

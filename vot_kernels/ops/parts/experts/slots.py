@@ -1,4 +1,4 @@
-"""What the backends of `aoe` and `moe` share: slots, expert bodies one after the other, the gradient of norms."""
+"""The parts that the backends of `aoe` and `moe` share: slots, expert bodies, the gradients of norms."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # the size of a block of caches
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # elements in a block of caches
 
 
 @dataclass(frozen=True, eq=False)
 class Slots:
     """The choices of all tokens, grouped by expert.
 
-    Slot `t * top_k + j` is the j-th choice of token t. Sorted by expert, and for one expert by slot, it has a
-    *place*.
+    Slot `t * top_k + j` is the j-th choice of token t. Its *place* is its position when the slots are sorted by
+    expert and, within an expert, by slot.
 
     Attributes:
         order: int32 `[slots]`, the slot at each place; undefined from offsets[-1] on.
-        places: int32 `[slots]`, the place of each slot; -1 where its expert does not exist. No entries where
-            nobody asks for it (the `torch` backend).
-        offsets: int32 `[experts + 1]`: expert e has the places offsets[e] to before offsets[e + 1].
-        top_k: slots of a token.
+        places: int32 `[slots]`, the place of each slot; -1 if its expert does not exist. It has no entries in the
+            `torch` backend, which does not need it.
+        offsets: int32 `[experts + 1]`: expert e has the places from offsets[e] to offsets[e + 1] - 1.
+        top_k: number of slots of a token.
     """
 
     order: Tensor
@@ -31,7 +31,7 @@ class Slots:
     top_k: int
 
     def by_expert(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """(expert, its places, their slots) of each expert that has any. Reads the offsets on the host."""
+        """Yield (expert, its places, their slots) for each expert that has any. The host reads the offsets."""
         bounds = self.offsets.tolist()
         for expert in range(len(bounds) - 1):
             if bounds[expert] < bounds[expert + 1]:
@@ -40,7 +40,7 @@ class Slots:
 
 
 class Experts(NamedTuple):
-    """The weights of `aoe`; see there."""
+    """The weights of `aoe`; see that op."""
 
     w_down: Tensor
     w_up: Tensor
@@ -49,13 +49,13 @@ class Experts(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward of `aoe` finds and its backward reads.
+    """What the forward of `aoe` computes and its backward reads.
 
     Attributes:
         norms, indices, weights: as in `vot_kernels.ops.aoe.AoEAux`.
         cache: `[slots, rank]`, C of the selected experts in the order of places.
         value: `[slots, hidden]`, x W_pᵀ in the order of places.
-        slots: which slot has which place.
+        slots: the slot at each place.
     """
 
     norms: Tensor
@@ -67,7 +67,7 @@ class Saved(NamedTuple):
 
 
 def group_slots(indices: Tensor, experts: int) -> Slots:
-    """Slots of `indices` `[tokens, top_k]`, by a stable sort; ids that no expert has come last."""
+    """Return the slots of `indices` `[tokens, top_k]` by a stable sort; ids without an expert come last."""
     flat = indices.flatten()
     flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
     counts = torch.bincount(flat, minlength=experts + 1)[:experts]
@@ -79,7 +79,7 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
 def swiglu_backward(
     gate: Tensor, value: Tensor, d_hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward of h = weight · SiLU(gate) · value; overwrites `d_hidden`.
+    """Compute the backward of h = weight · SiLU(gate) · value; overwrite `d_hidden`.
 
     Args:
         gate, value: `[rows, hidden]`.
@@ -101,13 +101,13 @@ def swiglu_backward(
 
 
 def softmax_backward(probabilities: Tensor, d_probabilities: Tensor) -> Tensor:
-    """Gradient of the logits."""
+    """Return the gradient of the logits."""
     mean = (probabilities * d_probabilities).sum(-1, keepdim=True)
     return probabilities * (d_probabilities - mean)
 
 
 def over_norm(d_norms: Tensor, norms: Tensor) -> Tensor:
-    """d_norms / norms, and the subgradient 0 where the norm is 0."""
+    """Return d_norms / norms, with the subgradient 0 where the norm is 0."""
     return torch.where(norms > 0, d_norms / norms, torch.zeros_like(d_norms))
 
 
@@ -119,7 +119,7 @@ def norm_gradient(
     d_norms: Tensor | None,
     weighting: str,
 ) -> Tensor:
-    """Gradient of every norm `[tokens, experts]`: through the mixing weights, plus `d_norms` from outside."""
+    """Return the gradient of every norm `[tokens, experts]`: through the mixing weights, plus the given `d_norms`."""
     if weighting == "topk_softmax":
         total = torch.zeros_like(norms).scatter_(1, indices, softmax_backward(weights, d_weights))
     else:
@@ -130,12 +130,12 @@ def norm_gradient(
 def cache_blocks(
     x: Tensor, w_down: Tensor, dtype: torch.dtype, scale: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, C `[tokens, experts, rank]` computed in `dtype`), blocks of bounded size.
+    """Yield (tokens, C `[tokens, experts, rank]` computed in `dtype`) in blocks of bounded size.
 
     Args:
         x: `[tokens, dim]`.
         w_down: `[experts, rank, dim]`.
-        dtype: of the products.
+        dtype: dtype of the products.
         scale: `[tokens, 1]`, multiplies x; None for 1.
     """
     experts, rank, dim = w_down.shape
@@ -149,7 +149,7 @@ def cache_blocks(
 
 
 def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What dC = scale · C of all experts adds to the gradients of x and w_down; products are computed in `dtype`.
+    """Return what dC = scale · C of all experts adds to the gradients of x and w_down, computed in `dtype`.
 
     Args:
         x: `[tokens, dim]`.
@@ -157,7 +157,7 @@ def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype)
         scale: `[tokens, experts]`, the gradient of each norm over that norm.
 
     Returns:
-        Both in the dtype of `scale`. No more than a block of caches is held at a time.
+        Both in the dtype of `scale`. Only one block of caches is in memory at a time.
     """
     matrix = w_down.flatten(0, 1).to(dtype)
     d_x = x.new_empty(x.shape, dtype=scale.dtype)

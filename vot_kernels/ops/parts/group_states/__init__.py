@@ -1,1 +1,1 @@
-"""Linear attention by states: the sums of groups of tokens and their scans."""
+"""Linear attention by states: sums over groups of tokens, and scans of these sums."""

@@ -2,7 +2,7 @@
 
     F_g = sum of S_g' over g' <= g - left, plus the sum over g' >= g + right, within one segment.
 
-Prefix and suffix are summed, never obtained as "all minus near", which would cancel as far becomes empty.
+Prefixes and suffixes are summed, never computed as "all minus near", which would cancel when few groups are far.
 Buffers are head-major `[heads, tokens, width]`; states are `[heads, slots, width, head_dim + 1]`.
 """
 
@@ -25,12 +25,12 @@ from vot_kernels.ops.parts.range_attention.torch import (
 
 @dataclass(frozen=True, eq=False)
 class StatePlan:
-    """Where the groups that take part lie and how their states are scanned.
+    """The places of the groups that take part, and how their states are scanned.
 
     Attributes:
-        groups: runs of equal length, each with the slots of its groups' states.
-        runs: segments of as many groups and the same offsets, side by side.
-        num_slots: states in all.
+        groups: runs of groups of equal length, each with the slots of its states.
+        runs: segments with the same number of groups and the same offsets, side by side.
+        num_slots: total number of states.
     """
 
     groups: tuple[tuple[Blocks, Tensor], ...]
@@ -44,7 +44,7 @@ class Run(NamedTuple):
     Attributes:
         first: slot of their first state.
         segments, groups: how many there are, and how many groups each has.
-        left, right: the scan's offsets, None for no such side.
+        left, right: the scan's offsets, None for a side that is not summed.
     """
 
     first: int
@@ -61,9 +61,9 @@ def plan_states(
     right: int | np.ndarray | None,
     device: torch.device,
 ) -> StatePlan:
-    """The plan for segments given by their first group, groups by their first row; offsets may differ by segment.
+    """Return the plan for segments given by their first group and groups by their first row.
 
-    Segments of too few groups for any scan to reach another are left out.
+    Offsets may differ by segment. Segments with too few groups for any scan to reach another group are left out.
     """
     counts = np.diff(segment_groups)
     nowhere = np.iinfo(np.int64).max
@@ -88,7 +88,7 @@ def plan_states(
 
 
 def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
-    """S_g of features `[heads, tokens, width]` and values `[heads, tokens, e]`, one per slot."""
+    """Return S_g of features `[heads, tokens, width]` and values `[heads, tokens, e]`, one state per slot."""
     shape = (features.shape[0], plan.num_slots, features.shape[2], values.shape[2])
     states = features.new_zeros(shape)
     for blocks, slots in plan.groups:
@@ -99,9 +99,9 @@ def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
 def scan_states(
     states: Tensor, plan: StatePlan, *, transposed: bool = False, log_step: Tensor | None = None
 ) -> Tensor:
-    """F_g of every slot; transposed, the gradient of S_g given that of F_g.
+    """Return F_g of every slot; transposed, the gradient of S_g from that of F_g.
 
-    log_step: `[heads]`, log of the factor by which a state shrinks from one group to the next; None is 0.
+    log_step: `[heads]`, log of the factor by which a state shrinks from one group to the next; None means 0.
     """
     scanned = torch.zeros_like(states)
     for first, segments, groups, *sides in plan.runs:
@@ -117,10 +117,10 @@ def scan_states(
 
 
 def _running_sum(x: Tensor, log_step: Tensor | None) -> Tensor:
-    """y_g = x_g + exp(log_step) y_(g-1) over dimension 2 of `[heads, segments, groups, ...]`.
+    """Compute y_g = x_g + exp(log_step) y_(g-1) over dimension 2 of `[heads, segments, groups, ...]`.
 
-    After the step of width w every y holds its last 2 w terms: a logarithm of the groups in steps, and the
-    factor of each is exp(w log_step) itself, not a product of rounded factors.
+    After the step of width w, every y is the sum of its last 2 w terms, so the number of steps is logarithmic. The
+    factor of each step is exp(w log_step) itself, not a product of rounded factors.
     """
     if log_step is None:
         return x.cumsum(2)
@@ -133,7 +133,7 @@ def _running_sum(x: Tensor, log_step: Tensor | None) -> Tensor:
 
 
 def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
-    """features_i F_g(i) `[heads, tokens, e]`; rows outside the plan are 0."""
+    """Return features_i F_g(i) `[heads, tokens, e]`; rows outside the plan are 0."""
     heads, tokens, _ = features.shape
     if len(plan.groups) == 1 and plan.groups[0][0].num_rows == tokens:
         blocks, slots = plan.groups[0]
@@ -145,7 +145,7 @@ def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
 
 
 def add_pairs(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, pairs: RangePass) -> None:
-    """out_i += sum_j (queries_i keys_j) values_j over `pairs` of rows, one by one: `[heads, …]`, `[kv_heads, …]`."""
+    """Add sum_j (queries_i keys_j) values_j to out_i over `pairs` of rows: `[heads, …]`, `[kv_heads, …]`."""
     for item in pairs:
         weights = _pair_weights(item, queries, keys)
         item.queries.add(
@@ -156,14 +156,14 @@ def add_pairs(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, pairs:
 def add_pairs_transposed(
     out: Tensor, queries: Tensor, keys: Tensor, others: Tensor, pairs: RangePass
 ) -> None:
-    """out_j += sum_i (queries_i keys_j) others_i: `add_pairs` from the keys' side, over all heads that share a key."""
+    """Add sum_i (queries_i keys_j) others_i to out_j: `add_pairs` transposed, over all heads that share a key."""
     for item in pairs:
         weights = _pair_weights(item, queries, keys).transpose(-1, -2)
         item.keys.add(out, (weights @ folded_rows(item, others, out.shape[0])).transpose(0, 1))
 
 
 def _pair_weights(item: RangeBlocks, queries: Tensor, keys: Tensor) -> Tensor:
-    """`[runs, kv_heads, repeats * rows, keys]`, 0 for a pair that does not count."""
+    """Return `[runs, kv_heads, repeats * rows, keys]`, 0 for a pair that does not count."""
     rows = folded_rows(item, queries, keys.shape[0])
     weights = rows @ item.keys.take(keys).permute(1, 0, 3, 2)
     hidden = item.hidden(queries.shape[0] // keys.shape[0])
@@ -171,16 +171,16 @@ def _pair_weights(item: RangeBlocks, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def feature_map(x: Tensor, name: str) -> Tensor:
-    """phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
+    """Return phi(x) >= 0 over the last dimension: "softmax", "elu" (elu + 1) or "relu"."""
     if name == "softmax":
         return x.softmax(-1)
-    if name == "elu":  # exp(x) for x < 0, not (exp(x) - 1) + 1, which loses its digits
+    if name == "elu":  # exp(x) for x < 0, because (exp(x) - 1) + 1 loses digits
         return x.clamp(max=0).exp_().add_(x.relu())
     return x.relu()
 
 
 def feature_map_backward(x: Tensor, features: Tensor, d_features: Tensor, name: str) -> Tensor:
-    """The gradient of x, given features = phi(x) and their gradient."""
+    """Return the gradient of x, given features = phi(x) and their gradient."""
     if name == "softmax":
         return features * (d_features - (features * d_features).sum(-1, keepdim=True))
     if name == "elu":  # elu(x) + 1 is its own derivative for x < 0
@@ -189,13 +189,13 @@ def feature_map_backward(x: Tensor, features: Tensor, d_features: Tensor, name: 
 
 
 def log_weight(beta: Tensor | None, query: Tensor) -> Tensor:
-    """beta `[heads, 1, 1]` in the dtype of the computation."""
+    """Return beta as `[heads, 1, 1]` in the dtype of the computation."""
     values = query.new_zeros(query.shape[0]) if beta is None else beta.to(query.dtype)
     return values[:, None, None]
 
 
 def far_weight(beta: Tensor, lse: Tensor) -> Tensor:
-    """exp(beta - lse), bounded so that it times an absent far part is 0 and not NaN."""
+    """Return exp(beta - lse), bounded so that its product with an absent far part is 0 and not NaN."""
     limit = math.log(torch.finfo(lse.dtype).max) - 8
     exponent = beta - lse
     # What the rounding of the difference left out (Knuth's two-sum), which matters where beta is large.
@@ -205,11 +205,10 @@ def far_weight(beta: Tensor, lse: Tensor) -> Tensor:
 
 
 def join_far(out: Tensor, lse: Tensor, sums: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """The near result and the far sums [numerator, normaliser] under one normaliser. Consumes `out`."""
+    """Join the near result and the far sums [numerator, normaliser] under one normaliser. This overwrites `out`."""
     joint = torch.logaddexp(lse, beta + sums[..., -1:].log())
     near, far = (lse - joint).exp_(), far_weight(beta, joint)
-    total = (
-        near + far * sums[..., -1:]
-    )  # 1 but for the roundings of lse, which do.o in gradients would not bear
+    # 1 up to the rounding of lse, which the gradients could not tolerate in do.o
+    total = near + far * sums[..., -1:]
     out = out.mul_(near.div_(total)).addcmul_(sums[..., :-1], far.div_(total))
     return out, joint

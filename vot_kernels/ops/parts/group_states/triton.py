@@ -1,7 +1,7 @@
 """Launchers of the group state kernels: the state of each group, and running sums of states.
 
 States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_dim]`, then z `[width]`; see
-`kernels/triton/group_states/states.py`. Nothing here asks the device for a number.
+`kernels/triton/group_states/states.py`. No function here waits for the device.
 """
 
 from collections.abc import Mapping
@@ -16,18 +16,19 @@ from vot_kernels.tuning import Config
 _TILES = Kernel("group_states", "group_states", "group_states.states:_group_states_kernel")
 _REDUCE = Kernel("group_states", "reduce_states", "group_states.states:_reduce_states_kernel")
 _SCAN = Kernel("group_states", "scan_states", "group_states.states:_scan_states_kernel")
-# Bits that tl.dot keeps of a factor. float16 is multiplied as tf32, because sums over a segment exceed its range.
+# Bits that tl.dot keeps of a factor. float16 is multiplied as tf32, because sums over a segment exceed the float16
+# range.
 _DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows that make up a state.
+    """The rows that a state sums.
 
     Attributes:
-        features: `[tokens, heads, width]`, width >= 16; `feature_map` is applied to them ("none": taken as
-            they are, and of the dtype of the values).
-        values: `[tokens, heads, head_dim]`. Columns of both lie side by side in memory.
+        features: `[tokens, heads, width]`, width >= 16; `feature_map` is applied to them ("none": they are used
+            unchanged and have the dtype of the values).
+        values: `[tokens, heads, head_dim]`. The columns of both are contiguous.
         weights: float32 `[tokens, heads]`, factors of the features, or None for 1.
         last: float32 `[tokens, heads]`, the column appended to the values, or None for 1.
     """
@@ -39,18 +40,19 @@ class Rows:
 
 
 def dot_bits(x: Tensor) -> int:
-    """Bits that the matrix products of inputs like `x` keep of their factors."""
+    """Return the bits that the matrix products of inputs like `x` keep of their factors."""
     return _DOT_BITS[x.dtype]
 
 
 def states_config(rows: Rows) -> Config:
-    """How the states of `rows` are summed; its TILE says how many rows make a partial state."""
+    """Return the config for the states of `rows`; its TILE is the number of rows of a partial state."""
     sizes = {"width": padded(rows.features.shape[2]), "head_dim": padded(rows.values.shape[2])}
     return _TILES.config(rows.values.device, {**sizes, "dot_bits": dot_bits(rows.values)})
 
 
 def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:
-    """The state of each group `[groups, kv_heads, width * (head_dim + 1)]`; heads // kv_heads heads add up.
+    """Return the state of each group `[groups, kv_heads, width * (head_dim + 1)]`, summed over heads // kv_heads
+    heads.
 
     bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
     """
@@ -79,7 +81,7 @@ def running_states(
     log_decay: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """For each tile of each segment the sum of the states of the tiles before it; reverse: after it.
+    """Return for each tile the sum of the states of the tiles before it in its segment; reverse: after it.
 
     log_decay: float32 `[kv_heads]`; then kv_heads counts query heads, and several may read one head of `rows`.
     """
@@ -99,14 +101,14 @@ def scan_states(
     out: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
-    """Sums of the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
+    """Sum the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
 
     Args:
         states: `[slots, kv_heads, size]`.
-        bounds: int32 `[segments + 1]`: the first slot of each segment; with `tile` > 0 its first row, the
-            slots being tiles of as many rows.
-        out: add to this, contiguous, instead of writing a new tensor.
-        log_decay: float32 `[kv_heads]`, of each row of the tiles: a sum shrinks from tile to tile.
+        bounds: int32 `[segments + 1]`: the first slot of each segment, or with `tile` > 0 its first row, where a slot
+            is a tile of that many rows.
+        out: a contiguous tensor to add to, instead of writing a new tensor.
+        log_decay: float32 `[kv_heads]`, the decay per row: a sum shrinks from tile to tile.
     """
     kv_heads, size = states.shape[1:]
     key = {"dot_bits": dot_bits(states), "decay": int(log_decay is not None)}
@@ -119,7 +121,7 @@ def scan_states(
     _SCAN.launch(
         grid
         if out is None
-        else grid(config.blocks),  # a fixed grid disables tuning: the kernel adds to `out`
+        else grid(config.blocks),  # a fixed grid disables tuning, because the kernel adds to `out`
         config=config,
         states_ptr=contiguous(states),
         sums_ptr=sums,
@@ -144,7 +146,7 @@ def _tile_states(
     log_decay: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, int]:
-    """The state of each tile, and the rows of a tile; `states` gets those of groups of one tile instead."""
+    """Return the state of each tile, and the rows of a tile; groups of one tile are written to `states` instead."""
     config = states_config(rows)
     tokens, heads, width = rows.features.shape
     tiles = tokens // config.blocks["TILE"] + bounds.shape[0] - 1

@@ -1,8 +1,8 @@
-"""Equally long runs of rows of a packed buffer, worked on as one batch.
+"""Runs of rows of equal length in a packed buffer, computed as one batch.
 
 The torch backend has no kernel that takes ragged ranges, so it sorts the ranges of a packing into blocks of
 equal shape. Buffers here are head-major, `[heads, tokens, width]`, so that the rows of a run are contiguous.
-Where the runs are evenly spaced (groups of one size, overlapping windows) they are strided views: no copy.
+Evenly spaced runs (groups of one size, overlapping windows) are strided views, without a copy.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from vot_kernels.ops.dtypes import accumulator
 
-_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # the most that one temporary takes
+_CHUNK_BYTES = {"cpu": 2**23, "other": 2**28}  # the largest size of one temporary
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Runs of `length` rows that begin at `starts` (ascending), on tensors of `device`.
 
-    A single rule makes writes deterministic: values are added only between runs that do not overlap.
+    Writes are deterministic, because values are added only between runs that do not overlap.
     """
 
     starts: np.ndarray
@@ -35,7 +35,7 @@ class Blocks:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all runs together."""
+        """The number of rows of all runs together."""
         return len(self) * self.length
 
     @property
@@ -44,7 +44,7 @@ class Blocks:
         return self._step == self.length
 
     def take(self, buffer: Tensor) -> Tensor:
-        """`[heads, runs, length, width]`: a view where the runs are evenly spaced, else a copy."""
+        """Return `[heads, runs, length, width]`: a view if the runs are evenly spaced, else a copy."""
         if self._step is not None:
             return self._view(buffer)
         runs = buffer.index_select(1, self._rows)
@@ -67,7 +67,7 @@ class Blocks:
                 buffer.index_copy_(1, runs._rows, total.flatten(1, 2))
 
     def take_rows(self, x: Tensor) -> Tensor:
-        """`[runs, heads, length, width]` of `[tokens, heads, width]`: a view where the runs are evenly spaced."""
+        """Return `[runs, heads, length, width]` of `[tokens, heads, width]`: a view if the runs are evenly spaced."""
         if self._step is not None:
             return self._view(x.transpose(0, 1)).transpose(0, 1)
         return x.index_select(0, self._rows).unflatten(0, (len(self), self.length)).transpose(1, 2)
@@ -91,7 +91,7 @@ class Blocks:
 
     @cached_property
     def _step(self) -> int | None:
-        """Rows from one run to the next, None if it varies."""
+        """The number of rows from one run to the next, or None if it varies."""
         if len(self) == 1:
             return self.length
         steps = np.diff(self.starts)
@@ -105,7 +105,7 @@ class Blocks:
 
     @cached_property
     def _disjoint(self) -> list[tuple[slice, "Blocks"]]:
-        """Every c-th run, c times, for the least c with which no two of them overlap."""
+        """Every c-th run, c times, for the smallest c with which no two of them overlap."""
         ends = self.starts + self.length
         apart = 1
         while (self.starts[apart:] < ends[:-apart]).any():
@@ -117,7 +117,7 @@ class Blocks:
 
 
 def bucket(columns: np.ndarray) -> list[np.ndarray]:
-    """Row indices of the integer array `columns` `[rows, columns]`, one ascending array per distinct row."""
+    """Return the row indices of the integer array `columns` `[rows, columns]`, one ascending array per distinct row."""
     if not len(columns):
         return []
     _, which, counts = np.unique(columns, axis=0, return_inverse=True, return_counts=True)
@@ -125,13 +125,13 @@ def bucket(columns: np.ndarray) -> list[np.ndarray]:
 
 
 def stretches(starts: np.ndarray, lengths: Sequence[int]) -> list[slice]:
-    """Cuts `starts` `[runs, columns]` where a run does not begin at the end of the one before, in any column."""
+    """Cut `starts` `[runs, columns]` wherever a run does not begin at the end of the previous one, in any column."""
     breaks = np.flatnonzero((np.diff(starts, axis=0) != lengths).any(axis=1)) + 1
     return [slice(begin, end) for begin, end in pairwise([0, *breaks.tolist(), len(starts)])]
 
 
 def to_heads(x: Tensor, tokens: int) -> Tensor:
-    """`[tokens, heads, d]` without slack as contiguous `[heads, tokens, d]` in at least float32."""
+    """Copy `[tokens, heads, d]` without slack to contiguous `[heads, tokens, d]` in at least float32."""
     wide = accumulator(x.dtype)
     return x[:tokens].transpose(0, 1).to(wide, memory_format=torch.contiguous_format).contiguous()
 
@@ -143,10 +143,10 @@ def to_tokens(x: Tensor, rows: Tensor, fill: float = 0.0) -> None:
 
 
 def head_chunks(q: Tensor, k: Tensor, state_size: int) -> list[tuple[slice, slice]]:
-    """Query heads and key heads to work on at a time.
+    """Return the query heads and key heads to work on at a time.
 
-    Heads are independent. Taking few keeps temporaries in cache and small enough for the allocator to use
-    them again, and bounds the states of many small groups. `state_size` counts numbers per key head.
+    Heads are independent. Few at a time keep temporaries in cache and small enough for the allocator to reuse them,
+    and bound the states of many small groups. `state_size` is the number of elements per key head.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     repeats = heads // kv_heads
@@ -158,20 +158,20 @@ def head_chunks(q: Tensor, k: Tensor, state_size: int) -> list[tuple[slice, slic
 
 
 def cut_heads(x: Tensor | None, heads: slice) -> Tensor | None:
-    """Some heads of an optional `[tokens, heads, ...]`."""
+    """Select heads of an optional `[tokens, heads, ...]`."""
     return None if x is None else x[:, heads]
 
 
 def append_column(x: Tensor, value: float) -> Tensor:
-    """x with one more column of `value`."""
+    """Append a column of `value` to x."""
     return torch.nn.functional.pad(x, (0, 1), value=value)
 
 
 def repeat_heads(x: Tensor, repeats: int) -> Tensor:
-    """Each key head once per query head that shares it."""
+    """Repeat each key head for every query head that shares it."""
     return x if repeats == 1 else x.repeat_interleave(repeats, 0)
 
 
 def fold_heads(x: Tensor, repeats: int) -> Tensor:
-    """The adjoint of `repeat_heads`."""
+    """Apply the adjoint of `repeat_heads`."""
     return x if repeats == 1 else x.unflatten(0, (-1, repeats)).sum(1)

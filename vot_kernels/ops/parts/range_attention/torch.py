@@ -1,7 +1,7 @@
 """Softmax attention of ranges of queries over ranges of keys: packed, windowed and near attention alike.
 
-A *pass* gives every query at most one range of keys; several passes over disjoint keys are merged by their
-lse. Blocks of equal shape are computed together, by PyTorch's fused CPU kernel or by tiled matmuls.
+A *pass* gives every query at most one range of keys; several passes over disjoint keys are merged by their lse.
+Blocks of equal shape are computed together, by PyTorch's fused CPU kernel or by tiled matrix products.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from vot_kernels.ops.parts.range_attention.blocks import Blocks, bucket, fold_heads
 
-_MAX_SCORES = 2**25  # entries of a score tile of the matmul path: 128 MiB in float32
+_MAX_SCORES = 2**25  # entries of a score tile of the path with matrix products: 128 MiB in float32
 _WINDOW_ROWS = 128  # queries that share a mask
-_LEAST_KEYS = 16  # of fewer, torch's kernel takes a row of NaN scores for one that sees nothing
+_LEAST_KEYS = 16  # with fewer, torch's kernel takes a row of NaN scores for a row that sees nothing
 
 
 @dataclass(frozen=True, eq=False)
 class RangeBlocks:
-    """Query runs and the key run of each, of one shape; causal aligns both and hides later keys.
+    """Runs of queries and of their keys, all of one shape; causal aligns the two and hides later keys.
 
-    With limits `[2, queries]` query i of a run sees its keys from limits[0, i] to before limits[1, i] alone, or if
-    `outside` all but these.
+    With limits `[2, queries]`, query i of a run sees only its keys from limits[0, i] up to, but not including,
+    limits[1, i], or with `outside` all but these.
     """
 
     queries: Blocks
@@ -34,17 +34,17 @@ class RangeBlocks:
     outside: bool = False
 
     def part(self, runs: slice) -> "RangeBlocks":
-        """Some of the runs."""
+        """Select some of the runs."""
         queries, keys = (Blocks(x.starts[runs], x.length, x.device) for x in (self.queries, self.keys))
         return RangeBlocks(queries, keys, self.causal, self.limits)
 
     def mask(self, like: Tensor, repeats: int) -> Tensor | None:
-        """`[repeats * queries, keys]` to add to the scores, None without limits."""
+        """Return `[repeats * queries, keys]` to add to the scores, or None without limits."""
         hidden = self.hidden(repeats)
         return None if hidden is None else like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
     def hidden(self, repeats: int) -> Tensor | None:
-        """Which keys the queries do not see, `[repeats * queries, keys]`, None without limits."""
+        """Return which keys the queries do not see, `[repeats * queries, keys]`, or None without limits."""
         if self.limits is None:
             return None
         low, high = self.limits[..., None]
@@ -57,9 +57,9 @@ RangePass = tuple[RangeBlocks, ...]
 
 
 def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePass:
-    """Blocks of `ranges` `[n, 4]`: query begin and end, key begin and end. Empty ranges fall out.
+    """Return the blocks of `ranges` `[n, 4]`: query begin and end, key begin and end. Empty ranges are dropped.
 
-    Ascending queries are expected. Adjacent queries with the same keys become one range.
+    Queries must ascend. Adjacent queries with the same keys become one range.
     """
     ranges = ranges[(ranges[:, 1] > ranges[:, 0]) & (ranges[:, 3] > ranges[:, 2])]
     if not len(ranges):
@@ -81,10 +81,10 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePa
 
 
 def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> RangePass:
-    """Blocks of `ranges` `[n, 4]` in which a query sees the keys from `left` before to `right` after its place.
+    """Return blocks of `ranges` `[n, 4]` in which a query sees keys from `left` before to `right` after its position.
 
-    The places of the last query and the last key of a range are one. Long ranges are cut into blocks of few
-    queries and the keys that these see, so that a mask is as large as a window, not as a range.
+    The last query and the last key of a range have the same position. Long ranges are cut into blocks of few queries
+    and the keys that these see, so that a mask is as large as a window, not as a range.
     """
     found = []
     for owner, (begin, end, key_begin, key_end) in enumerate(ranges.tolist()):
@@ -94,7 +94,8 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
             rows = min(_WINDOW_ROWS, end - first)
             low = max(key_begin, first + offset - behind)
             keys = min(key_end, first + rows + offset + ahead) - low
-            # Evenly spaced blocks, as of one range, are views. Blocks of several ranges are copied, if they are short.
+            # Evenly spaced blocks, as those of one range, are views. Blocks of several ranges are copied if they are
+            # short.
             apart = owner if keys > 4 * _WINDOW_ROWS else -1
             place = first + offset - low
             found.append((first, low, rows, keys, place - behind, place + ahead, apart))
@@ -117,11 +118,11 @@ def plan_limits(
     device: torch.device,
     within: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RangePass:
-    """Blocks of `rows` (ascending) that each see the keys from low to before high, one block per owner.
+    """Return blocks of `rows` (ascending), each of which sees the keys from low up to high, one block per owner.
 
-    within: first key of each row and one past the last, the same for all rows of an owner; a row then sees those of
-    them that are not from low to before high.
-    Rows of one owner follow each other. Blocks whose rows see keys at the same places are worked on together.
+    within: the first key of each row and one past the last, the same for all rows of an owner; a row then sees the
+    keys in this range that are outside low to high.
+    Rows of one owner are adjacent. Blocks whose rows see keys at the same positions are computed together.
     """
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
     for begin, end in pairwise([*np.flatnonzero(np.diff(owners, prepend=-1)), len(rows)]):
@@ -154,9 +155,9 @@ def plan_limits(
 def range_attention(
     q: Tensor, k: Tensor, v: Tensor, passes: Sequence[RangePass], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q `[heads, …]`, k and v `[kv_heads, …]`.
+    """Return output `[heads, tokens, d]` and lse `[heads, tokens, 1]` of head-major q, k and v (`[kv_heads, …]`).
 
-    Queries without keys get the output 0 and the lse -inf.
+    Queries without keys have output 0 and lse -inf.
     """
     q, scale, _ = _positive(q, scale)
     repeats = q.shape[0] // k.shape[0]
@@ -174,7 +175,7 @@ def range_attention(
         joint = torch.logaddexp(lse, other_lse)
         safe = finite_pivot(joint)
         weight, other_weight = (lse - safe).exp_(), (other_lse - safe).exp_()
-        # 1 but for the roundings of lse, or 0. In gradients, do.o cancels do.v: there a sum of 1 + 1e-5 would show.
+        # 1 up to the rounding of lse, or 0. In gradients, do.o cancels do.v: there a sum of 1 + 1e-5 would matter.
         total = (weight + other_weight).clamp_(min=0.5)
         out = out.mul_(weight.div_(total)).add_(other.mul_(other_weight.div_(total)))
         lse = joint
@@ -192,10 +193,10 @@ def range_attention_backward(
     passes: Sequence[RangePass],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv given the *joint* out and lse: p = exp(s - lse) needs no other normaliser. Heads as in the forward.
+    """Return dq, dk, dv, given the *joint* out and lse: p = exp(s - lse) needs no other normaliser. All head-major.
 
-    A gradient on lse enters as D = d_out.out - d_lse. The fused kernel forms D itself, so the term rides
-    in one more column: v' = [v, 1], d_out' = [d_out, d_lse], out' = [out, 0] give d_out'.v' - d_out'.out'.
+    A gradient on lse enters as D = d_out.out - d_lse. The fused kernel forms D itself, so the term is
+    one more column: v' = [v, 1], d_out' = [d_out, d_lse], out' = [out, 0] give d_out'.v' - d_out'.out'.
     """
     if d_lse is not None:
         d_out, out = torch.cat([d_out, d_lse], -1), _widen(out, 0.0)
@@ -223,10 +224,11 @@ def range_attention_backward(
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, blocks: RangePass, scale: float) -> tuple[Tensor, Tensor]:
-    """Output `[tokens, heads, d]` and lse `[tokens, heads]` of one pass without limits; as many key heads as heads.
+    """Return output `[tokens, heads, d]` and lse `[tokens, heads]` of one pass without limits and with kv_heads =
+    heads.
 
-    It reads the tensors as they lie, in any strides, and copies no rows but those of `blocks` that are not evenly
-    spaced. Queries without keys get the output 0 and the lse -inf.
+    It reads the tensors in any strides, and copies only the rows of `blocks` that are not evenly spaced. Queries
+    without keys have output 0 and lse -inf.
     """
     q, scale, _ = _positive(q, scale)
     outs, lses = [], []
@@ -241,7 +243,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, blocks: RangePass, scale: float
 def attend_rows_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, blocks: RangePass, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `attend_rows`, 0 for rows that are in no block; no two blocks may share keys."""
+    """Return dq, dk, dv of `attend_rows`, 0 for rows that are in no block; no two blocks may share keys."""
     q, scale, factor = _positive(q, scale)
     parts: list[list[tuple[Blocks, Tensor]]] = [[], [], []]
     for item in blocks:
@@ -257,7 +259,7 @@ def attend_rows_backward(
 def _joined(
     shape: Sequence[int], parts: Sequence[tuple[Blocks, Tensor]], like: Tensor, missing: float
 ) -> Tensor:
-    """`[tokens, heads, width]` of the `[runs, heads, length, width]` of blocks; no copy if one block is all of it."""
+    """Join the `[runs, heads, length, width]` of blocks to `[tokens, heads, width]`; no copy if one block covers it."""
     covered = sum(runs.num_rows for runs, _ in parts)
     if covered == shape[0] and parts and all(runs.are_adjacent for runs, _ in parts):
         ordered = sorted(parts, key=lambda part: int(part[0].starts[0]))
@@ -270,18 +272,18 @@ def _joined(
 
 
 def finite_pivot(lse: Tensor) -> Tensor:
-    """lse with 0 in place of -inf, so that exp(x - pivot) is 0 and not NaN where there is nothing."""
+    """Return lse with 0 in place of -inf, so that exp(x - pivot) is 0 and not NaN for rows that see nothing."""
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
 def _nothing(q: Tensor, complete: bool) -> tuple[Tensor, Tensor]:
-    """out and lse of queries without keys; uninitialized if the complete result is about to be written."""
+    """Return out and lse of queries without keys; uninitialized if the complete result is about to be written."""
     out, lse = torch.empty_like(q), q.new_empty(*q.shape[:2], 1)
     return (out, lse) if complete else (out.zero_(), lse.fill_(-torch.inf))
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """q and scale with the same products and a scale above 0, and the factor that q was given.
+    """Return q and scale with the same products and a scale above 0, and the factor applied to q.
 
     torch's kernel multiplies masked scores, which are -inf, by the scale.
     """
@@ -292,7 +294,7 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def _operands(item: RangeBlocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`[runs, heads, length, d]` each; see `folded_rows`. Causal blocks, with as many keys as rows, repeat the keys."""
+    """Return `[runs, heads, length, d]` each; see `folded_rows`. Causal blocks, with keys = rows, repeat the keys."""
     key, value = (item.keys.take(x).transpose(0, 1) for x in (k, v))
     if item.causal and q.shape[0] > k.shape[0]:
         key, value = (x.repeat_interleave(q.shape[0] // k.shape[0], 1) for x in (key, value))
@@ -300,9 +302,10 @@ def _operands(item: RangeBlocks, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
 
 
 def folded_rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
-    """`[runs, kv_heads, repeats * length, d]` of `[heads, tokens, d]`: heads that share keys are more rows of one.
+    """Return `[runs, kv_heads, repeats * length, d]` of `[heads, tokens, d]`: heads that share keys become rows of
+    one.
 
-    Where a row's place in its block counts, heads stay apart: `[runs, heads, length, d]`.
+    Where the position of a row in its block matters, heads stay separate: `[runs, heads, length, d]`.
     """
     rows = item.queries.take(x).transpose(0, 1)
     if item.causal or x.shape[0] == kv_heads:
@@ -311,7 +314,7 @@ def folded_rows(item: RangeBlocks, x: Tensor, kv_heads: int) -> Tensor:
 
 
 def unfolded_rows(rows: Tensor, item: RangeBlocks, heads: int) -> Tensor:
-    """The inverse of `folded_rows`, `[heads, runs, length, d]`."""
+    """Invert `folded_rows`: `[heads, runs, length, d]`."""
     if rows.shape[1] != heads:
         rows = rows.unflatten(2, (-1, item.queries.length)).flatten(1, 2)
     return rows.transpose(0, 1)
@@ -324,7 +327,7 @@ def _widen(x: Tensor, value: float) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse `[runs, heads, length]` of a batch of equal ranges."""
+    """Return output and lse `[runs, heads, length]` of a batch of equal ranges."""
     if q.device.type == "cpu" and k.shape[2] >= _LEAST_KEYS:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -397,7 +400,7 @@ def _scores(
 
 
 def _tiles(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-    """Slices of runs and of query rows whose scores stay within the memory budget."""
+    """Return slices of runs and of query rows whose scores stay within the memory budget."""
     runs, heads, length, _ = q.shape
     row_size = heads * k.shape[2]
     rows = max(1, min(length, _MAX_SCORES // row_size))

@@ -1,20 +1,19 @@
 """Launchers of the range attention kernels: packed, windowed, causal and near attention, forward and backward.
 
-The kernels know one thing of all these: the range of keys that each row sees. `KeyRanges` says how it comes
-about; a small kernel writes it out per call, so nothing waits for the device and every packing, window and
-causal mode runs the same compiled kernel. A window that covers a segment gives the very numbers of exact
-attention.
+All of these differ for the kernels only in the range of keys that each row sees. `KeyRanges` describes these ranges;
+a small kernel computes them per call, so that nothing waits for the device, and every packing, window and causal
+mode runs the same compiled kernel. A window that covers a segment gives the same bits as exact attention.
 
-Three variants are named in `tuning/configs/<arch>/range_attention.json`, which also says whether one is the default:
+Three variants are named in `tuning/configs/<arch>/range_attention.json`, which also says which one is the default:
 
-* "tma": the forward loads keys and values through tensor descriptors, on sm_90 and newer. The bits are the same.
-* "warp_specialized": likewise, and warps of their own do the loading. Where there is no entry, as with a far part, a
-  launch that asks for it gets "tma".
-* "fused": the backward multiplies 5 matrices per block instead of 7, see `kernels/triton/range_attention/bwd.py`. It
-  adds up dq in no fixed order, and so is never the default under `torch.use_deterministic_algorithms(True)`.
+* "tma": the forward loads keys and values through tensor descriptors, on sm_90 and newer, with bitwise equal results.
+* "warp_specialized": as "tma", but separate warps do the loading. If the table has no such entry, as for a far part,
+  a launch that asks for it gets "tma".
+* "fused": the backward computes 5 matrix products per block instead of 7, see `kernels/triton/range_attention/bwd.py`.
+  It sums dq in no fixed order, and so is never the default under `torch.use_deterministic_algorithms(True)`.
 
-A launch takes the default unless its `variant` names another one. Inputs or a GPU that a variant is not for get the
-plain kernels: descriptors ask for aligned inputs and for sm_90.
+A launch uses the default unless its `variant` names another one. If a variant cannot serve the inputs or the GPU, the
+plain kernels run: descriptors need aligned inputs and sm_90.
 """
 
 from collections.abc import Mapping
@@ -33,23 +32,23 @@ _DQ = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_
 _START = Kernel("range_attention", "bwd_start", "range_attention.bwd:_range_attention_dq_kernel")
 _DKDV = Kernel("range_attention", "bwd_dkdv", "range_attention.bwd:_range_attention_dkdv_kernel")
 _UNLIMITED = 2**31 - 1
-_DESCRIPTOR_BYTES = 16  # bases and strides in a tensor descriptor are multiples of it
+_DESCRIPTOR_BYTES = 16  # bases and strides in a tensor descriptor must be multiples of this
 
 
 @dataclass(frozen=True, eq=False)
 class KeyRanges:
-    """Which keys each row of a packed buffer sees: groups near its own, and tokens near its counterpart.
+    """The keys that each row of a packed buffer sees: groups near its own, and tokens near its counterpart.
 
-    Rows and keys are cut into as many segments, and these into as many groups. The last row of a segment
-    and its last key are counterparts, and so on backwards from there.
+    Rows and keys are cut into the same number of segments, and each segment into the same number of groups. The last
+    row and the last key of a segment are counterparts, and so on backwards from there.
 
     Attributes:
         cu_rows, cu_keys: int32 `[segments + 1]`, cumulative lengths of the segments.
         row_groups, key_groups: int32 `[groups + 1]`, likewise of the groups.
         segment_groups: int32 `[segments + 1]`, first group of each segment; None if each is one group.
         left, right: groups seen before and after the own one; None for all of the segment.
-        tokens_left, tokens_right: tokens seen before and after the counterpart, None for all. 0 on the right
-            is causal attention.
+        tokens_left, tokens_right: tokens seen before and after the counterpart, None for all; 0 on the right means
+            causal attention.
     """
 
     cu_rows: Tensor
@@ -63,7 +62,7 @@ class KeyRanges:
     tokens_right: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # the kernels do not get their strides
+        for field in fields(self):  # the kernels take no strides for them
             if isinstance(x := getattr(self, field.name), Tensor):
                 object.__setattr__(self, field.name, x.contiguous())
 
@@ -75,11 +74,11 @@ class KeyRanges:
         tokens_left: int | None = None,
         tokens_right: int | None = None,
     ) -> "KeyRanges":
-        """All keys of the own segment, or those around the counterpart."""
+        """Give each row all keys of its own segment, or those around its counterpart."""
         return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
 
     def mirrored(self) -> "KeyRanges":
-        """Which rows see each key."""
+        """Return which rows see each key."""
         return KeyRanges(
             self.cu_keys,
             self.cu_rows,
@@ -93,7 +92,7 @@ class KeyRanges:
         )
 
     def tensor(self, rows: int) -> Tensor:
-        """int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
+        """Return int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
         ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
         groups = self.row_groups.shape[0] - 1
         _KEY_RANGES.launch(
@@ -121,8 +120,8 @@ class FarPart:
         states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
             from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` makes it.
         features: `[rows, heads, width]`: q, or given features.
-        feature_map: what to apply to them: "softmax", "elu", "relu", or "none".
-        beta: `[heads]`, log of the weight of far tokens; None is 0.
+        feature_map: the map to apply to them: "softmax", "elu", "relu", or "none".
+        beta: `[heads]`, log of the weight of far tokens; None means 0.
     """
 
     states: Tensor
@@ -141,7 +140,7 @@ def range_attention_forward(
     *,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every row to its keys, and with `far` linear attention to the other groups.
+    """Compute softmax attention of every row to its keys, and with `far` linear attention to the other groups.
 
     Args:
         q: `[rows, heads, head_dim]`, float16, bfloat16 or float32, head_dim 16 to 256. Rows past the last
@@ -150,13 +149,13 @@ def range_attention_forward(
         ranges: which keys each row sees.
         scale: factor on q.k.
         far: the far part of hybrid attention; its groups are those of `ranges`.
-        variant: the name of one to use where there is an entry for it, or None for the default.
+        variant: the variant to use where the table has an entry for it, or None for the default.
 
     Returns:
         The output in the dtype and shape of q, and lse float32 `[rows, heads]`, natural log; 0 and -inf for
         rows that see nothing.
     """
-    if scale < 0:  # a negative scale would turn the maximum of the scores into the minimum
+    if scale < 0:  # with a negative scale, the maximum of the scores would become the minimum
         q, scale = -q, -scale
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     rows, heads, head_dim = q.shape
@@ -204,12 +203,12 @@ def range_attention_backward(
     variant: str | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
+    """Return dq, dk, dv without a far part, in the dtypes of q, k and v; 0 in slack rows.
 
     Args:
         d_out: gradient of out, `[rows, heads, head_dim]`.
         d_lse: gradient of lse, `[rows, heads]`, or None.
-        out, lse: what the forward returned, or those merged with other keys.
+        out, lse: the results of the forward, or these merged with those for other keys.
         q, k, v, ranges, scale: as in the forward.
         variant, deterministic: see `fuses_backward`.
     """
@@ -223,13 +222,13 @@ def range_attention_backward(
 def fuses_backward(
     q: Tensor, variant: str | None = None, deterministic: bool = False, *, far: bool = False
 ) -> bool:
-    """Whether the backward runs in the fused form, in which the second half adds to dq too, in no fixed order.
+    """Say whether the backward runs in the fused form, in which the second half also adds to dq, in no fixed order.
 
     Args:
         q: as in the forward.
-        variant: "fused" to have it wherever there is an entry for it, or None for the default.
-        deterministic: the bits must repeat, so that the default is not the fused form. The same is true under
-            `torch.use_deterministic_algorithms(True)`.
+        variant: "fused" to use it where the table has an entry for it, or None for the default.
+        deterministic: whether the bits must repeat, in which case the fused form is not the default. It is not
+            under `torch.use_deterministic_algorithms(True)` either.
         far: whether there is a far part.
     """
     if variant == "fused":
@@ -240,7 +239,7 @@ def fuses_backward(
 
 
 def _keys_config(q: Tensor, far: bool, **variants: tuple[str, ...]) -> Config:
-    """That of the second half of the backward; variants: see `Kernel.config`."""
+    """Return the config of the second half of the backward; variants: see `Kernel.config`."""
     key = _key(q, far, descriptors=_adds_by_descriptors(target_arch(q.device), q.shape[2]))
     return _DKDV.config(q.device, key, **variants)
 
@@ -253,11 +252,11 @@ def _adds_by_descriptors(arch: str, head_dim: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RowGradients:
-    """What the backward finds for each row.
+    """The results of the first half of the backward, for each row.
 
     Attributes:
-        dq: in the dtype of q. It has the gradient through the feature map, unless the features were given.
-            In the fused form float32, and without the near part, which the second half adds.
+        dq: in the dtype of q. It includes the gradient through the feature map, unless the features were given. In
+            the fused form it is float32 and lacks the near part, which the second half adds.
         delta: float32 `[rows, heads]`, D = do.o - dlse; uninitialized in slack rows.
         far_weight: float32 `[rows, heads]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
             states; None without a far part.
@@ -286,7 +285,7 @@ def range_attention_rows_backward(
     *,
     fused: bool = False,
 ) -> RowGradients:
-    """The first half of the backward; `far` is that of the forward, `fused` what `fuses_backward` says."""
+    """Run the first half of the backward; `far` is that of the forward, `fused` the result of `fuses_backward`."""
     d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
     features = q if far is None else rows_contiguous(far.features)
@@ -352,16 +351,16 @@ def range_attention_keys_backward(
     *,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The second half of the backward.
+    """Run the second half of the backward.
 
     Args:
         delta: as the first half returned it.
-        far: the key side: for each group the gradient states of the groups far from which it is, summed over
+        far: the side of the keys: for each group, the gradient states of the groups from which it is far, summed over
             the heads of each kv head, and the features of k, `[keys, kv_heads, width]`. Its beta is not used.
-        dq: that of the first half in the fused form; the near part is added to it.
+        dq: that of the first half in the fused form; this function adds the near part to it.
 
     Returns:
-        dk, dv, and the gradient of given features of k, else None.
+        dk, dv, and the gradient of given features of k, or None.
     """
     d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
     keys, kv_heads, head_dim = k.shape
@@ -411,7 +410,7 @@ def range_attention_keys_backward(
 
 
 def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
-    """What the kernels share of a far part, or say in its absence; and the head_dim that goes with it."""
+    """Return the arguments that the kernels share for a far part or its absence, and the matching head_dim."""
     sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
     if far is None:
         return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
@@ -422,8 +421,8 @@ def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict
 def _loads_by_descriptors(arch: str, *tensors: Tensor) -> bool:
     """Whether kernels on `arch` can load blocks of rows of `tensors` through tensor descriptors.
 
-    tensors: `[rows, heads, head_dim]`. Descriptors take bases and strides that are multiples of 16 bytes, and
-    the stride of a row may have 40 bits.
+    tensors: `[rows, heads, head_dim]`. Descriptors need bases and strides that are multiples of 16 bytes, and row
+    strides of at most 40 bits.
     """
 
     def fits(x: Tensor) -> bool:
