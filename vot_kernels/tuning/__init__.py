@@ -1,23 +1,23 @@
-"""Launch parameters of the Triton kernels: a pure, cached lookup in the JSON files beside this one.
+"""Launch parameters of the Triton kernels: a pure, cached lookup in the JSON files of this folder.
 
-`configs/<arch>/<family>.json`, one for each folder of `kernels/triton` that is launched from, maps the name of a kernel
-to its entries. The first entry that fits wins:
+`configs/<arch>/<family>.json`, one for each folder of `kernels/triton` that has launchers, maps the name of a kernel
+to its entries. The first entry that fits is used:
 
     {"kernel_name": [{"variant": "tma", "default": false, "why": "slower below 2,000 tokens",
                       "when": {"head_dim": 64, "bits": [16, 32]}, "blocks": {"BLOCK_T": 64, "USE_TMA": 1},
                       "num_warps": 4, "num_stages": 3,
                       "limits": {"registers": 168, "spill_bytes": 0, "tma": true}}]}
 
-* `when`: what the entry is for, each a number or [smallest, largest]. What it does not name may be anything. The number
-  of tokens is never a key: packings of any length share a kernel.
+* `when`: the conditions of the entry, each a number or [smallest, largest]. A key that it does not name may have any
+  value. The number of tokens is never a key: packings of any length share a kernel.
 * `blocks`: constexprs of the kernel.
-* `limits`: what ahead-of-time compilation must keep to (`python -m benchmarks.aot`).
-* `variant`: the name of another form of the kernel, as "tma", "warp_specialized" and "fused" of range attention. With
-  `"default": true` ordinary launches use the entry, with false only those that ask for the variant: to make it the
-  default of a GPU is to change this one word. An entry without a variant is the plain kernel, always a default.
-* `why`: the reason for a choice, in words. Nothing reads it.
+* `limits`: what ahead-of-time compilation checks (`python -m benchmarks.aot`).
+* `variant`: the name of another form of the kernel, such as "tma", "warp_specialized" and "fused" of range attention.
+  With `"default": true` ordinary launches use the entry; with false only those that ask for the variant do. Changing
+  this one word makes it the default of a GPU. An entry without a variant is the plain kernel, always a default.
+* `why`: the reason for a choice, in words. No code reads it.
 
-Nothing here depends on the environment or the home directory; `autotune` does, if asked to.
+Nothing here depends on the environment or the home directory; `autotune` does, if it is turned on.
 """
 
 import json
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).parent / "configs"
-INTERPRETER = "interpreter"  # small blocks, so that small shapes take the paths between blocks too
+INTERPRETER = "interpreter"  # small block sizes, so that small shapes reach the paths between blocks too
 
 
 Entry = dict[str, Any]
@@ -38,12 +38,12 @@ Table = dict[str, list[Entry]]
 
 @dataclass(frozen=True)
 class Request:
-    """What a config was looked up for.
+    """The arguments with which a config was looked up.
 
     Attributes:
         family, kernel, arch: the arguments of `lookup`.
-        key: its key, sorted by name.
-        variant: that of the entry that was found, None for the plain kernel.
+        key: the key of the lookup, sorted by name.
+        variant: variant of the entry that was found, None for the plain kernel.
     """
 
     family: str
@@ -55,14 +55,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched.
+    """The launch parameters of one kernel.
 
     Attributes:
         blocks: its BLOCK_* and other tuned constexprs.
-        num_warps, num_stages: as Triton means them.
-        limits: what the compiled kernel must keep to: "registers", "spill_bytes", "wgmma", "tma",
+        num_warps, num_stages: as in Triton.
+        limits: what the compiled kernel must satisfy: "registers", "spill_bytes", "wgmma", "tma",
             "warp_specialized".
-        request: what it was looked up for; None if it was not.
+        request: the lookup that found it; None if there was none.
     """
 
     blocks: Mapping[str, int]
@@ -77,7 +77,7 @@ class Config:
         return None if self.request is None else self.request.variant
 
     def launch_options(self) -> dict[str, int]:
-        """Keywords of a launch: the blocks, then num_warps and num_stages."""
+        """The keywords of a launch: the blocks, then num_warps and num_stages."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -90,15 +90,15 @@ def lookup(
     exclude: tuple[str, ...] = (),
     **key: int,
 ) -> Config:
-    """The shipped config of `kernel` of `family` on `arch` ("sm_90", "interpreter", ...) for `key`.
+    """Return the shipped config of `kernel` of `family` on `arch` ("sm_90", "interpreter", ...) for `key`.
 
     Args:
-        prefer: variants to take, whether default or not. The first of them that has a fitting entry wins, and if none
-            has, the first fitting entry that is a default.
-        exclude: variants not to take by default.
+        prefer: variants to use, whether default or not. The first of them that has a fitting entry is used, and if
+            none has, the first fitting entry that is a default.
+        exclude: variants not to use by default.
 
     Raises:
-        LookupError: no entry fits, or there is no table for the family at all.
+        LookupError: no entry fits, or there is no table for the family.
     """
     return _lookup(family, kernel, arch, prefer, exclude, tuple(sorted(key.items())))
 
@@ -124,7 +124,7 @@ def _lookup(
 
 
 def fitting_entries(table: Table, kernel: str, key: tuple[tuple[str, int], ...]) -> list[Entry]:
-    """The entries of `kernel` for `key`, of any variant."""
+    """Return the entries of `kernel` for `key`, of any variant."""
     wanted = dict(key)
     return [
         entry
@@ -134,14 +134,14 @@ def fitting_entries(table: Table, kernel: str, key: tuple[tuple[str, int], ...])
 
 
 def as_config(entry: Entry, request: Request) -> Config:
-    """The config that an entry of a table describes."""
+    """Return the config that an entry of a table describes."""
     limits = entry.get("limits", {})
     return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits, request)
 
 
 @lru_cache(maxsize=256)
 def nearest_arch(family: str, arch: str) -> str:
-    """`arch` if `family` has a table for it, else the nearest older one, else the oldest; warns once."""
+    """Return `arch` if `family` has a table for it, else the nearest older one, else the oldest; warn once."""
     known = known_archs(family)
     if arch in known or arch == INTERPRETER:
         return arch
@@ -158,13 +158,13 @@ def nearest_arch(family: str, arch: str) -> str:
 
 
 def known_archs(family: str) -> tuple[str, ...]:
-    """GPU architectures with a table for `family`, oldest first."""
+    """Return the GPU architectures with a table for `family`, oldest first."""
     found = [path.parent.name for path in CONFIGS.glob(f"sm_*/{family}.json")]
     return tuple(sorted(found, key=_number))
 
 
 def tables(arch: str) -> dict[str, Table]:
-    """Every family's table for `arch`, as it lies in the files."""
+    """Return every family's table for `arch`, as stored in the files."""
     return {path.stem: _table(path.stem, arch) for path in sorted((CONFIGS / arch).glob("*.json"))}
 
 

@@ -1,14 +1,13 @@
-"""Tuning at run time, on the GPU at hand and only on request: `VOT_AUTOTUNE=1`, read once at import.
+"""Tuning at run time on the GPU in use, only if `VOT_AUTOTUNE=1` was set when this package was imported.
 
-Then the first launch of a kernel for a key (family, kernel, variant, architecture, and what the entries' `when` may
-name) times candidates around the shipped config on its own arguments, and keeps the fastest in
-`<arch>/<family>.json` in `$VOT_TUNING_DIR`, by default ~/.cache/vot-kernels/tuning. Later runs with
-`VOT_AUTOTUNE=1` read it from there. Without it no such file is looked at: what a program computes does not
-depend on the home directory.
+The first launch of a kernel for a key (family, kernel, variant, architecture, and what the entries' `when` may name)
+then times candidates around the shipped config on its own arguments, and stores the fastest in
+`<arch>/<family>.json` in `$VOT_TUNING_DIR`, by default ~/.cache/vot-kernels/tuning. Later runs with `VOT_AUTOTUNE=1`
+read it from there. Without it no such file is read: the results of a program do not depend on the home directory.
 
-The number of tokens is no key, so the first call ought to be of the usual size. Compiling some 15 candidates
-takes 10 to 60 seconds per kernel; nothing is tuned while a CUDA graph is captured, so warm up before. Other
-blocks add in another order: results may differ in their last bits from those of the shipped configs.
+The number of tokens is not part of the key, so the first call should have the usual size. Compiling some 15 candidates
+takes 10 to 60 seconds per kernel. Nothing is tuned while a CUDA graph is captured, so warm up before. Other block
+sizes sum in another order, so results may differ in their last bits from those of the shipped configs.
 
 The files have the format of the shipped ones: to contribute their entries, put them in front of those in
 `configs/<arch>/<family>.json`.
@@ -36,9 +35,10 @@ _MATRIX_BLOCKS = range(16, 128 + 1)
 
 
 def shape_candidates(config: Config) -> Iterator[Config]:
-    """`config` with one block halved or doubled or none, each with several numbers of warps; not `config` itself.
+    """Yield `config` with one block halved, doubled or unchanged, each with several numbers of warps, but not itself.
 
-    Only blocks named BLOCK... change: buffers are as large as the tiles of one kernel and read by another.
+    Only blocks named BLOCK... change, because buffers have the size of one kernel's tiles and another kernel reads
+    them.
     """
     shapes = [dict(config.blocks)]
     for name, block in config.blocks.items():
@@ -51,24 +51,24 @@ def shape_candidates(config: Config) -> Iterator[Config]:
 
 
 def stage_candidates(config: Config) -> Iterator[Config]:
-    """`config` with other depths of software pipelining."""
+    """Yield `config` with other depths of software pipelining."""
     for stages in _STAGES:
         if stages != config.num_stages:
             yield replace(config, num_stages=stages, limits={})
 
 
 def _block_sizes(block: int) -> list[int]:
-    """Half and twice a block; one that may be part of a matrix product remains so."""
+    """Return half and twice a block size, where one for matrix products stays valid for them."""
     sizes = [size for size in (block // 2, 2 * block) if size]
     return [size for size in sizes if size in _MATRIX_BLOCKS] if block in _MATRIX_BLOCKS else sizes
 
 
 class Tuner:
-    """The tuned configs in a folder, and the search for more. May be used from several threads.
+    """The tuned configs in a folder, and the search for more. Several threads may use it.
 
     Args:
-        folder: holds `<arch>/<family>.json`; made when there is something to write.
-        measure: time in milliseconds of a function that launches a kernel.
+        folder: holds `<arch>/<family>.json`; it is created on the first write.
+        measure: returns the time in milliseconds of a function that launches a kernel.
     """
 
     def __init__(self, folder: Path, measure: Callable[[Callable[[], None]], float]):
@@ -79,10 +79,10 @@ class Tuner:
         self._lock = threading.Lock()
 
     def find(self, shipped: Config) -> Config | None:
-        """The config to use in place of a shipped one, or None if there is none yet.
+        """Return the config to use in place of a shipped one, or None if there is none yet.
 
-        An entry with blocks of other names than the shipped one is for another version of the kernel and does
-        not count. If the file cannot be read, the answer is the shipped config.
+        An entry whose blocks have other names than the shipped one is for another version of the kernel and is
+        ignored. If the file cannot be read, the result is the shipped config.
         """
         request = _request(shipped)
         if request not in self._known:
@@ -94,10 +94,11 @@ class Tuner:
         return self._known[request]
 
     def tune(self, shipped: Config, run: Callable[[Config], None]) -> Config:
-        """The fastest candidate by `run`, which launches the kernel; noted, written, and told on stderr.
+        """Return the candidate with which `run`, which launches the kernel, is fastest; store it and report it on
+        stderr.
 
-        `run` is called many times and must be able to: the kernel reads nothing that it writes. Candidates that
-        fail are passed over; what the shipped config raises is raised.
+        `run` is called many times, so the kernel must not read what it writes. Candidates that fail are skipped; an
+        error of the shipped config is raised.
         """
         with self._lock:
             known = self.find(shipped)
@@ -125,7 +126,7 @@ class Tuner:
         return self._folder / request.arch / f"{request.family}.json"
 
     def _table(self, request: Request) -> Table | None:
-        """What the file holds, read once; None, with a warning, if it cannot be used."""
+        """Return the contents of the file, read once; None, with a warning, if it cannot be used."""
         path = self._path(request)
         if path not in self._tables:
             try:
@@ -133,12 +134,12 @@ class Tuner:
             except (OSError, ValueError) as error:
                 self._tables[path] = None
                 warnings.warn(
-                    f"{path} is left alone and the shipped configs are used: {error}.", stacklevel=2
+                    f"{path} is not changed and the shipped configs are used: {error}.", stacklevel=2
                 )
         return self._tables[path]
 
     def _write(self, config: Config) -> None:
-        """Put the config first in its file, which another process may have written to since it was read."""
+        """Put the config first in its file, which another process may have changed since it was read."""
         request = _request(config)
         path, when = self._path(request), dict(request.key)
         try:
@@ -153,15 +154,15 @@ class Tuner:
                 temporary.write_text(_format(table), encoding="utf-8")
         except (OSError, ValueError) as error:
             warnings.warn(
-                f"{path} cannot be written, so the tuned config lasts as long as this process: {error}.",
+                f"{path} cannot be written, so the tuned config is used by this process only: {error}.",
                 stacklevel=2,
             )
 
 
 def gpu_milliseconds(run: Callable[[], None]) -> float:
-    """Median time of `run` on the current stream by CUDA events, after a warm-up, with a cold L2 cache.
+    """Return the median time of `run` on the current stream by CUDA events, after a warm-up, with a cold L2 cache.
 
-    Clearing the cache also lets the CPU run ahead, so that short kernels are not charged for their launch.
+    Clearing the cache also lets the CPU run ahead, so that the time of short kernels excludes their launch.
     """
     from triton.testing import do_bench
 
@@ -175,14 +176,19 @@ def _request(config: Config) -> Request:
 
 
 def _tuned(table: Table, request: Request) -> Config | None:
-    """The first fitting entry of the variant that was chosen without this table."""
+    """Return the first fitting entry of the variant that was chosen without this table."""
     entries = fitting_entries(table, request.kernel, request.key)
     same = [entry for entry in entries if entry.get("variant") == request.variant]
     return as_config(same[0], request) if same else None
 
 
 def _read(path: Path) -> Table:
-    """Empty if there is no file. Raises ValueError or OSError."""
+    """Return the table in the file, empty if there is no file.
+
+    Raises:
+        ValueError: the file is not a table.
+        OSError: the file cannot be read.
+    """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,7 +231,7 @@ def _entry(config: Config, when: dict[str, int]) -> dict[str, Any]:
 
 
 def _format(table: Table) -> str:
-    """One entry a line, as the shipped files."""
+    """Format one entry per line, as in the shipped files."""
     kernels = []
     for kernel, entries in table.items():
         lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
@@ -249,11 +255,13 @@ def _words(config: Config) -> str:
 
 
 def tuner_from_environment() -> Tuner | None:
-    """A tuner if VOT_AUTOTUNE is "1", over $VOT_TUNING_DIR or ~/.cache/vot-kernels/tuning; else None."""
+    """Return a tuner if VOT_AUTOTUNE is "1", for $VOT_TUNING_DIR or ~/.cache/vot-kernels/tuning; else None."""
     if os.environ.get("VOT_AUTOTUNE") != "1":
         return None
     folder = os.environ.get("VOT_TUNING_DIR") or os.path.expanduser("~/.cache/vot-kernels/tuning")
     return Tuner(Path(folder), gpu_milliseconds)
 
 
-TUNER = tuner_from_environment()  # a plain global: what torch.compile traces may not read the environment
+TUNER = (
+    tuner_from_environment()
+)  # a plain global, because code that torch.compile traces may not read the environment

@@ -1,1 +1,1 @@
-"""What several kernels share: which rows a program works on."""
+"""Device code that several kernels share: the rows that a program works on, loads and stores, softmax by blocks."""

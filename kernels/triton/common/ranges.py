@@ -1,8 +1,8 @@
-"""Which keys each query of a packed buffer sees: one range [low, high) per row, written once per call.
+"""The keys that each query of a packed buffer sees: one range [low, high) per row, computed once per call.
 
-Along a segment both ends never fall, whatever the window and the causal mode. The attention kernels rely on
-that alone: a tile of rows takes its bounds from its first and last row, and blocks of keys that all its rows
-see need no mask. Seen from the keys the rule is the same one with both windows turned around.
+Both ends never decrease along a segment, whatever the window and the causal mode. The attention kernels rely on this
+alone: a tile of rows takes its bounds from its first and last row, and blocks of keys that all its rows see need no
+mask. The rows that see each key follow the same rule with both windows reversed.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .tiles import locate_tile
 
 @triton.jit
 def find_interval(bounds_ptr, count, position):
-    """The last i < count with bounds[i] <= position, for ascending bounds with bounds[0] <= position."""
+    """Return the last i < count with bounds[i] <= position, for ascending bounds with bounds[0] <= position."""
     low = 0
     high = count
     while high - low > 1:
@@ -41,7 +41,7 @@ def _key_ranges_kernel(
     tokens_right,
     BLOCK_T: tl.constexpr,
 ):
-    """ranges int32 `[2, rows]`: the first key of each row, and one past the last.
+    """Write ranges int32 `[2, rows]`: the first key of each row, and one past the last.
 
     row_groups, key_groups: int32 `[groups + 1]`, cumulative lengths on either side; segment_groups: int32
     `[segments + 1]`, first group of each segment, or None where every group is a segment. A row sees the
@@ -70,13 +70,14 @@ def _key_ranges_kernel(
 
 @triton.jit
 def tile_ranges(ranges_ptr, rows, first_row, end_row, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """The ranges of the rows from `first_row` to before `end_row`, and the blocks of keys they ask for.
+    """Return the ranges of the rows from `first_row` up to `end_row` (exclusive), and the blocks of keys that they
+    need.
 
     Returns:
         low, high: `[BLOCK_ROWS]`, empty ranges for the rows from `end_row` on.
         begin, end: first key that any row sees, and one past the last.
-        count: blocks from `begin` to `end`.
-        first_full, end_full: of those, the blocks of which every row sees every key.
+        count: number of blocks from `begin` to `end`.
+        first_full, end_full: the first of the blocks in which every row sees every key, and one past the last.
     """
     row = first_row + tl.arange(0, BLOCK_ROWS)
     high_ptr = ranges_ptr + rows.to(tl.int64)
@@ -95,5 +96,5 @@ def tile_ranges(ranges_ptr, rows, first_row, end_row, BLOCK_ROWS: tl.constexpr, 
 
 @triton.jit
 def masked_block(block, first_full, end_full):
-    """The place of the `block`-th of the blocks that need a mask: those before the full ones, then those after."""
+    """Return the index of the `block`-th block that needs a mask: those before the full blocks, then those after."""
     return tl.where(block < first_full, block, block + end_full - first_full)

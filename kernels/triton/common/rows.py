@@ -1,4 +1,4 @@
-"""Rows of a strided matrix to and from a block padded to a power of two columns."""
+"""Loads and stores of rows of a strided matrix, in blocks padded to a power of two columns."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def head_rows(pointer, head, head_stride, stride, UNIT: tl.constexpr):
-    """Where the rows of one head of `[rows, heads, columns]` begin, and how many numbers lead from one to the next.
+    """Return where the rows of one head of `[rows, heads, columns]` begin, and the distance from one to the next.
 
-    head_stride, stride: in units of UNIT numbers, as `vot_kernels.ops.launch.strides` counts them.
+    head_stride, stride: in units of UNIT elements, as `vot_kernels.ops.launch.strides` returns them.
     """
     return pointer + head.to(tl.int64) * (head_stride * UNIT), stride * UNIT
 
@@ -23,10 +23,10 @@ def row_source(
     BLOCK: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """What `load_rows` takes blocks of the rows before `end` from: a descriptor if USE_TMA, else `pointer` itself.
+    """Return the source of `load_rows` for the rows before `end`: a descriptor if USE_TMA, else `pointer` itself.
 
-    The descriptor ends where the rows do, so that no block holds rows of a neighbour: their NaN would survive
-    the multiplication with weights of 0. `launch.with_workspace` says what a descriptor needs of the host.
+    The descriptor ends where the rows do, so that no block holds rows of a neighbour: their NaN would survive a
+    multiplication by weights of 0. `launch.with_workspace` says what a descriptor needs from the host.
     """
     if USE_TMA:
         end = tl.maximum(end, 1)  # a descriptor cannot have 0 rows; this one is never read
@@ -48,7 +48,7 @@ def load_source(
     MASKED: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """`load_rows` from a `row_source` of the same `end`: the same numbers with and without USE_TMA."""
+    """Call `load_rows` on a `row_source` of the same `end`; the result is the same with and without USE_TMA."""
     if USE_TMA:
         block = source.load([first, 0])
     else:
@@ -67,7 +67,7 @@ def load_rows(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """`[BLOCK, BLOCK_D]`: BLOCK rows from `first` on; 0 past HEAD_DIM columns and, if MASKED, from row `end` on."""
+    """Load rows from `first` on, `[BLOCK, BLOCK_D]`; 0 past HEAD_DIM columns and, if MASKED, from row `end` on."""
     row = tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     pointers = pointer + first.to(tl.int64) * stride + (row.to(tl.int64)[:, None] * stride + column[None, :])
@@ -94,7 +94,7 @@ def store_rows(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write rows `first` to before `end` of a `[BLOCK, BLOCK_D]` block in the dtype of `pointer`."""
+    """Write the rows from `first` up to `end` of a `[BLOCK, BLOCK_D]` block in the dtype of `pointer`."""
     row = first + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK_D)
     mask = (row < end)[:, None]
@@ -108,11 +108,10 @@ def store_rows(
 def load_block(
     pointer, first, end, stride, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """`[ROWS, COLUMNS]` from row `first` and `column` on; 0 from row `end` and from column WIDTH on.
+    """Load `[ROWS, COLUMNS]` from row `first` and `column` on; 0 from row `end` and from column WIDTH on.
 
-    Part of the columns, with addresses of 32 bits, where `load_rows` reads whole rows with 64.
-
-    ROWS * stride < 2**31: only the first row needs an address of 64 bits.
+    This loads part of the columns with 32-bit addresses, where `load_rows` loads whole rows with 64-bit ones. It
+    requires ROWS * stride < 2**31, so that only the first row needs a 64-bit address.
     """
     row = tl.arange(0, ROWS)
     index = tl.arange(0, COLUMNS)
@@ -139,6 +138,6 @@ def store_block(
 
 @triton.jit
 def load_column(pointer, first, end, stride, ROWS: tl.constexpr):
-    """One number of each of ROWS rows, 0 from row `end` on."""
+    """Load one element of each of ROWS rows; 0 from row `end` on."""
     row = tl.arange(0, ROWS)
     return tl.load(pointer + first.to(tl.int64) * stride + row * stride, row < end - first, other=0.0)

@@ -1,6 +1,6 @@
-"""Softmax by blocks of keys, in powers of two.
+"""Softmax over blocks of keys, in powers of two.
 
-In the classical names of flash attention, `peak` is m_i, the running maximum of a row; `total` is l_i, the running sum
+In the usual names of flash attention, `peak` is m_i, the running maximum of a row; `total` is l_i, the running sum
 of its weights; `sums` is acc, the running sum of its weighted values; and `decay` is alpha, which rescales them.
 """
 
@@ -13,7 +13,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def softmax_step(scores, factor, peak, total):
-    """Weights exp2(factor * scores - peak) under the raised peak, that peak, the total, the decay of old sums.
+    """Return the weights exp2(factor * scores - peak) under the updated peak, that peak, the total, the decay of old
+    sums.
 
     scores: `[rows, keys]`, -inf where masked; factor > 0; peak, total: `[rows]`, -inf and 0 before the first
     block. A peak stays -inf while a row has seen nothing; its weights are 0 and not NaN.

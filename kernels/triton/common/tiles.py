@@ -1,7 +1,7 @@
-"""Which rows of a packed buffer a program works on, found on the device from the cumulative lengths.
+"""The rows of a packed buffer that a program works on, found on the device from the cumulative lengths.
 
-Segment s owns the tiles bounds[s] // BLOCK + s up to those of s + 1: at least as many as its rows need. The
-grid tokens // BLOCK + segments is known without reading the lengths; a tile too many begins past its segment.
+Segment s owns the tiles bounds[s] // BLOCK + s up to those of s + 1, which are at least as many as its rows need. The
+grid tokens // BLOCK + segments is known without reading the lengths; a superfluous tile begins past its segment.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def locate_tile(bounds_ptr, count, tile, BLOCK: tl.constexpr):
-    """Segment (or group) of `tile` and the tile's first row; the row may lie at or past the segment's end.
+    """Return the segment (or group) of `tile` and the tile's first row, which may be at or past the segment's end.
 
     bounds_ptr: int32 `[count + 1]`, cumulative lengths; count >= 1; 0 <= tile < bounds[count] // BLOCK + count.
     """
@@ -27,7 +27,7 @@ def locate_tile(bounds_ptr, count, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def locate_tile_by_steps(bounds_ptr, count, tile, BLOCK: tl.constexpr):
-    """`locate_tile` without a while loop, which warp specialization does not take; steps too many change nothing."""
+    """`locate_tile` without a while loop, which warp specialization does not support; extra steps change nothing."""
     low = 0
     high = count
     for _ in range(tl.log2(count.to(tl.float32)).to(tl.int32) + 2):

@@ -1,4 +1,4 @@
-"""The results of a token's slots, weighted and added up."""
+"""The weighted sum of the results of a token's slots."""
 
 import triton
 import triton.language as tl
@@ -18,10 +18,10 @@ def _combine_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[t] = sum over j, in ascending order, of weights[t, j] * rows[places[t * TOP_K + j]]; place -1 adds nothing.
+    """Sum weights[t, j] * rows[places[t * TOP_K + j]] over j, in ascending order; place -1 adds nothing.
 
-    rows `[slots, N]`, `rows_stride` in STRIDE_UNIT numbers; places: int32 `[tokens * TOP_K]`; weights: float32
-    `[tokens, TOP_K]` or None for 1; out `[tokens, N]`; all but the rows are contiguous.
+    rows `[slots, N]`, `rows_stride` in units of STRIDE_UNIT elements; places: int32 `[tokens * TOP_K]`; weights:
+    float32 `[tokens, TOP_K]` or None for 1; out `[tokens, N]`; everything but the rows is contiguous.
     Grid: cdiv(tokens, BLOCK_T) * cdiv(N, BLOCK_N).
     """
     COLUMN_TILES: tl.constexpr = triton.cdiv(N, BLOCK_N)

@@ -1,4 +1,4 @@
-"""The caches of the selected experts out of the stored caches of all of them."""
+"""The caches of the selected experts, gathered from the stored caches of all experts."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,10 @@ def _gather_caches_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out `[slots, RANK]` in the order of places, caches `[tokens, experts, RANK]`. Grid: (tiles, column blocks)."""
+    """Copy caches `[tokens, experts, RANK]` to out `[slots, RANK]` in the order of places.
+
+    Grid: (tiles, column blocks).
+    """
     expert, first = locate_tile(offsets_ptr, experts, tl.program_id(0), BLOCK_M)
     end = tl.load(offsets_ptr + expert + 1)
     place = first + tl.arange(0, BLOCK_M)

@@ -1,9 +1,9 @@
-"""Matrix products over rows grouped by expert: a weight matrix for each group, and the gradients of the weights.
+"""Matrix products over rows grouped by expert, with a weight matrix per group, and the gradients of the weights.
 
-Places offsets[e] to before offsets[e + 1] belong to expert e. The row of a place is the place itself, or, where
-the rows are those of the tokens, `order[place] // TOP_K`: they are read where they lie, not copied together.
-Loads are 16 bytes wide if the compiler knows that strides and the sizes in the masks are multiples of 8 numbers:
-STRIDE_UNIT says so of the strides, and the sizes are constexprs.
+The places from offsets[e] to offsets[e + 1] - 1 belong to expert e. The row of a place is the place itself, or for
+rows of tokens `order[place] // TOP_K`: they are read in place, without a copy. Loads are 16 bytes wide if the
+compiler knows that strides and the sizes in the masks are multiples of 8 elements: STRIDE_UNIT tells it about the
+strides, and the sizes are constexprs.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _add_product(
     TRANSPOSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """sums + a[row] @ w[:, column]; a `[rows, K]`, w `[K, N]`, whose columns (TRANSPOSED) or rows are contiguous."""
+    """Return sums + a[row] @ w[:, column]; a `[rows, K]`, w `[K, N]` with contiguous columns (TRANSPOSED) or rows."""
     depth = tl.arange(0, BLOCK_K)
     a_pointers = a_ptr + (row.to(tl.int64)[:, None] * a_stride + depth[None, :])
     if TRANSPOSED:
@@ -76,12 +76,12 @@ def _grouped_matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out[p] = a[row of p] @ w[e] + a2[p] @ w2[e] + scale[p] * addend[p] at each place p of an expert e.
+    """Write out[p] = a[row of p] @ w[e] + a2[p] @ w2[e] + scale[p] * addend[p] at each place p of an expert e.
 
     a `[tokens or slots, K]`; w `[experts, K, N]`; a2 `[slots, K2]`, w2 `[experts, K2, N]`, both or None; scale float32
-    `[slots]`, addend `[slots, N]`, both or None; out `[slots, N]`, contiguous; order: int32 `[slots]`, or None where
-    the rows of a are the places; offsets: int32 `[experts + 1]`. Strides count in STRIDE_UNIT numbers; those of w are
-    of the dimension that is not contiguous: its columns if W_TRANSPOSED, else its rows. Rows of out that belong to no
+    `[slots]`, addend `[slots, N]`, both or None; out `[slots, N]`, contiguous; order: int32 `[slots]`, or None if the
+    rows of a are the places; offsets: int32 `[experts + 1]`. Strides are in units of STRIDE_UNIT elements; those of w
+    are of the dimension that is not contiguous: its columns if W_TRANSPOSED, else its rows. Rows of out without an
     expert are not written.
     Grid: (slots // BLOCK_M + experts) * cdiv(N, BLOCK_N).
     """
@@ -92,14 +92,14 @@ def _grouped_matmul_kernel(
     )
     if first >= end:
         return
-    # Rows past the end repeat the last one: they are not stored, and need no mask in the loops.
+    # Rows past the end repeat the last one: they are not stored and need no mask in the loops.
     index = tl.arange(0, BLOCK_M)
     place = first + tl.minimum(index, end - first - 1)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = place if order_ptr is None else tl.load(order_ptr + place) // TOP_K
     w_ptr += expert.to(tl.int64) * (w_expert_stride * STRIDE_UNIT)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if addend_ptr is not None:  # before the products, which take all registers
+    if addend_ptr is not None:  # before the products, which use all registers
         addend_ptr += place.to(tl.int64)[:, None] * (addend_stride * STRIDE_UNIT)
         addend = tl.load(addend_ptr + column[None, :], (column < N)[None, :], other=0.0)
         sums += tl.load(scale_ptr + place)[:, None] * addend
@@ -119,7 +119,7 @@ def _grouped_matmul_kernel(
 
 @triton.jit
 def _load_places(pointer, order_ptr, place, inside, stride, column, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
-    """The rows of the places `inside`, columns `column`; 0 elsewhere and from column WIDTH on."""
+    """Load the rows of the places `inside`, columns `column`; 0 elsewhere and from column WIDTH on."""
     row = place if order_ptr is None else tl.load(order_ptr + place, inside, other=0) // TOP_K
     pointers = pointer + (row.to(tl.int64)[:, None] * stride + column[None, :])
     return tl.load(pointers, inside[:, None] & (column < WIDTH)[None, :], other=0.0)
@@ -144,11 +144,12 @@ def _weight_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """out[e] = sum over the places p of expert e, in ascending order, of a[row of p]^T b[row of p].
+    """Write for each expert the sum over its places p, in ascending order, of a[row of p]^T b[row of p].
 
-    a `[tokens or slots, M]`, b `[tokens or slots, N]`, rows contiguous; their orders: int32 `[slots]`, or None where
-    the rows are the places; offsets: int32 `[experts + 1]`; out `[experts, M, N]`, contiguous, every number written.
-    Strides count in STRIDE_UNIT numbers. Tiles of one expert are neighbours: they share its rows in the L2 cache.
+    a `[tokens or slots, M]`, b `[tokens or slots, N]`, rows contiguous; their orders: int32 `[slots]`, or None if the
+    rows are the places; offsets: int32 `[experts + 1]`; out `[experts, M, N]`, contiguous, every element written.
+    Strides are in units of STRIDE_UNIT elements. Tiles of one expert are neighbours, so they share its rows in the L2
+    cache.
     Grid: experts * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N).
     """
     ROW_TILES: tl.constexpr = triton.cdiv(M, BLOCK_M)
@@ -164,7 +165,7 @@ def _weight_gradient_kernel(
     count = tl.load(offsets_ptr + expert + 1) - begin
     index = tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # The rows after the last one belong to a neighbour, whose NaN must not enter the sums: both factors are masked.
+    # The rows after the last one belong to a neighbour, whose NaN must not enter the sums, so both factors are masked.
     for start in range(0, count, BLOCK_K):
         inside = index < count - start
         place = begin + start + index

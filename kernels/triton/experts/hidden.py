@@ -1,8 +1,8 @@
-"""The hidden layer of gated experts, h = SiLU(pre) * value, and its gradients, for places grouped by expert.
+"""The hidden layer of gated experts, h = SiLU(pre) * value, and its gradients, for places sorted by expert.
 
-value = x W_value^T of the token at each place. pre is c W_up^T of a cache c with a row per place (Autonomy-of-Experts)
+value = x W_value^T of the token at each place. pre is c W_up^T for a cache c with a row per place (Autonomy-of-Experts)
 or x W_gate^T (plain mixture of experts). Both products stay in float32 until h is written.
-Rows past an expert's end repeat its last one and are not stored, so nothing of a neighbour is ever read.
+Rows past an expert's end repeat its last one and are not stored, so no row of a neighbour is ever read.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .tiles import locate_output_tile
 
 @triton.jit
 def _load_depth(row_ptr, start, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[rows, BLOCK_K]`: numbers from `start` on of the rows that begin at each of `row_ptr`; 0 from SIZE on."""
+    """Load `[rows, BLOCK_K]`: elements from `start` on of the rows that begin at `row_ptr`; 0 from SIZE on."""
     k = start + tl.arange(0, BLOCK_K)
     pointers = row_ptr[:, None] + k[None, :]
     mask = (k < SIZE)[None, :]
@@ -33,9 +33,9 @@ def _load_weight(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`[BLOCK_K, BLOCK_N]` of W^T from row `start` on; 0 from row SIZE on, anything from column COLUMNS on.
+    """Load `[BLOCK_K, BLOCK_N]` of W^T from row `start` on; 0 from row SIZE on, anything from column COLUMNS on.
 
-    TRANSPOSED: in memory the columns lie side by side, and not the rows.
+    TRANSPOSED: the columns are contiguous in memory, not the rows.
     """
     k = start + tl.arange(0, BLOCK_K)
     mask = (k < SIZE)[:, None]
@@ -63,7 +63,7 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 `[BLOCK_M, BLOCK_N]`: the rows that begin at `row_ptr` times W^T `[SIZE, COLUMNS]`."""
+    """Multiply the rows that begin at `row_ptr` by W^T `[SIZE, COLUMNS]` to float32 `[BLOCK_M, BLOCK_N]`."""
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, SIZE, BLOCK_K):
         rows = _load_depth(row_ptr, start, SIZE, BLOCK_K)
@@ -91,7 +91,7 @@ def _two_products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`_product` of the same rows with two weights; each tile of the rows is loaded once."""
+    """Compute `_product` of the same rows with two weights; each tile of the rows is loaded once."""
     first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, SIZE, BLOCK_K):
@@ -127,7 +127,7 @@ def _two_products(
 
 @triton.jit
 def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of the columns of `[BLOCK_M, BLOCK_N]`."""
+    """Return the left and the right half of the columns of `[BLOCK_M, BLOCK_N]`."""
     return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -146,7 +146,7 @@ def _store_hidden(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """hidden, and value in rows of SAVED numbers, behind pre if these are twice HIDDEN; PIECE columns at a time.
+    """Store hidden, and value in rows of SAVED elements, after pre if SAVED is twice HIDDEN; PIECE columns at a time.
 
     pre, value: float32 `[BLOCK_M, COLUMNS]`.
     """
@@ -208,11 +208,11 @@ def _expert_hidden_kernel(
     PIECE: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """hidden `[slots, HIDDEN]`, and what the backward reads.
+    """Write hidden `[slots, HIDDEN]` and what the backward reads.
 
     x `[tokens, DIM]`; w_value `[experts, HIDDEN, DIM]`. With cache `[slots, RANK]`, w_gate is `[experts, HIDDEN,
     RANK]` and saved gets value `[slots, HIDDEN]`; with None, w_gate is `[experts, HIDDEN, DIM]` and saved gets pre
-    and value side by side, `[slots, 2 * HIDDEN]`. saved may be None. Strides are in units of STRIDE_UNIT numbers.
+    and value side by side, `[slots, 2 * HIDDEN]`. saved may be None. Strides are in units of STRIDE_UNIT elements.
     The tile is stored PIECE columns at a time. Grid: (slots // BLOCK_M + experts) * column tiles.
     """
     expert, first, end, tile = locate_output_tile(
@@ -306,9 +306,10 @@ def _load_pieces(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """A block `[BLOCK_M, COLUMNS]`, cut in half until PIECE columns are left: a tree of tuples as `_halves` has them.
+    """Load a block `[BLOCK_M, COLUMNS]`, halved until PIECE columns are left: a tree of tuples as `_halves` returns
+    them.
 
-    It begins at `first_column` and is 0 from `end_column` on.
+    The block begins at `first_column` and is 0 from `end_column` on.
     """
     if COLUMNS > PIECE:
         HALF: tl.constexpr = COLUMNS // 2
@@ -340,10 +341,10 @@ def _store_gradients(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """All gradients, PIECE columns at a time; returns the sums over the columns of d_hidden * hidden, one per row.
+    """Store all gradients, PIECE columns at a time; return per row the sum over the columns of d_hidden * hidden.
 
-    d_hidden: float32 `[BLOCK_M, COLUMNS]`, of hidden without the mixing weight; pre likewise, or if PRE_SAVED a tree of
-    pieces as value is. weight: float32 `[BLOCK_M]`.
+    d_hidden: float32 `[BLOCK_M, COLUMNS]`, the gradient of hidden without the mixing weight; pre likewise, or if
+    PRE_SAVED a tree of pieces, as value is. weight: float32 `[BLOCK_M]`.
     """
     if COLUMNS > PIECE:
         HALF: tl.constexpr = COLUMNS // 2
@@ -416,12 +417,13 @@ def _expert_hidden_bwd_kernel(
     PIECE: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Gradients of pre and value, hidden times its mixing weight, and parts of the gradients of these weights.
+    """Write the gradients of pre and value, hidden times its mixing weight, and parts of the gradients of these
+    weights.
 
-    d_y `[tokens, DIM]`, of the mixed output; w_out `[experts, HIDDEN, DIM]`; saved, cache and w_gate as in the
-    forward; weights float32 `[tokens, top_k]`. weighted `[slots, HIDDEN]`; d_pre and d_value likewise, or with
+    d_y `[tokens, DIM]`, the gradient of the mixed output; w_out `[experts, HIDDEN, DIM]`; saved, cache and w_gate as in
+    the forward; weights float32 `[tokens, top_k]`. weighted `[slots, HIDDEN]`; d_pre and d_value likewise, or with
     cache None side by side in d_pre `[slots, 2 * HIDDEN]`; partials float32 `[column tiles, slots]`. A tile has TILE_N
-    columns, because partials has a row for each tile; they are stored PIECE at a time.
+    columns, because partials has a row for each tile; PIECE of them are stored at a time.
     Grid: (slots // BLOCK_M + experts) * column tiles.
     """
     expert, first, end, tile = locate_output_tile(

@@ -1,8 +1,8 @@
-"""The slots of all tokens grouped by expert, and the way back from places to slots: see `Slots`.
+"""The slots of all tokens sorted by expert, and the way back from places to slots: see `Slots`.
 
-Slots are cut into tiles of TILE. `_rank_slots_kernel` counts the slots of each expert in each tile; the running sum
-of these counts, all tiles of one expert before the next expert, says where each expert's slots of each tile begin;
-`_place_slots_kernel` adds a slot's rank within its tile. The order inside an expert is thus that of the slots.
+Slots are cut into tiles of TILE. `_rank_slots_kernel` counts the slots of each expert in each tile. The running sum of
+these counts, all tiles of one expert before the next expert, gives the start of each expert's slots of each tile, to
+which `_place_slots_kernel` adds a slot's rank within its tile. Slots thus keep their order within an expert.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_experts(indices_ptr, slot, slots, experts):
-    """int32 ids, -1 past the last slot and for ids of no expert."""
+    """Load int32 ids, with -1 past the last slot and for ids without an expert."""
     index = tl.load(indices_ptr + slot, slot < slots, other=-1)
     return tl.where((index >= 0) & (index < experts), index, -1).to(tl.int32)
 
@@ -20,10 +20,10 @@ def load_experts(indices_ptr, slot, slots, experts):
 def _rank_slots_kernel(
     indices_ptr, places_ptr, counts_ptr, slots, tiles, experts, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """For each slot the number of slots of the same expert before it in its tile; the counts that are not 0.
+    """Write for each slot the number of slots of the same expert before it in its tile, and the counts that are not 0.
 
-    indices: integer `[slots]`; places: int32 `[slots]`; counts: int32 `[experts * tiles + 1]`, that of expert e in
-    tile i at 1 + e * tiles + i. Work is TILE comparisons per slot, whatever the number of experts.
+    indices: integer `[slots]`; places: int32 `[slots]`; counts: int32 `[experts * tiles + 1]`, the count of expert e in
+    tile i at 1 + e * tiles + i. The work is TILE comparisons per slot, for any number of experts.
     """
     tile = tl.program_id(0)
     first = tile.to(tl.int64) * TILE
@@ -38,7 +38,7 @@ def _rank_slots_kernel(
         before += tl.sum((same & earlier).to(tl.int32), 1)
         after += tl.sum((same & ~earlier).to(tl.int32), 1)
     tl.store(places_ptr + first + position, before, first + position < slots)
-    # The first slot of an expert in the tile counts for all of its slots: itself and those after it.
+    # The first slot of an expert in the tile writes the count of all its slots: itself and those after it.
     count = counts_ptr + 1 + expert.to(tl.int64) * tiles + tile
     tl.store(count, after, (expert >= 0) & (before == 0))
 
@@ -47,7 +47,7 @@ def _rank_slots_kernel(
 def _place_slots_kernel(
     indices_ptr, starts_ptr, places_ptr, order_ptr, slots, tiles, experts, TILE: tl.constexpr
 ):
-    """places, so far ranks within tiles, become places, -1 for slots of no expert; order int32 is their inverse.
+    """Replace ranks within tiles by places, -1 for slots without an expert; order, int32, is the inverse.
 
     starts: int32, the running sum of the counts of `_rank_slots_kernel`.
     """
@@ -77,12 +77,12 @@ def _mixing_backward_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of the mixing weights `[tokens, TOP_K]` and, of each cache, what its norm adds to its gradient.
+    """Write the gradient of the mixing weights `[tokens, TOP_K]` and the factor of each cache in its norm's gradient.
 
     d_mix = the sum of partials `[blocks, tokens * TOP_K]` at the slot's place (+ d_weights), in the order of the
     blocks. Through w = softmax(p) of the chosen norms p = |c|, dc = dp c / p with dp = w (d_mix - sum of w d_mix):
-    scale `[tokens * TOP_K]` is dp / p at the slot's place, 0 where p = 0. All float32 but the int32 places and the
-    integer indices. With scale_ptr None: d_mix alone, and norms, indices and weights are not read.
+    scale `[tokens * TOP_K]` is dp / p at the slot's place, 0 where p = 0. All are float32, except the int32 places and
+    the integer indices. With scale_ptr None only d_mix is written, and norms, indices and weights are not read.
     """
     WIDTH: tl.constexpr = triton.next_power_of_2(TOP_K)
     ROWS: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1

@@ -1,9 +1,9 @@
-"""How strongly every expert answers every token: squared norms of the caches x W_downᵀ, which are not stored.
+"""The squared norms of the caches x W_downᵀ of every expert for every token; the caches are not stored.
 
-One matrix product of x `[tokens, dim]` and the rows of all experts' W_down laid end to end, each expert padded to
-whole spans of SPAN columns. A program squares its tile of the product where it lies, in the float32 accumulator,
-and adds up span by span: as no span belongs to two experts or two programs, no tile is wasted on an expert that
-ends inside it, and no sum depends on the order of programs. `_sum_spans_kernel` adds the spans of an expert.
+This is one matrix product of x `[tokens, dim]` with the concatenated rows of all experts' W_down, each expert padded
+to whole spans of SPAN columns. A program squares its tile of the product in the float32 accumulator and sums each
+span. No span belongs to two experts or two programs, so no tile is wasted on an expert that ends inside it, and no sum
+depends on the order of programs. `_sum_spans_kernel` then adds the spans of an expert.
 """
 
 import triton
@@ -29,12 +29,13 @@ def _cache_norms_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    """sums float32 `[tokens, EXPERTS * spans]`, spans = ceil(RANK / SPAN); the cache `[tokens, EXPERTS, RANK]` too
+    """Write sums float32 `[tokens, EXPERTS * spans]`, spans = ceil(RANK / SPAN), and the cache `[tokens, EXPERTS,
+    RANK]`
     unless cache_ptr is None.
 
-    x: `[tokens, DIM]`; w: `[EXPERTS, RANK, DIM]`, columns of both side by side. SPAN divides BLOCK_C. The strides
-    are constexprs so that the compiler knows how rows are aligned, whatever power of two divides DIM. GROUP_T row
-    tiles go through all columns together: they and the tiles of w that run at the same time stay in the L2 cache.
+    x: `[tokens, DIM]`; w: `[EXPERTS, RANK, DIM]`, columns of both contiguous. SPAN divides BLOCK_C. The strides
+    are constexprs so that the compiler knows the alignment of the rows, whatever power of two divides DIM. GROUP_T row
+    tiles pass over all columns together: they and the tiles of w that run at the same time stay in the L2 cache.
     """
     tl.static_assert(BLOCK_C % SPAN == 0)
     PADDED: tl.constexpr = (RANK + SPAN - 1) // SPAN * SPAN
@@ -89,7 +90,7 @@ def _cache_norms_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _sum_spans_kernel(sums_ptr, squares_ptr, count, SPANS: tl.constexpr, BLOCK: tl.constexpr):
-    """squares `[count]`: the sums over the rows of sums `[count, SPANS]`, both float32."""
+    """Sum each row of sums `[count, SPANS]` to squares `[count]`, both float32."""
     WIDTH: tl.constexpr = triton.next_power_of_2(SPANS)
     ROWS: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

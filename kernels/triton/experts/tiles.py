@@ -1,4 +1,4 @@
-"""Which tile of a grouped matrix product a program computes, found on the device from the experts' offsets."""
+"""The tile of a grouped matrix product that a program computes, found on the device from the experts' offsets."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ from ..common.tiles import locate_tile
 def locate_output_tile(
     offsets_ptr, experts, program, row_tiles, column_tiles, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
 ):
-    """Expert, first place, end of the expert's places, and number of the column tile.
+    """Return expert, first place, end of the expert's places, and index of the column tile.
 
-    The grid is `row_tiles * column_tiles` with row_tiles = slots // BLOCK_M + experts, of which each expert owns at
-    least as many as it needs: first place >= end means that there is nothing to do. GROUP_M row tiles go through all
+    The grid is `row_tiles * column_tiles` with row_tiles = slots // BLOCK_M + experts. Each expert owns at least as
+    many row tiles as it needs: first place >= end means that there is nothing to do. GROUP_M row tiles pass over all
     columns together, so that both factors stay in the L2 cache.
     """
     per_group = GROUP_M * column_tiles

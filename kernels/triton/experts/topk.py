@@ -1,17 +1,17 @@
-"""Which experts answer a token, and with what weight."""
+"""The choice of experts for a token, and their weights."""
 
 import triton
 import triton.language as tl
 
-# The key of experts that do not exist or are already chosen; it is below the key of every number.
+# The key of experts that do not exist or are already chosen, which is below the key of every number.
 _TAKEN: tl.constexpr = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def ordered_key(score):
-    """int32 numbers in the order of float32 scores, above _TAKEN; 0 and -0 are equal, NaN is the largest."""
+    """Return int32 keys in the order of float32 scores, above _TAKEN; 0 and -0 are equal, and NaN is the largest."""
     bits = score.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the bits of a negative number fall as the number rises
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the bits of a negative number decrease as the number increases
     key = tl.where(score == 0, 0, key)
     return tl.where(score != score, 0x7FFFFFFF, key)
 
@@ -29,11 +29,11 @@ def _select_experts_kernel(
     SOFTMAX_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """norms `[tokens, EXPERTS]`, the roots of squares; indices int64 and weights float32 `[tokens, TOP_K]`.
+    """Write norms `[tokens, EXPERTS]`, the roots of squares; indices int64 and weights float32 `[tokens, TOP_K]`.
 
-    Chosen are the TOP_K largest of norms + bias (float32 `[EXPERTS]` or None), the largest first, of equal ones
-    the lowest id. Their weights are the softmax of their norms, with SOFTMAX_FIRST that of all norms.
-    BLOCK: numbers that a program holds, unless EXPERTS are more.
+    The TOP_K largest of norms + bias (float32 `[EXPERTS]` or None) are chosen, largest first; ties go to the lowest
+    id. Their weights are the softmax of their norms, or with SOFTMAX_FIRST their entries of the softmax of all norms.
+    BLOCK: elements that a program holds, unless EXPERTS is larger.
     """
     WIDTH: tl.constexpr = triton.next_power_of_2(EXPERTS)
     ROWS: tl.constexpr = BLOCK // WIDTH if BLOCK > WIDTH else 1

@@ -1,18 +1,18 @@
-"""Group states of linear attention: S_g = sum over the rows of a group of c_i phi(x_i) v_i^T, and z_g.
+"""The group states of linear attention: S_g = sum over the rows of a group of c_i phi(x_i) v_i^T, and z_g.
 
 z_g = sum of c_i phi(x_i) u_i is the column of a value u_i appended to v_i: 1 in the forward, minus do.o in the
-backward. The weight c_i is 1 in the forward. A state is `width * (head_dim + 1)` float32 numbers: S
-`[width, head_dim]`, then z `[width]`; states lie in `[slots, kv_heads, width * (head_dim + 1)]`.
+backward. The weight c_i is 1 in the forward. A state has `width * (head_dim + 1)` float32 elements: S
+`[width, head_dim]`, then z `[width]`; states are stored as `[slots, kv_heads, width * (head_dim + 1)]`.
 
-A group is cut into tiles of TILE rows. Tiles are summed by blocks of rows into partial states, and these in a
-fixed order into one state per group (`_reduce_states_kernel`) or into running sums (`_scan_states_kernel`):
-the same bits in every run, and whatever else is packed. One partial state of 4 * width * (head_dim + 1) bytes is
-written and read once per TILE rows of 4 * TILE * head_dim bytes (k and v of 16 bits): with TILE = 8 head_dim, as
-configured, it is 1/8 of them. Running sums are as many bytes again.
+A group is cut into tiles of TILE rows. Tiles are summed by blocks of rows into partial states, and these in a fixed
+order into one state per group (`_reduce_states_kernel`) or into running sums (`_scan_states_kernel`). The results are
+bitwise equal in every run, whatever else is packed. One partial state of 4 * width * (head_dim + 1) bytes is written
+and read once per TILE rows of 4 * TILE * head_dim bytes (k and v of 16 bits). With TILE = 8 head_dim, as configured,
+that is 1/8 of them; running sums take the same again.
 
-With a decay, the rows of a tile weigh exp(log_decay * distance): to the start of the next tile, for the rows after
-it, or (REVERSE) from the start of the tile, for the rows before it. Running sums shrink from tile to tile. Only the
-last tile of a segment is short, and none reads its state on the way forwards, nor one beyond it on the way back.
+With a decay, the rows of a tile are weighted by exp(log_decay * distance): to the start of the next tile, for the rows
+after it, or (REVERSE) from the start of the tile, for the rows before it. Running sums shrink from tile to tile. Only
+the last tile of a segment is short. No tile reads its state in the forward direction, nor one beyond it in reverse.
 """
 
 import triton
@@ -24,10 +24,10 @@ from ..common.tiles import locate_tile
 
 @triton.jit
 def _dot_in_cubes(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32. PRECISION: of its factors, if these are float32.
+    """Return a @ b in float32. PRECISION: of the factors, if these are float32.
 
-    Every warp would hold all of a narrow a and b however deep they are. So what is deeper than wide goes in parts as
-    deep as wide, which the warps share out; then the parts are summed.
+    Every warp would hold all of a narrow a and b, however deep they are. So a product that is deeper than wide is cut
+    into parts as deep as wide, which the warps share; then the parts are summed.
     """
     ROWS: tl.constexpr = a.shape[0]
     DEPTH: tl.constexpr = a.shape[1]
@@ -44,10 +44,10 @@ def _dot_in_cubes(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot(a, b, TYPE: tl.constexpr):
-    """a @ b in float32 for inputs that came as TYPE.
+    """Return a @ b in float32 for inputs that came as TYPE.
 
-    Sums over a whole segment and quotients by them leave the range of float16, so that it goes as tf32, which
-    has its 10 bits of fraction and the range of float32.
+    Sums over a whole segment and quotients by them exceed the range of float16, so float16 is multiplied as tf32,
+    which has its 10 bits of fraction and the range of float32.
     """
     if TYPE.is_bf16():
         result = _dot_in_cubes(a.to(tl.bfloat16), b.to(tl.bfloat16), "tf32")
@@ -60,13 +60,13 @@ def dot(a, b, TYPE: tl.constexpr):
 
 @triton.jit
 def decay_over(log_decay, distance):
-    """exp(log_decay * distance), at most 1; 1 over no distance, where -inf * 0 would be NaN."""
+    """Return exp(log_decay * distance), at most 1; 1 for a distance of 0, where -inf * 0 would be NaN."""
     return tl.exp(tl.where(distance > 0, log_decay * distance, 0.0))
 
 
 @triton.jit
 def softmax_scale(pointer, first, end, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Of each of ROWS rows the largest number and 1 / sum(exp(x - largest)), both `[ROWS]`."""
+    """Return for each of ROWS rows the largest element and 1 / sum(exp(x - largest)), both `[ROWS]`."""
     COLUMNS: tl.constexpr = triton.next_power_of_2(WIDTH)
     x = load_block(pointer, first, end, stride, 0, WIDTH, ROWS, COLUMNS).to(tl.float32)
     x = tl.where((tl.arange(0, COLUMNS) < WIDTH)[None, :], x, float("-inf"))
@@ -87,10 +87,10 @@ def load_features(
     COLUMNS: tl.constexpr,
     scale=None,
 ):
-    """phi of rows from `first` on, columns from `column` on, as float32 `[ROWS, COLUMNS]`; 0 outside.
+    """Load phi of rows from `first` on, columns from `column` on, as float32 `[ROWS, COLUMNS]`; 0 outside.
 
     FEATURE_MAP: "softmax" over all WIDTH columns, "elu" (elu + 1), "relu", or "none" for given features.
-    scale: what `softmax_scale` says of these rows, where it is known.
+    scale: what `softmax_scale` returns for these rows, if it is known.
     """
     x = load_block(pointer, first, end, stride, column, WIDTH, ROWS, COLUMNS).to(tl.float32)
     index = column + tl.arange(0, COLUMNS)
@@ -107,15 +107,15 @@ def load_features(
     elif FEATURE_MAP == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(x))
     elif FEATURE_MAP == "relu":
-        x = tl.where(x < 0, 0.0, x)  # keeps NaN, which tl.maximum would not
+        x = tl.where(x < 0, 0.0, x)  # keeps NaN, which tl.maximum would drop
     return tl.where(inside, x, 0.0)
 
 
 @triton.jit
 def feature_map_backward(features, gradient, product, FEATURE_MAP: tl.constexpr):
-    """The gradient of x, given phi(x) and its gradient.
+    """Return the gradient of x, given phi(x) and its gradient.
 
-    product: of both, summed over the features; None where it is known to be 0. Only softmax asks for it.
+    product: of both, summed over the features; None if it is known to be 0. Only softmax needs it.
     """
     if FEATURE_MAP == "softmax":
         if product is not None:
@@ -139,7 +139,7 @@ def load_state(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """S `[ROWS, COLUMNS]` from (row, column) on and z `[ROWS]`; all 0 unless `present`."""
+    """Load S `[ROWS, COLUMNS]` from (row, column) on and z `[ROWS]`; all 0 unless `present`."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     inside = (rows < WIDTH) & present
@@ -175,15 +175,15 @@ def tile_state(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` of tokens first to end of `repeats` heads.
+    """Sum the block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` over tokens first to end of `repeats` heads.
 
-    log_decay: a number or None. With it a token weighs exp(log_decay * distance), from it to `end` or (REVERSE) from
-    `first` to it; MOMENT: times the distance, which makes the derivative by log_decay.
+    log_decay: a number or None. With it a token is weighted by exp(log_decay * distance), from it to `end` or
+    (REVERSE) from `first` to it; MOMENT: also by the distance, which gives the derivative with respect to log_decay.
     """
     state = tl.zeros([ROWS, COLUMNS], tl.float32)
     normaliser = tl.zeros([ROWS], tl.float32)
     blocks = tl.cdiv(end - first, BLOCK_T)
-    for i in range(repeats * blocks):  # one loop, so that the loads of the next head run ahead too
+    for i in range(repeats * blocks):  # one loop, so that the loads of the next head are pipelined too
         token = first + i % blocks * BLOCK_T
         head = (first_head + i // blocks).to(tl.int64)
         features = load_features(
@@ -243,14 +243,14 @@ def _group_states_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The state of every tile, summed over the `repeats` heads of each kv head.
+    """Write the state of every tile, summed over the `repeats` heads of each kv head.
 
     features `[tokens, kv_heads * repeats, WIDTH]`, values `[tokens, kv_heads * repeats, HEAD_DIM]`; weights, last:
     float32 `[tokens, kv_heads * repeats]` or None for 1. bounds: int32 `[num_groups + 1]`. states: a slot per
-    group, written for groups of at most TILE rows, the empty ones too; or None. partials: a slot per tile.
+    group, written for groups of at most TILE rows, empty ones included; or None. partials: a slot per tile.
     log_decay: float32 `[kv_heads]` or None. With it query heads have states of their own: kv_heads counts them,
-    repeats is 1, and `shared` of them read one head of features and values (else 1). Strides count in STRIDE_UNIT
-    numbers.
+    repeats is 1, and `shared` of them read one head of features and values (else 1). Strides are in units of
+    STRIDE_UNIT elements.
     Grid: (tokens // TILE + num_groups) * kv_heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
@@ -299,7 +299,7 @@ def _reduce_states_kernel(
     BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The state of each group of more than TILE rows from those of its tiles.
+    """Write the state of each group of more than TILE rows from the states of its tiles.
 
     Grid: groups * kv_heads * cdiv(SIZE, BLOCK).
     """
@@ -325,9 +325,9 @@ def _reduce_states_kernel(
 
 @triton.jit
 def _decayed_sums(state, running, log_step, COUNT: tl.constexpr):
-    """y_i = state_i + exp(log_step) y_(i-1) of `state` `[COUNT, ...]` with y_(-1) = `running`, and the last y.
+    """Return y_i = state_i + exp(log_step) y_(i-1) of `state` `[COUNT, ...]` with y_(-1) = `running`, and the last y.
 
-    The factor of each term is an exponential itself, not a product of rounded ones.
+    The factor of each term is an exponential itself, not a product of rounded factors.
     """
     place = tl.arange(0, COUNT)
     distance = place[:, None] - place[None, :]
@@ -352,11 +352,11 @@ def _scan_states_kernel(
     BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sums[i] = sum of states[j] over j <= i - lag within each segment; REVERSE: over j >= i + lag.
+    """Write sums[i] = sum of states[j] over j <= i - lag within each segment; REVERSE: over j >= i + lag.
 
-    TILE > 0: the slots are tiles and bounds holds rows (cu_seqlens). TILE == 0: the slots are groups and bounds
-    holds groups (segment_groups). ACCUMULATE adds to what `sums` holds. log_decay: float32 `[kv_heads]` or None, of
-    tiles alone: a state n slots farther than the nearest in the sum counts exp(n * TILE * log_decay) times.
+    TILE > 0: slots are tiles, and bounds holds rows (cu_seqlens). TILE == 0: slots are groups, and bounds
+    holds groups (segment_groups). ACCUMULATE adds to the contents of `sums`. log_decay: float32 `[kv_heads]` or None,
+    for tiles only: a state n slots farther than the nearest in the sum is weighted by exp(n * TILE * log_decay).
     Grid: segments * kv_heads * cdiv(SIZE, BLOCK).
     """
     BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)

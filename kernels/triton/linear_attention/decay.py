@@ -1,14 +1,14 @@
 """The gradient of the log decay of causal linear attention: the sum of (i - j) w_ij dw_ij over the pairs j < i.
 
-w_ij = exp(log_decay (i - j)) phi(q_i).phi(k_j) is the weight of a pair and dw_ij = c_i g_i.v'_j its gradient without
-the decay, in the terms of `rows.py`. Within a tile the pairs are formed one by one. A pair of different
-tiles has the distance from j to the end of its tile, plus the tiles between, plus that from the start of its tile to i.
-So with F the state of all rows before a tile, G that of all rows after it, and S, Q the tile's own for the rows
-after and before it, the sum over these pairs is the sum over the tiles of
+w_ij = exp(log_decay (i - j)) phi(q_i).phi(k_j) is the weight of a pair, and dw_ij = c_i g_i.v'_j is its gradient
+without the decay, in the terms of `rows.py`. Within a tile the pairs are computed one by one. The distance of a pair
+of different tiles is that from j to the end of its tile, plus the tiles between, plus that from the start of its tile
+to i. Let F be the state of all rows before a tile, G that of all rows after it, and S and Q the tile's own states for
+the rows after and before it. Then the sum over these pairs is the sum over the tiles of
 
     TILE exp(log_decay TILE) <F, G> + <dS / dlog_decay, G> + <F, dQ / dlog_decay>
 
-Distances are summed as they are. The difference of two sums over places would be the same, but for its rounding.
+Distances are summed directly. The difference of two sums over positions is equal, except for its rounding.
 """
 
 from vot_kernels.kernels.group_states.states import (
@@ -54,10 +54,10 @@ def _decay_pairs_kernel(
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The sum over the pairs within each tile, float32 `[tiles, heads]`; 0 for a tile without rows.
+    """Write the sum over the pairs within each tile, float32 `[tiles, heads]`; 0 for a tile without rows.
 
     query, d_out `[tokens, heads, HEAD_DIM]`; key, value `[tokens, heads // shared, HEAD_DIM]`;
-    weights, last: float32 `[tokens, heads]`, c_i and -do_i.o_i. Strides count in STRIDE_UNIT numbers.
+    weights, last: float32 `[tokens, heads]`, c_i and -do_i.o_i. Strides are in units of STRIDE_UNIT elements.
     Grid: (tokens // TILE + num_segments) * heads.
     """
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
@@ -86,7 +86,8 @@ def _decay_pairs_kernel(
             other = first + j * BLOCK_T
             key = load_features(key_ptr, other, stop, key_stride, 0, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_D)
             value = load_block(value_ptr, other, stop, value_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-            # The products follow each other, because the float32 operands of both do not fit into the registers.
+            # The products are computed in sequence, because the float32 operands of both do not fit into the
+            # registers.
             pairs = dot(d_out, tl.trans(value), TYPE) + last[:, None]
             pairs *= weights[:, None]
             distance = (i - j) * BLOCK_T + place[:, None] - place[None, :]
@@ -126,9 +127,9 @@ def _decay_states_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The sum over the pairs of different tiles, float32 `[tiles, heads, value blocks]`.
+    """Write the sum over the pairs of different tiles, float32 `[tiles, heads, value blocks]`.
 
-    before, after: a state per tile and head, that of all rows before it, and after it. The rest as above.
+    before, after: a state per tile and head, of all rows before it and after it. The rest is as above.
     Grid: (tokens // TILE + num_segments) * heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)

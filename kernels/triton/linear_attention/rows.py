@@ -1,19 +1,20 @@
 """Linear attention of every row, given the states of its segment or, if causal, of the rows before its tile.
 
-With v' = [v, 1], g_i = [do_i, -do_i.o_i] and c_i = 1 / Z_i the four results are two sums of one shape:
+With v' = [v, 1], g_i = [do_i, -do_i.o_i] and c_i = 1 / Z_i, the four results are two sums of one form:
 
     apply kernel          o_i    = c_i phi(q_i) S,                S = sum_j phi(k_j) v'_j^T
                           dv_j   = phi(k_j) dS,                  dS = sum_i c_i phi(q_i) g_i^T
     feature grad kernel   dphi(q_i) = c_i S g_i
                           dphi(k_j) = dS v'_j
 
-over all rows of the segment, or j <= i. A program walks the rows of one tile by blocks. If causal, it carries
-the state from block to block, backwards for the key side, and adds the triangle of its own block. S is split by
-columns in the first kernel and by rows in the second, so that a block of it fits into registers.
-Rows past the last segment are slack, a segment of its own that is set to 0.
+over all rows of the segment, or j <= i. A program processes the rows of one tile in blocks. If causal, it carries the
+state from block to block, in reverse on the key side, and adds the triangle of its own block. The first kernel splits
+S by columns and the second by rows, so that a block of it fits into registers. Rows past the last segment are slack,
+which is a segment of its own whose results are 0.
 
-With a decay the carried state counts from the start of the block (on the way back: from its end): a row reads it times
-exp(log_decay * distance), a row adds itself likewise to the next one, and the triangle decays from row to row.
+With a decay, the carried state counts from the start of the block (in reverse: from its end). A row reads it
+multiplied by exp(log_decay * distance) and adds itself to the next one in the same way, and the triangle decays from
+row to row.
 """
 
 from vot_kernels.kernels.group_states.states import (
@@ -35,7 +36,7 @@ from ..common.tiles import locate_tile
 
 @triton.jit
 def _locate(bounds_ptr, num_tokens, num_segments, tile, TILE: tl.constexpr):
-    """Segment, first and last row (exclusive) of `tile`; the segment past the last is the slack."""
+    """Return segment, first row and last row (exclusive) of `tile`; the segment past the last is the slack."""
     segment, first = locate_tile(bounds_ptr, num_segments + 1, tile, TILE)
     begin = tl.load(bounds_ptr + segment)
     end = tl.load(bounds_ptr + tl.minimum(segment + 1, num_segments))
@@ -45,7 +46,7 @@ def _locate(bounds_ptr, num_tokens, num_segments, tile, TILE: tl.constexpr):
 
 @triton.jit
 def _triangle(scores, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`scores` `[rows, others]` where the other row is not later (REVERSE: not earlier), else 0."""
+    """Return `scores` `[rows, others]` where the other row is not later (REVERSE: not earlier), else 0."""
     row = tl.arange(0, BLOCK_T)[:, None]
     other = tl.arange(0, BLOCK_T)[None, :]
     return tl.where((row <= other) if REVERSE else (row >= other), scores, 0.0)
@@ -65,14 +66,14 @@ def _products(
     FEATURE_MAP: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """x y^T `[rows, rows]`; x and y are phi of the rows from `row` on.
+    """Return x y^T `[rows, rows]`; x and y are phi of the rows from `row` on.
 
-    Wide ones of float32 are read again, by parts: beside the state, no registers are left for a product of the whole.
+    Wide float32 rows are read again in parts, because beside the state no registers are left for the whole product.
     """
     ROWS: tl.constexpr = x.shape[0]
     PART: tl.constexpr = 64
     if TYPE.is_fp32() and x.shape[1] > 2 * PART:
-        # Other feature maps take no scale: the compiler leaves both out.
+        # Other feature maps take no scale, so the compiler drops both.
         x_scale = softmax_scale(x_ptr, row, stop, x_stride, WIDTH, ROWS)
         y_scale = softmax_scale(y_ptr, row, stop, y_stride, WIDTH, ROWS)
         products = tl.zeros([ROWS, ROWS], tl.float32)
@@ -87,8 +88,8 @@ def _products(
 
 @triton.jit
 def _block_decays(log_decay, REVERSE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Factors of a block: of the state as a row reads it and of a row in the next state, both `[BLOCK_T]`, of the
-    state from block to block, and between two rows `[BLOCK_T, BLOCK_T]`."""
+    """Return the factors of a block: of the state as a row reads it and of a row in the next state, both `[BLOCK_T]`,
+    of the state from block to block, and between two rows `[BLOCK_T, BLOCK_T]`."""
     place = tl.arange(0, BLOCK_T)
     from_start = decay_over(log_decay, place)
     to_end = decay_over(log_decay, BLOCK_T - place)
@@ -132,9 +133,9 @@ def _first_state(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The block (row, column) of the state that a tile begins with: loaded, summed over the segment, or 0.
+    """Return the block (row, column) of the state before a tile: loaded, summed over the segment, or 0.
 
-    If CAUSAL, the slots of `states` are tiles, and the first one of a segment (REVERSE: the last one) begins with 0.
+    If CAUSAL, the slots of `states` are tiles, and the first one of a segment (REVERSE: the last one) starts from 0.
     """
     if states_ptr is not None:
         slot = segment
@@ -192,14 +193,14 @@ def _linear_apply_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """out_i = phi(x_i) S_i and out_last_i = phi(x_i) z_i; NORMALISE: out divided by it, and its inverse.
+    """Write out_i = phi(x_i) S_i and out_last_i = phi(x_i) z_i; NORMALISE: out divided by it, and its inverse.
 
     x `[tokens, heads, HEAD_DIM]`; features, values `[tokens, other_heads, HEAD_DIM]` with weights, last float32
-    `[tokens, other_heads]` or None: the rows that make S. states: a slot per segment, or per tile if CAUSAL; None
-    where every segment is one tile, whose state is then summed here. out `[tokens, heads, HEAD_DIM]`,
-    out_last float32 `[tokens, heads]`. log_decay: float32 `[heads]` or None, causal alone. With it heads and
+    `[tokens, other_heads]` or None: the rows that make up S. states: a slot per segment, or per tile if CAUSAL; None
+    if every segment is one tile, whose state is then summed here. out `[tokens, heads, HEAD_DIM]`, out_last float32
+    `[tokens, heads]`. log_decay: float32 `[heads]` or None, causal only. With it, heads and
     other_heads both count query heads, and `shared` of them read one head of keys: of features and values, or
-    (REVERSE) of x; without it `shared` is 1. Strides count in STRIDE_UNIT numbers.
+    (REVERSE) of x; without it `shared` is 1. Strides are in units of STRIDE_UNIT elements.
     Grid: (tokens // TILE + num_segments + 1) * heads * value blocks.
     """
     VALUE_BLOCKS: tl.constexpr = triton.cdiv(HEAD_DIM, BLOCK_V)
@@ -328,11 +329,11 @@ def _linear_feature_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """d_own, the gradient of `own`: dphi(own_i) = S_i x'_i, taken through phi.
+    """Write d_own, the gradient of `own`: dphi(own_i) = S_i x'_i, taken through phi.
 
-    Query side: own = q, x = do, out = o; k (features) and v (values) make S. The weights c_i and the last column
+    Query side: own = q, x = do, out = o; k (features) and v (values) make up S. The weights c_i and the last column
     -do_i.o_i, which is written to `last`, belong to the rows of x. Key side: own = k, x = v with the last column
-    1, out = dv; q (features) and do (values) with weights c and `last` make S, walking backwards.
+    1, out = dv; q (features) and do (values) with weights c and `last` make up S, in reverse.
 
     x, own, out, d_own `[tokens, heads, HEAD_DIM]`, features, values `[tokens, other_heads, HEAD_DIM]`, out and d_own
     contiguous; weights, last: float32 `[tokens, query heads]`; out_last: float32 `[tokens, heads]`, the column
@@ -382,7 +383,7 @@ def _linear_feature_grad_kernel(
         index = row + tl.arange(0, BLOCK_T)
         own = load_features(own_ptr, row, stop, own_stride, column, HEAD_DIM, FEATURE_MAP, BLOCK_T, BLOCK_F)
         x = load_block(x_ptr, row, stop, x_stride, 0, HEAD_DIM, BLOCK_T, BLOCK_D)
-        pull = None  # 0 on the query side: the output does not change with the length of phi(q)
+        pull = None  # 0 on the query side, because the output does not change with the length of phi(q)
         if KEY_SIDE:
             x_last = tl.full([BLOCK_T], 1.0, tl.float32)
             if FEATURE_MAP == "softmax" and BLOCK_F < HEAD_DIM:

@@ -1,15 +1,16 @@
-"""Backward of range attention: one kernel sums dq over keys, one sums dk and dv over rows.
+"""The backward of range attention: one kernel sums dq over keys, one sums dk and dv over rows.
 
 With p = exp(scale q.k - lse) of the joint lse and D = do.o - dlse,
 
     dv = p^T do,   ds = p (do.v - D),   dq = scale ds k,   dk = scale ds^T q.
 
-The pair is deterministic: every sum has one owner and one order. It multiplies 7 matrices per block, for both find
-p and do.v. The fused form finds them once, which makes 5: the first kernel leaves the keys out (SKIP_NEAR), and
-the second also adds scale ds k to the float32 dq that the first began (ADD_DQ), in whatever order its programs run.
+The pair is deterministic: every sum has one owner and one order. It computes 7 matrix products per block, because both
+kernels compute p and do.v. The fused form computes these once, which makes 5: the first kernel leaves the keys out
+(SKIP_NEAR), and the second also adds scale ds k to the float32 dq of the first (ADD_DQ), in any order of its programs.
 
-The far part of hybrid attention, with c_i = exp(beta - lse_i), g_i = [do_i, -D_i] and the states F_g of the groups
-far from group g, dF_g of those that group g is far from (of c_i phi(q_i) and g_i in place of phi(k_j) and [v_j, 1]):
+In the far part of hybrid attention, c_i = exp(beta - lse_i) and g_i = [do_i, -D_i]. F_g is the sum of the states of
+the groups far from group g, and dF_g the sum over the groups that g is far from (of c_i phi(q_i) and g_i in place of
+phi(k_j) and [v_j, 1]). Then
 
     dphi(q_i) = c_i F_g g_i,   dphi(k_j) = dF_g [v_j, 1],   dv_j += phi(k_j) dF_g,   dbeta = sum phi(q_i).dphi(q_i).
 """
@@ -47,7 +48,7 @@ def _add_keys(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dq / scale after BLOCK_K more keys; lse is in powers of two, and +inf for rows without keys."""
+    """Return dq / scale after BLOCK_K more keys; lse is in powers of two, and +inf for rows without keys."""
     key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
     value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -109,13 +110,13 @@ def _range_attention_dq_kernel(
     BLOCK_F: tl.constexpr,
     SKIP_NEAR: tl.constexpr = False,
 ):
-    """dq of one tile of rows and one head, and their delta D = do.o - dlse for the other kernel.
+    """Write dq of one tile of rows and one head, and their delta D = do.o - dlse for the other kernel.
 
     d_out, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, d_lse (or None), delta: float32 `[rows, heads]`.
-    Grid, slack and far part as in the forward. The latter writes c to far_weight and phi(q).dphi(q) to d_beta,
-    float32 `[rows, heads]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq where that is None.
+    Grid, slack and far part are as in the forward. The far part writes c to far_weight and phi(q).dphi(q) to d_beta,
+    float32 `[rows, heads]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq if that is None.
 
-    SKIP_NEAR: dq is the far part alone, or 0. ranges, k and v are not read, and BLOCK_K is not used.
+    SKIP_NEAR: dq is the far part only, or 0. ranges, k and v are not read, and BLOCK_K is not used.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
@@ -199,9 +200,9 @@ def _dq_target(
     BLOCK_Q: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """What `_add_to_dq` adds to the rows before `end` of: a descriptor if USE_TMA, else `dq_ptr` itself.
+    """Return the target of `_add_to_dq` for the rows before `end`: a descriptor if USE_TMA, else `dq_ptr` itself.
 
-    The descriptor ends where the rows do: nothing is added to those of a neighbour, not even NaN times 0.
+    The descriptor ends where the rows do, so nothing is added to those of a neighbour, not even NaN times 0.
     """
     if USE_TMA:
         end = tl.maximum(end, 1)  # a descriptor cannot have 0 rows; nothing is added to this one
@@ -227,7 +228,7 @@ def _add_to_dq(
     MASKED: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Add the rows before `end` of a `[BLOCK_Q, BLOCK_D]` block to dq of one head, each number in one step."""
+    """Add the rows before `end` of a `[BLOCK_Q, BLOCK_D]` block to dq of one head, with one addition per element."""
     if USE_TMA:
         target.atomic_add([first_row, head, 0], block.reshape(BLOCK_Q, 1, BLOCK_D))
     else:
@@ -272,9 +273,10 @@ def _add_rows(
     ADD_DQ: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """dk / scale and dv after BLOCK_Q more rows of one head; if ADD_DQ, dq of these rows grows, a `_dq_target`.
+    """Return dk / scale and dv after BLOCK_Q more rows of one head; if ADD_DQ, add to dq of these rows, a
+    `_dq_target`.
 
-    Scores stand transposed: `[keys, rows]`.
+    Scores are transposed: `[keys, rows]`.
     """
     query = load_rows(q_ptr, first_row, end, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
     d_out = load_rows(d_out_ptr, first_row, end, d_out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
@@ -347,13 +349,13 @@ def _range_attention_dkdv_kernel(
     ADD_DQ: tl.constexpr = False,
     USE_TMA: tl.constexpr = False,
 ):
-    """dk and dv of one tile of keys and one kv head, over the `repeats` heads that read them.
+    """Write dk and dv of one tile of keys and one kv head, over the `repeats` heads that read them.
 
     Here `ranges` int32 `[2, keys]` are the rows that see each key, and far, features `[keys, kv_heads, WIDTH]` and
     d_features those of the key side. Grid: (tiles, kv heads).
 
-    ADD_DQ: add what these keys give to dq, float32 `[rows, heads, HEAD_DIM]`, else None. USE_TMA: through a
-    descriptor made on the device, on sm_90 and newer; HEAD_DIM is a multiple of 4 then.
+    ADD_DQ: add the part of these keys to dq, float32 `[rows, heads, HEAD_DIM]`, else None. USE_TMA: add through a
+    descriptor made on the device, on sm_90 and newer; HEAD_DIM must then be a multiple of 4.
     """
     segment, first_key = locate_tile(cu_keys_ptr, segments, tl.program_id(0), BLOCK_K)
     kv_head = tl.program_id(1)
@@ -365,7 +367,7 @@ def _range_attention_dkdv_kernel(
     dq = None
     if ADD_DQ:
         dq = _dq_target(dq_ptr, end, heads, HEAD_DIM, BLOCK_D, BLOCK_Q, USE_TMA)
-        # Keys past the end are 0. Unless their weights are masked, these may be infinite, and inf * 0 is NaN.
+        # Keys past the end are 0. Unless their weights are masked, the weights may be infinite, and inf * 0 is NaN.
         end_full = tl.where(first_key + BLOCK_K > end_key, first_full, end_full)
     k_ptr, k_stride = head_rows(k_ptr, kv_head, k_head_stride, k_stride, STRIDE_UNIT)
     v_ptr, v_stride = head_rows(v_ptr, kv_head, v_head_stride, v_stride, STRIDE_UNIT)
@@ -381,7 +383,7 @@ def _range_attention_dkdv_kernel(
     d_out_head_stride *= STRIDE_UNIT
     lse_ptr += head
     delta_ptr += head
-    # Heads and blocks share one loop: nested loops take some 30 registers more.
+    # Heads and blocks share one loop, because nested loops take some 30 registers more.
     masked = count - (end_full - first_full)
     for step in range(masked * repeats):
         repeat = (step // masked).to(tl.int64)
@@ -402,7 +404,7 @@ def _range_attention_dkdv_kernel(
         )  # fmt: skip
 
     limit = tl.where(segment == segments - 1, keys, end_key)
-    inside = (first_key + tl.arange(0, BLOCK_K) < end_key)[:, None]  # slack rows took part in full blocks
+    inside = (first_key + tl.arange(0, BLOCK_K) < end_key)[:, None]  # slack rows take part in full blocks
     dk = tl.where(inside, dk * scale, 0.0)
     dv = tl.where(inside, dv, 0.0)
     if far_ptr is not None:

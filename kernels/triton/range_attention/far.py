@@ -1,7 +1,7 @@
-"""The far part of hybrid attention within a tile of rows: phi(x) times the state of each row's group, and back.
+"""The far part of hybrid attention within a tile of rows: phi(x) times the state of each row's group, and backward.
 
 A state is S `[WIDTH, HEAD_DIM]` and z `[WIDTH]` as in `states.py`, one per group and kv head; `states_ptr` below
-points to that of group 0 and the own kv head. A tile may touch several groups: each takes its rows alone.
+points to the state of group 0 and of the program's kv head. A tile may touch several groups, one after the other.
 """
 
 from vot_kernels.kernels.group_states.states import dot, load_features, load_state
@@ -15,7 +15,7 @@ from ..common.rows import load_block
 
 @triton.jit
 def tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK: tl.constexpr):
-    """First group of the rows from `first_row` to before `end_row`, one past the last; equal if there are none."""
+    """Return the first group of the rows from `first_row` up to `end_row`, and one past the last; equal if none."""
     first = find_interval(row_groups_ptr, groups, first_row)
     last = find_interval(row_groups_ptr, groups, tl.minimum(first_row + BLOCK, end_row) - 1)
     return first, tl.where(first_row < end_row, last + 1, first)
@@ -23,7 +23,7 @@ def tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK: tl.constexpr)
 
 @triton.jit
 def rows_of_group(row_groups_ptr, group, first_row, BLOCK: tl.constexpr):
-    """Which rows of the tile belong to `group`."""
+    """Return which rows of the tile belong to `group`."""
     row = first_row + tl.arange(0, BLOCK)
     return (row >= tl.load(row_groups_ptr + group)) & (row < tl.load(row_groups_ptr + group + 1))
 
@@ -45,7 +45,7 @@ def far_total(
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """phi(x).z of every row, by blocks of BLOCK_F features."""
+    """Return phi(x).z of every row, by blocks of BLOCK_F features."""
     index = tl.arange(0, BLOCK_F)
     slot_size = kv_heads.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
     total = tl.zeros([BLOCK], tl.float32)
@@ -82,7 +82,7 @@ def add_far_values(
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """sums + weight phi(x) S, by blocks of BLOCK_F features; weight `[BLOCK]`, or None for 1."""
+    """Return sums + weight phi(x) S, by blocks of BLOCK_F features; weight `[BLOCK]`, or None for 1."""
     slot_size = kv_heads.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
     for column in range(0, WIDTH, BLOCK_F):
         features = load_features(
@@ -116,7 +116,7 @@ def far_gradient(
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """S values_i + last_i z `[BLOCK, BLOCK_W]`, by blocks of BLOCK_F columns of the values."""
+    """Return S values_i + last_i z `[BLOCK, BLOCK_W]`, by blocks of BLOCK_F columns of the values."""
     index = tl.arange(0, BLOCK_W)
     slot_size = kv_heads.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
     gradient = tl.zeros([BLOCK, BLOCK_W], tl.float32)

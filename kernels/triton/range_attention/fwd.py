@@ -36,9 +36,9 @@ def _attend_block(
     MASKED: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):
-    """Sums, peak and total after BLOCK_K more keys; keys and values are a `row_source` each.
+    """Return sums, peak and total after BLOCK_K more keys; keys and values are each a `row_source`.
 
-    low and high count the keys so that first_key is `first_index`.
+    low and high number the keys so that first_key is `first_index`.
     """
     key = load_source(keys, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     value = load_source(values, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
@@ -74,9 +74,9 @@ def _add_far(
     BLOCK_Q: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Sums, peak and total with the far part of every row.
+    """Return sums, peak and total with the far part of every row.
 
-    The normaliser comes first and raises the peak, so that the states are added under the final one.
+    The normaliser comes first and raises the peak, so that the states are added under the final peak.
     """
     first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
     far = far_total(
@@ -131,22 +131,22 @@ def _range_attention_fwd_kernel(
     USE_TMA: tl.constexpr = False,
     WARP_SPECIALIZE: tl.constexpr = False,
 ):
-    """One tile of rows of a segment and one head; `common/ranges.py` says what `ranges` holds.
+    """Compute one tile of rows of a segment and one head; `common/ranges.py` describes `ranges`.
 
     q, out: `[rows, heads, HEAD_DIM]`; k, v: `[keys, heads // repeats, HEAD_DIM]`; lse: float32 `[rows, heads]`,
-    natural log; scale >= 0. Outputs are contiguous, strides count in STRIDE_UNIT numbers. Grid: (tiles, heads).
+    natural log; scale >= 0. Outputs are contiguous, strides are in units of STRIDE_UNIT elements. Grid: (tiles, heads).
     The tiles of the last segment also write the slack rows after it.
 
     far: float32 `[groups, kv_heads, WIDTH * (HEAD_DIM + 1)]`, states as in `states.py`, or None for no far part.
-    Only with it: beta: float32 `[heads]` or None for 0; features `[rows, heads, WIDTH]`, taken through FEATURE_MAP;
+    With it: beta, float32 `[heads]` or None for 0; features `[rows, heads, WIDTH]`, taken through FEATURE_MAP;
     row_groups: int32 `[groups + 1]`.
 
-    USE_TMA: load keys and values through descriptors made on the device, on sm_90 and newer. The results are the
-    same to the bit. It asks that the bases and the strides of q, k and v are multiples of 16 bytes.
+    USE_TMA: load keys and values through descriptors made on the device, on sm_90 and newer. The results are bitwise
+    equal. The bases and the strides of q, k and v must be multiples of 16 bytes.
 
-    WARP_SPECIALIZE, with USE_TMA and without a far part: a group of warps loads what the others multiply, one for
-    each half of the rows. On sm_90 the compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps; it
-    says nothing where it leaves the loop as it is, so that configs have the limit `warp_specialized`.
+    WARP_SPECIALIZE, with USE_TMA and without a far part: one group of warps loads and the others multiply, one group
+    for each half of the rows. On sm_90 the compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps. It
+    gives no message if it leaves the loop unchanged, so configs have the limit `warp_specialized`.
     """
     # Late rows go first, because they see the most keys if attention is causal.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -176,8 +176,9 @@ def _range_attention_fwd_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     masked = count - (end_full - first_full)
     if WARP_SPECIALIZE:
-        # One loop for all blocks, in the same order. It carries low and high, counted from the block's first key:
-        # otherwise the compiler makes the producer warp load them, and it can only load through descriptors.
+        # There is one loop for all blocks, in the same order. It carries low and high, counted from the block's first
+        # key: otherwise the compiler makes the producer warp load them, and that warp can load only through
+        # descriptors.
         origin = begin
         low -= begin
         high -= begin
@@ -221,7 +222,7 @@ def _range_attention_fwd_kernel(
     row = first_row + tl.arange(0, BLOCK_Q)
     found = (total != 0) & (
         row < end_row
-    )  # NaN counts as found, so that it propagates; slack rows took part in full blocks
+    )  # NaN counts as found, so that it propagates; slack rows take part in full blocks
     total = tl.where(found, total, 1.0)
     sums = tl.where(found[:, None], sums / total[:, None], 0.0)
     lse = tl.where(found, (peak + tl.log2(total)) * LN_2, float("-inf"))
