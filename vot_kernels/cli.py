@@ -1,8 +1,8 @@
 """The command line: `vot ask`, `vot encode`, `vot train`, `vot eval`, `vot info` and `vot demo`.
 
-Heavy modules are imported by the command that needs them, and only after its files and outputs were looked at, so
-that `vot --help` and a bad file get their answer at once. An error is one sentence on stderr and the exit code 2; a
-result that could not be had in part, 1; Ctrl-C, one sentence on what is kept, and 130.
+Heavy modules are imported by the command that needs them, and only after its files and outputs were checked, so that
+`vot --help` and a bad file are answered at once. An error is one sentence on stderr and the exit code 2; a result that
+is incomplete, 1; Ctrl-C, one sentence on what is kept, and 130.
 """
 
 import json
@@ -25,7 +25,7 @@ try:
         import typer
 except ImportError as error:
     sys.exit(str(error))
-except KeyboardInterrupt:  # before `main`, which sees to it from then on
+except KeyboardInterrupt:  # before `main`, which handles it from then on
     print("Interrupted: nothing was written; run the same command again.", file=sys.stderr)
     sys.exit(130)
 
@@ -52,7 +52,7 @@ EVIDENCE_LINES = 3  # shown without --verbose
 
 
 def _local_path(text: str | Path) -> Path:
-    """A path; a URL, in which Path would drop a slash, is refused as what it is."""
+    """Return a path; refuse a URL, in which Path would drop a slash."""
     if "://" in str(text):
         raise typer.BadParameter(
             f"'{text}' is a URL, but only local files are read and written: download it first."
@@ -85,7 +85,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def _when_interrupted(kept: Callable[[dict[str, Any]], str]) -> Callable[[Command], Command]:
-    """Ctrl-C in a command: print what is kept and how to go on, by the command's arguments, and end with 130."""
+    """Handle Ctrl-C in a command: print what is kept, by its arguments, and how to continue, and exit with 130."""
 
     def decorate(command: Command) -> Command:
         @wraps(command)
@@ -466,7 +466,7 @@ def demo(
 
 
 def _check_models(checkpoint: Path | None, llm: Path | None, skip: list[str] | None, device: str) -> None:
-    """Whatever can be wrong with the options of a model, found before it is imported."""
+    """Find whatever can be wrong with a model's options before the model is imported."""
     from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
     from vot_kernels.reasoning.llm import check_model_folder
 
@@ -499,7 +499,7 @@ def _split_candidates(text: str | None) -> list[str] | None:
 
 
 def _write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> list[str]:
-    """Write the trace and the picture; returns what went wrong, a sentence each."""
+    """Write the trace and the picture; return what went wrong, a sentence each."""
     failures = []
     try:
         if trace is not None:
@@ -523,7 +523,7 @@ def _as_json(result: "VideoAnswer", trace: Path | None, picture: Path | None) ->
 
 
 def _print_answer(result: "VideoAnswer", picture: Path | None, verbose: bool) -> None:
-    """The answer, then a few lines of evidence, or with `verbose` the steps and all of it."""
+    """Print the answer, then a few lines of evidence, or with `verbose` the steps and all evidence."""
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)

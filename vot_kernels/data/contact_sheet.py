@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet
 
 MIN_CELL_PX = 240  # shorter side of a frame on the sheet, so that 64 px frames are readable
-MAX_CELL_PX = 320  # longer side, so that a sheet of large frames stays a picture one can look at
+MAX_CELL_PX = 320  # longer side, so that a sheet of large frames keeps a manageable size
 
 _MARGIN, _GAP, _CAPTION, _LINE = 20, 12, 22, 24
 _BACKGROUND, _PANEL, _INK, _FAINT, _EVENT = "#14161a", "#20242b", "#e8eaed", "#9aa0a6", "#ffd54a"
-# Hues far apart on the wheel, light enough for dark video and for the dark sheet. A track whose attributes
-# name a colour is drawn in it, the others in what is left.
+# Hues far apart on the wheel, light enough for dark video and for the dark sheet. A track whose attributes name a
+# colour is drawn in that colour, the others in the remaining ones.
 _NAMED_COLOURS = {
     "red": "#ff5252", "green": "#69d36e", "blue": "#6ea8ff", "yellow": "#ffe94d", "magenta": "#f06be0",
     "cyan": "#4dd9e6", "orange": "#ffa040", "white": "#f5f5f5",
@@ -57,17 +57,16 @@ def save_contact_sheet(
     Args:
         path: the file to write; its name must end in ".png".
         clip: the frames, uint8 RGB `[frames, height, width, 3]`, and their times.
-        stsg: the scene graph of these frames, its frame index k meaning `clip.frames[k]`; None draws none.
+        stsg: the scene graph of these frames, where frame index k is `clip.frames[k]`; None draws none.
         title: a heading.
-        columns: cells per row; the default makes the sheet somewhat wider than high.
-        max_frames: of a longer clip, this many frames are shown: those with events first, the rest evenly
-            spread.
+        columns: cells per row; by default the sheet is somewhat wider than high.
+        max_frames: of a longer clip, this many frames are shown: those with events first, then others, evenly spread.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: a wrong file name, no frames, or a scene graph of another number of frames.
+        ValueError: a wrong file name, no frames, or a scene graph with another number of frames.
     """
     target = Path(path)
     _check(target, clip, stsg, columns, max_frames)
@@ -90,20 +89,20 @@ def _check(
         raise ValueError("A contact sheet needs at least one frame, but the clip has none.")
     if stsg is not None and len(stsg.frame_times_s) != len(clip.frames):
         raise ValueError(
-            f"The scene graph must be of the clip's {len(clip.frames)} frames, but it has"
+            f"The scene graph must have the clip's {len(clip.frames)} frames, but it has"
             f" {len(stsg.frame_times_s)} frame times."
         )
 
 
 def _choose(count: int, events: "Sequence[Event]", most: int) -> list[int]:
-    """Which frames to show: all if they fit, else those with events and an even spread of the others."""
+    """Return the frames to show: all if they fit, else those with events and an even spread of the others."""
     if count <= most:
         return list(range(count))
     chosen = sorted({event.t for event in events if 0 <= event.t < count})
     if len(chosen) >= most:
         return [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
     spread = [int(k) for k in np.linspace(0, count - 1, most).round()]
-    # The frames of events replace the nearest of the evenly spread ones.
+    # The frames with events replace the nearest of the evenly spread ones.
     for event in chosen:
         if event not in spread:
             free = [k for k in spread if k not in chosen]
@@ -113,7 +112,7 @@ def _choose(count: int, events: "Sequence[Event]", most: int) -> list[int]:
 
 
 def _colours(tracklets: "Sequence[Tracklet]") -> list[str]:
-    """One colour per track: the one its attributes name if no track before has it, else the next free one."""
+    """Return one colour per track: the one that its attributes name if it is free, else the next free one."""
     colours = [
         next((_NAMED_COLOURS[a] for a in t.attributes if a in _NAMED_COLOURS), None) for t in tracklets
     ]
@@ -123,7 +122,7 @@ def _colours(tracklets: "Sequence[Tracklet]") -> list[str]:
 
 
 def _says(event: "Event") -> str:
-    """The event as words: "o1 hits o2"."""
+    """Describe the event in words: "o1 hits o2"."""
     return (
         " ".join((event.participants[0], event.kind, *event.participants[1:]))
         if event.participants
@@ -136,7 +135,7 @@ def _font(size: int) -> Any:
 
 
 def _fit(text: str, font: Any, width: float) -> str:
-    """The text, cut with dots where it would be wider than `width` pixels."""
+    """Return the text, shortened with dots if it would be wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -217,7 +216,7 @@ class _Sheet:
         return image
 
     def _frame(self, k: int) -> Any:
-        """Frame k, scaled to the cell, with boxes and trails."""
+        """Draw frame k, scaled to the cell, with boxes and trails."""
         picture = Image.fromarray(np.ascontiguousarray(self.clip.frames[k]))
         enlarged = self.cell[0] >= 2 * picture.width
         how = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
@@ -246,7 +245,7 @@ class _Sheet:
         return x1, y1, x2, y2
 
     def _trail(self, pen: Any, tracklet: "Tracklet", k: int, colour: str) -> None:
-        """Past centres up to frame k, fading with age; a gap in the track is a gap in the line."""
+        """Draw past centres up to frame k, fading with age; a gap in the track is a gap in the line."""
         past = [frame for frame in sorted(tracklet.boxes) if frame <= k]
         centres = {}
         for frame in past:
@@ -269,7 +268,7 @@ class _Sheet:
         labels: list[_Rectangle],
         others: list[_Rectangle],
     ) -> None:
-        """Write id and name beside the box, off labels and boxes; the id alone, or on a box, if need be."""
+        """Write id and name beside the box, clear of labels and boxes; if necessary, the id alone or on a box."""
         font = _font(12)
         for obstacles, text in itertools.product(([*labels, *others], labels), texts):
             for spot in self._spots(corners, font.getlength(text) + 8, 16):
@@ -280,7 +279,7 @@ class _Sheet:
                     return
 
     def _spots(self, corners: _Rectangle, w: float, h: float) -> Iterator[_Rectangle]:
-        """Places for a label of w × h pixels within the cell: above, below, right and left of the box."""
+        """Yield places for a label of w × h pixels within the cell: above, below, right and left of the box."""
         width, height = self.cell
         left = min(max(corners[0], 0), width - 1 - w)
         right = min(max(corners[2] - w, 0), width - 1 - w)
@@ -300,7 +299,7 @@ class _Sheet:
         return [event for event in (self.stsg.events if self.stsg else ()) if event.t == k]
 
     def _caption(self, pen: Any, k: int, x: int, y: int) -> None:
-        """Time and events, under the frame."""
+        """Write time and events under the frame."""
         font, width = _font(13), self.cell[0]
         pen.rectangle((x, y, x + width - 1, y + _CAPTION - 1), fill=_PANEL)
         clock = f"{float(self.clip.times[k]):.2f} s"
@@ -309,7 +308,7 @@ class _Sheet:
         if events:
             left = font.getlength(clock) + 16
             words = _fit(events, font, width - left - 16)
-            # The built-in font has no such sign, so the marker is drawn.
+            # The built-in font lacks this sign, so the marker is drawn.
             pen.regular_polygon((x + left + 5, y + _CAPTION / 2, 5), 4, rotation=45, fill=_EVENT)
             pen.text((x + left + 14, y + 3), words, fill=_EVENT, font=font)
 
@@ -324,7 +323,7 @@ class _Sheet:
 
 
 def _cell_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height of a frame on the sheet: whole multiples for small ones, to keep pixels square."""
+    """Return width and height of a frame on the sheet: whole multiples for small frames, to keep pixels square."""
     enlarge = math.ceil(MIN_CELL_PX / min(width, height))
     if enlarge > 1 and max(width, height) * enlarge <= 2 * MAX_CELL_PX:
         return width * enlarge, height * enlarge
@@ -333,7 +332,7 @@ def _cell_size(width: int, height: int) -> tuple[int, int]:
 
 
 def _extent(tracklet: "Tracklet", clip: "VideoClip") -> str:
-    """When a tracklet is seen: "0.00 to 1.88 s"."""
+    """Return when a tracklet is seen: "0.00 to 1.88 s"."""
     frames = [k for k in tracklet.boxes if 0 <= k < len(clip.times)]
     if not frames:
         return "not seen"

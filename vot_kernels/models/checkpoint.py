@@ -1,4 +1,4 @@
-"""Folders of checkpoints: which kind they are, found without importing a model, and loading them whole."""
+"""Checkpoint folders: their kind, found without importing a model, and loading them completely."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound="nn.Module")
 
 
 def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
-    """The kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`.
+    """Return the kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`.
 
     Raises:
         FileNotFoundError: the folder lacks a file that every checkpoint has.
@@ -39,12 +39,13 @@ def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of config.json."""
+    """Return the contents of config.json."""
     return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
 def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model:
-    """The model of a folder in float32, for inference. Unlike `from_pretrained`, it refuses to fill anything in.
+    """Load the model of a folder in float32, for inference. Unlike `from_pretrained`, it refuses to fill in any
+    weights.
 
     Raises:
         FileNotFoundError: the folder lacks a file that every checkpoint has.
@@ -56,7 +57,7 @@ def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model
 
     checkpoint_kind(folder, str(getattr(model.config_class, "model_type", None)))
     loud = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what it has to say about weights is in the error
+    logging.set_verbosity(logging.CRITICAL)  # what it reports about weights is in the error
     try:
         result: Any = model.from_pretrained(
             folder,
@@ -80,13 +81,13 @@ def load_checkpoint(model: type[Model], folder: str | os.PathLike[str]) -> Model
     said = [f"{what} {_listed(sorted(keys))}" for what, keys in problems.items() if keys]
     if said:
         raise ValueError(
-            f"{folder} does not hold the weights that its config.json describes: it {'; '.join(said)}."
+            f"{folder} does not have the weights that its config.json describes: it {'; '.join(said)}."
         )
     return loaded.eval()
 
 
 def on_device(model: Module, device: str) -> Module:
-    """The model, moved.
+    """Move the model to `device` and return it.
 
     Raises:
         ValueError: torch cannot use the device.

@@ -1,4 +1,4 @@
-"""Modules over the ops; they need torch alone."""
+"""Modules on the ops; they need only torch."""
 
 from vot_kernels.nn.aoe_conversion import ConversionReport, convert_swiglu
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts, ExpertUsage, expert_usage

@@ -1,22 +1,22 @@
-"""An ordinary SwiGLU feed-forward as Autonomy-of-Experts: its neurons are grouped, its gates factored.
+"""Conversion of a SwiGLU feed-forward to Autonomy-of-Experts: neurons are grouped, gates are factored.
 
-A SwiGLU layer is a sum over neurons, so any partition of them makes experts whose plain sum is the layer:
+A SwiGLU layer is a sum over neurons, so any partition of them gives experts whose plain sum is the layer:
 
     y = Σ_i (SiLU(x G_iᵀ) ⊙ x U_iᵀ) O_i        G_i, U_i, O_i: the rows of group i, `[hidden, dim]`
 
 W_p = U_i and W_o = O_i are copies. The gate needs the cache, so G_i ≈ W_up W_down of rank r: with the left
-singular vectors B of S G_i M^½ (M: second moment of the inputs, S: a diagonal that rates the neurons),
+singular vectors B of S G_i M^½ (M: second moment of the inputs, S: a diagonal matrix of neuron importances),
 
     W_up = S⁻¹ B_r        W_down = B_rᵀ S G_i        ‖C_i‖ = ‖B_rᵀ S G_i x‖ ≈ ‖S G_i x‖
 
-is the factor with the least E‖S (G_i - W_up W_down) x‖² (Eckart and Young), and the norm that selects the
-expert is the rated energy of its gates. Three things then differ from the dense layer, each measured in the
-report: gates are of rank r, only top_k experts answer, and their weights are a softmax that sums to 1. The
-last is repaired by scale: W_down · c, W_up / c is the same expert with c times the norm, so that a small c
-makes the weights nearly equal, and W_o carries the factor (top_k, or fitted) that a plain sum wants.
+is the factorisation with the least E‖S (G_i - W_up W_down) x‖² (Eckart and Young), and the norm that selects the
+expert is the weighted energy of its gates. Three things then differ from the dense layer, and the report measures
+each: gates have rank r, only top_k experts contribute, and their weights are a softmax that sums to 1. Scaling repairs
+the last: W_down · c, W_up / c is the same expert with c times the norm, so that a small c makes the weights nearly
+equal, and W_o is multiplied by the factor (top_k, or fitted) that a plain sum needs.
 
-Some neurons contribute to every token. As a shared expert they are kept exactly and need not be chosen, which
-lowers the error and evens out the load of the others.
+Some neurons contribute to every token. In a shared expert they are kept exactly and need no selection, which lowers
+the error and balances the load of the other experts.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,25 +39,25 @@ _BLOCK_ELEMENTS = 2**23
 
 @dataclass(frozen=True, eq=False)
 class ConversionReport:
-    """What a conversion did and the errors it made; errors are relative Frobenius norms.
+    """The choices of a conversion and its errors, which are relative Frobenius norms.
 
-    All but `factor_error` are measured on the calibration tokens in float64 (`output_error` in the dtype of
-    the layer), and None without. Each isolates one step, so they do not add up to `output_error`.
+    All but `factor_error` are measured on the calibration tokens in float64 (`output_error` in the dtype of the
+    layer), and are None without these. Each isolates one step, so they do not add up to `output_error`.
 
     Attributes:
-        groups: int64 `[num_experts, hidden]`, the neuron in each place of each expert; -1 is a zero neuron.
+        groups: int64 `[num_experts, hidden]`, the neuron at each position of each expert; -1 is a zero neuron.
         shared: int64 `[shared_hidden]`, the neurons of the shared expert.
         output_scale: `[num_experts]`, the factor in each expert's W_o.
         load: `[num_experts]`, share of the tokens that chose each expert; sums to top_k.
-        factor_error: of the gate matrices of all experts as the layer has them (but the shared one, which is exact).
-        gate_error: of their pre-activations x Gᵀ.
-        low_rank_error: of the output, if the gates alone are of rank r.
-        selection_error: of the output, if only the top_k experts answer, with exact gates, plainly summed.
-        best_selection_error: the same if the experts with the largest outputs answer, as with a perfect score
+        factor_error: error of the gate matrices of all experts but the shared one, which is exact.
+        gate_error: error of their pre-activations x Gᵀ.
+        low_rank_error: error of the output if only the gates have rank r.
+        selection_error: error of the output if only the top_k experts contribute, with exact gates, summed plainly.
+        best_selection_error: the same if the experts with the largest outputs are selected, as by a perfect score
             for this grouping.
-        mixing_error: what the softmax and `output_scale` change in the plain sum of the experts that answer,
-            over the dense output.
-        output_error: of the layer that was returned, of `convert_mlp` against the module; infinite if its output
+        mixing_error: change by the softmax and `output_scale` in the plain sum of the selected experts, over the
+            dense output.
+        output_error: error of the returned layer, for `convert_mlp` against the module; infinite if its output
             overflows its dtype on the tokens.
     """
 
@@ -93,44 +93,44 @@ def convert_swiglu(
     sharpness: float = 0.1,
     weighting: str = "topk_softmax",
 ) -> tuple[AutonomyOfExperts, ConversionReport]:
-    """An AoE layer that approximates (SiLU(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, and how well it does.
+    """Return an AoE layer that approximates (SiLU(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ, and a report of its errors.
 
-    With `rank = dim` and `top_k = num_experts` the experts add up to the dense layer exactly; what is left
-    is that their weights are not quite equal, which `sharpness` bounds. Otherwise it is a start for training.
+    With `rank = dim` and `top_k = num_experts` the experts sum to the dense layer exactly, except that their weights
+    are not quite equal, which `sharpness` bounds. Otherwise the result is a starting point for training.
 
-    Neurons are divided by balanced k-means into groups whose sizes differ by one at most (the places left
-    over are zero neurons): with calibration tokens by when they are active, the direction of |hidden| over the
-    tokens, else by the direction of their gate rows. The same inputs give the same layer on the same machine.
+    Balanced k-means divides the neurons into groups whose sizes differ by at most one (zero neurons fill the rest).
+    With calibration tokens it compares when neurons are active, by the direction of |hidden| over the tokens, and
+    without them the direction of their gate rows. The same inputs give the same layer on the same machine.
 
     Args:
         w_gate, w_up: `[hidden, dim]`, floating.
         w_down: `[dim, hidden]`, dtype and device of `w_gate`.
-        num_experts: experts, at most hidden - shared_hidden.
+        num_experts: number of experts, at most hidden - shared_hidden.
         top_k: experts per token.
-        rank: width of the cache, 1 to dim; beyond the hidden width of an expert nothing is gained.
-        calibration: `[tokens, dim]`, inputs of the layer, floating, on its device: some thousands of tokens of
-            what the layer will see. They choose groups and factors, and W_o is fitted to them by least squares
-            (one factor per expert); without them inputs count as white, and the factor is that of a plain sum.
+        rank: width of the cache, 1 to dim; more than the hidden width of an expert gives no gain.
+        calibration: `[tokens, dim]`, inputs of the layer, floating, on its device: some thousands of tokens like those
+            that the layer will see. They determine groups and factors, and W_o is fitted to them by least squares (one
+            factor per expert). Without them inputs count as white, and the factor is that of a plain sum.
         shared_hidden: width of a shared expert, 0 for none. It gets the neurons that contribute most on average,
             by the mean square of hidden times ‖column of W_down‖ (without calibration by the product of the
             norms of their three vectors).
-        score: what a selecting norm estimates. "output": gates count by what they contribute, S = ‖column of
-            W_down‖ · rms(hidden) / rms(gate) (without calibration ‖column of W_down‖ · ‖row of W_up‖), and are
-            factored accordingly. "gate": all count alike, ‖C‖² is the energy of the gate pre-activations.
-        sharpness: root mean square of the norms after scaling; 0.1 leaves the mixing weights within about a
-            tenth of each other. W_down is proportional to it, W_up inversely: train them with learning rates to
-            match, or with a sharpness of 1 and more, which lets the norms have a say from the start.
+        score: what a selecting norm estimates. "output": gates are weighted by their contribution, S = ‖column of
+            W_down‖ · rms(hidden) / rms(gate) (without calibration ‖column of W_down‖ · ‖row of W_up‖), also in their
+            factorisation. "gate": all gates have the same weight, and ‖C‖² is the energy of the gate pre-activations.
+        sharpness: root mean square of the norms after scaling. 0.1 keeps the mixing weights within about a tenth of
+            each other. W_down is proportional to it, W_up inversely: train them with matching learning rates, or with
+            a sharpness of 1 or more, with which the norms matter from the start.
         weighting: "topk_softmax" or "softmax_topk", see `vot_kernels.aoe`.
 
     Returns:
-        The layer, dtype and device of `w_gate`, and the report. Computed in float64.
+        The layer, dtype and device of `w_gate`, and the report. The conversion is computed in float64.
 
     Raises:
-        TypeError: weights or calibration that are not floating, or weights of different dtypes.
-        ValueError: shapes that do not fit together, num_experts, top_k, rank or shared_hidden out of range, an
-            unknown score or weighting, a sharpness that is not positive and finite, calibration without tokens
-            or on another device than the weights, NaN or infinity in weights or calibration, or a weight of the
-            layer that overflows the dtype of `w_gate`.
+        TypeError: weights or calibration are not floating, or weights have different dtypes.
+        ValueError: shapes do not fit together; num_experts, top_k, rank or shared_hidden is out of range; score or
+            weighting is unknown; sharpness is not positive and finite; calibration has no tokens or is on another
+            device than the weights; weights or calibration have NaN or infinity; or a weight of the layer overflows
+            the dtype of `w_gate`.
 
     Source: the layer of Lv et al. (arXiv 2501.13074); grouping by co-activation as in Zhang et al.,
     MoEfication, Findings of ACL 2022 (arXiv 2110.01786).
@@ -180,7 +180,7 @@ class _Dense:
         return _Dense(self.gate[neurons], self.up[neurons], self.out[neurons])
 
     def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(gate pre-activations, hidden activations) `[tokens, hidden]`."""
+        """Return (gate pre-activations, hidden activations) `[tokens, hidden]`."""
         gate = x @ self.gate.T
         return gate, F.silu(gate) * (x @ self.up.T)
 
@@ -210,7 +210,7 @@ class _Experts:
 
 
 def _blocks(tokens: Tensor, width: int) -> Iterator[Tensor]:
-    """Blocks of tokens in float64, so small that `width` numbers per token fit into memory."""
+    """Yield blocks of tokens in float64, small enough for `width` elements per token to fit into memory."""
     for block in tokens.split(max(1, _BLOCK_ELEMENTS // width)):
         yield block.double()
 
@@ -227,7 +227,7 @@ def _observe(dense: _Dense, tokens: Tensor) -> _Data:
         moment.addmm_(x.T, x)
         gate_square += gate.square().sum(0)
         hidden_square += hidden.square().sum(0)
-        # Many tokens are mixed at random into few, which keeps the distances that k-means needs.
+        # Many tokens are mixed at random into few, which preserves the distances that k-means needs.
         if count > _PROFILE_WIDTH:
             mix = torch.randn(x.shape[0], _PROFILE_WIDTH, generator=generator, dtype=torch.float64)
         else:
@@ -238,13 +238,13 @@ def _observe(dense: _Dense, tokens: Tensor) -> _Data:
 
 
 def _contribution(dense: _Dense, data: _Data | None) -> Tensor:
-    """How much each neuron adds to the output on average `[hidden]`; without data the scale is arbitrary."""
+    """Return how much each neuron adds to the output on average `[hidden]`; without data the scale is arbitrary."""
     norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (dense.gate, dense.up, dense.out)]
     return norms[0] * norms[1] * norms[2] if data is None else norms[2] * data.hidden_square.sqrt()
 
 
 def _importance(dense: _Dense, data: _Data | None, score: str) -> Tensor:
-    """The diagonal S `[hidden]`: positive, with 1 as its largest entry."""
+    """Return the diagonal S `[hidden]`: positive, with 1 as its largest entry."""
     if score == "gate":
         return torch.ones_like(dense.gate[:, 0])
     importance = torch.linalg.vector_norm(dense.out, dim=1)
@@ -275,14 +275,14 @@ def _factor_experts(
 
 
 def _root(moment: Tensor) -> Tensor:
-    """A matrix whose product with its transpose is `moment`; directions without data get a little weight."""
+    """Return a matrix whose product with its transpose is `moment`; directions without data get a small weight."""
     values, vectors = torch.linalg.eigh(moment)
     mean = values.mean()
     return vectors * torch.maximum(values, 1e-9 * torch.where(mean > 0, mean, 1.0)).sqrt()
 
 
 def _factor(gate: Tensor, importance: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(W_down `[rank, dim]`, W_up `[hidden, rank]`), best for inputs of second moment root rootᵀ."""
+    """Return (W_down `[rank, dim]`, W_up `[hidden, rank]`), optimal for inputs of second moment root rootᵀ."""
     rated = importance * gate
     basis = torch.linalg.svd(rated @ root, full_matrices=False).U[:, :rank]
     missing = rank - basis.shape[1]
@@ -293,7 +293,7 @@ def _factor(gate: Tensor, importance: Tensor, root: Tensor, rank: int) -> tuple[
 def _measure(
     experts: _Experts, dense: _Dense, tokens: Tensor, top_k: int, weighting: str, plain: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The output scale fitted to the tokens, and every error except the finished layer's."""
+    """Return the output scale fitted to the tokens, and every error except the finished layer's."""
     number, hidden, dim = experts.gate.shape
     gram, right, cross, load = plain.new_zeros(number, number), *plain.new_zeros(3, number)
     squares: dict[str, Tensor] = {}
@@ -318,7 +318,7 @@ def _measure(
         right += torch.einsum("tid,td->i", parts, routed)
         cross += torch.einsum("tid,td->i", parts, answer)
         load += chosen.sum(0)
-    # An expert that no token chose keeps the plain factor.
+    # An expert that no token chose keeps the unfitted factor.
     ridged = _with_ridge(gram, 1e-6)
     scale = torch.linalg.solve(ridged, right + (ridged - gram) @ plain)
     mixing = (scale @ gram @ scale - 2 * scale @ cross + squares["answer"]).clamp_min(0)
@@ -335,14 +335,14 @@ def _measure(
 
 
 def _with_ridge(square: Tensor, share: float) -> Tensor:
-    """A positive semidefinite matrix plus `share` of its mean diagonal, or of 1 if it is 0."""
+    """Return a positive semidefinite matrix plus `share` of its mean diagonal, or of 1 if it is 0."""
     mean = square.diagonal().mean()
     diagonal = torch.full_like(square[0], share) * torch.where(mean > 0, mean, 1.0)
     return square + torch.diag(diagonal)
 
 
 def _run_experts(experts: _Experts, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums of squares of the gates and of their change, outputs with exact and factored gates, norms.
+    """Return sums of squares of the gates and of their change, outputs with exact and factored gates, norms.
 
     The outputs are `[tokens, experts, dim]`, unweighted; the norms `[tokens, experts]`.
     """
@@ -361,13 +361,13 @@ def _run_experts(experts: _Experts, x: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _largest(scores: Tensor, top_k: int) -> Tensor:
-    """Mask of the top_k largest scores of each token, ties to the lowest id."""
+    """Mark the top_k largest scores of each token, ties to the lowest id."""
     indices = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def _check_range(*found: Tensor) -> None:
-    """Refuse finite numbers that became infinite on the way."""
+    """Refuse finite numbers that became infinite in the computation."""
     if not all(x.isfinite().all() for x in found):
         raise ValueError("The weights or the calibration are too large: their products overflow float64.")
 
@@ -396,7 +396,7 @@ def _fill(
 
 @torch.no_grad()
 def output_error(layer: nn.Module, exact: Callable[[Tensor], Tensor], tokens: Tensor, width: int) -> float:
-    """How far the layer is from `exact`, which takes tokens in float64; `width` numbers per token fit into memory."""
+    """Return the distance of the layer from `exact`, which takes float64 tokens, in blocks for `width` per token."""
     dtype = next(layer.parameters()).dtype
     change, square = torch.zeros(2, dtype=torch.float64, device=tokens.device)
     for x in _blocks(tokens, width):
@@ -407,15 +407,15 @@ def output_error(layer: nn.Module, exact: Callable[[Tensor], Tensor], tokens: Te
 
 
 def _ratio(change: Tensor, square: Tensor) -> float:
-    """Root of a ratio of sums of squares; 0 / 0 is 0, and a change that is not a number is infinite."""
+    """Return the root of a ratio of sums of squares; 0 / 0 is 0, and a change that is NaN gives infinity."""
     return 0.0 if change == 0 else float((change.nan_to_num(torch.inf, torch.inf) / square).sqrt())
 
 
 def _group(profiles: Tensor, number: int, names: Tensor) -> Tensor:
-    """Divide the rows by balanced k-means: their names in each group `[number, ceil(rows / number)]`, -1 to fill.
+    """Group rows by balanced k-means: their names in each group `[number, ceil(rows / number)]`, filled with -1.
 
-    It is the best of all assignments found from several beginnings: with equal sizes k-means is easily stuck, and
-    the sum of squares need not fall in every round.
+    The result is the best of all assignments found from several starts: with equal sizes k-means easily gets stuck,
+    and the sum of squares need not decrease in every round.
     """
     points = profiles.float().cpu()
     sizes = torch.full((number,), len(points) // number)
@@ -430,7 +430,7 @@ def _group(profiles: Tensor, number: int, names: Tensor) -> Tensor:
 
 
 def _balanced_kmeans(points: Tensor, sizes: Tensor, centres: Tensor) -> tuple[float, Tensor]:
-    """(sum of squares, label of every point) of the best round."""
+    """Return (sum of squares, label of every point) of the best round."""
     best = (torch.inf, torch.zeros(0, dtype=torch.int64))
     for _ in range(30):
         labels = _assign(_distances(points, centres), sizes)
@@ -443,14 +443,14 @@ def _balanced_kmeans(points: Tensor, sizes: Tensor, centres: Tensor) -> tuple[fl
 
 
 def _beginning(points: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """k-means++: points drawn by their squared distance from the nearest of those before (Arthur, 2007)."""
+    """Choose the centres of k-means++: points drawn by squared distance from the nearest so far (Arthur, 2007)."""
     odds = torch.ones(len(points))
     chosen = []
     for _ in range(number):
         chosen.append(int(torch.multinomial(odds, 1, generator=generator)))
         distances = (points - points[chosen[-1]]).square().sum(1)
         odds = distances if len(chosen) == 1 else torch.minimum(odds, distances)
-        odds = odds if odds.sum() > 0 else torch.ones_like(odds)  # fewer different points than groups
+        odds = odds if odds.sum() > 0 else torch.ones_like(odds)  # fewer distinct points than groups
     return points[chosen]
 
 
@@ -459,12 +459,12 @@ def _centres(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _distances(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances, less the square of the point, which no comparison for a point needs."""
+    """Return squared distances, less the square of the point, which no comparison for a point needs."""
     return centres.square().sum(1) - 2 * points @ centres.T
 
 
 def _swapped(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-    """Points change places between two groups as long as that lowers the sum of squares."""
+    """Swap points between two groups as long as that lowers the sum of squares."""
     for _ in range(20):
         before, labels = labels, labels.clone()
         distances = _distances(points, _centres(points, labels, sizes))
@@ -486,7 +486,7 @@ def _swapped(points: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _assign(distances: Tensor, sizes: Tensor) -> Tensor:
-    """A centre for every point: each gets the nearest one with room, and a centre admits its nearest points first."""
+    """Give every point the nearest centre with room, where a centre admits its nearest points first."""
     labels, room = torch.full((len(distances),), -1), sizes.clone()
     rows = torch.arange(len(distances))
     while len(rows):

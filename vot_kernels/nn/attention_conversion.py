@@ -1,7 +1,7 @@
-"""What an attention module of another package is made of: its projections, norms, scale and positions.
+"""The parts of an attention module of another package: its projections, norms, scale and positions.
 
-The modules are recognised by their parts, not by their classes, so a comparison on sample tokens has to tell the ones
-that compute something else: positions of their own, another order of rows, a bias between tokens.
+Modules are recognised by their parts, not by their classes, so a comparison on sample tokens must detect those that
+compute something else: positions of their own, another order of rows, a bias between tokens.
 """
 
 import copy
@@ -30,17 +30,17 @@ _Projections = tuple[list[Tensor], list[Tensor | None], list[nn.Linear]]
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """An attention module taken apart; the tensors are its own.
+    """An attention module taken apart; the tensors are those of the module.
 
     Attributes:
         kind: the name of its class.
-        weight, bias: of the queries, keys and values, one after the other; the bias is None if none of them has one.
+        weight, bias: of the queries, keys and values, concatenated; the bias is None if none of them has one.
         out: the output projection.
         num_heads, num_kv_heads: heads of the queries, and of keys and values.
-        q_norm, k_norm: over head_dim; None for none.
-        scale: factor on q.k; None is head_dim ** -0.5.
+        q_norm, k_norm: norms over head_dim, or None.
+        scale: factor on q.k; None means head_dim ** -0.5.
         causal: whether tokens see no later token.
-        per_call: whether its forward gets `position_embeddings`.
+        per_call: whether its forward takes `position_embeddings`.
     """
 
     kind: str
@@ -61,9 +61,9 @@ class AttentionParts:
         return self.weight.shape[0] // (self.num_heads + 2 * self.num_kv_heads)
 
 
-@torch.enable_grad()  # so that joined weights are frozen only where all of them are
+@torch.enable_grad()  # so that joined weights are frozen only if all of them are
 def take_apart(module: nn.Module) -> AttentionParts:
-    """The parts of an attention module; see `HybridAttention.from_attention` for the modules and the errors."""
+    """Return the parts of an attention module; see `HybridAttention.from_attention` for the modules and errors."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     kind = type(module).__name__
@@ -72,7 +72,7 @@ def take_apart(module: nn.Module) -> AttentionParts:
     )
     heads = next((n for name in _HEADS if isinstance(n := _find(module, name), int)), None)
     if heads is None or heads < 1 or weights[0].shape[0] % heads:
-        raise ValueError(f"{kind} must say its heads as {' or '.join(_HEADS)}, got {heads}.")
+        raise ValueError(f"{kind} must give its number of heads as {' or '.join(_HEADS)}, got {heads}.")
     head_dim = weights[0].shape[0] // heads
     q_norm, k_norm = (_norm(module, name, head_dim) for name in ("q_norm", "k_norm"))
     q, k, v = weights
@@ -99,7 +99,7 @@ def take_apart(module: nn.Module) -> AttentionParts:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with copies of a weight and a bias, frozen if they are."""
+    """Return a linear layer with copies of a weight and a bias, frozen if they are."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -109,7 +109,7 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def sample_of(parts: AttentionParts) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A few tokens in float64 on the CPU, always the same, and the cos and sin of arbitrary angles for them."""
+    """Return a few tokens in float64 on the CPU, always the same, and cos and sin of arbitrary angles for them."""
     generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     x = torch.randn(_SAMPLE_TOKENS, parts.weight.shape[1], **options)
@@ -119,13 +119,13 @@ def sample_of(parts: AttentionParts) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def answers(module: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
-    """What a copy of the module makes of the tokens x `[tokens, dim]`, given packed and as a batch of one.
+    """Yield what a copy of the module returns for the tokens x `[tokens, dim]`, given packed and as a batch of one.
 
     Raises:
-        ValueError: its forward needs something else.
+        ValueError: its forward needs other arguments.
     """
     copied = copy.deepcopy(module).to("cpu", torch.float64).eval()
-    for part in copied.modules():  # the kernels of another implementation may take neither
+    for part in copied.modules():  # the kernels of another implementation may accept neither
         config: Any = getattr(part, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = "sdpa"
@@ -144,7 +144,7 @@ def answers(module: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Ten
 
 
 def _arguments(module: nn.Module, tokens: int) -> dict[str, Any]:
-    """What the forward takes besides the tokens, which are one segment; positions are still missing."""
+    """Return what the forward takes besides the tokens, which are one segment; positions are still missing."""
     _, *parameters = inspect.signature(module.forward).parameters.values()
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
     taken = {"cu_seqlens": bounds, "position_embeddings": None}
@@ -160,7 +160,7 @@ def _arguments(module: nn.Module, tokens: int) -> dict[str, Any]:
 
 
 def _multihead(module: nn.MultiheadAttention) -> _Projections:
-    """Weights and biases of q, k and v, and the modules they are in, the output projection last."""
+    """Return weights and biases of q, k and v, and the modules they are in, with the output projection last."""
     if module.in_proj_weight is not None:
         weights = list(module.in_proj_weight.chunk(3))
     else:
@@ -170,7 +170,7 @@ def _multihead(module: nn.MultiheadAttention) -> _Projections:
 
 
 def _linears(module: nn.Module) -> _Projections:
-    """The same of a module whose projections are linear layers: one for q, k and v, or one for each."""
+    """The same for a module whose projections are linear layers: one for q, k and v, or one for each."""
     out = next((found for name in _OUTPUTS if _is_linear(found := _find(module, name))), None)
     groups = (("qkv",), *_SEPARATE)
     found = next(
@@ -193,12 +193,12 @@ def _linears(module: nn.Module) -> _Projections:
 
 
 def _with_zeros(biases: list[Tensor | None], weights: list[Tensor]) -> list[Tensor]:
-    """Zeros for the biases that are missing."""
+    """Return the biases with zeros for those that are missing."""
     return [w.new_zeros(len(w)) if b is None else b for b, w in zip(biases, weights, strict=True)]
 
 
 def _norm(module: nn.Module, name: str, head_dim: int) -> nn.Module | None:
-    """The norm of that name, which works on each head by itself; None if there is none."""
+    """Return the norm of that name, which must work on each head by itself; None if there is none."""
     norm = getattr(module, name, None)
     if norm is None or isinstance(norm, nn.Identity):
         return None
@@ -212,7 +212,7 @@ def _norm(module: nn.Module, name: str, head_dim: int) -> nn.Module | None:
 
 
 def _obstacles(module: nn.Module, used: Sequence[nn.Module | None]) -> Iterator[str]:
-    """What the module does that HybridAttention does not."""
+    """Yield what the module does that HybridAttention does not."""
     taken = {id(p) for part in used if part is not None for p in part.parameters()}
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -242,7 +242,7 @@ def _is_linear(part: object) -> bool:
 
 
 def _find(module: nn.Module, path: str) -> Any:
-    """An attribute by its dotted path, else of the `attention` or the `config` of the module; None if there is none."""
+    """Return an attribute by its dotted path, else that of the module's `attention` or `config`; None if missing."""
     for start in (module, getattr(module, "attention", None), getattr(module, "config", None)):
         value: Any = start
         for name in path.split("."):

@@ -12,19 +12,19 @@ Rotary = Callable[[Tensor, Tensor, PackedLayout], tuple[Tensor, Tensor]]
 
 
 class AttentionProjections(nn.Module):
-    """Packed tokens to queries, keys and values, and the output projection. It computes no attention.
+    """The projections of packed tokens to queries, keys and values, and the output projection, without attention.
 
     Args:
         dim: width of the tokens.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of `num_heads`; None is as many.
-        head_dim: None is dim / num_heads.
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None means the same number.
+        head_dim: None means dim / num_heads.
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: the sizes do not divide each other.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AttentionProjections(nn.Module):
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {kv_heads}.")
         if head_dim is None and dim % num_heads:
             raise ValueError(
-                f"dim must be a multiple of num_heads or head_dim given, got {dim} and {num_heads}."
+                f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}."
             )
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
@@ -57,9 +57,9 @@ class AttentionProjections(nn.Module):
     def project(
         self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[tokens, num_heads, head_dim]`, k and v `[tokens, num_kv_heads, head_dim]` of x `[tokens, dim]`.
+        """Return q `[tokens, num_heads, head_dim]`, k, v `[tokens, num_kv_heads, head_dim]` of x `[tokens, dim]`.
 
-        `position_embeddings`, (cos, sin) as for `vot_kernels.nn.rotary.rotate`, take the place of `rotary`.
+        `position_embeddings`, (cos, sin) as for `vot_kernels.nn.rotary.rotate`, replace `rotary`.
         """
         check_tensor("x", x, ["tokens", self.dim])
         check_layout("x", x, layout)
@@ -73,5 +73,5 @@ class AttentionProjections(nn.Module):
         return q, k, v
 
     def extra_repr(self) -> str:
-        """The sizes of the heads."""
+        """Return the sizes of the heads."""
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -15,7 +15,7 @@ class ExpertUsage(NamedTuple):
 
     Attributes:
         imbalance: the largest load over the mean load; 1 is balanced, num_experts / top_k the worst.
-        idle: int64, experts without a token.
+        idle: int64, number of experts without a token.
     """
 
     imbalance: Tensor
@@ -24,7 +24,7 @@ class ExpertUsage(NamedTuple):
 
 @torch.no_grad()
 def expert_usage(load: Tensor) -> ExpertUsage:
-    """How evenly a load spreads over the experts; nothing waits for the device.
+    """Measure how evenly a load is spread over the experts, without waiting for the device.
 
     Args:
         load: `[..., num_experts]`, the `load` of an `AoEAux`, or the loads of several layers or steps.
@@ -36,10 +36,10 @@ def expert_usage(load: Tensor) -> ExpertUsage:
 
 
 def matched_hidden(dim: int, d_ffn: int, rank: int, multiple_of: int = 8) -> int:
-    """Hidden width at which an AoE expert has the parameters of a SwiGLU expert of width `d_ffn`.
+    """Return the hidden width at which an AoE expert has the parameters of a SwiGLU expert of width `d_ffn`.
 
     D = (3 d d_ffn - r d) / (r + 2 d), rounded to the nearest multiple, at least one multiple. It matches
-    one expert to one expert: a shared expert comes on top, with the parameters of its own width.
+    one expert to one expert: a shared expert adds the parameters of its own width.
     """
     exact = (3 * dim * d_ffn - rank * dim) / (rank + 2 * dim)
     return max(multiple_of, round(exact / multiple_of) * multiple_of)
@@ -48,21 +48,21 @@ def matched_hidden(dim: int, d_ffn: int, rank: int, multiple_of: int = 8) -> int
 class AutonomyOfExperts(nn.Module):
     """Σ over the top_k experts with the largest ‖x W_downᵢᵀ‖ of w_i · (SiLU(C_i W_upᵢᵀ) ⊙ x W_pᵢᵀ) W_oᵢ.
 
-    Every expert starts with the same Frobenius norm of W_down, hence the same expected cache norm, so none
-    is favoured at first. A forward leaves nothing behind on the module. With `return_aux=True` it also returns
-    what the selection did, and there are two ways to balance it, which may be combined:
+    Every expert starts with the same Frobenius norm of W_down, hence the same expected cache norm, so that none is
+    favoured at first. A forward changes nothing on the module. With `return_aux=True` it also returns the outcome of
+    the selection, and there are two ways to balance it, which may be combined:
 
         y, aux = layer(x, return_aux=True)
         loss = objective(y) + 0.01 * aux.balance_loss  # every expert's W_down receives gradient
         layer.update_selection_bias(aux.load)  # no gradient involved; after the step
 
-    A shared expert is an ordinary SwiGLU that every token passes and whose output is added unweighted. It
-    has no say in the selection, and its parameters, `shared.*`, exist only where its width is not 0.
+    A shared expert is an ordinary SwiGLU that processes every token and whose output is added unweighted. It plays no
+    part in the selection, and its parameters, `shared.*`, exist only if its width is not 0.
 
     Args:
         dim: width of the tokens.
-        num_experts: experts.
-        top_k: experts per token.
+        num_experts: number of experts.
+        top_k: number of experts per token.
         d_ffn: width of the SwiGLU expert whose parameter count to match; give this or `hidden`.
         rank: width of the cache; default dim / 3 to a multiple of 8, the best in the paper's ablation.
         hidden: width of an expert.
@@ -72,10 +72,10 @@ class AutonomyOfExperts(nn.Module):
         backend: the backend of the op, see `vot_kernels.aoe`.
 
     Attributes:
-        selection_bias: float32 buffer `[num_experts]`, added to the norms for selection alone; saved.
+        selection_bias: float32 buffer `[num_experts]`, added to the norms for selection only; it is saved.
 
     Raises:
-        ValueError: sizes or options that do not fit.
+        ValueError: sizes or options do not fit together.
 
     Source: Lv et al., Autonomy-of-Experts Models, ICML 2025 (arXiv 2501.13074); bias rule of Wang et al.,
     Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), algorithm 1; shared expert of Dai et al.,
@@ -121,7 +121,7 @@ class AutonomyOfExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Unit-variance activations for unit-variance input, experts of equal norm, balanced selection."""
+        """Draw weights with unit-variance activations for unit-variance input, experts of equal norm, no bias."""
         hidden, rank = self.w_up.shape[1:]
         for weight, fan_in in (
             (self.w_down, 1),
@@ -137,7 +137,7 @@ class AutonomyOfExperts(nn.Module):
         self.selection_bias.zero_()
 
     def forward(self, x: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, AoEAux]:
-        """`[..., dim]` to `[..., dim]`; under autocast in its dtype, the norms in float32 as always.
+        """Map `[..., dim]` to `[..., dim]`; under autocast in its dtype, with norms in float32 as always.
 
         Args:
             x: `[..., dim]`.
@@ -161,16 +161,16 @@ class AutonomyOfExperts(nn.Module):
 
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor) -> None:
-        """Raise the bias of experts below the mean load by `bias_rate`, lower it above; once per step.
+        """Raise the bias of experts below the mean load by `bias_rate`, lower it above; call it once per step.
 
         No gradient is involved: the bias changes who is selected, never the mixing weights.
 
         Args:
-            load: `[num_experts]`, the `load` of the step's `AoEAux`; where a step has several forwards or ranks,
-                the mean of theirs. All ranks must be given the same.
+            load: `[num_experts]`, the `load` of the step's `AoEAux`, or its mean over several forwards or ranks of a
+                step. All ranks must pass the same.
 
         Raises:
-            ValueError: a load of another shape.
+            ValueError: `load` has another shape.
         """
         check_tensor("load", load, [self.w_down.shape[0]])
         self.selection_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_rate)

@@ -47,11 +47,11 @@ class DenseResidual(nn.Module):
         )
 
     def start(self, embedding: Tensor) -> dict[int, Tensor]:
-        """The memory of a new forward pass, holding the embedding if any block reads it."""
+        """Return the memory of a new forward pass, with the embedding if any block reads it."""
         return {0: embedding} if 0 in self._last_read else {}
 
     def forward(self, state: Tensor, block: int, memory: dict[int, Tensor]) -> Tensor:
-        """The input of the block after `block`, in the shape of `state`.
+        """Return the input of the block after `block`, in the shape of `state`.
 
         Args:
             state: output of `block`, any shape.

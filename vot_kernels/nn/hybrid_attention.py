@@ -20,13 +20,13 @@ class HybridAttention(AttentionProjections):
     Args:
         dim: width of the tokens.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of `num_heads`; None is as many.
-        head_dim: None is dim / num_heads.
-        window: near groups, see `hybrid_attention`; None is exact softmax attention, which has no beta.
-        causal: None, "group" or "token"; False is None and True is "token".
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None means the same number.
+        head_dim: None means dim / num_heads.
+        window: near groups, see `hybrid_attention`; None means exact softmax attention, which has no beta.
+        causal: None, "group" or "token"; False means None, and True means "token".
         feature_map: phi of the far part: "softmax", "elu" or "relu".
-        scale: factor on q.k of near tokens; None is head_dim ** -0.5.
-        beta_init: the initial log weight of far tokens, which is learned. With None it is 0 and there is no `beta`.
+        scale: factor on q.k of near tokens; None means head_dim ** -0.5.
+        beta_init: the initial log weight of far tokens, which is learned. None means 0 without a parameter `beta`.
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
@@ -36,7 +36,7 @@ class HybridAttention(AttentionProjections):
         beta: `[num_heads]`, the log weight of far tokens, or None.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown option.
+        ValueError: sizes do not divide each other, or an option is unknown.
     """
 
     def __init__(
@@ -87,39 +87,41 @@ class HybridAttention(AttentionProjections):
         backend: str = "auto",
         check: bool = True,
     ) -> "HybridAttention":
-        """The attention of another package on packed tokens; with `window=None` it computes the same.
+        """Convert the attention of another package to packed tokens; with `window=None` it computes the same.
 
         It takes `nn.MultiheadAttention` and self-attention made of linear layers: `qkv` and `proj` (Qwen-VL, timm), or
         one layer each for queries, keys and values (SigLIP, ViT, CLIP, DINO in transformers), with or without biases
         and with norms of each head (`q_norm`, `k_norm`). Weights are copied and keep their dtype, device and
         `requires_grad`.
 
-        **Positions.** A module whose forward gets `position_embeddings` gets them per call here, too, for packed
+        **Positions.** A module whose forward takes `position_embeddings` takes them per call here too, for packed
         tokens: `attention(x, layout, position_embeddings=(cos, sin))`. CLS and register tokens have cos 1 and sin 0.
-        A module that rotates in another way needs a `rotary`.
+            A module that
+        rotates in another way needs a `rotary`.
 
-        **The far weight.** A converted module with a window differs from the original in far tokens alone. beta_init
-        = -inf leaves them out: window attention, and a gradient of beta that is 0, so that training never brings them
-        in; a very negative number, -10 say, starts close to that and can learn. 0 takes phi(q).phi(k) as it is, which
-        for "softmax" is about 1 / head_dim and so much less than exp(scale q.k). `fit_beta` finds the best start from
-        sample tokens.
+        **The far weight.** A converted module with a window differs from the original only in far tokens. beta_init =
+        -inf leaves them out. That is window attention, with a gradient of beta that is 0, so that training never
+        includes them. A very negative number, such as -10, starts close to that and can learn. 0 uses phi(q).phi(k)
+        unchanged, which for "softmax" is about 1 / head_dim and so much less than exp(scale q.k). `fit_beta` finds
+        the best start from sample tokens.
 
         Args:
-            module: the attention; it stays as it is.
-            window, causal, feature_map, beta_init, backend: as of the module; the default is exact attention. A
-                causal module needs a `causal`.
-            rotary: `(q, k, layout) -> (q, k)` where the module's positions come with no call, or instead of them.
+            module: the attention module, which is not changed.
+            window, causal, feature_map, beta_init, backend: as for this class; the default is exact attention. A
+            causal
+                module needs a `causal`.
+            rotary: `(q, k, layout) -> (q, k)` for a module whose positions are not given per call, or instead of them.
             check: compare with the module on a few random tokens in float64, without window and `rotary`. A module
                 whose positions come from `rotary` alone is not compared.
 
         Raises:
-            TypeError: not a module.
-            ValueError: nothing of the above is found, the module does more than HybridAttention can (dropout, a
+            TypeError: `module` is not a module.
+            ValueError: none of the above layouts is found, the module does more than HybridAttention can (dropout, a
                 sliding window, other parameters), or the comparison fails.
         """
         parts = take_apart(module)
         if parts.causal and check_causal(causal, CAUSAL_MODES) is None:
-            raise ValueError(f'{parts.kind} is causal: give causal="token", or "group", got {causal!r}.')
+            raise ValueError(f'{parts.kind} is causal, so causal must be "token" or "group", got {causal!r}.')
         with torch.device("meta"):  # every parameter is replaced below
             attention = cls(
                 parts.weight.shape[1],
@@ -168,25 +170,25 @@ class HybridAttention(AttentionProjections):
     ) -> Tensor:
         """Set `beta` so that on these tokens the output of every head is as close to exact attention as beta allows.
 
-        With N the sum of exp(scale q.k) over near tokens and L that of phi(q).phi(k) over far ones, a token's output is
-        o_near + w (o_far - o_near) with w = sigmoid(beta + log L/N). One number per head fits this to exact attention
-        by least squares. Where attention is spread out, beta comes to give far tokens their share of its mass; where it
-        is sharp, the mean that the far part takes would be wrong, and beta stays small.
+        With N the sum of exp(scale q.k) over near tokens and L that of phi(q).phi(k) over far ones, the output of a
+        token is o_near + w (o_far - o_near) with w = sigmoid(beta + log L/N). One number per head fits this to exact
+        attention by least squares. Where attention is spread out, beta gives far tokens their share of its mass;
+        where it is sharp, the mean of the far part would be wrong, and beta stays small.
 
         Args:
-            x: `[tokens, dim]`, inputs of the module: some thousands of tokens of what it will see.
+            x: `[tokens, dim]`, inputs of the module: some thousands of tokens like those that it will see.
             layout: of x.
             position_embeddings: as for `forward`.
 
         Returns:
-            `beta`, from -17 to 17; computed in float64.
+            `beta`, from -17 to 17, computed in float64.
 
         Raises:
             ValueError: the module has no beta, or no token of x has far tokens.
         """
         if self.beta is None:
             raise ValueError(
-                f"The module has no beta to fit: window={self.window}, beta_init={self.beta_init}."
+                f"fit_beta needs a window and a learned beta, got window={self.window}, beta_init={self.beta_init}."
             )
         q, k, v = (t.double() for t in self.project(x, layout, position_embeddings))
 
@@ -210,7 +212,7 @@ class HybridAttention(AttentionProjections):
         seen = lse > near_lse
         if not seen.any():
             raise ValueError(
-                "No token of x has far tokens that count: its layout has too few groups for the window."
+                "At least one token of x must have far tokens, but its layout has too few groups for the window."
             )
         ratio = torch.expm1(lse - near_lse).where(seen, 1).log()  # log L/N
         far = (both - near).where(seen[..., None], 0) / ratio.sigmoid()[..., None]  # o_far - o_near
@@ -225,12 +227,12 @@ class HybridAttention(AttentionProjections):
     def forward(
         self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Tokens `[tokens, dim]` to `[tokens, dim]`; slack rows come out as the output bias, or 0.
+        """Map tokens `[tokens, dim]` to `[tokens, dim]`; slack rows become the output bias, or 0.
 
         Args:
             x: `[tokens, dim]`.
             layout: which rows belong to which segment and group.
-            position_embeddings: cos and sin of this call, each `[tokens, head_dim]`, in place of `rotary`; dimension i
+            position_embeddings: cos and sin for this call, each `[tokens, head_dim]`, in place of `rotary`; dimension i
                 is rotated with dimension i + head_dim / 2.
         """
         q, k, v = self.project(x, layout, position_embeddings)
@@ -255,7 +257,7 @@ class HybridAttention(AttentionProjections):
         state: HybridAttentionState | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, HybridAttentionState]:
-        """The next group of a stream, for causal="group": output `[tokens, dim]` and the next state.
+        """Attend from the next group of a stream, for causal="group"; return `[tokens, dim]` and the next state.
 
         `layout` describes the rows of `x`; a rotary embedding finds their positions in the stream there, unless they
         are given by `position_embeddings`, as for `forward`.
@@ -283,7 +285,7 @@ class HybridAttention(AttentionProjections):
 
 
 def _least_squares(ratio: Tensor, change: Tensor, wanted: Tensor) -> Tensor:
-    """The beta `[heads]` with the least squares of sigmoid(beta + ratio) change - wanted.
+    """Return the beta `[heads]` with the least squares of sigmoid(beta + ratio) change - wanted.
 
     `ratio` is `[tokens, heads]`, the others are `[tokens, heads, head_dim]`.
     """

@@ -17,19 +17,19 @@ DECAYS = (None, "fixed", "learned")
 
 
 class LinearAttention(AttentionProjections):
-    """Projections, query-key norm and rotary around `linear_attention`, with a decay per head if wanted.
+    """Projections, query-key norm and rotary around `linear_attention`, with an optional decay per head.
 
     It is the ablation of `HybridAttention` in which every token of the segment is far.
 
     Args:
         dim: width of the tokens.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of `num_heads`; None is as many.
-        head_dim: None is dim / num_heads.
-        causal: None or "token"; False is None and True is "token".
+        num_kv_heads: key and value heads, a divisor of `num_heads`; None means the same number.
+        head_dim: None means dim / num_heads.
+        causal: None or "token"; False means None, and True means "token".
         feature_map: "softmax", "elu" or "relu".
-        decay: None, "fixed" or "learned": a token n places back weighs decay_h ** n times as much in head h. Needs
-            causal="token".
+        decay: None, "fixed" or "learned": the weight of a token n places back is multiplied by decay_h ** n in head h.
+            It needs causal="token".
         decay_init: the decay of each head, from 0 to 1 but not 0, and not 1 if it is learned; default
             1 - 2 ** -(5 + h) for head h, as in retention (Sun et al., 2023, section 2.2).
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
@@ -38,11 +38,11 @@ class LinearAttention(AttentionProjections):
         backend: the backend of the op, see `linear_attention`.
 
     Attributes:
-        decay_logit: `[num_heads]`, the decay is its sigmoid: a parameter if learned, a saved buffer if fixed, else
+        decay_logit: `[num_heads]`, whose sigmoid is the decay: a parameter if learned, a saved buffer if fixed, else
             None.
 
     Raises:
-        ValueError: options that do not fit, or decays out of range.
+        ValueError: options do not fit together, or a decay is out of range.
     """
 
     decay_logit: Tensor | None
@@ -94,7 +94,7 @@ class LinearAttention(AttentionProjections):
 
     @property
     def log_decay(self) -> Tensor | None:
-        """The logarithm of the decays, `[num_heads]`, in float32 at least; None without a decay."""
+        """The logarithm of the decays, `[num_heads]`, in float32 or wider; None without a decay."""
         if self.decay_logit is None:
             return None
         return logsigmoid(self.decay_logit.to(accumulator(self.decay_logit.dtype)))
@@ -102,7 +102,7 @@ class LinearAttention(AttentionProjections):
     def forward(
         self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Tokens `[tokens, dim]` to `[tokens, dim]`; `position_embeddings` as for `HybridAttention`."""
+        """Map tokens `[tokens, dim]` to `[tokens, dim]`; `position_embeddings` as for `HybridAttention`."""
         q, k, v = self.project(x, layout, position_embeddings)
         out = linear_attention(
             q,
@@ -125,11 +125,11 @@ class LinearAttention(AttentionProjections):
 
 
 def _decay_logit(heads: int, decays: Sequence[float] | None, learned: bool) -> Tensor:
-    """Logits of the given decays, or of the default ones, in float64 on the CPU."""
+    """Return the logits of the given decays, or of the default ones, in float64 on the CPU."""
     if decays is None:
         bits = torch.arange(5, 5 + heads, dtype=torch.float64, device="cpu").clamp_(
             max=40
-        )  # beyond, 1 in any case
+        )  # larger exponents give 1 in any case
         return (2**bits - 1).log()
     given = torch.as_tensor(decays, dtype=torch.float64, device="cpu")
     if given.shape != (heads,):
@@ -138,6 +138,6 @@ def _decay_logit(heads: int, decays: Sequence[float] | None, learned: bool) -> T
         )
     inside = (given > 0) & ((given < 1) if learned else (given <= 1))
     if not inside.all():
-        limit = "below 1, for it is learned" if learned else "at most 1"
+        limit = "below 1 to be learned" if learned else "at most 1"
         raise ValueError(f"decay_init must be above 0 and {limit}, got {given[~inside][0].item():g}.")
     return given.logit()

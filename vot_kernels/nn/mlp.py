@@ -18,6 +18,6 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` to `[..., dim]`."""
+        """Map `[..., dim]` to `[..., dim]`."""
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)

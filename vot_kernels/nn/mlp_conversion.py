@@ -1,7 +1,7 @@
-"""The feed-forward module of a block as Autonomy-of-Experts: with or without a gate, with or without biases.
+"""Conversion of a block's feed-forward to Autonomy-of-Experts, with or without a gate or biases.
 
-What is no SwiGLU without biases becomes one on tokens with a constant 1 behind them. A bias is the column of that 1; a
-layer without a gate, act(x W₁ᵀ) W₂ᵀ, has the 1 as its value; and with s the sigmoid,
+A feed-forward that is not a SwiGLU without biases becomes one on tokens with a constant 1 appended. A bias is the
+column of that 1; a layer without a gate, act(x W₁ᵀ) W₂ᵀ, has the 1 as its value. With s the sigmoid,
 
     GELU(u) ≈ u s(1.702 u) = SiLU(1.702 u) / 1.702
 
@@ -24,7 +24,7 @@ from vot_kernels.ops.checks import check_tensor
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _PAIRS = (("fc1", "fc2"), ("linear_fc1", "linear_fc2"), ("weights_in", "weights_out"), ("gate_up", "down"))
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
-_EXTRA = 8  # columns for the 1: rows of multiples of 8 numbers are loaded in full width
+_EXTRA = 8  # columns for the 1, so that rows are multiples of 8 elements, which load in full width
 _GELU = 1.702
 
 
@@ -32,7 +32,7 @@ class BiasedExperts(nn.Module):
     """Autonomy-of-Experts with biases: its tokens get a constant 1 and zeros, its output a bias.
 
     Args:
-        experts: of a width that is `dim` and the columns for the 1 and the zeros.
+        experts: experts whose width is `dim` plus the columns for the 1 and the zeros.
         dim: width of the tokens.
         bias: `[dim]`, added to the output, or None.
 
@@ -46,10 +46,10 @@ class BiasedExperts(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor, return_aux: bool = False) -> Tensor | tuple[Tensor, AoEAux]:
-        """`[..., dim]` to `[..., dim]`; with `return_aux` (y, aux) like `AutonomyOfExperts`.
+        """Map `[..., dim]` to `[..., dim]`; with `return_aux` return (y, aux), as `AutonomyOfExperts` does.
 
         Raises:
-            ValueError: x is of another width.
+            ValueError: x has another width.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have the shape [..., {self.dim}], got {list(x.shape)}.")
@@ -61,7 +61,7 @@ class BiasedExperts(nn.Module):
 def convert_mlp(
     module: nn.Module, num_experts: int, top_k: int, rank: int, **options: Any
 ) -> tuple[AutonomyOfExperts | BiasedExperts, ConversionReport]:
-    """The feed-forward module of a block as Autonomy-of-Experts, by `convert_swiglu`, and how well that went.
+    """Convert the feed-forward of a block to Autonomy-of-Experts by `convert_swiglu`, and report the errors.
 
     It takes `gate_proj`, `up_proj` and `down_proj` (Llama, Qwen, the tower of Qwen2.5-VL); `fc1` and `fc2`, or
     `linear_fc1` and `linear_fc2` (ViT, CLIP, SigLIP, DINOv2, Qwen3-VL, timm); `weights_in` and `weights_out` (SwiGLU
@@ -69,20 +69,20 @@ def convert_mlp(
     activation is SiLU, GELU in any form, or QuickGELU. A copy of the module is compared with what was found in it on a
     few random tokens.
 
-    Any other activation: fit a SwiGLU to the outputs of the layer on tokens that it sees, and convert that.
+    For any other activation, fit a SwiGLU to the outputs of the layer on tokens that it sees, and convert that.
 
     Args:
-        module: the feed-forward; it stays as it is.
-        num_experts, top_k, rank, options: see `convert_swiglu`. With biases or without a gate, `rank` and the
-            factors are of gates that read a constant 1, too.
+        module: the feed-forward module, which is not changed.
+        num_experts, top_k, rank, options: see `convert_swiglu`. With biases or without a gate, `rank` and the factors
+            are those of gates that also read a constant 1.
 
     Returns:
         `AutonomyOfExperts` for a SwiGLU without biases, else `BiasedExperts`; and the report, whose `output_error` is
-        that against the module, GELU included, and whose other errors are within SwiGLU.
+        measured against the module, GELU included, and whose other errors are within SwiGLU.
 
     Raises:
         TypeError: a module of another kind.
-        ValueError: another activation, a module that computes something else than its parts say, or what
+        ValueError: another activation, a module that computes something other than its parts suggest, or an input that
             `convert_swiglu` refuses.
     """
     parts = _take_apart(module)
@@ -138,7 +138,7 @@ def _take_apart(module: nn.Module) -> _Parts:
 
 
 def _find(module: nn.Module) -> tuple[list[Any], Any]:
-    """The linear layers in the order gate, values if they are apart, output; and the activation, None if not named."""
+    """Return the linear layers in the order gate, values if separate, output; and the activation, None if not named."""
     if isinstance(module, nn.Sequential):
         parts = [part for part in module if not isinstance(part, (nn.Dropout, nn.Identity))]
         if len(parts) == 3 and all(isinstance(part, nn.Linear) for part in (parts[0], parts[2])):
@@ -157,7 +157,7 @@ def _find(module: nn.Module) -> tuple[list[Any], Any]:
 
 
 def _factor(activation: Callable[[Tensor], Tensor], module: nn.Module) -> float:
-    """a, where the activation is u s(a u), or GELU, which nearly is."""
+    """Return a, where the activation is u s(a u), or GELU, which nearly is."""
     probe = torch.linspace(-8, 8, 161)
     with torch.no_grad():
         values = activation(probe)
@@ -172,7 +172,7 @@ def _factor(activation: Callable[[Tensor], Tensor], module: nn.Module) -> float:
 
 @torch.no_grad()
 def _compare(module: nn.Module, parts: _Parts, factor: float) -> None:
-    """Raise a ValueError unless the module is what its parts make, but for GELU."""
+    """Raise a ValueError unless the module computes what its parts do, except for GELU."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, parts.gate[0].shape[1], generator=generator, dtype=torch.float64)
 
@@ -187,13 +187,13 @@ def _compare(module: nn.Module, parts: _Parts, factor: float) -> None:
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-300))
     if not error <= (1e-4 if factor == 1 else 0.1):
         raise ValueError(
-            f"{type(module).__name__} computes something else than its linear layers and its activation do: the "
+            f"{type(module).__name__} must compute what its linear layers and its activation do, but the "
             f"outputs on random tokens differ by {error:.2g} of their size."
         )
 
 
 def _widened(parts: _Parts, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of a SwiGLU on tokens with a 1."""
+    """Return the weights of a SwiGLU on tokens with a 1."""
 
     def widen(weight: Tensor, bias: Tensor | None) -> Tensor:
         column = weight.new_zeros(len(weight)) if bias is None else bias
@@ -205,5 +205,5 @@ def _widened(parts: _Parts, factor: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _with_one(x: Tensor, width: int) -> Tensor:
-    """x `[..., dim]` with a 1, and zeros up to `width`."""
+    """Append a 1, and zeros up to `width`, to x `[..., dim]`."""
     return F.pad(F.pad(x, (0, 1), value=1.0), (0, width - x.shape[-1] - 1))

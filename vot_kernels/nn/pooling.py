@@ -1,4 +1,4 @@
-"""Pooling packed tokens into one vector per segment."""
+"""Pooling of packed tokens into one vector per segment."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class PackedAttentionPooling(nn.Module):
         num_heads: independent weightings, each pooling its share of the values.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int = 4) -> None:
@@ -27,7 +27,7 @@ class PackedAttentionPooling(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, dim]` to `[segments, dim]`; an empty segment pools to zero."""
+        """Pool `[tokens, dim]` to `[segments, dim]`; an empty segment gives zero."""
         check_tensor("x", x, ["tokens", self.score.in_features])
         check_layout("x", x, layout)
         owner = layout.token_segments

@@ -1,4 +1,4 @@
-"""Rotary positions: in time and space, or by cos and sin that the caller gives."""
+"""Rotary positions, in time and space or by cos and sin that the caller gives."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by the (t, y, x) of their tokens; the attention modules accept it as `rotary`.
 
     Args:
-        theta: base of the frequencies. Patch grids are small: 100 resolves them where text uses 10,000.
+        theta: base of the frequencies. Patch grids are small, so 100 is enough, where text uses 10,000.
     """
 
     def __init__(self, theta: float = 100.0):
@@ -20,35 +20,35 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
 
     def forward(self, q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-        """q `[tokens, heads, head_dim]`, k `[tokens, kv_heads, head_dim]`; the same shapes, rotated."""
+        """Rotate q `[tokens, heads, head_dim]` and k `[tokens, kv_heads, head_dim]`; shapes stay the same."""
         return rope_qk_norm(q, k, layout.positions, theta=self.theta)
 
 
 def positions_per_call(q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """The `rotary` of attention whose cos and sin come with each call; it is called only where they did not.
+    """Serve as `rotary` of attention that takes cos and sin with each call, and raise if a call lacks them.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
-        "This attention gets its positions with each call: give position_embeddings=(cos, sin), each "
+        "This attention takes its positions with each call: give position_embeddings=(cos, sin), each "
         "[tokens, head_dim], or set rotary to a callable (q, k, layout) -> (q, k)."
     )
 
 
 def rotate(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """q and k rotated by cos and sin, where dimension i goes with dimension i + head_dim / 2.
+    """Rotate q and k by cos and sin, where dimension i is paired with dimension i + head_dim / 2.
 
     Args:
         q: `[tokens, heads, head_dim]`.
         k: `[tokens, kv_heads, head_dim]`.
-        position_embeddings: cos and sin, each `[tokens, head_dim]`. A token with cos 1 and sin 0 stays as it is.
+        position_embeddings: cos and sin, each `[tokens, head_dim]`. A token with cos 1 and sin 0 does not change.
 
     Returns:
         The same shapes and dtypes; computed in the wider of both dtypes.
 
     Raises:
-        TypeError, ValueError: cos or sin is no tensor, or of another shape.
+        TypeError, ValueError: cos or sin is not a tensor or has another shape.
     """
     for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
         check_tensor(f"{name} of position_embeddings", table, [q.shape[0], q.shape[2]])

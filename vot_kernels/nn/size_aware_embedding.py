@@ -1,4 +1,4 @@
-"""Tells every token how large, how elongated, how long and how fast its segment is."""
+"""An embedding that tells every token the height, width, length and frame rate of its segment."""
 
 from torch import Tensor, nn
 
@@ -7,12 +7,12 @@ from vot_kernels.packing import PackedLayout
 
 
 class SizeAwareEmbedding(nn.Module):
-    """x + MLP(size features of the token's segment); the output layer starts at zero, so at first x itself.
+    """x + MLP(size features of the token's segment); the output layer starts at zero, so the result starts as x.
 
     Args:
         dim: width of the tokens.
         hidden: width of the MLP; by default the number of its input features, 12 · octaves.
-        octaves: frequencies per quantity.
+        octaves: number of frequencies per quantity.
         use_frames: False for streaming, where the clip length is not known in advance.
     """
 
@@ -35,7 +35,7 @@ class SizeAwareEmbedding(nn.Module):
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, x: Tensor, layout: PackedLayout, fps: Tensor | float | None = None) -> Tensor:
-        """`[tokens, dim]` like x `[tokens, dim]`; `fps` per segment, one number, or None if unknown."""
+        """Map x `[tokens, dim]` to `[tokens, dim]`; `fps` per segment, one number, or None if unknown."""
         return size_aware_embedding(
             x,
             layout,

@@ -1,4 +1,4 @@
-"""Answering many questions from a JSONL file, resumable."""
+"""Answers to the questions of a JSONL file, resumable."""
 
 import json
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class BatchCounts(NamedTuple):
-    """What a batch came to.
+    """The counts of a batch.
 
     Attributes:
         answered: lines answered now.
@@ -35,12 +35,13 @@ def answer_batch(
 ) -> BatchCounts:
     """Answer every line of `questions` and append one line each to `out`.
 
-    See `read_questions` for a line. A question that is already answered in `out` is skipped, so that the same call
-    resumes an interrupted run; a half-written last line is dropped first.
+    See `read_questions` for the format of a line. A question that `out` already answers is skipped, so that the same
+    call
+    resumes an interrupted run; a partly written last line is dropped first.
     A video that cannot be read gets a line with "error" instead of an answer; the next run tries it again.
 
     Raises:
-        ValueError: `read_questions` refuses a line, or `out` holds something else; nothing is answered then.
+        ValueError: `read_questions` refuses a line, or `out` has other contents; nothing is answered then.
     """
     source, target = Path(questions), Path(out)
     items = read_questions(source)
@@ -66,7 +67,7 @@ def _answer(
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The questions of a JSONL file, each with an "id".
+    """Return the questions of a JSONL file, each with an "id".
 
     A line is an object with "video" (a path, relative to the file's folder if not absolute), "question", and
     optionally "candidates" (a list) and "id" (by default the line's number).
@@ -89,7 +90,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             items.append(item)
     if not items:
         raise ValueError(
-            f"{path}: holds no question; each line is a JSON object with a video and a question."
+            f"{path}: must have at least one question, each line a JSON object with a video and a question."
         )
     return items
 
@@ -110,7 +111,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _finished(path: Path) -> set[str]:
-    """Ids that are already answered. Lines with an error are removed, because their questions are asked again."""
+    """Return the ids that are already answered. Lines with an error are removed, so that they are asked again."""
     try:
         rows = read_json_lines(path)
         done = {str(row["id"]) for row in rows if "error" not in row}

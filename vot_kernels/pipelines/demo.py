@@ -18,7 +18,7 @@ def run_demo(
 ) -> Iterator[tuple["VideoAnswer", Path]]:
     """Answer a question about each clip and write a picture and a trace each into `out`.
 
-    Where the package that holds the natural clip is not installed, one line on stderr says so.
+    If the package that holds the natural clip is not installed, one line on stderr says so.
     """
     path, question, candidates = digitworld_clip()
     questions = [(path, question, list(candidates))]

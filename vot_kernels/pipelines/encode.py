@@ -1,4 +1,4 @@
-"""Encoding files with the packed encoder."""
+"""Encoding of files with the packed encoder."""
 
 import os
 from collections.abc import Sequence
@@ -26,10 +26,11 @@ def encode_videos(
     The file holds, for the n-th input, `n.pooled` `[hidden_size]`, `n.tokens` `[tokens, hidden_size]`,
     `n.grid_thw` int64 `[3]` and `n.times_s` float64 `[frames]`; its metadata maps n to the path.
 
-    `checkpoint` is an encoder checkpoint, or a perception checkpoint, whose encoder is taken; None is the bundled one.
+    `checkpoint` is the folder of an encoder checkpoint, or of a perception checkpoint, whose encoder is used; None is
+    the bundled one.
 
     Returns:
-        One line per file, which describes the clip and counts its tokens.
+        One line per file with a description of the clip and its number of tokens.
     """
     check_output(out, ".safetensors")
     fps = checkpoint_fps(checkpoint, ENCODER, PERCEPTION)
@@ -37,7 +38,7 @@ def encode_videos(
         sample_video(path, sampling or Sampling(), fps)
         for path in track(paths, "Decoding", shown=len(paths) > 1)
     ]
-    # Imported after decoding, because they take seconds and a bad file should be reported at once.
+    # These are imported after decoding, because they take seconds and a bad file should be reported at once.
     import torch
     from safetensors.torch import save_file
 
@@ -62,7 +63,7 @@ def encode_videos(
 
 
 def load_encoder(folder: Path) -> "tuple[VotEncoder, VotImageProcessor]":
-    """The encoder of an encoder or a perception checkpoint, and its processor. Errors as `load_checkpoint`."""
+    """Load the encoder of an encoder or perception checkpoint, and its processor. Errors as in `load_checkpoint`."""
     from vot_kernels.models.encoder import VotEncoder, VotImageProcessor
     from vot_kernels.models.perception import VotPerceptionModel
 

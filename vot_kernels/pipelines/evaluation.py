@@ -43,14 +43,14 @@ def evaluate_digitworld(
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
-    Each answer is appended at once to `out` with the suffix .rows.jsonl, from which an interrupted run is
-    resumed. "Language model direct" reads the whole graph and takes the likeliest candidate. "Before
+    Each answer is at once appended to a file named like `out` with the suffix .rows.jsonl, from which an interrupted
+    run is resumed. "Language model direct" reads the whole graph and takes the most likely candidate. "Before
     verification" shows what step 5 fixed and broke.
 
     Returns:
-        What is written to `out`: settings (how many frames of which size and rate, and which codec and decoder, were
-        looked at: scores differ by them), accuracy per system and kind (and on the flip subset), and the
-        counts of answers that verification fixed and broke.
+        The contents of `out`: settings (number, size and rate of the frames, codec and decoder, on all of which scores
+        depend), accuracy per system and kind (and on the flip subset), and the counts of answers that verification
+        fixed and broke.
     """
     target = Path(out)
     check_output(target, ".json")
@@ -81,7 +81,7 @@ def evaluate_digitworld(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The accuracies as a plain table in per cent, one row a system, one column a kind, and what was looked at."""
+    """Format the accuracies as a plain table in per cent, one row per system, one column per kind, and the settings."""
     columns = [*KINDS, "flip", "all"]
     lines = [["system", *columns]]
     for name, accuracy in result["accuracy"].items():
@@ -101,7 +101,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def _looked_at(asked: Sequence[AskedEpisode]) -> dict[str, str]:
-    """What of the clips reaches the model. Other frames, or another decoder, give other scores."""
+    """Describe what of the clips reaches the model. Other frames, or another decoder, give other scores."""
     import av
 
     scenes = [item.episode.scene for item in asked]
@@ -166,7 +166,7 @@ def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], se
 
 
 def _read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier, interrupted run."""
+    """Return the rows of an earlier, interrupted run."""
     lines = read_json_lines(path)
     if lines and lines[0].get("settings") != settings:
         raise ValueError(

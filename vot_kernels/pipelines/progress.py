@@ -1,4 +1,4 @@
-"""Progress on stderr, so that stdout holds results alone: bars on a terminal, and what is being done now."""
+"""Progress on stderr, so that stdout has only results: bars on a terminal, and the current activity."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool
 
 @contextmanager
 def steps(shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Yield a function that says what is being done now: beside a spinner on a terminal, else in a line each."""
+    """Yield a function that shows the current activity: beside a spinner on a terminal, else in a line each."""
     with imports_for("A progress bar", "cli"):
         from rich.console import Console
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Decoding what a model is to look at. No model is imported here, so that a bad file is reported at once."""
+"""Decoding of what a model looks at. No model is imported here, so that a bad file is reported at once."""
 
 import os
 import re
@@ -12,7 +12,7 @@ BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
 
 MAX_FRAMES = 32
-DEFAULT_FPS = 8.0  # of a checkpoint whose config.json names none
+DEFAULT_FPS = 8.0  # for a checkpoint whose config.json names none
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,30 @@ def sample_video(
 
 
 def check_device(name: str) -> None:
-    """Refuse, without importing torch, what cannot be the name of a device.
+    """Refuse, without importing torch, a string that cannot be the name of a device.
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: `name` is not such a name.
     """
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", name):
-        raise ValueError(f"A device is cpu, cuda, cuda:1, mps or the like, got {name!r}.")
+        raise ValueError(f"A device must be cpu, cuda, cuda:1, mps or the like, got {name!r}.")
 
 
 def checkpoint_folder(path: str | os.PathLike[str] | None = None, *kinds: str) -> Path:
-    """The folder of a checkpoint of one of `kinds` (by default a perception checkpoint); None is the bundled one.
+    """Return the folder of a checkpoint of one of `kinds` (by default a perception checkpoint); None is the bundled
+    one.
 
     Raises:
         FileNotFoundError: the folder does not hold a checkpoint.
-        ValueError: it holds one of another kind.
+        ValueError: it has a checkpoint of another kind.
     """
     folder = Path(path) if path is not None else BUNDLED_CHECKPOINT
     checkpoint_kind(folder, *(kinds or (PERCEPTION,)))
     if not (folder / "preprocessor_config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no preprocessor_config.json.")
+        raise FileNotFoundError(f"{folder} is not a complete checkpoint: it has no preprocessor_config.json.")
     return folder
 
 
 def checkpoint_fps(path: str | os.PathLike[str] | None = None, *kinds: str) -> float:
-    """Frames per second on which a checkpoint was trained; None is the bundled one. Errors as `checkpoint_folder`."""
+    """Return the frames per second on which a checkpoint was trained. Arguments as in `checkpoint_folder`."""
     return float(read_config(checkpoint_folder(path, *kinds)).get("fps", DEFAULT_FPS))

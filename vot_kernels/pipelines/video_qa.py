@@ -28,7 +28,7 @@ class VideoAnswer:
     detection: Detection
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer with its trace, a description of the clip, and the scene graph, as plain data."""
+        """Return the answer with its trace, a description of the clip, and the scene graph, as plain data."""
         return {
             "video": os.fspath(self.clip.info.path),
             "looked_at": self.clip.info.describe(),
@@ -38,7 +38,7 @@ class VideoAnswer:
         }
 
     def evidence_lines(self, limit: int | None = None) -> list[str]:
-        """The evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
+        """Return the evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
         evidence = self.answer.evidence
         events = [f"{event.time_s:.2f} s: {_event_words(event)}" for event in evidence.events]
         relations = [f"{r.start_s:.2f}–{r.end_s:.2f} s: {_relation_words(r)}" for r in evidence.relations]
@@ -50,7 +50,7 @@ class VideoAnswer:
         return [line for name, lines in parts for line in _shortened(lines, limit, name)]
 
     def save_picture(self, path: str | os.PathLike[str]) -> Path:
-        """Write the frames as a PNG, with the tracklets and events of a clip that the checkpoint knows drawn in."""
+        """Write the frames as a PNG; if the checkpoint knows the clip, with its tracklets and events."""
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
         title = f"{self.answer.question} {self.answer.text}"
@@ -76,10 +76,10 @@ def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class DeferredModel:
-    """A language model that is loaded when it is first needed: a clip outside of the domain needs none.
+    """A language model that is loaded on first use: a clip outside of the domain needs none.
 
     Attributes:
-        load: returns it.
+        load: returns the model.
     """
 
     load: Callable[[], LanguageModel]
@@ -92,7 +92,7 @@ class VideoQA:
         perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
         llm: the language model, any `generate(prompt) -> str`, or a `DeferredModel`.
         switches: which of the five steps run.
-        anyway: reason about a clip that the checkpoint does not know, too; otherwise such a clip gets no answer.
+        anyway: also reason about a clip that the checkpoint does not know; otherwise such a clip gets no answer.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class VideoQA:
         sampling: Sampling | None = None,
         progress: bool = False,
     ) -> tuple[VideoClip, Detection]:
-        """Decode a file, unless it is a clip already, and read its scene graph."""
+        """Decode a file, unless it is already a clip, and read its scene graph."""
         clip = video
         if not isinstance(clip, VideoClip):
             clip = sample_video(clip, sampling or Sampling(), self.perception.config.fps, progress)
@@ -142,7 +142,7 @@ class VideoQA:
     ) -> VideoAnswer:
         """Answer a question about a file or a clip; without candidates the language model proposes them.
 
-        `report` is called with the name of what is done now.
+        `report` is called with the name of the current activity.
         """
         if report is not None:
             report("Looking at the frames")
@@ -156,7 +156,7 @@ class VideoQA:
         detection: Detection,
         report: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer a question about a scene graph that was read before."""
+        """Answer a question about a scene graph that was read earlier."""
         warning = domain_warning(detection)
         if warning is not None and not self.anyway:
             return Answer(
@@ -206,7 +206,7 @@ def load_language_model(path: str | os.PathLike[str] | None = None, device: str 
 
 
 def domain_warning(detection: Detection) -> str | None:
-    """Why the answer should not be trusted, if the clip does not resemble the training clips."""
+    """Return why the answer should not be trusted if the clip does not resemble the training clips, else None."""
     if detection.in_domain:
         return None
     return (

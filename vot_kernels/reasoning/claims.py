@@ -1,7 +1,7 @@
 """Claims in words, such as "the red digit hits the blue digit twice, at the left wall, after 1 s".
 
-Who, what, when, how often and where are each held against the graph. One wrong part makes a claim false; a part
-that the graph does not show, or words that nothing was made of, leave it open.
+The graph is compared with each part of a claim: who, what, when, how often and where. One wrong part makes a claim
+false; a part that the graph does not show, or words that were not understood, leave it open.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ _CLAUSES = re.compile(r"[.;!?](?:\s+|$)|,?\s+(?:and then|then|and|while|whereas|
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of time in seconds, both ends included."""
+    """An interval of time in seconds, both ends included."""
 
     begin: float
     end: float
 
 
 def find_windows(text: str, graph: STSG) -> tuple[Window, ...]:
-    """The times that `text` names: moments with the tolerance of a frame, or of the digits given; ranges; halves."""
+    """Return the times that `text` names: moments, with a tolerance of a frame or the given digits; ranges; halves."""
     windows, rest = [], fold(text)
     times = graph.frame_times_s
     for wording, begin, end in _HALVES:
         if times and wording.search(rest):
             length = times[-1] - times[0]
-            # The middle belongs to the later part, the last frame to the last.
+            # The middle belongs to the later half, and the last frame to the second.
             last = times[0] + end * length
             windows.append(
                 Window(times[0] + begin * length, last if end == 1 else math.nextafter(last, -math.inf))
@@ -91,7 +91,7 @@ def find_windows(text: str, graph: STSG) -> tuple[Window, ...]:
 
 
 def without_times(text: str) -> str:
-    """`text`, folded, without the times that `find_windows` finds."""
+    """Return `text`, folded, without the times that `find_windows` finds."""
     rest = fold(text)
     for wording in (*(half[0] for half in _HALVES), _RANGE, _BOUND, _MOMENT):
         rest = wording.sub(" ", rest)
@@ -99,7 +99,7 @@ def without_times(text: str) -> str:
 
 
 def _tolerance(digits: str, graph: STSG) -> float:
-    """A frame, or half a unit of the last digit given; and what rounding of the times takes."""
+    """Return a frame's length or half a unit of the last digit given, plus the rounding error of the times."""
     return max(_frame_length(graph), 0.5 * 10.0 ** -len(digits.partition(".")[2])) + 1e-6
 
 
@@ -109,7 +109,7 @@ def _frame_length(graph: STSG) -> float:
 
 
 def part_in_question(question: str, graph: STSG) -> STSG:
-    """The graph of the times that the question names, or the whole graph."""
+    """Return the graph of the times that the question names, or the whole graph."""
     for window in find_windows(question, graph):
         inside = [k for k, at in enumerate(graph.frame_times_s) if window.begin <= at <= window.end]
         if not inside:
@@ -119,7 +119,7 @@ def part_in_question(question: str, graph: STSG) -> STSG:
 
 
 def events_of(graph: STSG, kind: str, ids: Iterable[str]) -> list[Event]:
-    """Events of `kind` in which all of `ids` take part, by time."""
+    """Return the events of `kind` in which all of `ids` take part, by time."""
     found = [e for e in graph.events if e.kind == kind and set(ids) <= set(e.participants)]
     return sorted(found, key=lambda event: event.t)
 
@@ -133,7 +133,7 @@ Fact = tuple[bool | None, str]
 
 
 def judge_claim(text: str, graph: STSG) -> Fact:
-    """Whether everything that `text` claims is so; every clause must be."""
+    """Judge whether everything that `text` claims is true; every clause must be."""
     facts: list[Fact] = []
     subject: tuple[str, ...] = ()
     for clause in _clauses(text, graph):
@@ -145,7 +145,7 @@ def judge_claim(text: str, graph: STSG) -> Fact:
 
 
 def _clauses(text: str, graph: STSG) -> list[str]:
-    """Parts of `text` with a verb each; what has none goes with the part before it."""
+    """Split `text` into parts with a verb each; a part without one joins the part before it."""
     clauses: list[str] = []
     for piece in filter(None, (part.strip() for part in _CLAUSES.split(fold(text)))):
         if clauses and not (_has_verb(piece, graph) and _has_verb(clauses[-1], graph)):
@@ -165,7 +165,7 @@ def _has_verb(text: str, graph: STSG) -> bool:
 
 
 def _judge_clause(clause: str, subject: tuple[str, ...], graph: STSG) -> tuple[Fact, tuple[str, ...]]:
-    """The fact, and the tracklet that the clause is about, which the next clause may leave out."""
+    """Return the fact, and the tracklet that the clause is about, which the next clause may leave out."""
     mentioned = find_tracklets(clause, graph)
     kinds = find_events(clause, graph.vocabulary.events)
     verb = re.search(rf"(?<!\w){re.escape(fold(kinds[0])[:3])}|{_MOVES}" if kinds else _MOVES, clause)
@@ -196,7 +196,7 @@ def _fact(clause: str, kinds: Sequence[str], mentioned: Sequence[str], graph: ST
 
 
 def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
-    """A relation, a motion or an attribute."""
+    """Judge a claim about a relation, a motion or an attribute."""
     predicates = _predicates(clause, graph)
     if len(mentioned) == 2 and len(predicates) == 1:
         return relation_fact(predicates[0], mentioned[0], mentioned[1], graph)
@@ -206,7 +206,7 @@ def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
 
 
 def _predicates(text: str, graph: STSG) -> list[str]:
-    """Relations between two tracklets that `text` names."""
+    """Return the relations between two tracklets that `text` names."""
     unary = {r.predicate for r in graph.relations if r.subject == r.object}
     words = (p for p in graph.vocabulary.predicates if p not in unary and not re.match(_MOVES, p))
     return [word for word in words if _holds_word(word, text)]
@@ -217,7 +217,7 @@ def _holds_word(word: str, text: str) -> bool:
 
 
 def relation_fact(predicate: str, subject: str, other: str, graph: STSG) -> Fact:
-    """A relation that holds always or never where both are seen; one that comes and goes settles nothing."""
+    """Judge a relation that always or never holds where both are seen; one that comes and goes decides nothing."""
     first, second = graph.tracklet(subject), graph.tracklet(other)
     together = [k for k in first.frames if k in second.boxes]
     relations = [r for r in graph.relations if r.predicate == predicate]
@@ -231,7 +231,7 @@ def relation_fact(predicate: str, subject: str, other: str, graph: STSG) -> Fact
 
 
 def attribute_fact(text: str, graph: STSG) -> Fact | None:
-    """Of a text that says of one tracklet that it is so ("is the digit 8 white?"); None for other texts."""
+    """Judge a text that ascribes something to one tracklet ("is the digit 8 white?"); None for other texts."""
     folded = fold(text).rstrip(" .?!")
     for word in (*graph.vocabulary.attributes, *graph.vocabulary.labels):
         match = re.fullmatch(
@@ -263,7 +263,7 @@ def _motion_fact(clause: str, tracklet: Tracklet) -> Fact:
 
 
 def displacement(tracklet: Tracklet, text: str) -> tuple[float, float] | None:
-    """How far the tracklet's centre comes over the clip, or over its first or last quarter if `text` asks."""
+    """Return the displacement of the tracklet's centre over the clip, or its first or last quarter if `text` says."""
     frames = list(tracklet.frames)
     quarter = max(2, -(-len(frames) // 4))
     if re.search(r"\b(start|beginning|initially|at first)\b", fold(text)):
@@ -277,7 +277,7 @@ def displacement(tracklet: Tracklet, text: str) -> tuple[float, float] | None:
 
 
 def _judge_turn(clause: str, kind: str, mentioned: Sequence[str], graph: STSG) -> Fact | None:
-    """First or last: among all events of this kind in which the first one named takes part."""
+    """Judge "first" or "last" among all events of this kind in which the first named tracklet takes part."""
     turn = re.search(r"\b(first|last)\b", without_times(clause))
     if turn is None:
         return None
@@ -291,7 +291,7 @@ def _judge_turn(clause: str, kind: str, mentioned: Sequence[str], graph: STSG) -
 
 
 def judge_details(text: str, events: Sequence[Event], graph: STSG) -> Fact | None:
-    """When, how often and where `text` says that events happen, of which there are `events`; None if it says none."""
+    """Judge when, how often and where `text` says that `events` happen; None if it says none of these."""
     facts: list[Fact] = []
     for window in find_windows(text, graph):
         inside = [e for e in events if window.begin <= graph.frame_times_s[e.t] <= window.end]
@@ -335,10 +335,10 @@ def _is_at(event: Event, sides: set[str], wall: bool, graph: STSG) -> bool | Non
 
 
 def _plain(clause: str) -> str:
-    """The clause without the times, counts and places in it."""
+    """Return the clause without the times, counts and places in it."""
     return _PLACE.sub(" ", _OFTEN.sub(" ", without_times(clause)))
 
 
 def words_left(answer: str, graph: STSG) -> tuple[str, ...]:
-    """Words of an answer that the graph has no part for."""
+    """Return the words of an answer that match nothing in the graph."""
     return unknown_words(_plain(answer), graph)

@@ -1,4 +1,4 @@
-"""Language models as the reasoning steps see them: text in, text or log-likelihoods out."""
+"""Language models as the reasoning steps use them: text in, text or log-likelihoods out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from vot_kernels.extras import imports_for
 
 KEPT_PREFIXES = 2  # one prompt with the video and one without
-_SLOT = "\ue000"  # takes the prompt's place while the chat template is filled in
+_SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
 
 
 class LanguageModelError(ValueError):
@@ -21,10 +21,10 @@ class LanguageModelError(ValueError):
 
 
 class Reply(str):
-    """The reply of a model, which knows whether the limit of tokens cut it.
+    """A model's reply that also records whether the token limit cut it off.
 
     Attributes:
-        cut: they stop at the limit, before the model had ended.
+        cut: whether the reply was cut off at the limit.
     """
 
     cut: bool
@@ -36,7 +36,7 @@ class Reply(str):
 
 
 class ScoreUnavailable(NotImplementedError):
-    """Raised by `score` of a model that can only generate; the reasoning then goes by the model's words."""
+    """Raised by `score` of a model that can only generate; the reasoning then uses the model's words alone."""
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class LanguageModel(Protocol):
 
 
 class GenerateOnlyModel:
-    """Make a language model of any `generate(prompt) -> str`; it cannot score."""
+    """A language model made of any `generate(prompt) -> str`; it cannot score."""
 
     def __init__(self, generate: Callable[[str], str], name: str = "callable") -> None:
         self._generate = generate
@@ -78,17 +78,17 @@ class GenerateOnlyModel:
 class HFLanguageModel:
     """A local Hugging Face causal language model, decoded greedily.
 
-    Prompts become one user message of the tokenizer's chat template where it has one; without a template the
-    prompt stands as it is, followed by a line break. Keys and values of the last two kinds of prompt are
-    kept, so a prompt that begins like one of them costs only its new tokens.
+    Prompts become one user message of the tokenizer's chat template, if it has one; otherwise the prompt is used as it
+    is, followed by a line break. Keys and values of the last two kinds of prompt are cached, so that a prompt with the
+    same beginning as one of them costs only its new tokens.
 
     Args:
         model: a folder with `config.json`, `*.safetensors` and a tokenizer, or a loaded model.
         tokenizer: required with a loaded model; read from the folder otherwise.
         dtype: compute dtype of a model read from a folder, a name such as "float32" or a `torch.dtype`.
         device: where to run, e.g. "cpu" or "cuda:0".
-        name: what traces call the model; the folder's name by default.
-        max_batch: most sequences in one forward pass, which bounds memory.
+        name: name of the model in traces; the folder's name by default.
+        max_batch: largest number of sequences in one forward pass, which bounds memory.
 
     Raises:
         LanguageModelError: the folder is missing, holds no model, or holds no safetensors weights.
@@ -129,7 +129,7 @@ class HFLanguageModel:
         return self.generate_batch([prompt], max_new_tokens=max_new_tokens)[0]
 
     def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        """Return the greedy reply to each prompt; the beginning that they share is computed once."""
+        """Return the greedy reply to each prompt; their common prefix is computed once."""
         if max_new_tokens < 1:
             raise LanguageModelError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         replies: list[str] = []
@@ -164,7 +164,7 @@ class HFLanguageModel:
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids the model sees for `prompt`, up to where its reply begins.
 
-        The prompt is text throughout: "<|im_start|>" in it is read letter by letter, and opens no turn.
+        The prompt is treated as text throughout: "<|im_start|>" in it is read letter by letter and starts no turn.
         """
         marked = self._markup.search(prompt) is not None
         if getattr(self.tokenizer, "chat_template", None):
@@ -187,7 +187,7 @@ class HFLanguageModel:
         return list(ids)
 
     def _text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text: whatever the tokenizer would take for a token of its own markup is cut in two."""
+        """Return the token ids of plain text; whatever the tokenizer would take for its own markup is split in two."""
         cuts = [0, *(match.start() + 1 for match in self._markup.finditer(text)), len(text)]
         pieces = (text[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
         return [
@@ -207,7 +207,7 @@ class HFLanguageModel:
     def _score(self, prefix: list[int], tails: list[list[int]]) -> list[float]:
         import torch
 
-        # Padding stands on the right, after everything a causal model looks at, so no mask is needed.
+        # Padding is on the right, after everything that a causal model attends to, so no mask is needed.
         width = max(map(len, tails))
         shared = prefix[:-1] if self._plain_cache else []
         rows = [prefix[len(shared) :] + tail + [0] * (width - len(tail)) for tail in tails]
@@ -220,7 +220,7 @@ class HFLanguageModel:
         return [float(row[: len(tail)].double().mean()) for row, tail in zip(taken, tails, strict=True)]
 
     def _decode(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy decoding of left-padded prompts behind the prefix they share."""
+        """Decode left-padded prompts greedily after their common prefix."""
         import torch
 
         device = self.model.device
@@ -262,7 +262,7 @@ class HFLanguageModel:
         return replies
 
     def _decode_hf(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy decoding by transformers, for models whose cache is not plain keys and values."""
+        """Decode greedily with transformers, for models whose cache is not plain keys and values."""
         import torch
 
         width = max(map(len, prompts))
@@ -281,7 +281,7 @@ class HFLanguageModel:
         return [_until(row, self._stop) for row in out[:, width:].tolist()]
 
     def _cache_of(self, prefix: list[int], batch: int) -> Any:
-        """A cache of `batch` rows that all hold `prefix`; computes only what no kept prefix begins with."""
+        """Return a cache of `batch` rows that all hold `prefix`; compute only what no cached prefix begins with."""
         import torch
 
         if not prefix:
@@ -294,7 +294,7 @@ class HFLanguageModel:
             options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             cache = self.model(input_ids=tokens, **options).past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        # A prompt that begins like a kept one replaces it; any other replaces the oldest.
+        # A prompt that begins like a cached one replaces it; any other replaces the oldest.
         continues = 2 * common >= len(nearest[0])
         others = [kept for kept in self._kept if kept is not nearest] if continues else self._kept
         self._kept = [(prefix, layers), *others][:KEPT_PREFIXES]
@@ -347,7 +347,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse, without importing anything, a folder that cannot hold a causal language model.
+    """Refuse a folder that cannot hold a causal language model, without importing anything.
 
     Raises:
         LanguageModelError: it is missing, or has no config.json or no safetensors weights.
@@ -369,12 +369,12 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _is_markup(token: str) -> bool:
-    """Whether an added token can be cut in two; spaces, which some tokenizers add, are text anyway."""
+    """Whether an added token can be split in two; spaces, which some tokenizers add, are text anyway."""
     return len(token) > 1 and not token.isspace()
 
 
 def _has_plain_cache(model: Any) -> bool:
-    """Whether the model keeps full keys and values per layer, so that a prefix can be cut and copied."""
+    """Whether the model keeps full keys and values per layer, so that a prefix can be sliced and copied."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -394,14 +394,14 @@ def _cache_from(layers: Sequence[tuple[Any, Any]]) -> Any:
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end a reply, from the generation config and the tokenizer."""
+    """Return the ids that end a reply, from the generation config and the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    """The longest run of tokens with which all rows begin."""
+    """Return the longest common prefix of all rows."""
     shared: list[int] = []
     for column in zip(*rows, strict=False):
         if any(token != column[0] for token in column):

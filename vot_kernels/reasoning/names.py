@@ -32,9 +32,9 @@ def fold(text: str) -> str:
 
 
 def find_tracklets(text: str, graph: STSG) -> tuple[str, ...]:
-    """Ids of the tracklets that `text` names, in order of mention.
+    """Normalise `text` for comparison: NFKC, case folded, runs of whitespace as one space.
 
-    Longest names count first: "red digit 3", then the id, then an attribute together with a wrong or missing
+    The longest names are matched first: "red digit 3", then the id, then an attribute together with a wrong or missing
     label ("red digit 5", when perception may have misread the digit), then a bare label or attribute. A word
     shared by several tracklets names them all.
     """
@@ -57,7 +57,7 @@ def find_tracklets(text: str, graph: STSG) -> tuple[str, ...]:
 
 
 def absent_words(text: str, graph: STSG) -> tuple[str, ...]:
-    """Labels and attributes of the vocabulary that `text` names and no tracklet has."""
+    """Return the labels and attributes of the vocabulary that `text` names and no tracklet has."""
     finder = _Finder(fold(text))
     for t in graph.tracklets:
         finder.take(t.name, [t.id])
@@ -70,9 +70,9 @@ def absent_words(text: str, graph: STSG) -> tuple[str, ...]:
 
 
 def unknown_words(text: str, graph: STSG) -> tuple[str, ...]:
-    """Words of `text` that are neither of the graph's vocabulary, nor verbs of its events, nor grammar.
+    """Return the words of `text` that are not in the graph's vocabulary, not verbs of its events and not grammar.
 
-    An answer with such a word says something that the graph can neither bear out nor deny.
+    An answer with such a word says something that the graph can neither confirm nor refute.
     """
     vocabulary = graph.vocabulary
     known = {*_FUNCTION_WORDS.split(), *_NUMBER_WORDS}
@@ -94,7 +94,7 @@ def unknown_words(text: str, graph: STSG) -> tuple[str, ...]:
 
 
 def find_events(text: str, kinds: Iterable[str]) -> tuple[str, ...]:
-    """The event kinds whose verb `text` uses in any form: "hit", "hitting", "collision" for "hits"."""
+    """Return the event kinds whose verb `text` uses in any form: "hit", "hitting", "collision" for "hits"."""
     folded = fold(text)
     found = []
     for kind in dict.fromkeys(kinds):
@@ -106,7 +106,7 @@ def find_events(text: str, kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_directions(text: str) -> frozenset[str]:
-    """Which of left, right, up, down `text` names; "left of" is a place, not a direction."""
+    """Return which of left, right, up, down `text` names; "left of" is a place, not a direction."""
     folded = re.sub(r"\b(left|right|top|bottom) of\b", " ", fold(text))
     return frozenset(
         d for d, pattern in _DIRECTIONS.items() if re.search(rf"(?<!\w)(?:{pattern})(?!\w)", folded)
@@ -114,12 +114,12 @@ def find_directions(text: str) -> frozenset[str]:
 
 
 def find_number(text: str) -> int | None:
-    """The first whole number in `text`, as digits or as a word up to ten; None without one."""
+    """Return the first whole number in `text`, as digits or as a word up to ten, or None."""
     return next(iter(find_numbers(text)), None)
 
 
 def find_numbers(text: str) -> tuple[int, ...]:
-    """All whole numbers in `text`, as digits or as words up to ten."""
+    """Return all whole numbers in `text`, as digits or as words up to ten."""
     words = re.findall(r"\d+|[a-z]+", fold(text))
     digits = {word: int(word[:9]) for word in words if word.isdecimal() and word.isascii()}
     numbers = digits | _NUMBER_WORDS
@@ -127,13 +127,13 @@ def find_numbers(text: str) -> tuple[int, ...]:
 
 
 def find_yes_no(text: str) -> bool | None:
-    """True for a text that begins with yes or true, False for no or false, else None."""
+    """Return True for a text that begins with yes or true, False for no or false, else None."""
     match = re.match(r"\W*(yes|true|no|not|false)\b", fold(text))
     return None if match is None else match[1] in ("yes", "true")
 
 
 def match_candidate(text: str, candidates: Sequence[str]) -> int | None:
-    """Index of the candidate that `text` begins with, else of the only one in it; None if unclear."""
+    """Return the index of the candidate that `text` begins with, else of the only one in it; None if unclear."""
     folded = fold(text).strip(" .,:;!?\"'`*")
     names = [fold(candidate).strip(" .,:;!?\"'`*") for candidate in candidates]
     begins = [i for i, name in enumerate(names) if name and re.match(rf"{re.escape(name)}(?!\w)", folded)]
@@ -144,7 +144,7 @@ def match_candidate(text: str, candidates: Sequence[str]) -> int | None:
 
 
 class _Finder:
-    """Looks phrases up in a text; what was found is blanked, so that shorter phrases cannot find it again."""
+    """A search for phrases in a text; what was found is blanked, so that shorter phrases do not match it again."""
 
     def __init__(self, text: str) -> None:
         self.text = text

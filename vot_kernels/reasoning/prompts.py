@@ -18,7 +18,7 @@ MAX_LINES = 48  # lines of one graph, so that a crowded scene fits a small model
 
 
 def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MAX_LINES) -> str:
-    """The graph as the model reads it: sentences with names and seconds, the STSG text form, or both."""
+    """Return the graph as the model reads it: sentences with names and seconds, the STSG text form, or both."""
     parts = []
     if style in ("stsg", "both"):
         parts.append(_shortened(graph.to_text().splitlines(), max_lines))
@@ -28,7 +28,7 @@ def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MA
 
 
 def context(graph_text: str, question: str) -> str:
-    """The beginning shared by the prompts about one question."""
+    """Return the beginning that the prompts about one question share."""
     return f"What happens in the video:\n{graph_text}\n\nQuestion: {question}\n"
 
 
@@ -57,7 +57,7 @@ def answer_prompt(context: str) -> str:
 
 
 def blind_prompt(question: str) -> str:
-    """The likelihood's prior: the question without the video."""
+    """Return the prompt for the likelihood's prior: the question without the video."""
     return answer_prompt(f"Question: {question}\n")
 
 
@@ -73,7 +73,7 @@ def contradiction_prompt(context: str, analysis: str, answer: str) -> str:
 
 
 def parse_rating(text: str) -> int | None:
-    """The first number from 1 to 10 in the model's words ("8/10" is 8); None without one.
+    """Return the first number from 1 to 10 in the model's words ("8/10" is 8), or None.
 
     The scale repeated ("from 1 to 10") and the number of a list's first item ("1. The …") are not ratings.
     """
@@ -85,7 +85,7 @@ def parse_rating(text: str) -> int | None:
 
 
 def without_cut(text: str) -> str:
-    """The model's words up to the last sentence, line or item that is whole, where the limit of tokens cut them."""
+    """Return the model's words up to the last complete sentence, line or item if the token limit cut them off."""
     if not getattr(text, "cut", False):
         return text
     ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)|[。！？\n;]", text)]
@@ -93,7 +93,7 @@ def without_cut(text: str) -> str:
 
 
 def parse_sentences(text: str, limit: int = 2) -> str:
-    """The first whole sentences of the model's words, on one line; empty for text without a letter."""
+    """Return the first whole sentences of the model's words, on one line; empty for text without a letter."""
     line = " ".join(without_cut(text).split())
     if not any(character.isalpha() for character in line):
         return ""
@@ -101,9 +101,9 @@ def parse_sentences(text: str, limit: int = 2) -> str:
 
 
 def parse_proposals(text: str, limit: int = 3) -> tuple[str, ...]:
-    """Short answers out of the model's words: one per line or list item, without bullets and quotes.
+    """Return short answers from the model's words: one per line or list item, without bullets and quotes.
 
-    What the limit of tokens cut, and what is longer than `MAX_PROPOSAL` characters, is none.
+    Items that the token limit cut off or that are longer than `MAX_PROPOSAL` characters are dropped.
     """
     proposals = []
     for line in re.split(r"[\n;]", without_cut(text)):
@@ -115,7 +115,7 @@ def parse_proposals(text: str, limit: int = 3) -> tuple[str, ...]:
 
 
 def _sentences(graph: STSG) -> Iterator[str]:
-    """Who there is, how each moves, what happened, which relations hold; in that order of importance."""
+    """Yield who there is, how each moves, what happened and which relations hold, in this order of importance."""
     names = {t.id: t.name for t in graph.tracklets}
     yield "Objects: " + (", ".join(names.values()) or "none") + "."
     for event in sorted(graph.events, key=lambda event: event.t):

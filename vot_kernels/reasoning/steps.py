@@ -1,6 +1,6 @@
-"""The five steps: each a function of typed inputs that returns a typed output.
+"""The five steps, each a function from typed inputs to a typed output.
 
-A step asks the language model through a `Recorder`, which notes every prompt and reply for the trace.
+A step asks the language model through a `Recorder`, which records every prompt and reply for the trace.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from vot_kernels.reasoning.types import (
 from vot_kernels.reasoning.verification import check
 from vot_kernels.scene_graph.graph import STSG
 
-# New tokens per request; a small model on a CPU writes about 20 a second.
+# New tokens per request; a small model on a CPU generates about 20 a second.
 TASK_TOKENS, KIND_TOKENS, ANALYSIS_TOKENS, PROPOSE_TOKENS, RATING_TOKENS = 24, 6, 40, 24, 4
-LIKELIHOOD_SHARE = 0.8  # the likelihood's weight beside the 1-10 words
-PRIOR_WEIGHT = 0.5  # how much of the likelihood without the graph is taken off
-TEMPERATURE = 0.25  # nats per token; a difference of this much is a factor of e between candidates
+LIKELIHOOD_SHARE = 0.8  # the likelihood's weight; the rest goes to the 1-10 ratings
+PRIOR_WEIGHT = 0.5  # share of the likelihood without the graph that is subtracted
+TEMPERATURE = 0.25  # nats per token; this difference is a factor of e between candidates
 MAX_PROPOSALS = 8
 
 _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
@@ -57,7 +57,7 @@ _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
     ("yes/no", r"^(did|do|does|is|are|was|were|has|have|had|can|could)\b|\byes or no\b|\btrue or false\b"),
 )
 
-# The words of a question must contain at least these for a kind that the model names.
+# To accept a kind that the model names, the question must contain at least one of these.
 _KIND_HINTS: dict[QuestionKind, str] = {
     "counterfactual": r"\b(if|without|had|were|suppose|imagine)\b",
     "prediction": r"\b(future|after\w*|later|soon|then|expect\w*|predict\w*|end up)\b",
@@ -69,18 +69,18 @@ _KIND_HINTS: dict[QuestionKind, str] = {
     "which": r"\b(which|who|whom|whose|what|name)\b",
     "yes/no": r"\b(whether|true|false|correct|right|possible)\b",
 }
-_ECHO_SHARE = 0.5  # a proposal that repeats more of a question's words than this in a row is no answer
+_ECHO_SHARE = 0.5  # a proposal that repeats more than this share of a question's words in a row is no answer
 
 
 class Recorder:
-    """A language model that remembers what it was asked and what it replied."""
+    """A language model that records what it was asked and what it replied."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.calls: list[ModelCall] = []
 
     def generate(self, purpose: str, prompt: str, max_new_tokens: int) -> str:
-        """The reply; a `Reply` of which the model knows that the limit cut it keeps saying so."""
+        """Return the reply; a `Reply` that the token limit cut off still says so."""
         reply = self.model.generate(prompt, max_new_tokens=max_new_tokens)
         reply = reply if isinstance(reply, Reply) else str(reply)
         self.calls.append(ModelCall(purpose, prompt, str(reply)))
@@ -98,7 +98,7 @@ class Recorder:
         return replies
 
     def score(self, purpose: str, prompt: str, continuations: Sequence[str]) -> list[float] | None:
-        """Mean log-likelihoods per token, or None from a model that cannot score or gives infinities."""
+        """Return mean log-likelihoods per token, or None from a model that cannot score or gives infinities."""
         try:
             scores = [float(score) for score in self.model.score(prompt, continuations)]
         except ScoreUnavailable:
@@ -114,10 +114,10 @@ class Recorder:
 
 
 def define_task(model: Recorder, question: str, graph: STSG) -> Task:
-    """Step 1. What kind of question, about which tracklets.
+    """Step 1. Find the kind of the question and the tracklets it is about.
 
-    Words of the question itself are certain where they match and decide; the model decides where they do not,
-    among the kinds that the words admit.
+    Where the words of the question itself match, they decide; where they do not, the model decides among the kinds
+    that the words admit.
     """
     kind, kind_by = kind_of(question), "question"
     if kind is None:
@@ -140,20 +140,20 @@ def define_task(model: Recorder, question: str, graph: STSG) -> Task:
 
 
 def kind_of(question: str) -> QuestionKind | None:
-    """The kind of question by its own words, None if they do not tell."""
+    """Return the kind of question by its own words, or None if they do not tell."""
     folded = fold(question)
     return next((kind for kind, cue in _KIND_CUES if re.search(cue, folded)), None)
 
 
 def _kind_in(reply: str, question: str) -> QuestionKind | None:
-    """The kind that the model names, if the words of the question support it."""
+    """Return the kind that the model names, if the words of the question support it."""
     folded, asked = fold(reply), fold(question)
     named = (kind for kind in get_args(QuestionKind) if kind in folded)
     return next((kind for kind in named if re.search(_KIND_HINTS.get(kind, "$^"), asked)), None)
 
 
 def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Tracking:
-    """Step 2. The tracklets in question, everything that touches them, and whoever they meet in an event."""
+    """Step 2. Find the tracklets in question, everything that touches them, and those they meet in an event."""
     targets = set(task.targets)
     events = tuple(e for e in graph.events if targets & set(e.participants))
     relations = tuple(r for r in graph.relations if targets & {r.subject, r.object})
@@ -165,10 +165,10 @@ def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Trackin
 
 
 def _told(part: STSG, task: Task) -> STSG:
-    """The part of `part` that the model reads: shorter, and without relations that nobody asked about.
+    """Return the part of `part` that the model reads: shorter, and without relations that the question does not need.
 
-    A question about events or a direction is told the targets' own motion and the relations it names; any
-    other question is told everything.
+    For a question about events or a direction, that is the targets' own motion and the relations that the question
+    names; for any other question, it is everything.
     """
     about_events = task.kind in ("yes/no", "count", "which", "order") and find_events(
         task.question, part.vocabulary.events
@@ -186,7 +186,7 @@ def _told(part: STSG, task: Task) -> STSG:
 
 
 def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis:
-    """Step 3. What the targets do and why, as the model reads it off the graph with its commonsense."""
+    """Step 3. Say what the targets do and why, as the model reads it from the graph with its common sense."""
     context = prompts.context(tracking.text, task.question)
     return Analysis(
         prompts.parse_sentences(model.generate("analysis", prompts.analysis_prompt(context), ANALYSIS_TOKENS))
@@ -194,7 +194,7 @@ def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis
 
 
 def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: STSG) -> tuple[str, ...]:
-    """Candidates for an open question: those its kind admits, then the model's own."""
+    """Return candidates for an open question: those that its kind admits, then the model's own."""
     own: tuple[str, ...] = ()
     asks_yes_no = task.kind in ("prediction", "counterfactual") and begins_with_verb(task.question)
     if task.kind == "yes/no" or asks_yes_no:
@@ -223,7 +223,7 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
 
 
 def is_echo(text: str, question: str) -> bool:
-    """Whether `text` repeats the question, or more than half of it in one piece."""
+    """Whether `text` repeats the question, or more than half of it in one run."""
     said, asked = (re.findall(r"\w+", fold(part)) for part in (text, question))
     if not said or not asked:
         return False
@@ -234,7 +234,7 @@ def is_echo(text: str, question: str) -> bool:
 
 
 def begins_with_verb(question: str) -> bool:
-    """Whether the question, or its clause behind a comma, begins with a verb: it asks for yes or no."""
+    """Whether the question, or its clause after a comma, begins with a verb and so asks for yes or no."""
     verbs = "did|do|does|is|are|was|were|has|have|can|could|will|would"
     return re.search(rf"(?:^|, ?)(?:{verbs})\b", fold(question)) is not None
 
@@ -248,12 +248,12 @@ def rank_candidates(
     *,
     words: bool,
 ) -> Ranking:
-    """Step 4. Score every candidate by the model's 1–10 words and by its likelihood, and order them.
+    """Step 4. Score every candidate by the model's 1–10 rating and by its likelihood, and order them.
 
-    The likelihood is the mean per token, minus half of that without the graph (how plausible the words are
-    anyway); a softmax makes it a distribution. The words are divided by their sum; ratings that are all equal
-    say nothing. Combined = 0.8 likelihood + 0.2 words, or the only one there is. Ties go to the likelihood,
-    then to the earlier candidate. A voice decided if it alone prefers the winner; both if both or neither do.
+    The likelihood is the mean per token, minus half of that without the graph (how plausible the words are anyway); a
+    softmax turns it into a distribution. The ratings are divided by their sum; if all are equal, they are ignored. The
+    combined score is 0.8 likelihood + 0.2 rating, or the only one there is. Ties go to the likelihood, then to the
+    earlier candidate. One of the two decided if it alone prefers the winner; both did if both or neither do.
     """
     if not candidates:
         return Ranking((), "none")
@@ -286,7 +286,7 @@ def rank_candidates(
 
 
 def _shares_of_ratings(ratings: Sequence[int | None]) -> list[float]:
-    """Ratings divided by their sum; empty if they do not tell candidates apart. A missing one counts 1."""
+    """Divide ratings by their sum; empty if they do not distinguish candidates. A missing rating counts as 1."""
     if len(ratings) > 1 and len(set(ratings)) == 1 or not any(ratings):
         return []
     values = [rating or 1 for rating in ratings]
@@ -306,7 +306,7 @@ def _shares_of_likelihoods(
 
 
 def _shares_of_reply(reply: str, candidates: Sequence[str]) -> list[float]:
-    """Without ratings and likelihoods, the candidate that the model answers; empty if it names none."""
+    """Without ratings and likelihoods, choose the candidate that the model answers; empty if it names none."""
     match = match_candidate(reply, candidates)
     if match is None:
         return []
@@ -333,12 +333,11 @@ def _decider(order: Sequence[int], by_words: Sequence[float], by_likelihood: Seq
 def verify(
     model: Recorder, task: Task, tracking: Tracking, analysis: Analysis, ranking: Ranking, graph: STSG
 ) -> Verification:
-    """Step 5. Keep the best candidate, take the next one the graph does not contradict, or abstain.
+    """Step 5. Keep the best candidate, take the next one that the graph does not contradict, or abstain.
 
-    Grounding: a contradicted candidate gives way, once, to the best one that is not; if the graph contradicts
-    all, or shows nothing at all, there is no answer. Commonsense: the model is asked whether the answer
-    contradicts its analysis; that lowers the confidence of what the graph cannot check, and changes nothing
-    that it can.
+    Grounding: a contradicted candidate is replaced, once, by the best one that is not; if the graph contradicts all,
+    or shows nothing, there is no answer. Common sense: the model is asked whether the answer contradicts its
+    analysis; if so, the confidence of what the graph cannot check is lowered, and nothing else changes.
     """
     best = ranking.best
     if best is None or not graph.tracklets:

@@ -1,4 +1,4 @@
-"""The typed inputs and outputs of the five reasoning steps, and the answer they end in."""
+"""The typed inputs and outputs of the five reasoning steps, and the resulting answer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Switches:
 
     @classmethod
     def all_off(cls) -> Switches:
-        """Every step off: the language model's likelihood given the whole graph decides."""
+        """Turn every step off: the language model's likelihood given the whole graph decides."""
         return cls(False, False, False, False, False)
 
 
@@ -55,7 +55,7 @@ class ModelCall:
     """One request to the language model.
 
     Attributes:
-        purpose: what it is for.
+        purpose: the purpose of the request.
         prompt: the text that the model reads.
         output: its reply, or the scores of the continuations.
     """
@@ -169,7 +169,7 @@ class Verification:
     Attributes:
         outcome: "kept", "revised" (another candidate replaced it), "abstained" or "off".
         before, after: the candidate before and after; None if there is none.
-        checks: of the candidates against the graph.
+        checks: the checks of the candidates against the graph.
         commonsense: whether the model thinks that the answer agrees with step 3; "not asked" if there is no
             analysis.
     """
@@ -183,10 +183,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step as it ran.
+    """The record of one step.
 
     Attributes:
-        name: of the step.
+        name: name of the step.
         ran: False if it was off.
         output: its typed output.
         calls: every call to the model.
@@ -205,9 +205,9 @@ class EvidenceBox:
     """Where a target is in one frame.
 
     Attributes:
-        id, name: of the tracklet.
+        id, name: id and display name of the tracklet.
         frame, time_s: number of the frame, and its time in seconds.
-        box: in fractions of the frame.
+        box: the box in fractions of the frame.
         score: confidence in [0, 1].
     """
 
@@ -221,7 +221,7 @@ class EvidenceBox:
 
 @dataclass(frozen=True)
 class EvidenceRelation:
-    """`subject predicate object` over a stretch of time.
+    """`subject predicate object` over an interval of time.
 
     Attributes:
         subject, predicate, object: display names; object equals subject in a unary relation.
@@ -261,7 +261,7 @@ class Evidence:
 
     Attributes:
         times_s: seconds of the events, and of where the targets are first and last seen.
-        boxes, relations, events: of the targets.
+        boxes, relations, events: boxes, relations and events of the targets.
     """
 
     times_s: tuple[float, ...] = ()
@@ -278,8 +278,8 @@ class Answer:
         question: its text.
         text: the answer for the user.
         choice: the candidate that was chosen, None after abstaining.
-        choice_before: the candidate before verification; shows what verification fixed and what it broke.
-        confidence: in [0, 1], not calibrated; `vot_kernels.reasoning.verification.confidence` defines it.
+        choice_before: the candidate before verification, which shows what verification fixed or broke.
+        confidence: a number in [0, 1], not calibrated; `vot_kernels.reasoning.verification.confidence` defines it.
         decided_by: which of the model's two ratings decided.
         verification: outcome of step 5.
         evidence: the parts of the video that the answer rests on.
@@ -306,30 +306,30 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """Time the steps took together."""
+        """The total time of the steps, in seconds."""
         return sum(step.seconds for step in self.trace)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, strings and numbers; a graph is its text form."""
+        """Return everything as plain dicts, lists, strings and numbers; a graph is its text form."""
         return {**plain(self), "seconds": self.seconds}
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """`to_dict` as JSON; other scripts than Latin stay readable."""
+        """Return `to_dict` as JSON; scripts other than Latin stay readable."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
 
     def headline(self) -> str:
-        """The answer in one line."""
+        """Return the answer in one line."""
         return f"Answer: {self.text} (confidence {self.confidence:.2f}, decided by {self.decided_by})"
 
     def summary(self) -> str:
-        """The five steps and the answer in a few lines of plain text."""
+        """Return the five steps and the answer in a few lines of plain text."""
         lines = [f"Question: {self.question}"]
         lines += [f"{number}. {_in_short(step)}" for number, step in enumerate(self.trace, 1)]
         return "\n".join([*lines, self.headline()])
 
 
 def plain(value: Any) -> Any:
-    """`value` as what JSON can hold."""
+    """Convert `value` to what JSON can hold."""
     if isinstance(value, STSG):
         return value.to_text()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

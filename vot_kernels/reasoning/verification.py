@@ -1,4 +1,4 @@
-"""Step 5's grounding: does the graph bear out an answer? Only what can be read off the graph is judged."""
+"""The grounding of step 5: whether the graph supports an answer. Only what the graph shows is judged."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _TIMED = re.compile(r"\b(before|after|while|during|until|since|at \d|second time
 def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> GroundingCheck:
     """Judge `answer` (one of `candidates`) against the whole graph of the clip.
 
-    "supported" and "contradicted" mean that the graph, as perceived, says so; everything about causes, about
-    what would or will happen, and every wording not understood is "uncheckable". An answer is supported if all of
-    it is: one wrong part contradicts, one word too many leaves it open.
+    "supported" and "contradicted" mean that the graph, as perceived, says so. Everything about causes, about what
+    would or will happen, and every wording that is not understood is "uncheckable". An answer is supported if all of
+    it is: one wrong part contradicts it, and one unknown word leaves it open.
     """
     part = part_in_question(task.question, graph)
     verdict, reason = _judge(task, answer, candidates, part)
@@ -54,12 +54,12 @@ def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> Gr
 
 
 def confidence(score: float, verdict: Verdict, commonsense: str, perception: float, in_domain: bool) -> float:
-    """How sure the answer is, in [0, 1]; a heuristic, not a calibrated probability.
+    """Return how sure the answer is, in [0, 1]; this is a heuristic, not a calibrated probability.
 
-    The candidate's share `score` of the ranking; halfway to 1 if the graph supports it; halved if the graph
-    contradicts it or the model sees it contradict its own analysis of something the graph cannot check; times
-    `perception`, the mean box score of the tracklets it rests on; at most 0.5 for what the graph does not support,
-    and at most 0.1 for a clip out of domain.
+    It starts from the candidate's share `score` of the ranking. It moves halfway to 1 if the graph supports the
+    answer, and is halved if the graph contradicts it, or if the graph cannot check it and the model finds it to
+    contradict its own analysis. It is multiplied by `perception`, the mean box score of the tracklets it rests on. It
+    is at most 0.5 for what the graph does not support, and at most 0.1 for a clip out of domain.
     """
     if verdict == "supported":
         score = (1 + score) / 2
@@ -72,7 +72,7 @@ def confidence(score: float, verdict: Verdict, commonsense: str, perception: flo
 
 
 def perception_score(graph: STSG, ids: Sequence[str]) -> float:
-    """Mean box score of the tracklets `ids`; of all tracklets for no ids; 0 without boxes."""
+    """Return the mean box score of the tracklets `ids`; of all tracklets for no ids; 0 without boxes."""
     tracklets = [t for t in graph.tracklets if t.id in ids or not ids]
     scores = [score for t in tracklets for _, score in t.boxes.values()]
     return sum(scores) / len(scores) if scores else 0.0
@@ -108,7 +108,7 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
 
 
 def _judge_rest(task: Task, answer: str, graph: STSG, reason: str) -> _Judgement:
-    """What an answer says beyond what it was asked: a claim of its own, and when, how often and where."""
+    """Judge what an answer says beyond what was asked: a claim of its own, and when, how often and where."""
     kinds = find_events(answer, graph.vocabulary.events)
     if kinds and find_tracklets(answer, graph) and task.kind not in ("open", "count"):
         claim = judge_claim(answer, graph)
@@ -271,10 +271,10 @@ def _judge_which(
 
 
 def _moment(graph: STSG, kind: str, named: Sequence[str], candidate: str) -> tuple[int, int] | None:
-    """First and last frame of a `kind` in which the candidate takes part, with whom the question names."""
+    """Return the first and last frame of a `kind` in which the candidate meets those whom the question names."""
     mentioned = find_tracklets(candidate, graph)
     if not mentioned or list(mentioned) == list(named):
-        return None  # "which does the red one hit?" is not answered by the red one
+        return None  # the answer to "which does the red one hit?" is not the red one
     # A question that lists its candidates ("which hits first, the red or the blue one?") names no partner.
     partners = named if len(named) == 1 else ()
     events = events_of(graph, kind, [*mentioned, *partners])

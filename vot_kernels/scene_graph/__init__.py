@@ -1,6 +1,6 @@
 """The spatial-temporal scene graph (STSG): typed graph, text form, JSON form, geometric relations.
 
-These names need numpy alone. The recurrent graph transformer needs torch:
+These names need only numpy. The recurrent graph transformer needs torch:
 `from vot_kernels.models.graph import RecurrentGraphTransformer`.
 """
 

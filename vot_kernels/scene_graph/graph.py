@@ -71,28 +71,28 @@ class Tracklet:
 
     @property
     def name(self) -> str:
-        """What people call it: attributes, then label ("red digit 3")."""
+        """The display name: attributes, then label ("red digit 3")."""
         return " ".join((*self.attributes, self.label))
 
     @property
     def frames(self) -> tuple[int, ...]:
-        """The frames it is present in, ascending."""
+        """The frames in which it is present, ascending."""
         return tuple(self.boxes)
 
     def box(self, frame: int) -> Box | None:
-        """Its box in `frame`, or None where it is absent."""
+        """Return its box in `frame`, or None if it is absent."""
         entry = self.boxes.get(frame)
         return None if entry is None else entry[0]
 
     def between(self, t0: int, t1: int) -> Tracklet:
-        """The same tracklet with the boxes of frames t0 … t1 (inclusive) only."""
+        """Return the same tracklet with only the boxes of frames t0 … t1 (inclusive)."""
         return replace(self, boxes={k: entry for k, entry in self.boxes.items() if t0 <= k <= t1})
 
     def interpolated(self, max_gap: int | None = None) -> Tracklet:
-        """The same tracklet with boxes filled in linearly between known frames.
+        """Return the same tracklet with boxes linearly interpolated between known frames.
 
-        Gaps of more than `max_gap` frames (None: no limit) stay open. A filled box takes the lower of its
-        neighbours' scores.
+        Gaps of more than `max_gap` frames (None: no limit) stay open. The score of an interpolated box is the lower
+        of its neighbours' scores.
         """
         boxes = dict(self.boxes)
         for a, b in zip(self.frames, self.frames[1:], strict=False):
@@ -150,7 +150,7 @@ class Event:
 
 
 def _make_plain(item: Relation | Event, *frames: str) -> None:
-    """NumPy numbers, which JSON cannot print, become Python's."""
+    """Convert NumPy numbers, which JSON cannot print, to Python's."""
     for name in frames:
         object.__setattr__(item, name, int(getattr(item, name)))
     object.__setattr__(item, "score", float(item.score))
@@ -197,9 +197,9 @@ class SceneFrame:
     """One frame of the graph.
 
     Attributes:
-        index, time_s: number of the frame, and its time in seconds.
-        nodes: the tracklets that are present.
-        relations, events: those that hold or happen in this frame.
+        index, time_s: index of the frame, and its time in seconds.
+        nodes: the tracklets that are present in it.
+        relations, events: those that hold or happen in it.
     """
 
     index: int
@@ -211,7 +211,7 @@ class SceneFrame:
 
 @dataclass(frozen=True, eq=False)
 class PackedGraph:
-    """All frames' nodes in one row, ready for the graph transformer. Nodes are sorted by frame.
+    """The nodes of all frames, concatenated for the graph transformer and sorted by frame.
 
     Edge types are the vocabulary's predicates, then its events. A unary relation or event is a loop.
 
@@ -246,7 +246,7 @@ class STSG:
 
     Attributes:
         frame_times_s: time of each frame, in seconds.
-        tracklets, relations, events: what the graph consists of.
+        tracklets, relations, events: the parts of the graph.
         vocabulary: the words it may use.
         source: where the graph comes from, for people.
     """
@@ -268,14 +268,16 @@ class STSG:
         return len(self.frame_times_s)
 
     def tracklet(self, id: str) -> Tracklet:
-        """The tracklet called `id`; KeyError if there is none."""
+        """Return the tracklet called `id`; KeyError if there is none."""
         for tracklet in self.tracklets:
             if tracklet.id == id:
                 return tracklet
-        raise KeyError(f"No tracklet {id!r}; there are {', '.join(t.id for t in self.tracklets) or 'none'}.")
+        raise KeyError(
+            f"There is no tracklet {id!r}; the graph has {', '.join(t.id for t in self.tracklets) or 'none'}."
+        )
 
     def frame(self, k: int) -> SceneFrame:
-        """Everything about frame `k`, 0 ≤ k < num_frames; IndexError beyond."""
+        """Return everything about frame `k`, 0 ≤ k < num_frames; IndexError outside of this range."""
         if not 0 <= k < self.num_frames:
             raise IndexError(f"Frame {k} was asked for; the graph has the frames 0 to {self.num_frames - 1}.")
         nodes = (
@@ -292,10 +294,10 @@ class STSG:
         )
 
     def subgraph(self, ids: Collection[str] | None = None, t0: int = 0, t1: int | None = None) -> STSG:
-        """The part about the tracklets `ids` (None: all) in the frames t0 … t1 (inclusive; None: to the end).
+        """Return the part about the tracklets `ids` (None: all) in the frames t0 … t1 (inclusive; None: to the end).
 
-        Relations are cut to the interval, relations and events that involve others are left out. Frames keep
-        their numbers and times, so that evidence from a subgraph points at the same moments of the video.
+        Relations are cut to the interval; relations and events that involve others are dropped. Frames keep their
+        indices and times, so that evidence from a subgraph refers to the same moments of the video.
         """
         wanted = {t.id for t in self.tracklets} if ids is None else set(ids)
         last = self.num_frames - 1 if t1 is None else t1
@@ -312,7 +314,7 @@ class STSG:
         )
 
     def coref_edges(self) -> tuple[CorefEdge, ...]:
-        """Links from each box to the same tracklet's next box, by tracklet, then by frame."""
+        """Return the links from each box to the same tracklet's next box, by tracklet, then by frame."""
         return tuple(
             CorefEdge(t.id, a, b)
             for t in self.tracklets
@@ -320,20 +322,22 @@ class STSG:
         )
 
     def interpolated(self, max_gap: int | None = None) -> STSG:
-        """The graph with every tracklet `Tracklet.interpolated`: full tracks out of every-4th-frame text."""
+        """Return the graph with every tracklet `Tracklet.interpolated`, as for text that has every 4th frame."""
         return replace(self, tracklets=tuple(t.interpolated(max_gap) for t in self.tracklets))
 
     def to_packed(self, vocabulary: Vocabulary | None = None) -> PackedGraph:
-        """The graph as arrays, indexed by `vocabulary` (default: the graph's own).
+        """Return the graph as arrays, indexed by `vocabulary` (default: the graph's own).
 
-        Words outside the vocabulary do not fail: a label gets the index `len(labels)`, an attribute, relation
-        or event is left out, as are relations and events in frames where an end of theirs has no box.
-        Boxes outside the frames 0 … num_frames-1 are a ValueError.
+        Words outside the vocabulary raise no error: a label gets the index `len(labels)`; an attribute, relation or
+        event is dropped, as are relations and events in frames where one of their ends has no box.
+
+        Raises:
+            ValueError: a box is outside the frames 0 … num_frames-1.
         """
         return _pack(self, vocabulary or self.vocabulary)
 
     def validate(self) -> list[str]:
-        """What is wrong with the graph, one readable sentence per problem; empty for a sound graph."""
+        """Return one readable sentence per problem of the graph; empty for a valid graph."""
         return list(_problems(self))
 
     def to_text(
@@ -354,7 +358,7 @@ class STSG:
         return from_text(text, vocabulary, frame_times_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """The graph as plain data; see `vot_kernels.scene_graph.serialization`."""
+        """Return the graph as plain data; see `vot_kernels.scene_graph.serialization`."""
         from vot_kernels.scene_graph.serialization import to_dict
 
         return to_dict(self)
@@ -367,7 +371,7 @@ class STSG:
         return from_dict(document)
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """`to_dict` as JSON; see `vot_kernels.scene_graph.serialization.to_json`."""
+        """Return `to_dict` as JSON; see `vot_kernels.scene_graph.serialization.to_json`."""
         from vot_kernels.scene_graph.serialization import to_json
 
         return to_json(self, indent=indent)
@@ -385,7 +389,7 @@ def _pack(stsg: STSG, vocabulary: Vocabulary) -> PackedGraph:
     places = sorted((k, i) for i, t in enumerate(stsg.tracklets) for k in t.boxes)
     if places and not 0 <= places[0][0] <= places[-1][0] < frames:
         raise ValueError(
-            f"Boxes lie in the frames {places[0][0]} to {places[-1][0]}, but the graph has {frames} frames."
+            f"Boxes are in the frames {places[0][0]} to {places[-1][0]}, but the graph has {frames} frames."
         )
     node_at = {place: n for n, place in enumerate(places)}
     nodes = [(stsg.tracklets[i], *stsg.tracklets[i].boxes[k]) for k, i in places]

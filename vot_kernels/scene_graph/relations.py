@@ -1,6 +1,6 @@
-"""Relations that follow from boxes alone, as intervals that do not flicker.
+"""Relations that follow from boxes alone, as intervals without flicker.
 
-Per frame, each predicate is a number: positive where it holds, growing with how clearly. An interval opens
+Per frame, each predicate is a number that is positive where it holds and grows with how clearly. An interval opens
 where the number reaches `on` and closes where it falls below `off` < `on` (a Schmitt trigger), so noise of
 less than on - off cannot break an interval up; intervals shorter than `min_duration` frames are dropped.
 The same rules serve exact tracks and predicted ones, which makes the two comparable.
@@ -23,7 +23,7 @@ GEOMETRIC_PREDICATES = (*DIRECTIONS, "near", "approaches", *MOTIONS)
 
 @dataclass(frozen=True)
 class Threshold:
-    """A relation begins at `on` and lasts while its measure stays at or above `off`."""
+    """A relation begins at `on` and continues while its measure is at least `off`."""
 
     on: float
     off: float
@@ -38,9 +38,9 @@ class RelationRules:
     """When geometric relations hold.
 
     Attributes:
-        direction: gap between the two boxes along the axis, in units of their mean extent along it. 0: they
-            just part; -1: their centres are level. Both axes count on their own: an object can be left of
-            *and* above another.
+        direction: gap between the two boxes along the axis, in units of their mean extent along it. At 0 the boxes
+            just touch; at -1 their centres are level. The axes are independent: an object can be left of *and* above
+            another.
         nearness: minus the distance between the two boxes, in units of their mean size (root of the area).
         motion: speed along the axis, fractions of the frame per second.
         approach: the smaller of two speeds, fractions of the frame per second: how fast the distance between
@@ -75,14 +75,14 @@ def geometric_relations(
     """Derive relations from the boxes of `stsg`.
 
     Args:
-        stsg: the graph; its own relations are not looked at.
+        stsg: the graph; its own relations are ignored.
         rules: thresholds, `RelationRules()` by default.
         predicates: which to derive; by default those of the graph's vocabulary that are geometric.
-        inverses: also give what follows from another relation: `o2 right of o1` beside `o1 left of o2`, and
+        inverses: also return what follows from another relation: `o2 right of o1` beside `o1 left of o2`, and
             `near` both ways. Otherwise the tracklet that comes first in the graph is the subject.
 
     Returns:
-        Relations by subject, object, predicate and time; a score is the mean over the interval's frames of
+        Relations sorted by subject, object, predicate and time; a score is the mean, over the interval's frames, of
         the lower of the two boxes' scores.
 
     Raises:
@@ -114,7 +114,7 @@ def geometric_relations(
 
 
 def with_geometric_relations(stsg: STSG, *, rules: RelationRules | None = None) -> STSG:
-    """The graph with its geometric relations derived anew; relations of other predicates are kept."""
+    """Return the graph with its geometric relations derived anew; relations of other predicates are kept."""
     kept = [r for r in stsg.relations if r.predicate not in GEOMETRIC_PREDICATES]
     return replace(stsg, relations=(*geometric_relations(stsg, rules=rules), *kept))
 
@@ -148,7 +148,7 @@ def _centers(boxes: np.ndarray) -> np.ndarray:
 
 
 def _velocities(times: np.ndarray, centers: np.ndarray, window: int) -> np.ndarray:
-    """Least-squares slopes of the centres over `window` frames either side; 0 for a single frame."""
+    """Return least-squares slopes of the centres over `window` frames on either side; 0 for a single frame."""
     velocities = np.zeros_like(centers)
     for n in range(len(times)):
         near = slice(max(0, n - window), n + window + 1)
@@ -160,7 +160,7 @@ def _velocities(times: np.ndarray, centers: np.ndarray, window: int) -> np.ndarr
 
 
 def _common(a: _Track, b: _Track) -> tuple[np.ndarray, np.ndarray]:
-    """The frames that show both, and the lower score in each."""
+    """Return the frames that show both, and the lower score in each."""
     frames, at_a, at_b = np.intersect1d(a.frames, b.frames, assume_unique=True, return_indices=True)
     return frames, np.minimum(a.scores[at_a], b.scores[at_b])
 
@@ -171,7 +171,7 @@ def _motion(track: _Track) -> dict[str, np.ndarray]:
 
 
 def _pair(a: _Track, b: _Track, first: bool) -> dict[str, np.ndarray]:
-    """Measures of `a … b` over their common frames; `first`: also those that have an inverse in `b … a`."""
+    """Measure `a … b` over their common frames; `first`: also the measures that have an inverse in `b … a`."""
     _, at_a, at_b = np.intersect1d(a.frames, b.frames, assume_unique=True, return_indices=True)
     p, q = a.boxes[at_a], b.boxes[at_b]
     measures = {"approaches": _approach(p, q, a.velocities[at_a], b.velocities[at_b])}
@@ -203,7 +203,7 @@ def _threshold(rules: RelationRules, predicate: str) -> Threshold:
 def _intervals(
     measure: np.ndarray, threshold: Threshold, frames: np.ndarray, scores: np.ndarray, rules: RelationRules
 ) -> Iterator[tuple[int, int, float]]:
-    """Yield (t0, t1, mean score) of each run that opens at `on`, stays at or above `off` and lasts."""
+    """Yield (t0, t1, mean score) of each run that opens at `on`, stays at or above `off` and is long enough."""
     start: int | None = None
     for n in range(len(frames) + 1):
         inside = n < len(frames)

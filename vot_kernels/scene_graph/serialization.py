@@ -37,11 +37,11 @@ _EVENT_KEYS = ("kind", "t", "participants", "score")
 
 
 class STSGFormatError(ValueError):
-    """Something is not the plain form of a scene graph; the message says where and what is allowed."""
+    """The data is not the plain form of a scene graph; the message says where and what is allowed."""
 
 
 def to_dict(stsg: STSG) -> dict[str, Any]:
-    """The graph as dicts, lists, strings and numbers."""
+    """Return the graph as dicts, lists, strings and numbers."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -69,19 +69,19 @@ def to_json(stsg: STSG, *, indent: int | None = None) -> str:
     """Print `to_dict` as JSON, on one line or indented.
 
     Raises:
-        ValueError: the graph holds NaN or infinity, which JSON has no number for.
+        ValueError: the graph holds NaN or infinity, which JSON cannot represent.
     """
     try:
         return json.dumps(to_dict(stsg), indent=indent, allow_nan=False)
     except ValueError:
-        raise ValueError("The graph holds NaN or infinity, which JSON has no number for.") from None
+        raise ValueError("The graph holds NaN or infinity, which JSON cannot represent.") from None
 
 
 def from_json(text: str | bytes) -> STSG:
     """Read what `to_json` printed.
 
     Raises:
-        STSGFormatError: the text is not JSON, or `from_dict` refuses what it holds.
+        STSGFormatError: the text is not JSON, or `from_dict` refuses its contents.
     """
     try:
         document = json.loads(text, parse_constant=_no_constant)
@@ -141,7 +141,7 @@ def _event(reader: "_Reader") -> Event:
 
 
 class _Reader:
-    """One JSON object: hands out typed values and names the place of what is wrong."""
+    """One JSON object: returns typed values and names the place of an error."""
 
     def __init__(self, value: Any, where: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):

@@ -68,7 +68,7 @@ _HUGE = 10**9
 
 
 class ParseIssue(NamedTuple):
-    """One thing that was wrong with a text: the line (from 1), a kind out of `ISSUE_KINDS`, a sentence."""
+    """One problem of a text: the line (from 1), a kind from `ISSUE_KINDS`, a sentence."""
 
     line: int
     kind: str
@@ -81,8 +81,8 @@ def to_text(
     """Print the text form.
 
     Args:
-        stsg: the graph. Its words may not hold any of ``=:@<>`` or line breaks: they could not be read back.
-        every: boxes of the frames divisible by `every`, and each tracklet's first and last, are printed.
+        stsg: the graph. Its words must not contain any of ``=:@<>`` or line breaks, which could not be read back.
+        every: print the boxes of the frames divisible by `every`, and each tracklet's first and last.
         boxes, relations, events: which parts to print; without boxes a tracklet is its id and name.
 
     Raises:
@@ -120,7 +120,7 @@ def _event_line(event: Event) -> str:
 
 
 def _cell(coordinate: float) -> str:
-    """A fraction as its grid cell; what lies outside the frame sticks to its edge."""
+    """Return a fraction as its grid cell; a coordinate outside the frame is clamped to its edge."""
     if math.isnan(coordinate):
         raise ValueError("A box coordinate is NaN, which the text form cannot print.")
     return str(math.floor(min(max(coordinate, 0.0), 1.0) * GRID + 0.5))
@@ -129,7 +129,7 @@ def _cell(coordinate: float) -> str:
 def _word(word: str) -> str:
     if not _is_printable(word):
         raise ValueError(
-            f"The text form cannot print the word {word!r}; it is single-spaced and holds none of = : @ < >."
+            f"A word of the text form must be single-spaced and contain none of = : @ < >, got {word!r}."
         )
     return word
 
@@ -155,7 +155,7 @@ def from_text(
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
-        raise TypeError(f"from_text reads str or bytes, not {type(text).__name__}.")
+        raise TypeError(f"text must be str or bytes, got {type(text).__name__}.")
     text = text.translate(_FULL_WIDTH).replace("\r\n", "\n").replace("\r", "\n")
     parser = _Parser(vocabulary, None if frame_times_s is None else len(frame_times_s))
     parser.read(text)
@@ -169,7 +169,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(text: str) -> list[_Block]:
-    """The spans between tags. An opening tag inside an open block starts a new one."""
+    """Return the spans between tags. An opening tag inside an open block starts a new one."""
     blocks: list[_Block] = []
     start = None
     for tag in _TAG.finditer(text):
@@ -221,7 +221,7 @@ class _Parser:
         self.read_lines(lines, first, tagged=True, closed=block.closed)
 
     def read_lines(self, lines: list[str], first: int, tagged: bool, closed: bool) -> None:
-        """Tracklets before relations and events, which may name a track that comes later."""
+        """Read tracklets before relations and events, which may name a track that comes later."""
         facts: list[tuple[int, str, bool]] = []
         for number, raw in enumerate(lines, first):
             line = raw.strip()
@@ -269,7 +269,7 @@ class _Parser:
         self.tracklets[id] = Tracklet(id, label, attributes, boxes)
 
     def split_name(self, words: list[str]) -> tuple[tuple[str, ...], str]:
-        """Attributes as long as known ones lead; the rest is the label. A whole name that is a label wins."""
+        """Split off leading known attributes; the rest is the label. A whole name that is a label is the label."""
         attributes: list[str] = []
         start = 0
         while start < len(words) - 1 and not self.is_label(words, start):
@@ -316,7 +316,7 @@ class _Parser:
             self.flag(line, kind, f"A box has 4 coordinates, not {len(values)}.")
             return None
         if any("." in v for v in values) and all(0 <= float(v[:20]) <= 1 for v in values):
-            # Fractions of the frame: as grid cells, all within 0 and 1, they would be no box at all.
+            # These are fractions of the frame: as grid cells, all within 0 and 1, they would make an empty box.
             self.flag(line, "not an integer", f"The box {_clip(','.join(values))} is in fractions.")
             cells = [math.floor(float(v[:20]) * GRID + 0.5) for v in values]
         else:
@@ -334,7 +334,7 @@ class _Parser:
         return Box(x1 / GRID, y1 / GRID, x2 / GRID, y2 / GRID)
 
     def whole(self, line: int, number: str) -> int:
-        """A number's text as an int, rounded where it has a fraction, cut to ±10⁹ where it is huge."""
+        """Return a number's text as an int, rounded if it has a fraction, clamped to ±10⁹ if it is huge."""
         digits, point, fraction = number.partition(".")
         if len(digits) > 10:
             value = -_HUGE if digits.startswith("-") else _HUGE
@@ -378,7 +378,7 @@ class _Parser:
             self.add_relation(line, subject, predicate, others[0] if others else subject, times)
 
     def split_fact(self, words: list[str]) -> tuple[str | None, list[str], list[str]]:
-        """Words as (first track id, phrase, last track ids); an id is a known one or has the form of one."""
+        """Split words into (first track id, phrase, last track ids); an id is a known one or has the form of one."""
         ids = [self.as_id(word) for word in words]
         end = len(words)
         while end > 1 and ids[end - 1] is not None:
@@ -393,7 +393,7 @@ class _Parser:
         return word.lower() if _ID.fullmatch(word) else None
 
     def meaning(self, phrase: str, num_times: int) -> tuple[str | None, str | None]:
-        """The phrase as (predicate, event kind), each None where it is not one."""
+        """Return the phrase as (predicate, event kind), each None if it is not one."""
         if self.vocabulary is None:
             return (phrase, None) if num_times == 2 else (None, phrase)
         key = _key(phrase.split())
@@ -454,7 +454,7 @@ class _Parser:
 
 
 def _box_items(text: str) -> tuple[str, list[tuple[str, list[str]]]]:
-    """The boxes' text as (first stray word or number, [(frame, coordinates)])."""
+    """Return the boxes' text as (first stray word or number, [(frame, coordinates)])."""
     tokens = _TOKEN.findall(text)
     items: list[tuple[str, list[str]]] = []
     stray = ""
@@ -487,7 +487,7 @@ def _canonical(words: Sequence[str]) -> dict[str, str]:
 
 
 def _key(words: Sequence[str]) -> str:
-    """How a phrase is looked up: case and underscores do not matter."""
+    """Normalise a phrase for lookup: case and underscores do not matter."""
     return " ".join(words).replace("_", " ").casefold()
 
 

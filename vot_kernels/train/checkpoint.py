@@ -1,4 +1,4 @@
-"""Training state on disk: one folder a checkpoint, complete or absent, safetensors and JSON only."""
+"""Training state on disk: one folder per checkpoint, complete or absent, safetensors and JSON only."""
 
 import json
 import os
@@ -40,10 +40,10 @@ def save_state(
 def load_state(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
 ) -> int:
-    """Restore the newest checkpoint under `out`; returns its step, 0 if there is none.
+    """Restore the newest checkpoint under `out`; return its step, or 0 if there is none.
 
     Raises:
-        ValueError: the checkpoint was made with other settings, which are named.
+        ValueError: the checkpoint was made with other settings, which the message names.
     """
     found = _checkpoints(out)
     if not found:
@@ -62,7 +62,7 @@ def load_state(
 
 @contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty draft folder; on success it replaces `folder`, whose old content is kept aside.
+    """Yield an empty draft folder; on success it replaces `folder`, whose old contents are kept aside.
 
     On failure the draft is deleted and `folder` stays as it was.
     """
@@ -82,7 +82,7 @@ def publish_folder(folder: Path) -> Iterator[Path]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Changes with the weights, and with nothing else."""
+    """Return a string that changes with the weights, and with nothing else."""
     total = 0
     for tensor in model.state_dict().values():
         total = zlib.crc32(tensor.cpu().contiguous().float().numpy().tobytes(), total)
@@ -90,7 +90,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     found = [p for p in out.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
 

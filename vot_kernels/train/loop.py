@@ -16,17 +16,17 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def no_report(step: int, terms: dict[str, float]) -> None:
-    """A report for callers who want none."""
+    """A report that does nothing."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a stage is optimised.
+    """The schedule of a stage's optimisation.
 
     Attributes:
-        steps: optimiser steps.
-        learning_rate: peak, after `warmup` steps, from where it decays to 0 along a half cosine.
-        warmup: steps.
+        steps: number of optimiser steps.
+        learning_rate: peak, reached after `warmup` steps, from which it decays to 0 along a half cosine.
+        warmup: number of steps.
         clip: largest gradient norm; infinity does not clip.
     """
 
@@ -52,21 +52,21 @@ def run_steps(
 ) -> int:
     """Train `model`, or resume from the newest checkpoint under `out`, up to `schedule.steps`.
 
-    A checkpoint is saved every `save_every` steps, at the end, and on Ctrl-C or an error. A stage that is
-    already at its end only has its weights loaded.
+    A checkpoint is saved every `save_every` steps, at the end, and on Ctrl-C or an error. If a stage is already at its
+    end, only its weights are loaded.
 
     Args:
         out: folder of the checkpoints.
-        model: receives the weights of the checkpoint; what `optimizer` does not know is saved with it.
-        optimizer: of all or some of the parameters.
-        schedule: how many steps, and how large.
+        model: receives the weights of the checkpoint; weights outside of `optimizer` are saved too.
+        optimizer: the optimiser of all or some of the parameters.
+        schedule: number and size of the steps.
         batches: `batches(start, stop)` yields the batches of the steps `start` … `stop - 1`.
-        loss_terms: the terms of the loss of one step and its batch, scalars: their sum is minimised.
+        loss_terms: the terms of the loss of one step and its batch, scalars whose sum is minimised.
         signature: what must be equal for a run to be resumed.
         save_every: steps between two checkpoints.
-        stop_at: end early, after this step, with a checkpoint.
+        stop_at: end early after this step, with a checkpoint.
         report: called after every step with the number of steps done and the loss terms.
-        after_backward: called when the gradients of a step are there.
+        after_backward: called when the gradients of a step have been computed.
 
     Returns:
         The number of steps done, earlier runs included.

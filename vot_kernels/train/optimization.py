@@ -8,12 +8,12 @@ from torch import nn
 
 
 def cosine_schedule(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Learning rate at `step`: linear to `peak` over `warmup` steps, along half a cosine to 0 at `steps`."""
+    """Return the learning rate at `step`: linear to `peak` over `warmup` steps, then half a cosine to 0 at `steps`."""
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, undecayed: Sequence[str] = ()) -> list[dict]:
-    """Groups for AdamW: matrices decay; vectors, scalars, and names with a part of `undecayed` do not."""
+    """Return groups for AdamW: matrices decay; vectors, scalars, and names with a part of `undecayed` do not."""
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1 and not any(part in name for part in undecayed)

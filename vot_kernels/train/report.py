@@ -1,4 +1,4 @@
-"""What the train commands show and write down about a run."""
+"""The output and the records of the train commands."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from vot_kernels.train.loop import Report
 
 @contextmanager
 def progress_bar(steps: int) -> Iterator[Report]:
-    """Show a bar of `steps` steps; yields the function that the training loop reports to."""
+    """Show a bar of `steps` steps; yield the function that the training loop reports to."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=steps)
@@ -28,13 +28,13 @@ def progress_bar(steps: int) -> Iterator[Report]:
 
 
 def command_line(command: str, settings: Any, options: Sequence[str], *words: str) -> str:
-    """The `vot` command that repeats a run: `options` are the fields of `settings` that it can set."""
+    """Return the `vot` command that repeats a run: `options` are the fields of `settings` that it can set."""
     pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in options]
     return f"{command} {shlex.join([*words, *(word for pair in pairs for word in pair)])}"
 
 
 def machine() -> dict[str, Any]:
-    """What of the machine a run depends on."""
+    """Return the properties of the machine on which a run depends."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -44,14 +44,14 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def finished(folder: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of the checkpoint that an earlier run wrote to `folder`, if it has every entry of `same`."""
+    """Return the record of the checkpoint that an earlier run wrote to `folder`, if it has every entry of `same`."""
     file = folder / "training.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     return record if record and all(record.get(name) == value for name, value in same.items()) else None
 
 
 def format_metrics(metrics: Mapping[str, Mapping[str, float]], first: str = "split") -> str:
-    """A plain table: one row per entry, one column per metric."""
+    """Format a plain table with one row per entry and one column per metric."""
     names = list(next(iter(metrics.values())))
     rows = [
         [first, *names],

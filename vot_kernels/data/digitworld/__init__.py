@@ -1,4 +1,4 @@
-"""DigitWorld: coloured handwritten digits that hit each other, with exact truth and balanced questions."""
+"""DigitWorld: coloured handwritten digits that hit each other, with exact ground truth and balanced questions."""
 
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
 from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch

@@ -1,4 +1,4 @@
-"""What can be answered without seeing the clip, or without its order: the figures any method must beat."""
+"""Answers without seeing the clip, or without its order: the baselines that any method must beat."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ BASELINES = ("chance", "majority", "question_only", "single_frame", "shuffled_fr
 
 
 class Majority:
-    """The candidate that was the answer most often among training questions of the same kind."""
+    """The candidate that was most often the answer to training questions of the same kind."""
 
     def __init__(self, train: Sequence[Question]) -> None:
         self._counts = Counter((question.kind, question.answer) for question in train)
 
     def answer(self, question: Question) -> str:
-        """The first of the candidates with the largest count."""
+        """Return the first of the candidates with the largest count."""
         return max(question.candidates, key=lambda candidate: self._counts[question.kind, candidate])
 
 
 class QuestionOnly:
-    """Logistic regression on words: which candidate of a question looks like its answer.
+    """Logistic regression on words, which predicts which candidate of a question is its answer.
 
-    Sees the question's words, the candidate's words and place in the list, and every combination of them.
+    It sees the question's words, the candidate's words and position in the list, and every combination of them.
     """
 
     def __init__(self, train: Sequence[Question], seed: int = 0) -> None:
@@ -45,13 +45,13 @@ class QuestionOnly:
         self._model.fit(self._hasher.transform(rows), right)
 
     def answer(self, question: Question) -> str:
-        """The candidate with the highest score."""
+        """Return the candidate with the highest score."""
         scores = self._model.decision_function(self._hasher.transform(_features(question)))
         return question.candidates[int(np.argmax(scores))]
 
 
 def _features(question: Question) -> list[list[str]]:
-    """Per candidate: its words and place, alone and combined with each word of the question."""
+    """Return per candidate its words and position, alone and combined with each word of the question."""
     asked = [f"kind={question.kind}", f"choices={len(question.candidates)}", *question.text.lower().split()]
     rows = []
     for place, candidate in enumerate(question.candidates):
@@ -63,17 +63,17 @@ def _features(question: Question) -> list[list[str]]:
 
 
 def last_frame_only(stsg: STSG) -> STSG:
-    """What one frame shows: the last frame's boxes as a clip of one frame, without events and relations."""
+    """Return what one frame shows: the last frame's boxes as a clip of one frame, without events and relations."""
     return _with_frames(stsg, [stsg.num_frames - 1] if stsg.num_frames else [])
 
 
 def shuffled_frames(stsg: STSG, rng: np.random.Generator) -> STSG:
-    """The same boxes with the frames in random order; events and relations are lost with the order."""
+    """Return the same boxes with the frames in random order; events and relations are dropped with it."""
     return _with_frames(stsg, rng.permutation(stsg.num_frames).tolist())
 
 
 def _with_frames(stsg: STSG, frames: Sequence[int]) -> STSG:
-    """A graph of tracklets only, whose frame k shows frame frames[k] of `stsg`."""
+    """Return a graph of tracklets only, whose frame k shows frame frames[k] of `stsg`."""
     tracklets = tuple(
         replace(t, boxes={k: t.boxes[f] for k, f in enumerate(frames) if f in t.boxes})
         for t in stsg.tracklets
@@ -85,7 +85,7 @@ def _with_frames(stsg: STSG, frames: Sequence[int]) -> STSG:
 def baseline_answers(
     train: Sequence[Question], questions: Sequence[Question], stsgs: Sequence[STSG], *, seed: int = 0
 ) -> dict[str, list[str]]:
-    """Answers of every baseline of `BASELINES` to `questions`, each with the graph of its clip.
+    """Return the answers of every baseline of `BASELINES` to `questions`, each with the graph of its clip.
 
     train: questions of the split "train", for the two fitted baselines. The graphs may be true or predicted.
     """
@@ -104,7 +104,7 @@ def baseline_answers(
 
 
 def accuracy_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Share of right answers per kind, over all ("all") and on the flip subset of counterfactuals ("flip")."""
+    """Return the accuracy per kind, over all ("all") and on the flip subset of counterfactuals ("flip")."""
     right: dict[str, list[bool]] = {}
     for question, answer in zip(questions, answers, strict=True):
         groups = [question.kind, "all", *(["flip"] if question.flip else [])]

@@ -1,4 +1,4 @@
-"""Batches of DigitWorld episodes: frames with truth tensors."""
+"""Batches of DigitWorld episodes: frames with ground truth as tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ def episode_batch(
 
     Args:
         episodes: at least one.
-        codec_fraction: share of the clips, from 0 to 1, that goes through H.264 and back.
-        max_objects: to how many objects the truth is padded.
-        render: draw the frames; without it they are black.
+        codec_fraction: share of the clips, from 0 to 1, that are encoded with H.264 and decoded.
+        max_objects: number of objects to which the truth is padded.
+        render: draw the frames; if False, they are black.
     """
     if not episodes:
         raise ValueError("episodes must hold at least one, got none.")
@@ -107,7 +107,7 @@ def _black(episodes: Sequence[Episode]) -> np.ndarray:
 
 
 def _clip(episode: Episode, codec_fraction: float) -> np.ndarray:
-    """The frames, through the codec or not as the episode's own coin falls."""
+    """Return the frames, through the codec or not as the episode's own random number decides."""
     frames = episode.frames()
     if codec_fraction == 0:
         return frames

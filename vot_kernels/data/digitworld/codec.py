@@ -1,4 +1,4 @@
-"""Clips through H.264 and back in memory, so that training sees what real files look like."""
+"""H.264 encoding and decoding of clips in memory, so that training sees what real files look like."""
 
 import io
 from fractions import Fraction
@@ -9,7 +9,7 @@ from vot_kernels.extras import imports_for
 
 
 def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.ndarray:
-    """Encode uint8 [T, H, W, 3] as `h264_bytes` does and decode it again. Same input, same output."""
+    """Encode uint8 [T, H, W, 3] as `h264_bytes` does and decode it again. The same input gives the same output."""
     file = io.BytesIO(h264_bytes(frames, crf, fps))
     import av
 
@@ -19,9 +19,9 @@ def h264_roundtrip(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> np.nd
 
 
 def h264_bytes(frames: np.ndarray, crf: int = 23, fps: float = 8.0) -> bytes:
-    """The Matroska file of uint8 [T, H, W, 3] in H.264 (yuv420p, ultrafast, one thread).
+    """Return the Matroska file of uint8 [T, H, W, 3] in H.264 (yuv420p, ultrafast, one thread).
 
-    crf: 0 (best) to 51. Height and width must be even. Same input, same output.
+    crf: 0 (best) to 51. Height and width must be even. The same input gives the same output.
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:

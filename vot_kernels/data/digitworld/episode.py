@@ -1,4 +1,4 @@
-"""Episodes of DigitWorld: a clip with its exact truth, deterministic in (split, index, seed)."""
+"""Episodes of DigitWorld: a clip with its exact ground truth, deterministic in (split, index, seed)."""
 
 import zlib
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from vot_kernels.scene_graph.graph import STSG
 
 @dataclass(frozen=True)
 class Episode:
-    """One clip. Objects keep one order everywhere: object n is track f"o{n + 1}".
+    """One clip. Objects have the same order everywhere: object n is track f"o{n + 1}".
 
     Attributes:
-        split, index, seed: what determines the clip.
-        scene: what is drawn, and how.
-        motion: how it moves.
+        split, index, seed: the values that determine the clip.
+        scene: the objects and how they are drawn.
+        motion: their motion.
     """
 
     split: str
@@ -52,7 +52,7 @@ class Episode:
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """bool [T, N, N], symmetric: the pair hits each other nearest to this frame."""
+        """bool [T, N, N], symmetric: whether the two hit each other closest to this frame."""
         count = len(self.scene.digits)
         table = np.zeros((self.scene.num_frames, count, count), dtype=bool)
         for hit in self.motion.hits:
@@ -62,7 +62,7 @@ class Episode:
 
     @cached_property
     def bounces(self) -> np.ndarray:
-        """bool [T, N]: the object bounces off a wall nearest to this frame."""
+        """bool [T, N]: whether the object bounces off a wall closest to this frame."""
         table = np.zeros((self.scene.num_frames, len(self.scene.digits)), dtype=bool)
         for bounce in self.motion.bounces:
             table[frame_of(bounce.time, self.scene.fps), bounce.body] = True
@@ -75,17 +75,17 @@ class Episode:
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
-        """At most one question of each kind; `generate_questions` gives sets balanced exactly."""
+        """At most one question of each kind; `generate_questions` gives exactly balanced sets."""
         return ask_all(self.scene, self.motion, self.rng("questions"))
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Random numbers of this episode for one purpose, independent of every other purpose."""
+        """Return a random generator of this episode for one purpose, independent of every other purpose."""
         return np.random.default_rng(
             [self.seed, SPLITS.index(self.split), self.index, zlib.crc32(purpose.encode())]
         )
 
     def frames(self) -> np.ndarray:
-        """Render: uint8 [T, H, W, 3], RGB."""
+        """Render the frames, uint8 [T, H, W, 3], RGB."""
         scene = self.scene
         return render(self.motion.centers(self.times), scene.images, scene.colours, scene.radius, *scene.size)
 
@@ -103,8 +103,8 @@ def generate_episode(
     Args:
         split: one of `SPLITS`.
         index, seed: whole numbers from 0 on.
-        size: (height, width) in px, in place of the split's own.
-        num_frames: number of frames, in place of the split's own.
+        size: (height, width) in px, instead of the split's own.
+        num_frames: number of frames, instead of the split's own.
 
     Raises:
         ValueError: an unknown split, a negative index or seed, or a size or length held out from "train".

@@ -1,4 +1,4 @@
-"""A question that one frame cannot answer: which colours have the digits behind a cover?"""
+"""A question that one frame cannot answer: which colours do the digits behind a cover have?"""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class HiddenColours:
 
     Attributes:
         frames: uint8 `[N, F, H, W, 3]`.
-        covered: int64 `[N]`, which frame is half black.
+        covered: int64 `[N]`, the frame that is half black.
         present: bool `[N, colours]`, the colours of all digits of the clip, in the order of `COLOUR_NAMES`.
-        shown: bool `[N, colours]`, those of digits whose centre lies in the other half of the covered frame.
+        shown: bool `[N, colours]`, those of digits whose centre is in the other half of the covered frame.
     """
 
     frames: np.ndarray
@@ -26,13 +26,13 @@ class HiddenColours:
 
 
 def hidden_colours(split: str, clips: int, *, num_frames: int = 4, seed: int = 0) -> HiddenColours:
-    """Clips of a split with a random half of a random frame covered; the same for the same arguments.
+    """Return clips of a split with a random half of a random frame covered; the same for the same arguments.
 
     Args:
         split: see `generate_episode`.
-        clips: how many.
+        clips: number of clips.
         num_frames: frames of a clip, evenly spaced over the episode.
-        seed: of the episodes and of what is covered.
+        seed: seed of the episodes and of the covers.
     """
     episodes = [generate_episode(split, index, seed) for index in range(clips)]
     found = HiddenColours(
@@ -58,5 +58,5 @@ def hidden_colours(split: str, clips: int, *, num_frames: int = 4, seed: int = 0
 
 
 def _spread(length: int, count: int) -> np.ndarray:
-    """Indices of `count` frames out of `length`, evenly spaced from the first to the last."""
+    """Return the indices of `count` frames out of `length`, evenly spaced from the first to the last."""
     return np.linspace(0, length - 1, count).round().astype(np.int64)

@@ -21,13 +21,14 @@ class AskedEpisode:
 def generate_questions(
     split: str, count: int, *, kinds: Sequence[str] = KINDS, seed: int = 0, start: int = 0
 ) -> list[AskedEpisode]:
-    """`count` questions about as many clips of `split`, every kind and within it every cell equally often.
+    """Return `count` questions about as many clips of `split`, with every kind, and every cell within it, equally
+    often.
 
-    The answer stands at every place of the list of candidates equally often, too.
+    The answer is also equally often at each position in the list of candidates.
 
-    Walks the episodes from index `start` on and takes from each the question still wanted that the fewest
-    clips admitted so far; clips that admit none are passed over. Kinds alternate in the result, so that a
-    beginning of it is balanced as well. Deterministic in all arguments.
+    The function goes through the episodes from index `start` on and takes from each the question still needed that the
+    fewest clips have admitted so far; clips that admit none are skipped. Kinds alternate in the result, so that any
+    beginning of it is balanced too. The result is deterministic in all arguments.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
@@ -47,7 +48,7 @@ def generate_questions(
             place = min(offers, key=lambda place: (seen[place], plan.index(place)))
             found[place].append(AskedEpisode(episode, offers[place]))
             wanted[place] -= 1
-            wanted += Counter()  # drops what is filled
+            wanted += Counter()  # drops cells that are filled
         if not wanted:
             break
     else:
@@ -58,7 +59,7 @@ def generate_questions(
 
 
 def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
-    """The questions of one cell with the answer moved to each place of the list of candidates in turn."""
+    """Move the answer of the questions of one cell to each position in the list of candidates in turn."""
     turns: Counter[int] = Counter()
     moved = []
     for item in items:
@@ -71,7 +72,7 @@ def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
 
 
 def _plan(count: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(kind, cell) of each question: kinds in turn, and each kind's cells in turn."""
+    """Return (kind, cell) of each question: kinds in turn, and each kind's cells in turn."""
     turns: Counter[str] = Counter()
     plan = []
     for number in range(count):

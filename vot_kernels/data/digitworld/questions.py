@@ -1,8 +1,8 @@
-"""Questions about a clip whose answers the simulation knows exactly, and sets of them that are balanced.
+"""Balanced questions about a clip, whose answers the simulation knows exactly.
 
-A kind is split into cells (form of the question and class of the answer). Sets hold equally many questions
-of every cell, so that neither the wording nor the commonest answer tells anything. Which colour is which
-object is uniformly random, so kinds answered by naming a digit are balanced by symmetry.
+A kind is split into cells (form of the question and class of the answer). Sets have equally many questions of every
+cell, so that neither the wording nor the most frequent answer helps. The assignment of colours to objects is
+uniformly random, so kinds whose answer is a digit are balanced by symmetry.
 """
 
 import itertools
@@ -46,8 +46,8 @@ HORIZON = 4.0  # the next hit must come within this many seconds after the end
 DOMINANCE = 1.5  # a direction of motion outweighs the other axis by this factor
 MIN_MOVED = 0.5  # radii; a shorter path has no direction
 MIN_APART = 2  # frames between two hits whose order is asked
-MIN_MISS = 0.1  # radii; discs that do not hit stay at least so far apart
-NEAR_MISS = 1.0  # radii; discs that could have hit come at least so close
+MIN_MISS = 0.1  # radii; discs that do not hit each other stay at least this far apart
+NEAR_MISS = 1.0  # radii; discs that could have hit each other come at least this close
 CHANGED = 0.25  # radii by which removing an object must move another one to matter
 WOBBLE = math.radians(1.5)  # answers of re-simulations must survive velocities turned by this much
 
@@ -97,15 +97,15 @@ class Facts:
         return itertools.combinations(range(self.count), 2)
 
     def hits_of(self, *bodies: int) -> list[Hit]:
-        """Hits in which all the given objects take part, by time."""
+        """Return the hits in which all the given objects take part, by time."""
         return [hit for hit in self.motion.hits if set(bodies) <= set(hit.pair)]
 
     def space(self, a: int, b: int, motion: Motion | None = None) -> float:
-        """The least clear space between two objects over the clip, in radii."""
+        """Return the smallest clear space between two objects over the clip, in radii."""
         return (motion or self.motion).closest(a, b) / self.scene.radius - 2
 
     def removed(self, body: int, wobble: int = 0) -> Motion:
-        """The clip simulated without one object; `wobble` ±1 turns the velocities a little."""
+        """Simulate the clip without one object; `wobble` ±1 turns the velocities slightly."""
         key = body, wobble
         if key not in self._removed:
             scene = self.scene.without(body)
@@ -113,7 +113,7 @@ class Facts:
         return self._removed[key]
 
     def hit_without(self, a: int, b: int, body: int) -> bool | None:
-        """Whether a and b would hit each other without `body`; None where a hair's breadth decides."""
+        """Whether a and b would hit each other without `body`; None if too close to tell."""
         a, b = a - (a > body), b - (b > body)
         answers = set()
         for wobble in (0, 1, -1):
@@ -132,7 +132,7 @@ class Facts:
         return bool(moved > CHANGED * self.scene.radius)
 
     def next_partners(self) -> dict[int, int]:
-        """Object -> the object it hits next after the clip, where that is certain within the horizon."""
+        """Map each object to the one that it hits next after the clip, if that is certain within the horizon."""
         found = [self._partners_after_end(wobble) for wobble in (0, 1, -1)]
         return {a: b for a, b in found[0].items() if all(other.get(a) == b for other in found[1:])}
 
@@ -147,7 +147,7 @@ class Facts:
 
 
 def _turned(velocities: np.ndarray, wobble: int) -> np.ndarray:
-    """Velocities [N, 2] turned by ±WOBBLE, neighbouring objects in opposite senses."""
+    """Turn velocities [N, 2] by ±WOBBLE, neighbouring objects in opposite directions."""
     if wobble == 0:
         return velocities
     angle = wobble * WOBBLE * (-1.0) ** np.arange(len(velocities))
@@ -157,14 +157,14 @@ def _turned(velocities: np.ndarray, wobble: int) -> np.ndarray:
 
 
 class Asker:
-    """Writes the questions that a clip admits; the random generator decides order and wording."""
+    """Writes the questions that a clip admits; the random generator chooses order and wording."""
 
     def __init__(self, facts: Facts, rng: np.random.Generator) -> None:
         self.facts, self.rng = facts, rng
         self.names = [f"the {colour} digit" for colour in facts.scene.colours]
 
     def ask(self, kind: str, cell: str) -> Question | None:
-        """One question of this kind and cell, or None where the clip admits none."""
+        """Return one question of this kind and cell, or None if the clip admits none."""
         found = list(getattr(self, f"_{kind}")(cell))
         if not found:
             return None
@@ -222,7 +222,7 @@ class Asker:
             yield self._question("did_hit", text, YES_NO, wanted, first, second)
 
     def _could_have_hit(self, a: int, b: int) -> bool:
-        """A pair that does not hit but could seem to: a near miss, or both hit others."""
+        """Whether a pair that does not hit each other could seem to: a near miss, or both hit others."""
         space = self.facts.space(a, b)
         return MIN_MISS < space < NEAR_MISS or (space > MIN_MISS and {a, b} <= self.facts.busy)
 
@@ -286,7 +286,7 @@ class Asker:
         yield from self._cause_of_turn() if cell == "turn" else self._needed_for_hit()
 
     def _cause_of_turn(self) -> Iterator[Question]:
-        """Whose hit turned an object; the other objects are candidates whether or not they hit it too."""
+        """Ask whose hit turned an object; the other objects are candidates whether or not they hit it too."""
         apart = MIN_APART / self.facts.scene.fps
         for body, name in enumerate(self.names):
             hits = self.facts.hits_of(body)
@@ -303,7 +303,7 @@ class Asker:
                 )
 
     def _needed_for_hit(self) -> Iterator[Question]:
-        """The one object without which a hit would not have happened; found by removing each in turn."""
+        """Ask for the one object without which a hit would not have happened, found by removing each in turn."""
         for hit in self.facts.motion.hits:
             others = [body for body in range(self.facts.count) if body not in hit.pair]
             if len(others) < 2 or len(self.facts.hits_of(*hit.pair)) != 1:
@@ -332,7 +332,7 @@ class Asker:
             for body in range(self.facts.count):
                 if body in (a, b) or self.facts.hit_without(a, b, body) != (wanted == "yes"):
                     continue
-                # An object that changes nothing would give the answer away: "as it was".
+                # An object whose removal changes nothing would reveal the answer, "as it was".
                 if not (self.facts.changed_without(a, body) or self.facts.changed_without(b, body)):
                     continue
                 first, second = self._swap(a, b)
@@ -359,9 +359,9 @@ class Asker:
 
 
 def ask_all(scene: Scene, motion: Motion, rng: np.random.Generator) -> tuple[Question, ...]:
-    """At most one question of each kind about a clip.
+    """Return at most one question of each kind about a clip.
 
-    The cell is drawn first, and cells that most clips admit are passed over more often, so that over many
+    The cell is drawn first, and cells that most clips admit are skipped more often, so that over many
     clips the answers are close to balanced; `generate_questions` balances them exactly.
     """
     asker = Asker(Facts(scene, motion), rng)
@@ -374,7 +374,7 @@ def ask_all(scene: Scene, motion: Motion, rng: np.random.Generator) -> tuple[Que
 
 
 def _kept(kind: str, cell: str) -> float:
-    """The share of askable questions of a cell to keep: that of the rarest cell of its form over its own."""
+    """Return the share of possible questions of a cell to keep: that of the rarest cell of its form over its own."""
     for form, shares in AVAILABILITY.items():
         if form.startswith(kind) and cell in shares:
             return min(shares.values()) / shares[cell]
@@ -382,7 +382,7 @@ def _kept(kind: str, cell: str) -> float:
 
 
 def direction(x: float, y: float) -> str | None:
-    """The direction of a displacement in radii (y grows downwards), None if small or between two."""
+    """Return the direction of a displacement in radii (y grows downwards), or None if small or between two."""
     if max(abs(x), abs(y)) < MIN_MOVED:
         return None
     if abs(x) > DOMINANCE * abs(y):

@@ -1,4 +1,4 @@
-"""Answers from a scene graph alone: read the question, look at tracks and events, simulate where asked to."""
+"""Answers from a scene graph alone: parse the question, look at tracks and events, simulate where needed."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ _NAME = r"(the \w+ digit)"
 
 
 def answer_by_rules(question: Question, stsg: STSG) -> str:
-    """One of `question.candidates`, from the graph alone; the first where the graph says nothing."""
+    """Return one of `question.candidates`, from the graph alone; the first if the graph says nothing."""
     return answer_text_by_rules(question.text, question.candidates, stsg)
 
 
 def answer_text_by_rules(text: str, candidates: Sequence[str], stsg: STSG) -> str:
-    """As `answer_by_rules`, from the wording. ValueError for wordings that DigitWorld does not use."""
+    """As `answer_by_rules`, but from the wording. ValueError for wordings that DigitWorld does not use."""
     if not candidates:
         raise ValueError("candidates must hold at least one answer, got none.")
     for pattern, rule in _RULES:
@@ -27,7 +27,7 @@ def answer_text_by_rules(text: str, candidates: Sequence[str], stsg: STSG) -> st
 
 
 def _apply(rule: "_Rule", parts: tuple[str | None, ...], candidates: Sequence[str], stsg: STSG) -> str | None:
-    """The rule's answer; None where an object that the question names was not found or nothing was tracked."""
+    """Return the rule's answer; None if an object that the question names was not found or nothing was tracked."""
     tracks = Tracks(stsg)
     if not tracks.tracklets or tracks.num_frames == 0:
         return None
@@ -106,7 +106,7 @@ def _cause_of_turn(tracks: Tracks, candidates: Sequence[str], body: int, time: s
 
 
 def _needed(tracks: Tracks, candidates: Sequence[str], a: int, b: int, time: str) -> str | None:
-    """Who, taken away, prevents the hit; if several or none by the simulation, who acted last before it."""
+    """Return who, if removed, prevents the hit; if the simulation finds several or none, who acted last before it."""
     others = _named(tracks, candidates)
     needed = [n for n in others if not _hit_without(tracks, a, b, n)]
     if len(needed) == 1:
@@ -129,7 +129,7 @@ def _counterfactual(tracks: Tracks, candidates: Sequence[str], removed: int, a: 
 def _hit_without(tracks: Tracks, a: int, b: int, removed: int) -> bool:
     """Whether a and b hit each other without `removed`.
 
-    Until `removed` first hits anything the clip goes as it was seen; only from there on it is simulated.
+    Until the first hit of `removed` the clip is used as it was seen; only from there on is it simulated.
     """
     facts = tracks.hits_of(a, b)
     influence = [t for t, _ in tracks.partners(removed)]
@@ -145,7 +145,7 @@ def _hit_without(tracks: Tracks, a: int, b: int, removed: int) -> bool:
 
 
 def _next(tracks: Tracks, candidates: Sequence[str], body: int) -> str | None:
-    """Whom it hits first when the motion goes on; if nobody in time, whom it passes closest."""
+    """Return whom it hits first if the motion continues; if nobody in time, whom it passes closest."""
     others = {n: name for n, name in _named(tracks, candidates).items() if n != body}
     motion = tracks.simulate(tracks.num_frames - 1, HORIZON, range(len(tracks.tracklets)))
     for hit in motion.hits:
@@ -156,7 +156,7 @@ def _next(tracks: Tracks, candidates: Sequence[str], body: int) -> str | None:
 
 
 def _named(tracks: Tracks, candidates: Sequence[str]) -> dict[int, str]:
-    """Track -> the candidate that names it."""
+    """Map each track to the candidate that names it."""
     found = {tracks.named(candidate): candidate for candidate in candidates}
     return {n: candidate for n, candidate in found.items() if n is not None}
 

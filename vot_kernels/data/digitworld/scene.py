@@ -1,4 +1,4 @@
-"""Drawing scenes of DigitWorld: which digits, where, how fast, for each split."""
+"""Drawing of random scenes of DigitWorld: which digits, where, how fast, for each split."""
 
 import math
 from dataclasses import dataclass, replace
@@ -54,13 +54,13 @@ class Scene:
         return (self.num_frames - 1) / self.fps
 
     def simulate(self, duration: float | None = None) -> Motion:
-        """The motion over the clip, or over `duration` seconds."""
+        """Return the motion over the clip, or over `duration` seconds."""
         height, width = self.size
         seconds = self.duration if duration is None else duration
         return simulate(self.positions, self.velocities, self.radius, width, height, seconds)
 
     def without(self, body: int) -> "Scene":
-        """The same scene with one object removed; later objects move up by one index."""
+        """Return the same scene with one object removed; later objects move up by one index."""
         if not 0 <= body < len(self.digits):
             raise ValueError(f"Object {body} does not exist; the scene has {len(self.digits)} objects.")
         keep = [i for i in range(len(self.digits)) if i != body]
@@ -132,7 +132,7 @@ def _draw_digit(colour: str, held_out: bool, rng: np.random.Generator) -> int:
 def _place(
     count: int, radius: float, gap: float, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Uniform centres [count, 2] at least 2·radius + gap apart, or None when a corner was painted into."""
+    """Return uniform centres [count, 2] at least 2·radius + gap apart, or None if no free space is left."""
     height, width = size
     low, high = (radius, radius), (width - radius, height - radius)
     placed = np.empty((count, 2))
@@ -148,7 +148,7 @@ def _place(
 
 
 def _is_clear(motion: Motion, scale: float) -> bool:
-    """No event before the first velocities can be seen, and no hit too soft to be seen."""
+    """Whether no event happens before the first velocities can be seen, and no hit is too soft to be seen."""
     if len(motion.times) > 1 and motion.times[1] < QUIET_START / FPS:
         return False
     return all(hit.speed >= MIN_HIT_SPEED * scale for hit in motion.hits)

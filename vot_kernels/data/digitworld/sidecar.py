@@ -1,4 +1,4 @@
-"""Episodes as files: an mp4 with its truth and questions in a JSON file beside it."""
+"""Episodes as files: an mp4 and a JSON file beside it with ground truth and questions."""
 
 import json
 import os
@@ -19,10 +19,10 @@ FORMAT = "digitworld-1"
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What the JSON beside a clip says.
+    """The contents of the JSON file beside a clip.
 
     Attributes:
-        split, index, seed: of the episode.
+        split, index, seed: those of the episode.
         size: (height, width), px.
         fps: frames per second.
         radius: half the side of a sprite's box, px.
@@ -43,14 +43,14 @@ class Sidecar:
 
 
 def sidecar_path(video: str | os.PathLike[str]) -> Path:
-    """Where the truth of "clip.mp4" lies: "clip.json" in the same folder."""
+    """Return the path of the truth of "clip.mp4": "clip.json" in the same folder."""
     return Path(video).with_suffix(".json")
 
 
 def save_episode(
     episode: Episode, path: str | os.PathLike[str], questions: Sequence[Question] | None = None
 ) -> Path:
-    """Write `path` (mp4, H.264) and the JSON beside it, each whole or not at all; returns the JSON's path.
+    """Write `path` (mp4, H.264) and the JSON beside it, each completely or not at all; return the JSON's path.
 
     `questions` replaces the episode's own.
     """
@@ -78,10 +78,10 @@ def save_episode(
 
 
 def load_sidecar(path: str | os.PathLike[str]) -> Sidecar:
-    """Read the JSON beside a clip; `path` is either of the two.
+    """Read the JSON beside a clip; `path` is either of the two files.
 
     Raises:
-        ValueError: the file is not such a JSON.
+        ValueError: the file is not a sidecar.
         FileNotFoundError: there is no such file.
     """
     file = sidecar_path(path)
@@ -105,7 +105,7 @@ def load_sidecar(path: str | os.PathLike[str]) -> Sidecar:
 
 
 def question_from_dict(fields: dict[str, Any]) -> Question:
-    """The question that `dataclasses.asdict` turned into `fields`; KeyError where one is missing."""
+    """Return the question that `dataclasses.asdict` turned into `fields`; KeyError if one is missing."""
     return Question(
         kind=str(fields["kind"]),
         text=str(fields["text"]),

@@ -1,6 +1,6 @@
-"""Sprites of DigitWorld: real handwritten digits (scikit-learn's 8 × 8 set), drawn at sub-pixel places.
+"""Sprites of DigitWorld: real handwritten digits (scikit-learn's 8 × 8 set), drawn at sub-pixel positions.
 
-Pixel i covers [i, i + 1), so its centre lies at i + 0.5; positions are in these continuous coordinates.
+Pixel i covers [i, i + 1), so its centre is at i + 0.5; positions are in these continuous coordinates.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ IMAGE_SPLITS = ("train", "val", "test")
 _SIDE = 8
 _SPAN = 9  # source pixels across a sprite, so that centred ink stays in the box
 _FRACTIONS = (0.7, 0.1, 0.2)  # of each digit's images, in the order of IMAGE_SPLITS
-_SPLIT_SEED = 20250315  # fixed: which images are held out must never depend on a run
+_SPLIT_SEED = 20250315  # fixed, because the held-out images must never depend on a run
 
 
 @lru_cache(maxsize=1)
@@ -41,7 +41,7 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def image_split() -> dict[str, tuple[np.ndarray, ...]]:
-    """For "train", "val" and "test": ten int64 arrays, each digit's image indices. Disjoint and fixed."""
+    """Return for "train", "val" and "test" ten int64 arrays, each digit's image indices. Disjoint and fixed."""
     labels = digit_images()[1]
     rng = np.random.default_rng(_SPLIT_SEED)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in IMAGE_SPLITS}
@@ -55,7 +55,7 @@ def image_split() -> dict[str, tuple[np.ndarray, ...]]:
 
 @lru_cache(maxsize=1)
 def _ink_centroids() -> np.ndarray:
-    """Centre of mass of each image in source pixels, float32 [1797, (x, y)]; the sprite is centred on it."""
+    """Return the centre of mass of each image in source pixels, float32 [1797, (x, y)]; sprites are centred on it."""
     images = digit_images()[0]
     places = np.arange(_SIDE, dtype=np.float32) + 0.5
     total = images.sum((1, 2))
@@ -70,7 +70,7 @@ def render(
     height: int,
     width: int,
 ) -> np.ndarray:
-    """Draw coloured digits on black; overlapping corners keep the brighter value per channel.
+    """Draw coloured digits on black; where sprites overlap, the brighter value per channel is kept.
 
     centers: float [T, N, 2] as (x, y) px, at least `radius` from every edge; images: N indices into
     `digit_images`; colours: N names of `COLOURS`; radius: half the sprite's side in px.
@@ -98,7 +98,7 @@ def render(
 def _hat_weights(
     centers: np.ndarray, corners: np.ndarray, images: np.ndarray, radius: float, window: int
 ) -> np.ndarray:
-    """Bilinear weights of the 8 source pixels per window pixel and axis: float32 [T, N, 2, window, 8]."""
+    """Return bilinear weights of the 8 source pixels per window pixel and axis: float32 [T, N, 2, window, 8]."""
     scale = _SPAN / (2 * radius)  # source pixels per frame pixel
     centroid = _ink_centroids()[images]  # [N, 2]
     pixels = corners[..., None] + np.arange(window) + 0.5

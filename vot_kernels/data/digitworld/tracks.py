@@ -1,4 +1,4 @@
-"""What a scene graph says about moving discs: tracks in units of their radius, and states to simulate from."""
+"""Moving discs read from a scene graph: tracks in units of their radius, and states to simulate from."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,9 +16,9 @@ TURNED = 0.35  # change of velocity, relative to the speed, that shows a hit
 class Tracks:
     """The tracklets of an STSG as discs of radius 1 in a box of `width` × `height` radii.
 
-    Boxes are fractions of the frame, whose shape the graph does not tell; but a disc's box is square in
-    pixels, so its sides in fractions give the frame's sides in radii. Tracklets without boxes are left out;
-    missing frames are interpolated, and held constant before the first and after the last box.
+    Boxes are fractions of the frame, whose shape the graph does not have. But a disc's box is square in pixels, so its
+    sides in fractions give the frame's sides in radii. Tracklets without boxes are left out; missing frames are
+    interpolated, and held constant before the first and after the last box.
     """
 
     def __init__(self, stsg: STSG) -> None:
@@ -41,7 +41,7 @@ class Tracks:
         return np.array([tracklet.boxes[k][0] for k in frames.tolist()])
 
     def named(self, name: str) -> int | None:
-        """The track called "the red digit", the surest if several are; None if there is none."""
+        """Return the track called "the red digit", the most certain if there are several; None if there is none."""
         words = set(name.lower().replace("digit", "").split()) - {"the"}
         fitting = [n for n, t in enumerate(self.tracklets) if words & set(t.attributes)]
         return max(fitting, key=self._certainty, default=None)
@@ -51,14 +51,14 @@ class Tracks:
 
     @cached_property
     def hits(self) -> list[tuple[int, int, int]]:
-        """(frame, track, track), by time; read off the tracks where the graph states no event at all."""
+        """(frame, track, track), by time; found from the tracks if the graph has no events."""
         if self._given:
             return sorted(self._pair(e) for e in self._given if e.kind == "hits" and len(e.participants) == 2)
         return sorted(self._seen_hits())
 
     @cached_property
     def bounces(self) -> list[tuple[int, int]]:
-        """(frame, track), by time; read off the tracks where the graph states no event at all."""
+        """(frame, track), by time; found from the tracks if the graph has no events."""
         if self._given:
             return sorted((e.t, self._index[e.participants[0]]) for e in self._given if e.kind == "bounces")
         return sorted(self._seen_bounces())
@@ -68,15 +68,15 @@ class Tracks:
         return event.t, min(a, b), max(a, b)
 
     def hits_of(self, *tracks: int) -> list[int]:
-        """Frames of the hits in which all the given tracks take part."""
+        """Return the frames of the hits in which all the given tracks take part."""
         return [t for t, a, b in self.hits if set(tracks) <= {a, b}]
 
     def partners(self, track: int) -> list[tuple[int, int]]:
-        """(frame, other track) of each hit of a track, by time."""
+        """Return (frame, other track) of each hit of a track, by time."""
         return [(t, b if a == track else a) for t, a, b in self.hits if track in (a, b)]
 
     def _seen_hits(self) -> list[tuple[int, int, int]]:
-        """Closest approaches within reach at which both paths bend."""
+        """Return closest approaches within reach at which both paths bend."""
         found = []
         for a in range(len(self.tracklets)):
             for b in range(a + 1, len(self.tracklets)):
@@ -88,7 +88,7 @@ class Tracks:
         return found
 
     def _seen_bounces(self) -> list[tuple[int, int]]:
-        """Frames at a wall where the motion across it turns round."""
+        """Return frames at a wall where the motion across it reverses."""
         found = []
         for n in range(len(self.tracklets)):
             for axis, side in enumerate((self.width, self.height)):
@@ -108,9 +108,9 @@ class Tracks:
         return float(np.linalg.norm(after - before)) > TURNED * speed
 
     def state(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and velocities of all tracks at `frame`, [N, 2] in radii and radii per second.
+        """Return positions and velocities of all tracks at `frame`, [N, 2] in radii and radii per second.
 
-        Each track is fitted by a line over the frames around `frame` that lie between two of its events.
+        A line is fitted to each track over the frames around `frame` between two of its events.
         """
         fits = [self._fit(n, frame) for n in range(len(self.tracklets))]
         positions = np.array([place for place, _ in fits]).reshape(-1, 2)
@@ -118,7 +118,7 @@ class Tracks:
 
     def _fit(self, n: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         events = [t for t, a, b in self.hits if n in (a, b)] + [t for t, m in self.bounces if m == n]
-        # An event lies within half a frame of the frame it is booked on, so the next ones are clear of it.
+        # An event is within half a frame of the frame that is recorded for it, so the next frames are clear of it.
         first = max((t for t in events if t <= frame), default=-1) + 1
         last = min((t for t in events if t > frame), default=self.num_frames) - 1
         frames = np.arange(max(first, 0), last + 1)
@@ -134,14 +134,14 @@ class Tracks:
         return places.mean(0) + velocity * (self.times[frame] - self.times[frames].mean()), velocity
 
     def simulate(self, frame: int, seconds: float, keep: Sequence[int]) -> Motion:
-        """Go on from `frame` for `seconds` with the tracks `keep` alone; body i is track keep[i]."""
+        """Continue from `frame` for `seconds` with the tracks `keep` only; body i is track keep[i]."""
         positions, velocities = self.state(frame)
         placed, radius = _placed(positions[list(keep)], self.width, self.height)
         return simulate(placed, velocities[list(keep)], radius, self.width, self.height, seconds)
 
 
 def _placed(positions: np.ndarray, width: float, height: float) -> tuple[np.ndarray, float]:
-    """Estimated positions pushed into the box and apart, and the radius that then fits (1, rarely less)."""
+    """Return positions pushed into the box and apart, and the radius that then fits (1, rarely less)."""
     positions = positions.copy()
     low, high = np.array([1.0, 1.0]), np.maximum([width - 1.0, height - 1.0], 1.0)
     closest = 2.0

@@ -17,14 +17,14 @@ VOCABULARY = Vocabulary(
 
 
 def frame_of(time: float, fps: float) -> int:
-    """The frame nearest to a moment in seconds."""
+    """Return the frame nearest to a moment in seconds."""
     return int(time * fps + 0.5)
 
 
 def true_stsg(scene: Scene, motion: Motion, source: str = "") -> STSG:
-    """Tracklets, events and geometric relations of `motion` at the frames of `scene`.
+    """Return tracklets, events and geometric relations of `motion` at the frames of `scene`.
 
-    Object n is the track f"o{n + 1}"; boxes are the sprites' squares; events lie at the nearest frame, and
+    Object n is the track f"o{n + 1}"; boxes are the sprites' squares; events are at the nearest frame, and
     the participant with the smaller index comes first.
     """
     times = np.arange(scene.num_frames) / scene.fps

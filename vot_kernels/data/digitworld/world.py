@@ -1,6 +1,6 @@
 """Physics of DigitWorld: equal discs of equal mass, elastic hits, reflecting walls.
 
-Between events every disc moves on a straight line, so the simulation jumps from event to event and is exact
+Between events every disc moves in a straight line, so the simulation jumps from event to event and is exact
 up to float64 rounding; positions at any time follow from the last event before it.
 """
 
@@ -69,13 +69,13 @@ class Motion:
     duration: float
 
     def centers(self, times: np.ndarray) -> np.ndarray:
-        """Positions at `times` (float [T], seconds, not negative): float64 [T, bodies, 2] in px."""
+        """Return positions at `times` (float [T], seconds, not negative): float64 [T, bodies, 2] in px."""
         piece = np.searchsorted(self.times, times, side="right") - 1
         elapsed = (np.asarray(times) - self.times[piece])[:, None, None]
         return self.positions[piece] + self.velocities[piece] * elapsed
 
     def closest(self, a: int, b: int, start: float = 0.0, end: float | None = None) -> float:
-        """Smallest distance between the centres of a and b between `start` and `end` seconds, in px."""
+        """Return the smallest distance between the centres of a and b between `start` and `end` seconds, in px."""
         end = self.duration if end is None else end
         until = np.append(self.times[1:], math.inf)
         inside = (self.times <= end) & (until >= start)
@@ -98,13 +98,15 @@ def simulate(
 ) -> Motion:
     """Simulate discs of one radius and mass in the box [0, width] × [0, height] for `duration` seconds.
 
-    positions, velocities: [bodies, 2] as (x, y) in px and px/s. Overlapping discs or discs outside the box
-    raise ValueError.
+    positions, velocities: [bodies, 2] as (x, y) in px and px/s.
+
+    Raises:
+        ValueError: discs overlap or are outside the box, or an array has the wrong shape or is not finite.
     """
     xs, ys = _columns(positions, "positions")
     us, vs = _columns(velocities, "velocities")
     if len(xs) != len(us):
-        raise ValueError(f"velocities must be as many as positions, got {len(us)} and {len(xs)}.")
+        raise ValueError(f"There must be as many velocities as positions, got {len(us)} and {len(xs)}.")
     _check_placement(xs, ys, radius, width, height)
 
     times = [0.0]
@@ -159,7 +161,7 @@ def _check_placement(xs: list[float], ys: list[float], radius: float, width: flo
 def _next_event(
     xs: list[float], ys: list[float], us: list[float], vs: list[float], r: float, width: float, height: float
 ) -> tuple[float, int, int]:
-    """(delay, body, other): other is the second body of a hit, or -1-k for WALLS[k]."""
+    """Return (delay, body, other): other is the second body of a hit, or -1-k for WALLS[k]."""
     best, first, second = math.inf, -1, -1
     for i in range(len(xs)):
         x, y, u, v = xs[i], ys[i], us[i], vs[i]
@@ -181,7 +183,7 @@ def _next_event(
             root = closing * closing - speed2 * excess
             if root <= 0:
                 continue
-            # The smaller root, in the form that does not cancel; touching discs that close in hit at once.
+            # This is the smaller root, in the form without cancellation; touching discs that approach hit at once.
             delay = max(excess / (math.sqrt(root) - closing), 0.0)
             if delay < best:
                 best, first, second = delay, i, j
@@ -189,7 +191,7 @@ def _next_event(
 
 
 def _collide(xs: list[float], ys: list[float], us: list[float], vs: list[float], i: int, j: int) -> float:
-    """Equal masses exchange the velocity along the line of centres; returns the approach speed."""
+    """Exchange the velocities of equal masses along the line of centres; return the approach speed."""
     nx, ny = xs[j] - xs[i], ys[j] - ys[i]
     norm = math.hypot(nx, ny)
     nx, ny = nx / norm, ny / norm

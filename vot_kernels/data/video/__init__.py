@@ -1,7 +1,7 @@
 """Video input: sample frames of a local video, image or animation, with their real presentation times.
 
-Memory is bounded by the frames that are sampled, never by the length of the file: frames are decoded one
-after another, and only those asked for are converted, scaled and kept.
+Memory is bounded by the frames that are sampled, not by the length of the file: frames are decoded one after another,
+and only the requested ones are converted, scaled and kept.
 """
 
 from vot_kernels.extras import imports_for

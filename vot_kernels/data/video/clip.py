@@ -1,4 +1,4 @@
-"""What comes out of a file: frames, their times, and a report."""
+"""The result of reading a file: frames, their times, and a report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +12,24 @@ from vot_kernels.data.video.request import DEFAULT_NUM_FRAMES, Request
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file is, what was asked of it and what came out. Times are seconds from its first frame.
+    """What a file is, what was requested and what was sampled. Times are seconds from its first frame.
 
     Attributes:
         path: the file.
         kind: "video", "image" or "animation" (a GIF, APNG or WebP with several frames).
         container, codec: names of the container format and of the codec.
         source_width, source_height: size in pixels as stored, before rotation and scaling.
-        width, height: size in pixels of the frames that came out.
-        rotation: degrees clockwise by which the frames were turned, as the file's metadata asks.
-        mirrored: whether the metadata also asked to mirror the frames left to right, before turning.
+        width, height: size in pixels of the sampled frames.
+        rotation: degrees clockwise by which the frames were turned, as the file's metadata says.
+        mirrored: whether the metadata also says to mirror the frames left to right, before turning.
         average_fps: frames per second on average, None for an image.
-        duration_s: length as the file declares it or, if longer, as its time stamps show; 0 for an image.
-        frames_sampled: number of frames that came out.
+        duration_s: length as the file declares it or, if longer, as its timestamps show; 0 for an image.
+        frames_sampled: number of sampled frames.
         sampled_times_s: their presentation times.
-        fps, max_frames, num_frames, start, end, max_pixels: the request, None where nothing was asked.
-        complete: the asked-for range is all there and nothing in what was decoded was damaged.
+        fps, max_frames, num_frames, start, end, max_pixels: the request, None for options that were not given.
+        complete: whether the whole requested range was read and nothing that was decoded was damaged.
         decoded_until_s: end of the last frame that was decoded.
-        warnings: one sentence each, for whatever a user should know.
+        warnings: one sentence for each thing that a user should know.
     """
 
     path: str
@@ -57,7 +57,7 @@ class VideoInfo:
     warnings: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One paragraph: what the file is, what was sampled and when, and every warning."""
+        """Return one paragraph: what the file is, what was sampled and when, and every warning."""
         size = f"{self.source_width}×{self.source_height}"
         what = f"{Path(self.path).name}: {self.kind} ({self.codec} in {self.container}), {size}"
         if self.rotation or self.mirrored:
@@ -109,7 +109,7 @@ class VideoClip:
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become the shown picture: first transposed, then flipped."""
+    """The way from stored pixels to the shown picture: first transpose, then flip."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -121,7 +121,7 @@ class Orientation(NamedTuple):
 
     @property
     def rotation(self) -> int:
-        """Degrees clockwise, after mirroring left to right where `mirrored`."""
+        """Degrees clockwise, after mirroring left to right if `mirrored`."""
         if self.transpose:
             return 270 if self.flip_rows else 90
         return 180 if self.flip_rows else 0

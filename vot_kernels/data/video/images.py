@@ -13,7 +13,7 @@ from vot_kernels.data.video.request import Request, VideoError
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _ANIMATED_FORMATS = {"GIF", "WEBP", "PNG"}
-_DEFAULT_ANIMATION_DELAY_S = 0.1  # what browsers show for a frame without a duration
+_DEFAULT_ANIMATION_DELAY_S = 0.1  # what browsers use for a frame without a duration
 _EXIF_ORIENTATION = 0x0112
 _EXIF = {
     2: Orientation(False, False, True),
@@ -27,7 +27,7 @@ _EXIF = {
 
 
 def open_image(path: Path) -> Any | None:
-    """The opened image, or None where the file is none."""
+    """Return the opened image, or None if the file is not an image."""
     try:
         return Image.open(path, formats=_IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
@@ -51,7 +51,7 @@ def load_image(path: Path, image: Any, request: Request) -> VideoClip:
             "RGB", request.size(width, height)
         )  # lets the JPEG decoder skip detail that is not needed
     complete = _load_pixels(image)
-    # EXIF data is asked for only now, because Pillow reads a PNG to its end to find it.
+    # EXIF data is read only now, because Pillow reads a PNG to its end to find it.
     orientation = _EXIF.get(image.getexif().get(_EXIF_ORIENTATION, 1), Orientation())
     picker = Picker(np.zeros(1), 0.0, lambda frame: orientation.apply(_rgb(frame, request)))
     picker.offer(0.0, image)
@@ -93,7 +93,7 @@ def load_animation(path: Path, image: Any, request: Request) -> VideoClip:
 
 
 def _load_pixels(image: Any) -> bool:
-    """Decode the current frame; False if it is cut off, with whatever could be decoded left in `image`."""
+    """Decode the current frame; return False if it is cut off, with what could be decoded left in `image`."""
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError):
@@ -103,8 +103,8 @@ def _load_pixels(image: Any) -> bool:
 
 
 def _rgb(image: Any, request: Request) -> np.ndarray:
-    """Pixels uint8 `[height, width, 3]`, upright, scaled, transparency on black."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip rather than scale
+    """Return pixels uint8 `[height, width, 3]`, upright, scaled, with transparency on black."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -121,7 +121,7 @@ def _show(image: Any, i: int) -> None:
 
 
 def _animation_lengths(image: Any, path: Path) -> tuple[list[float], bool]:
-    """Seconds for which each frame that can be decoded is shown, and whether the file is whole."""
+    """Return the seconds for which each frame that can be decoded is shown, and whether the file is complete."""
     lengths: list[float] = []
     while True:
         try:
@@ -137,7 +137,7 @@ def _animation_lengths(image: Any, path: Path) -> tuple[list[float], bool]:
 
 
 def _ends_like_gif(path: Path) -> bool:
-    """Whether the file has the closing mark of a GIF; without it more frames may have followed."""
+    """Whether the file has the end marker of a GIF; without it more frames may have followed."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1024))
         return file.read().rstrip(b"\0\r\n").endswith(b";")

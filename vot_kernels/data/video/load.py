@@ -17,7 +17,7 @@ from vot_kernels.data.video.progress import progress_bar
 from vot_kernels.data.video.reader import Reader
 from vot_kernels.data.video.request import Request, VideoError
 
-# The reader seeks to a wanted time that is at least so far ahead; decoding up to a nearer one is faster.
+# The reader seeks to a wanted time that is at least this far ahead; for a nearer one decoding is faster.
 _SEEK_GAP_S = 3.0
 
 
@@ -34,19 +34,19 @@ def load_video(
 ) -> VideoClip:
     """Sample frames of a local video, image or animation.
 
-    For each wanted time, this returns the frame that is shown then: the last one whose presentation time is not
-    later. `VideoClip.times` holds the presentation times themselves, so that a clip of variable frame rate
+    For each wanted time, the result has the frame that is shown then: the last one whose presentation time is not
+    later. `VideoClip.times` has the presentation times themselves, so that a clip of variable frame rate
     keeps its real times, and the first time may lie a little before `start`. No frame is returned twice: if
     the file has fewer frames than wanted, the clip has fewer, with a warning in `VideoClip.info.warnings`.
 
-    Of a file that is cut off or damaged, this returns what can be decoded; `info.complete` is then False and a
+    From a file that is cut off or damaged, the result has what can be decoded; `info.complete` is then False and a
     warning says how much that was. An image is a clip of one frame at time 0.
 
     Args:
         path: a local file.
         fps: wanted times are start, start + 1/fps, … before `end`. Not together with `num_frames`.
-        max_frames: goes with `fps`: where it asks for more frames than this, this many are spread evenly over
-            the range, as `num_frames` does.
+        max_frames: only with `fps`: if `fps` asks for more frames than this, this many are spread evenly over the
+            range, as with `num_frames`.
         num_frames: wanted times are the centres of this many equal parts of the range. Default 16.
         start, end: the range in seconds from the first frame; the default is the whole file.
         max_pixels: frames with a larger area are scaled down to at most this many pixels, aspect kept, sides
@@ -54,7 +54,7 @@ def load_video(
         progress: show a progress bar on stderr when decoding takes more than a second (needs `rich`).
 
     Raises:
-        VideoError: the request makes no sense, or the file is missing, empty, no media, or has no picture.
+        VideoError: the request is invalid, or the file is missing, empty, not a media file, or has no picture.
     """
     request = Request(fps, num_frames, start, end, max_pixels, max_frames)
     file = _local_file(path)
@@ -119,7 +119,7 @@ def _load_video(path: Path, request: Request, progress: bool) -> VideoClip:
 
 
 def _pick(reader: Reader, picker: Picker, report: Callable[[float], None]) -> None:
-    """Feed frames to the picker until it has all it wants or nothing more can be decoded."""
+    """Feed frames to the picker until it has all it needs or nothing more can be decoded."""
     position = 0.0
     while not picker.done:
         if picker.next_wanted - position > _SEEK_GAP_S:
@@ -172,9 +172,9 @@ def _video_warnings(
 
 
 class _Converter:
-    """Turns decoded frames into RGB arrays of one size, turned upright and scaled on the way.
+    """Converts decoded frames to RGB arrays of one size, turned upright and scaled.
 
-    Size and orientation are those of the first frame; a stream that changes its size midway is scaled to it.
+    Size and orientation are those of the first frame; if a stream changes its size, later frames are scaled to it.
     """
 
     def __init__(self, request: Request, pixel_aspect: float = 1.0) -> None:
@@ -187,7 +187,7 @@ class _Converter:
         self._size: tuple[int, int] | None = None
 
     def __call__(self, frame: Any) -> np.ndarray:
-        """Pixels uint8 `[height, width, 3]` of a libav frame."""
+        """Return the pixels of a libav frame, uint8 `[height, width, 3]`."""
         if self._size is None:
             self._prepare(frame)
         assert self._size is not None
@@ -206,7 +206,7 @@ class _Converter:
 
 
 def _orientation(frame: Any) -> tuple[Orientation, bool]:
-    """Orientation asked for by the frame's display matrix, and whether it could be represented."""
+    """Return the orientation in the frame's display matrix, and whether it could be represented."""
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if data is None:
         return Orientation(), True

@@ -1,4 +1,4 @@
-"""Choosing, of frames that come in order of time, those on show at the wanted times."""
+"""The choice of the frames that are shown at the wanted times, from frames in order of time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 
 
 class Picker:
-    """Takes frames in order of time and keeps, converted, those on show at the wanted times.
+    """Takes frames in order of time and keeps, converted, those that are shown at the wanted times.
 
-    Only one frame that is not kept is held: the latest, whose end is not known until the next one comes.
+    Only one frame that is not kept is held: the latest, whose end is not known until the next one arrives.
     """
 
     def __init__(self, wanted: np.ndarray, tolerance: float, convert: Callable[[Any], np.ndarray]) -> None:
         self.wanted = wanted
-        self.tolerance = tolerance  # seconds by which rounding may have moved a time stamp
+        self.tolerance = tolerance  # seconds by which rounding may have moved a timestamp
         self.convert = convert
         self.index = 0
         self.frames: list[np.ndarray] = []
@@ -30,12 +30,12 @@ class Picker:
         return float(self.wanted[self.index])
 
     def offer(self, start: float, frame: Any) -> None:
-        """The next frame, on show from `start` seconds; it ends the one before."""
+        """Take the next frame, shown from `start` seconds; it ends the previous one."""
         self.close(start - self.tolerance)
         self._held = (start, frame)
 
     def close(self, end: float) -> None:
-        """The held frame is on show until `end` seconds; keep it if a wanted time lies before that."""
+        """End the held frame at `end` seconds; keep it if a wanted time is before that."""
         if self._held is None or self.done or self.next_wanted >= end:
             return
         start, frame = self._held
@@ -44,11 +44,11 @@ class Picker:
         self.index = int(np.searchsorted(self.wanted, end, side="left"))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Frames `[frames, height, width, 3]` and times `[frames]`; gives up its own frames."""
+        """Return frames `[frames, height, width, 3]` and times `[frames]`; this object's own frames are released."""
         stacked = np.empty((len(self.frames), *self.frames[0].shape), dtype=np.uint8)
         for i in range(len(self.frames)):
             stacked[i] = self.frames[i]
-            self.frames[i] = stacked[:0]  # frees the frame, so that no second copy of the clip stands beside
+            self.frames[i] = stacked[:0]  # frees the frame, so that there is no second copy of the clip
         return stacked, np.array(self.times, dtype=np.float64)
 
 

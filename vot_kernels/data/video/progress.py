@@ -24,7 +24,7 @@ def progress_bar(name: str, start: float, end: float, *, shown: bool) -> Iterato
         bar.update(task, completed=min(max(position - start, 0.0), end - start))
 
     if shown:
-        _rich_progress()  # a missing package should be reported before the work, not in the middle of it
+        _rich_progress()  # a missing package should be reported before the work, not during it
     try:
         yield report
     finally:

@@ -1,4 +1,4 @@
-"""Decoding a video stream in order of time, past whatever is damaged."""
+"""Decoding of a video stream in order of time, skipping whatever is damaged."""
 
 import itertools
 import math
@@ -11,11 +11,11 @@ import av
 
 from vot_kernels.data.video.request import VideoError
 
-# Files up to this size are read through once, undecoded, for their exact time span: headers can be wrong.
+# Files up to this size are read through once, without decoding, for their exact duration, because headers can be wrong.
 _SCAN_BYTES = 256 << 20
 _MAX_READ_ERRORS = 32
 _FIRST_PACKETS = 32
-# Text art and playlists: libav would open these, but the first is no video and the others name further files.
+# These are text art and playlists: libav would open them, but the first is not video and the others name more files.
 _REFUSED_FORMATS = {"tty", "hls", "concat", "dash", "imf", "lavfi", "vapoursynth", "avisynth"}
 
 
@@ -35,7 +35,7 @@ class _Damage:
 
 @dataclass
 class _Span:
-    """Where the packets of a whole file end, in seconds from the first frame.
+    """Where the packets of a complete file end, in seconds from the first frame.
 
     Attributes:
         end: end of the last packet of the video stream.
@@ -47,16 +47,16 @@ class _Span:
 
 
 class Reader:
-    """Decodes one video stream of a local file, in order of time, past whatever is damaged.
+    """Decodes one video stream of a local file, in order of time, skipping whatever is damaged.
 
-    The file is opened once: its first packets, or all of them, are looked at undecoded, and then it is
-    rewound. Only a format that cannot seek is opened a second time.
+    The file is opened once: its first packets, or all of them, are read without decoding, and then it is rewound.
+    Only a format that cannot seek is opened a second time.
 
     Attributes:
         stream: the libav stream that is decoded.
         end: seconds at which the last decoded frame ends.
         damage: what went wrong so far.
-        gap: the longest stretch without frames that the frames' durations do not explain (start, end).
+        gap: the longest interval (start, end) without frames that the frames' durations do not explain.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,10 +97,10 @@ class Reader:
         self.stream.thread_type = "AUTO"
 
     def _survey(self, whole: bool) -> None:
-        """Look at packets without decoding them: for the first time stamp and, if `whole`, for the length.
+        """Read packets without decoding them, for the first timestamp and, if `whole`, for the length.
 
-        The first frame's stamp is the lowest of the first packets, because frames may be stored out of order
-        and headers may be off by a few.
+        The first frame's timestamp is the lowest of the first packets, because frames may be stored out of order and
+        headers may be wrong by a few.
         """
         count, end, other_end, first_stamp = 0, -math.inf, -math.inf, None
         for packet in _packets(self.container, lambda: None):
@@ -120,14 +120,14 @@ class Reader:
                     self._origin = at if self._origin is None else min(self._origin, at)
             if count == _FIRST_PACKETS and not whole:
                 return
-        if first_stamp is None:  # no time stamps at all, as in a bare H.264 stream
+        if first_stamp is None:  # no timestamps at all, as in a bare H.264 stream
             self._span = _Span(count / self.rate, other_end)
         else:
             origin = first_stamp if self._origin is None else self._origin
             self._span = _Span(end - origin, other_end - (self._origin or 0.0))
 
     def _rewind(self) -> None:
-        """Go back to the first packet: by seeking where this leads there, else by opening the file again."""
+        """Go back to the first packet: by seeking if that works, else by opening the file again."""
         first = None
         try:
             self.container.seek(0)
@@ -144,33 +144,33 @@ class Reader:
 
     @property
     def rate(self) -> float:
-        """Average frames per second; libav's own guess of 25 where nothing is known."""
+        """Average frames per second; libav's own guess of 25 if nothing is known."""
         rate = self.stream.average_rate or self.stream.guessed_rate
         return float(rate) if rate else 25.0
 
     @property
     def pixel_aspect(self) -> float:
-        """Width of a stored pixel by its height."""
+        """Width of a stored pixel divided by its height."""
         ratio = self.stream.sample_aspect_ratio
         return float(ratio) if ratio and 0.1 <= ratio <= 10 else 1.0
 
     @property
     def tolerance(self) -> float:
-        """Seconds by which the container's clock may have rounded a time stamp."""
+        """Seconds by which the container's clock may have rounded a timestamp."""
         tick = float(self.stream.time_base) if self.stream.time_base else 0.0
         return min(tick / 2, 5e-4) + 1e-9
 
     def _declared(self) -> float | None:
-        """Seconds of video as the headers declare them, None where they do not."""
+        """Seconds of video that the headers declare, or None."""
         stream = self.stream
         if self.container.format.name == "avi" and stream.frames:
             return (
                 stream.frames / self.rate
-            )  # libav shortens the duration of a truncated file; the count stays
+            )  # libav shortens the duration of a truncated file, but not the count
         if stream.duration is not None and stream.time_base is not None:
             return float(stream.duration * stream.time_base)
         tag = _seconds(stream.metadata.get("DURATION"))
-        offset = max(self._origin or 0.0, 0.0)  # tag and container count from time stamp 0
+        offset = max(self._origin or 0.0, 0.0)  # tag and container count from timestamp 0
         if tag is not None:
             return tag - offset
         if self.container.duration is not None:
@@ -179,16 +179,16 @@ class Reader:
 
     @property
     def _whole_file(self) -> bool:
-        """Whether the declared duration is that of the whole file, in which sound may outlast the picture."""
+        """Whether the declared duration is that of the whole file, in which the sound may be longer than the video."""
         return self.stream.duration is None and "DURATION" not in self.stream.metadata
 
     @property
     def slack(self) -> float:
-        """Seconds by which a declared duration may miss the end of the last frame."""
+        """Seconds by which a declared duration may differ from the end of the last frame."""
         return (3.0 if self._whole_file else 1.5) / self.rate + 0.01
 
     def duration(self) -> tuple[float, float | None]:
-        """Seconds of video, and of these how many have packets in the file (None: not looked for)."""
+        """Return the seconds of video, and how many of these have packets in the file (None: not checked)."""
         declared, span = self._declared(), self._span
         if span is None:
             assert declared is not None
@@ -198,13 +198,13 @@ class Reader:
         return max(declared, span.end), span.end
 
     def _length(self, item: Any) -> float:
-        """Seconds for which a packet or frame is shown."""
+        """Return the seconds for which a packet or frame is shown."""
         if item.duration and item.time_base:
             return float(item.duration * item.time_base)
         return 1.0 / self.rate
 
     def read(self) -> tuple[float, Any] | None:
-        """The next frame and its time; times increase. None at the end of what can be decoded."""
+        """Return the next frame and its time; times increase. None at the end of what can be decoded."""
         for at, frame in self._frames:
             if at <= self._position:
                 continue
@@ -225,7 +225,7 @@ class Reader:
             self.gap = (self.end, at)
 
     def seek(self, at: float) -> None:
-        """Go on from the last key frame before `at` seconds, if that is ahead and the file allows it."""
+        """Continue from the last key frame before `at` seconds, if that is ahead and the file allows it."""
         if not self._seekable or self._origin is None:
             return
         try:
@@ -236,7 +236,7 @@ class Reader:
         self._settling_until = at
         frames = self._decode(self._packets())
         first = next(frames, None)
-        # An unreliable index lands late, or between key frames, where pictures are garbage.
+        # With an unreliable index, a seek ends too late, or between key frames, where pictures are garbage.
         if first is None or not first[1].key_frame or first[0] > at:
             self._restart()
             return
@@ -247,7 +247,7 @@ class Reader:
             self._sparse = True
 
     def _restart(self) -> None:
-        """Decode from the start, without seeking from here on."""
+        """Decode from the start, and do not seek from here on."""
         self._seekable = False
         self._settling_until = -math.inf
         self._rewind()
@@ -288,12 +288,12 @@ class Reader:
             self.damage.add(self.end)
 
     def reached(self) -> float:
-        """Seconds up to which the file goes, judged by the streams whose length its duration speaks of."""
+        """Seconds up to which the file goes, by the streams to which its declared duration applies."""
         return max(self.end, self._other_end) if self._whole_file else self.end
 
 
 def _identity(packet: Any) -> tuple[object, ...]:
-    """What tells a packet from every other one of its file."""
+    """Return what distinguishes a packet from every other one of its file."""
     return packet.stream_index, packet.pts, packet.dts, packet.pos, packet.size
 
 
@@ -345,7 +345,7 @@ def _video_stream(container: Any, path: Path) -> Any:
 
 
 def _packets(container: Any, on_error: Callable[[], None]) -> Iterator[Any]:
-    """Packets of all streams; reads on after errors, as long as they do not pile up."""
+    """Yield packets of all streams; continue after errors, unless there are too many in a row."""
     packets, errors = container.demux(), 0
     while True:
         try:
@@ -364,7 +364,7 @@ def _packets(container: Any, on_error: Callable[[], None]) -> Iterator[Any]:
 
 
 def _seconds(clock: str | None) -> float | None:
-    """Seconds of "hh:mm:ss.fraction", None for anything else."""
+    """Return the seconds in "hh:mm:ss.fraction", or None for anything else."""
     try:
         hours, minutes, seconds = (clock or "").split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)

@@ -1,4 +1,4 @@
-"""What is asked of a file: which times, of what size."""
+"""A request for frames: which times, and of what size."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ MAX_NUM_FRAMES = 1_000_000
 
 
 class VideoError(ValueError):
-    """The input cannot be used, or the request makes no sense for it; the message is one sentence."""
+    """The input cannot be used, or the request is invalid for it; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Request:
             )
 
     def span(self, duration: float, name: str) -> tuple[float, float]:
-        """The range to sample, in seconds, of something `duration` seconds long."""
+        """Return the range to sample, in seconds, of something that lasts `duration` seconds."""
         start = self.start or 0.0
         if start > 0 and start >= duration:
             raise VideoError(f"start is {start:g} s, but {name} ends at {duration:.3f} s.")
         return start, duration if self.end is None else min(self.end, duration)
 
     def times(self, start: float, end: float) -> np.ndarray:
-        """Wanted times, increasing, in seconds."""
+        """Return the wanted times, increasing, in seconds."""
         if self.fps is not None:
             # The margin keeps rounding of the duration from adding a time at the very end.
             count = max(1, math.ceil((end - start) * self.fps - 1e-3))
@@ -63,12 +63,12 @@ class Request:
         return start + (np.arange(count) + 0.5) * ((end - start) / count)
 
     def size(self, width: float, height: float) -> tuple[int, int]:
-        """Width and height in pixels after scaling to `max_pixels`."""
+        """Return width and height in pixels after scaling to `max_pixels`."""
         if self.max_pixels is None or width * height <= self.max_pixels:
             return max(1, round(width)), max(1, round(height))
         scale = math.sqrt(self.max_pixels / (width * height))
         columns, rows = _even(width * scale), _even(height * scale)
-        # If one side is a pixel already, the other alone shrinks to the area.
+        # If one side is one pixel already, the other side alone shrinks to fit the area.
         return min(columns, _even(self.max_pixels / rows)), min(rows, _even(self.max_pixels / columns))
 
 
@@ -92,5 +92,5 @@ def _check_whole(name: str, value: int | None, most: int | None) -> None:
 
 
 def _even(side: float) -> int:
-    """The largest even whole number not above `side`, or 1 where there is none."""
+    """Return the largest even whole number not above `side`, or 1 if there is none."""
     return max(1, int(side) // 2 * 2)

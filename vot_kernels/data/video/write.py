@@ -1,4 +1,4 @@
-"""Writing frames as an mp4 file."""
+"""Writing of frames as an mp4 file."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ def save_mp4(
     crf: int = 18,
     deterministic: bool = True,
 ) -> Path:
-    """Write frames as H.264 (yuv420p, BT.601) in mp4, index in front; the file appears only when it is whole.
+    """Write frames as H.264 (yuv420p, BT.601) in mp4 with the index in front; the file appears only when complete.
 
     Args:
         path: the file to write; its name must end in ".mp4".

@@ -50,28 +50,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class VotEncoderConfig(PreTrainedConfig):
-    """The parts and sizes of a `VotEncoder`. Every part can be switched off for an ablation.
+    """The parts and sizes of a `VotEncoder`. Every part can be turned off for an ablation.
 
     Args:
-        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: the usual ones.
-        intermediate_size: width of a dense SwiGLU block. An expert has the parameters of a SwiGLU block of
-            `intermediate_size / num_experts_per_tok`, so that the experts of one token weigh as much as it.
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: as in other transformers.
+        intermediate_size: width of a dense SwiGLU block. An expert has the parameters of a SwiGLU block of width
+            `intermediate_size / num_experts_per_tok`, so that the experts of one token have as many as that block.
         patch_size, temporal_patch_size, num_channels: one token covers
-            `num_channels * temporal_patch_size * patch_size**2` numbers.
+            `num_channels * temporal_patch_size * patch_size**2` values.
         attention: "hybrid" (softmax near, linear far), "softmax" (exact) or "linear".
-        window: groups on each side that softmax attention reaches; an int, or one entry a layer
+        window: groups on each side that softmax attention reaches; an int, or one entry per layer
             (None there means exact softmax attention).
-        full_attention_every: every n-th layer is exact softmax; 0 switches that off.
+        full_attention_every: every n-th layer has exact softmax; 0 turns that off.
         group: "frame", "rows:N" or a number of tokens; the unit that windows count.
         causal: None, or "group": no token sees a later group, here a frame, and clips can be streamed. Configurations
             saved by earlier versions say "frame".
         feature_map: "softmax", "elu" or "relu", the feature map of the linear part.
         learned_beta: learn the weight exp(beta) of the far part per head.
-        qk_norm, rope_theta, rope: RMS norm of queries and keys, and 3-D rotary positions.
-        aoe_every: every n-th block is Autonomy-of-Experts instead of dense; 0 switches AoE off.
+        qk_norm, rope_theta, rope: RMS norm of queries and keys, and 3-D rotary positions (t, y, x).
+        aoe_every: every n-th block is Autonomy-of-Experts instead of dense; 0 turns AoE off.
         num_experts, num_experts_per_tok, expert_rank, aoe_weighting: see `vot_kernels.aoe`.
-        shared_expert_size: width of a SwiGLU expert that every token of an AoE block passes; 0 for none. Its
-            share of `intermediate_size` is taken from the experts that are chosen.
+        shared_expert_size: width of a SwiGLU expert that processes every token of an AoE block; 0 for none. Its
+            share of `intermediate_size` is taken from the selected experts.
         dense_residual, residual_dilation, residual_period: DenseFormer averaging of past blocks.
         size_embedding: add a function of (height, width, aspect, frames, fps) to every token.
         pooling_heads: heads of the attention pooling.
@@ -153,7 +153,7 @@ class VotEncoderConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "VotEncoderConfig":
-        """The configuration "nano", "small", "base" or "large", with some fields replaced."""
+        """Return the configuration "nano", "small", "base" or "large", with some fields replaced."""
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -165,7 +165,7 @@ class VotEncoderConfig(PreTrainedConfig):
 
     @property
     def patch_numbers(self) -> int:
-        """Numbers in one patch: the last dimension of `pixel_values`."""
+        """Number of values in one patch, which is the last dimension of `pixel_values`."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -200,4 +200,6 @@ class VotEncoderConfig(PreTrainedConfig):
                 f"got {self.shared_expert_size}."
             )
         if isinstance(self.window, list) and len(self.window) != self.num_hidden_layers:
-            raise ValueError(f"window lists {len(self.window)} layers; there are {self.num_hidden_layers}.")
+            raise ValueError(
+                f"window must have an entry for each of the {self.num_hidden_layers} layers, got {len(self.window)}."
+            )

@@ -17,8 +17,8 @@ class EncoderCost:
     """Cost of one forward pass over one clip; a multiply-add counts as two FLOPs.
 
     Attributes:
-        parameters: parameters of the model.
-        tokens: tokens of the clip.
+        parameters: number of parameters of the model.
+        tokens: number of tokens of the clip.
         linear_flops: matrix products with weights; of the experts only those that are used.
         attention_flops: scores and values, near and far.
         dense_attention_flops: the same if every layer were exact softmax attention.
@@ -32,7 +32,7 @@ class EncoderCost:
 
     @property
     def flops(self) -> int:
-        """All FLOPs counted."""
+        """The sum of all counted FLOPs."""
         return self.linear_flops + self.attention_flops
 
 
@@ -52,7 +52,7 @@ _SAMPLE_FRAMES = 16
 
 
 def describe_preset(name: str) -> dict[str, Any]:
-    """Parameters and FLOPs of a preset for one clip of 16 frames of 224 × 224 pixels (nano: 64 × 64)."""
+    """Return parameters and FLOPs of a preset for one clip of 16 frames of 224 × 224 pixels (nano: 64 × 64)."""
     config = VotEncoderConfig.preset(name)
     side = 64 if name == "nano" else 224
     patches = side // config.patch_size
@@ -67,7 +67,8 @@ def describe_preset(name: str) -> dict[str, Any]:
 
 
 def _linear_flops(module: nn.Module) -> int:
-    """FLOPs per token. The norms of all experts are computed; the rest of an expert runs only if it is chosen.
+    """Return FLOPs per token. The norms of all experts are computed; the rest of an expert runs only if it is
+    selected.
 
     A shared expert consists of linear layers, which `modules` lists separately.
     """

@@ -34,11 +34,10 @@ class VotEncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[tokens, hidden_size]`.
         pooler_output: `[clips, hidden_size]`, attention-pooled; zero for an empty clip.
-        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them); in training, or if
-            asked for.
-        expert_load: `[AoE blocks, num_experts]`, share of the tokens that chose each expert, no gradient; likewise,
-            but None without AoE blocks.
-        hidden_states: the embedding and the output of every block, if asked for.
+        balance_loss: scalar, mean load-balance loss of the AoE blocks (0 without them), in training or on request.
+        expert_load: `[AoE blocks, num_experts]`, share of the tokens that chose each expert, without a gradient; as
+            `balance_loss`, but None without AoE blocks.
+        hidden_states: the embedding and the output of every block, on request.
     """
 
     last_hidden_state: Tensor | None = None
@@ -74,7 +73,7 @@ class VotEncoderBlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, layout: PackedLayout, output_balance: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`[tokens, hidden_size]` to the same shape, and the balance loss and the load of its experts.
+        """Map `[tokens, hidden_size]` to the same shape, and return the balance loss and the load of its experts.
 
         The last two are None in a dense block and without `output_balance`.
         """
@@ -128,7 +127,7 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a folder with another model in it is refused, where transformers would warn.
+        """As in transformers, but refuse a folder with another model, where transformers would only warn.
 
         Raises:
             ValueError: config.json of the folder names another model_type.
@@ -141,13 +140,13 @@ class VotEncoderPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(source, *model_args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
-        # transformers skips a module of a model that is not its own if all tensors directly in it are initialised,
-        # hence also if there are none. Such a module may set those of its children: SizeAwareEmbedding does.
+        # transformers skips a foreign module if all tensors directly in it are initialised, hence also if there are
+        # none. Such a module may set tensors of its children, as SizeAwareEmbedding does.
         super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Each module knows how to initialise itself; tensors that were loaded keep their values."""
+        """Let each module initialise itself; tensors that were loaded keep their values."""
         reset = getattr(module, "reset_parameters", None)
         tensors = [*module.parameters(), *module.buffers()]
         loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
@@ -163,7 +162,7 @@ class VotStreamState:
     """The state that a causal encoder carries from frame to frame; its size does not grow.
 
     Attributes:
-        frame: frames seen so far.
+        frame: number of frames seen so far.
         layers: the attention state of each block.
     """
 
@@ -172,7 +171,7 @@ class VotStreamState:
 
 
 class VotEncoder(VotEncoderPreTrainedModel):
-    """Encodes images and clips of any size, packed into one sequence, into one vector per patch.
+    """An encoder of images and clips of any size, packed into one sequence, with one vector per patch.
 
     Packing is exact: no token sees another clip, and positions restart in each clip.
     """
@@ -214,10 +213,10 @@ class VotEncoder(VotEncoderPreTrainedModel):
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
             image_grid_thw: integer `[clips, 3]`, (frames, height, width) in patches.
             fps: float `[clips]`, frames per second, 0 for images; None is all 0.
-            layout: from `self.layout(image_grid_thw)`, to build it once if the same packing is used again, or
-                outside of a compiled graph, which cannot build it.
-            output_hidden_states: return the embedding and every block's output too.
-            output_balance: return `balance_loss` and `expert_load` too; None means in training alone.
+            layout: from `self.layout(image_grid_thw)`, to build it once for a packing that is used again, or outside
+                of a compiled graph, which cannot build it.
+            output_hidden_states: also return the embedding and every block's output.
+            output_balance: return `balance_loss` and `expert_load` also; None means only in training.
         """
         output_balance = self.training if output_balance is None else output_balance
         layout = self.layout(image_grid_thw, pixel_values.device) if layout is None else layout
@@ -244,7 +243,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         )
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the backend of the attention: "auto" (at first), "triton", "torch" or "reference".
+        """Choose the backend of the attention: "auto" (the default), "triton", "torch" or "reference".
 
         It depends on the machine, so it is not part of the configuration and is not saved.
 
@@ -270,13 +269,13 @@ class VotEncoder(VotEncoderPreTrainedModel):
                 module.backend = backend
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
-        """The packed layout of a batch, with this encoder's groups."""
+        """Return the packed layout of a batch, with this encoder's groups."""
         return PackedLayout.from_grid_thw(image_grid_thw, self.config.group, device)
 
     def start_stream(self) -> VotStreamState:
-        """The state before the first frame of a stream; needs `causal="group"` and no full-attention layer."""
+        """Return the state before the first frame of a stream; needs `causal="group"` and no full-attention layer."""
         if self.config.causal != "group":
-            raise ValueError('Streaming needs an encoder with causal="group".')
+            raise ValueError(f'Streaming needs an encoder with causal="group", got {self.config.causal!r}.')
         full = [i for i, window in enumerate(self.config.layer_windows) if window is None]
         if full:
             raise ValueError(
@@ -290,7 +289,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
     ) -> tuple[Tensor, VotStreamState]:
         """Encode the next frame: `[h * w, C * tp * p * p]` to `[h * w, hidden_size]` and the new state.
 
-        Frame by frame this equals `forward` on the whole clip, with memory that does not grow.
+        Frame by frame, the results equal `forward` on the whole clip, with memory that does not grow.
         """
         grid = torch.tensor([[1, *grid_hw]])
         layout = self.layout(grid, pixel_values.device)

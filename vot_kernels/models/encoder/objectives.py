@@ -15,15 +15,15 @@ from vot_kernels.nn.rotary import RotaryEmbedding
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.packing import PackedLayout
 
-_START = 256  # follows the bytes; with it the empty caption has a token too
+_START = 256  # follows the bytes, so that the empty caption has a token too
 
 
 class TokenDistillation(nn.Module):
-    """Makes a student predict a frozen teacher: every token, and one pooled vector per segment.
+    """The loss for a student that predicts a frozen teacher: every token, and one pooled vector per segment.
 
     Two linear heads map the student's width to the teacher's. A distance is
-    `cosine_weight · (1 - cosine) + (1 - cosine_weight) · smooth L1`. Targets are first standardised per
-    channel (see `fit_targets`), so that a student which has learned the mean alone has a cosine of 0.
+    `cosine_weight · (1 - cosine) + (1 - cosine_weight) · smooth L1`. Targets are first standardised per channel (see
+    `fit_targets`), so that a student which has learned only the mean has a cosine of 0.
 
     Args:
         student_dim, teacher_dim: widths of tokens and pooled vectors.
@@ -38,7 +38,7 @@ class TokenDistillation(nn.Module):
     def __init__(self, student_dim: int, teacher_dim: int, cosine_weight: float = 0.9):
         super().__init__()
         if not 0 <= cosine_weight <= 1:
-            raise ValueError(f"cosine_weight must lie in 0 to 1, got {cosine_weight}.")
+            raise ValueError(f"cosine_weight must be from 0 to 1, got {cosine_weight}.")
         self.cosine_weight = cosine_weight
         self.token_head = nn.Linear(student_dim, teacher_dim)
         self.pooled_head = nn.Linear(student_dim, teacher_dim)
@@ -64,13 +64,13 @@ class TokenDistillation(nn.Module):
         layout: PackedLayout,
         teacher_layout: PackedLayout,
     ) -> dict[str, Tensor]:
-        """The distances "tokens" and "pooled", scalars. No gradient reaches the teacher.
+        """Return the distances "tokens" and "pooled", scalars. No gradient reaches the teacher.
 
         Args:
             tokens: `[tokens, student_dim]`; rows past the layout's tokens are slack and left out.
             pooled: `[segments, student_dim]`.
             teacher_tokens, teacher_pooled: the same rows, `[..., teacher_dim]`.
-            layout, teacher_layout: the layouts of the two; their groups may differ, their grids may not.
+            layout, teacher_layout: the layouts of the two; their groups may differ, but not their grids.
 
         Raises:
             ValueError: the two are packed differently.
@@ -92,7 +92,7 @@ class TokenDistillation(nn.Module):
 
 
 def mean_tokens(tokens: Tensor, layout: PackedLayout) -> Tensor:
-    """The mean token of each segment: `[tokens, dim]` to `[segments, dim]`; an empty segment gives 0."""
+    """Average the tokens of each segment: `[tokens, dim]` to `[segments, dim]`; an empty segment gives 0."""
     total = tokens.new_zeros(layout.num_segments, tokens.shape[1])
     total = total.index_add(0, layout.token_segments, tokens[: layout.num_tokens])
     return total / layout.cu_seqlens.diff().clamp_min(1)[:, None]
@@ -105,23 +105,23 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Each of the N × N pairs is a binary decision: do image and text belong together?
+    """Return the loss in which each of the N × N pairs is a binary decision: do image and text belong together?
 
     -Σᵢⱼ log sigmoid(zᵢⱼ (exp(logit_scale) xᵢ·yⱼ + logit_bias)) / N with zᵢⱼ = 1 for i = j, else -1. The rows
-    are taken `chunk_size` at a time and computed again in the backward pass, so that memory is
-    O(chunk_size · N) where the whole matrix needs O(N²).
+    are processed `chunk_size` at a time and recomputed in the backward pass, so that memory is O(chunk_size · N),
+    where the whole matrix needs O(N²).
 
     Args:
         image_embeds, text_embeds: `[N, dim]`, floating, usually of length 1; row i of one belongs to row i
             of the other.
-        logit_scale: scalar, log of the factor. logit_bias: scalar.
-        chunk_size: images at a time; need not divide N.
+        logit_scale, logit_bias: scalars; the first is the log of the factor.
+        chunk_size: number of images at a time; it need not divide N.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs), equal to the loss of the whole matrix; so are its gradients.
 
     Raises:
-        ValueError: shapes that differ, no rows, or a chunk size below 1.
+        ValueError: the shapes differ, there are no rows, or the chunk size is below 1.
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV 2023 (arXiv 2303.15343), section 3.
     """
@@ -146,7 +146,7 @@ def sigmoid_contrastive_loss(
 
 
 def _rows_loss(rows: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
-    """The sum over the pairs of some images, `rows`; the first image belongs to text `first`."""
+    """Sum over the pairs of some images, `rows`; the first image belongs to text `first`."""
     logits = scale * rows @ texts.T + bias
     matching = logits.diagonal(first)
     # -log sigmoid(-s) everywhere; the matching pairs need -log sigmoid(s) instead, which is smaller by s.
@@ -156,16 +156,16 @@ def _rows_loss(rows: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: 
 class ContrastiveHead(nn.Module):
     """Maps pooled vectors of images and texts into one space, with the learned scale and bias of the logits.
 
-    Each side is standardised over the batch and then projected. The pooled vectors of a fresh encoder differ
-    from each other by a thousandth of their length; projected as they are, all images point the same way, and
-    training settles where no logit depends on its pair. Outside of training running statistics serve, so that
-    a row depends on itself alone.
+    Each side is standardised over the batch and then projected. The pooled vectors of a fresh encoder differ from each
+    other by a thousandth of their length. Projected without standardisation, all images would point the same way, and
+    training would stop where no logit depends on its pair. Outside of training, running statistics are used, so that a
+    row depends only on itself.
 
     Args:
         image_dim, text_dim: widths of the pooled vectors.
         projection_size: width of the shared space.
         scale, bias: initial factor and bias of the logits. The bias should be about minus the log
-            of the texts in a batch, so that the many pairs that do not match begin as such.
+            of the texts in a batch, so that the many pairs that do not match start as such.
     """
 
     def __init__(
@@ -183,12 +183,12 @@ class ContrastiveHead(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
     def forward(self, image_pooled: Tensor, text_pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, image_dim]` and `[M, text_dim]` to `[N, projection_size]` and `[M, projection_size]`, every
-        row of length 1. In training N and M must be at least 2."""
+        """Map `[N, image_dim]` and `[M, text_dim]` to `[N, projection_size]` and `[M, projection_size]`, every row of
+        length 1. In training N and M must be at least 2."""
         return F.normalize(self.image(image_pooled), dim=-1), F.normalize(self.text(text_pooled), dim=-1)
 
     def loss(self, image_pooled: Tensor, text_pooled: Tensor, chunk_size: int = 1024) -> Tensor:
-        """`sigmoid_contrastive_loss` of pooled vectors whose rows belong together."""
+        """Return `sigmoid_contrastive_loss` of pooled vectors whose rows belong together."""
         image_embeds, text_embeds = self(image_pooled, text_pooled)
         return sigmoid_contrastive_loss(
             image_embeds, text_embeds, self.logit_scale, self.logit_bias, chunk_size
@@ -200,7 +200,7 @@ def _projection(dim: int, size: int) -> nn.Sequential:
 
 
 class CaptionEncoder(nn.Module):
-    """A small text encoder over bytes: captions of any lengths lie packed, none is padded.
+    """A small text encoder over bytes; captions of any lengths are packed without padding.
 
     Args:
         dim: width of the tokens and the pooled vector; a multiple of `num_heads`.
@@ -216,14 +216,14 @@ class CaptionEncoder(nn.Module):
         self.pooling = PackedAttentionPooling(dim, num_heads)
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, PackedLayout]:
-        """UTF-8 bytes after a start token: int64 `[tokens]` and their layout, on the module's device."""
+        """Return UTF-8 bytes after a start token: int64 `[tokens]` and their layout, on the module's device."""
         device = self.embedding.weight.device
         captions = [[_START, *text.encode()] for text in texts]
         tokens = torch.tensor([token for caption in captions for token in caption], dtype=torch.int64)
         return tokens.to(device), PackedLayout.from_lengths([len(c) for c in captions], device=device)
 
     def forward(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
-        """int64 `[tokens]` to one vector per caption, `[captions, dim]`."""
+        """Map int64 `[tokens]` to one vector per caption, `[captions, dim]`."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, layout)
@@ -245,7 +245,7 @@ class _CaptionBlock(nn.Module):
         self.mlp = SwiGLU(dim, 8 * dim // 3)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        """`[tokens, dim]` to the same."""
+        """Map `[tokens, dim]` to `[tokens, dim]`."""
         x = x + self.attention(self.attention_norm(x), layout)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -1,4 +1,4 @@
-"""From images and clips of any size to packed patches."""
+"""The conversion of images and clips of any size to packed patches."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from vot_kernels.ops.pack_patches import pack_patches
 class VotImageProcessor(ImageProcessingMixin):
     """Resizes, normalises and packs images and clips of mixed sizes.
 
-    Each input keeps its aspect ratio up to rounding to whole patches, and its area is brought into
+    Each input keeps its aspect ratio up to rounding to whole patches, and its area is scaled into
     `[min_pixels, max_pixels]`. The output follows the Qwen-VL convention.
 
     Args:
         patch_size, temporal_patch_size: as in the encoder's configuration.
         min_pixels, max_pixels: allowed area of one frame, in pixels.
-        image_mean, image_std: applied to values in [0, 1].
+        image_mean, image_std: mean and standard deviation to normalise values in [0, 1].
     """
 
     model_input_names = ["pixel_values", "image_grid_thw", "fps"]
@@ -64,10 +64,12 @@ class VotImageProcessor(ImageProcessingMixin):
             raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}.')
         inputs = list(images) if isinstance(images, list | tuple) else [images]
         if not inputs:
-            raise ValueError("Give at least one image or clip; got an empty list.")
+            raise ValueError("images must have at least one image or clip, got an empty list.")
         rates = [float(fps or 0.0)] * len(inputs) if not isinstance(fps, Sequence) else list(fps)
         if len(rates) != len(inputs):
-            raise ValueError(f"fps lists {len(rates)} numbers for {len(inputs)} inputs.")
+            raise ValueError(
+                f"fps must be one number or one per input ({len(inputs)}), got {len(rates)} numbers."
+            )
         packed, grid = pack_patches(
             [self._prepare(image) for image in inputs],
             self.patch_size,
@@ -78,7 +80,7 @@ class VotImageProcessor(ImageProcessingMixin):
         )
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size in pixels, in whole patches, to which a frame of `height` x `width` is resized."""
+        """Return the size in pixels, in whole patches, to which a frame of `height` x `width` is resized."""
         patch = self.patch_size
         area = min(max(height * width, self.min_pixels), self.max_pixels)
         scale = math.sqrt(area / (height * width))
@@ -101,7 +103,7 @@ class VotImageProcessor(ImageProcessingMixin):
 
 
 def _to_clip(image: Any) -> Tensor:
-    """uint8 `[T, 3, H, W]` from an RGB image or clip in numpy, torch or PIL form."""
+    """Return uint8 `[T, 3, H, W]` from an RGB image or clip in numpy, torch or PIL form."""
     tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
     if tensor.ndim == 3:
         tensor = tensor[None]

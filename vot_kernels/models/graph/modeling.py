@@ -6,12 +6,12 @@ For the nodes of frame k, with X_k the embedding of class, box and optional regi
     H_k      = L pre-norm layers of packed attention over the frame's nodes, with relation bias, and MLPs
     M[track] ← GRU(M[track], H_k)
 
-Frames of several graphs are batched as the segments of one packed attention call. The relation bias stays
-inside that op: bias_ij is added to the logits exactly by giving query i its row of biases and key j the
-one-hot vector of its place in the frame as extra head dimensions, since [q, bias_i]·[k, e_j] = q·k + bias_ij.
+Frames of several graphs are batched as the segments of one packed attention call. The relation bias stays inside that
+op: bias_ij is added to the logits exactly by appending its row of biases to query i, and the one-hot vector of its
+position in the frame to key j, since [q, bias_i]·[k, e_j] = q·k + bias_ij.
 
-A bias alone moves attention between neighbours but cannot tell a node that it moves left (softmax over one
-node is 1 whatever the bias), so each node's embedding also holds the relations and events it takes part in.
+A bias alone shifts attention between neighbours but cannot tell a node that it moves left (softmax over one node is 1
+whatever the bias), so each node's embedding also has the relations and events it takes part in.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from vot_kernels.packing import PackedLayout
 from vot_kernels.scene_graph.graph import STSG, PackedGraph, Vocabulary
 
 _SUBJECT, _OBJECT = 0, 1
-_SPREAD = 4.0  # brings fractions of the frame, 0 to 1, to about unit variance
+_SPREAD = 4.0  # scales fractions of the frame, 0 to 1, to about unit variance
 _PLACE_STEP = 32  # extra head dimensions come in multiples of this; frames of up to 32 nodes share one width
 
 
@@ -36,16 +36,16 @@ class RecurrentGraphTransformerConfig:
     """Sizes of a `RecurrentGraphTransformer`.
 
     Attributes:
-        vocabulary: the words its embeddings stand for, in order.
+        vocabulary: the words that its embeddings represent, in order.
         dim: width of the node states, a multiple of `num_heads`.
         num_layers: transformer layers.
         num_heads: heads of the attention.
         mlp_ratio: hidden width of the MLPs over `dim`.
         feature_dim: width of the region features per node; None uses the graph alone.
-        memory: False cuts the recurrence, for ablation.
+        memory: False removes the recurrence, for ablation.
 
     Raises:
-        ValueError: sizes below 1 or that do not divide.
+        ValueError: a size is below 1, or dim is not a multiple of num_heads.
     """
 
     vocabulary: Vocabulary
@@ -90,7 +90,7 @@ class RecurrentGraphTransformer(nn.Module):
         self.memory_cell = nn.GRUCell(dim, dim) if config.memory else None
         self.readout = nn.Linear(2 * dim if config.memory else dim, dim)
         nn.init.normal_(self.relation_bias, std=0.02)
-        # Small beside the box: what things are must not drown where they are.
+        # These start small beside the box, so that what things are does not drown where they are.
         for embedding in (self.label_embedding.weight, self.attribute_embedding, self.relation_embedding):
             nn.init.normal_(embedding, std=0.1)
 
@@ -99,7 +99,7 @@ class RecurrentGraphTransformer(nn.Module):
 
         Args:
             graphs: from `STSG.to_packed(config.vocabulary)`. Graphs do not see one another.
-            features: `[nodes, feature_dim]`, the nodes of all graphs one after the other; needed if and only
+            features: `[nodes, feature_dim]`, the nodes of all graphs in turn; required if and only
                 if the model has a feature_dim.
 
         Returns:
@@ -107,19 +107,19 @@ class RecurrentGraphTransformer(nn.Module):
             frames only.
 
         Raises:
-            ValueError: a graph of another vocabulary, or features that do not fit.
+            ValueError: a graph has another vocabulary, or the features do not fit.
         """
         return self._run(_Batch(graphs, self.config), features)[0]
 
     def embed(self, graphs: STSG | Sequence[STSG], features: Tensor | None = None) -> Tensor:
-        """One embedding per tracklet: a projection of [mean of its states, its memory after the last frame].
+        """Return one embedding per tracklet: a projection of [mean of its states, its memory after the last frame].
 
         Args:
-            graphs: one graph or several; any vocabulary, words the model does not know count as unknown.
+            graphs: one graph or several, of any vocabulary; words that the model does not know count as unknown.
             features: as in `forward`.
 
         Returns:
-            `[tracks, dim]`, the tracklets of all graphs one after the other. A tracklet without boxes has
+            `[tracks, dim]`, the tracklets of all graphs in turn. A tracklet without boxes has
             the embedding of zeros, the readout's bias.
         """
         graphs = [graphs] if isinstance(graphs, STSG) else graphs
@@ -132,7 +132,7 @@ class RecurrentGraphTransformer(nn.Module):
         return self.readout(pooled if memory is None else torch.cat([pooled, memory], dim=1))
 
     def _run(self, batch: "_Batch", features: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Node states in the graphs' order and the final memory `[tracks, dim]`, None without a memory."""
+        """Return node states in the graphs' order and the final memory `[tracks, dim]`, or None without a memory."""
         inputs = self._embed_nodes(batch, features)
         bias, place = self._relation_bias(batch, inputs)
         track = batch.tensor(batch.track, inputs)
@@ -153,7 +153,7 @@ class RecurrentGraphTransformer(nn.Module):
         return packed[batch.tensor(batch.inverse, inputs)], memory
 
     def _embed_nodes(self, batch: "_Batch", features: Tensor | None) -> Tensor:
-        """X `[nodes, dim]` in the batch's order."""
+        """Return X `[nodes, dim]` in the batch's order."""
         like = self.relation_bias
         boxes, scores = batch.tensor(batch.boxes, like), batch.tensor(batch.scores, like)
         corner, end = boxes[:, :2], boxes[:, 2:]
@@ -177,7 +177,7 @@ class RecurrentGraphTransformer(nn.Module):
         return self.feature_projection(features[batch.tensor(batch.order, features)])
 
     def _relation_bias(self, batch: "_Batch", like: Tensor) -> tuple[Tensor, Tensor]:
-        """Extra head dimensions: queries' biases `[nodes, heads, width]`, keys' places `[nodes, width]`."""
+        """Return extra head dimensions: queries' biases `[nodes, heads, width]`, keys' positions `[nodes, width]`."""
         heads, width = self.config.num_heads, batch.width
         type, weight = batch.tensor(batch.edge_type, like), batch.tensor(batch.edge_scores, like).unsqueeze(1)
         bias = like.new_zeros(batch.num_nodes * width, heads)
@@ -217,10 +217,10 @@ class _Layer(nn.Module):
 
 
 class _Batch:
-    """Several packed graphs as one, nodes sorted by frame, then graph: each frame is one slice of rows.
+    """Several packed graphs as one, with nodes sorted by frame, then graph, so that each frame is one slice of rows.
 
-    `order` sends rows to nodes in the graphs' order, `inverse` back. Arrays are numpy; `place` is a node's
-    place in its own frame and graph.
+    `order` maps rows to nodes in the graphs' order, `inverse` back. Arrays are numpy; `place` is a node's position in
+    its own frame and graph.
     """
 
     def __init__(self, graphs: Sequence[PackedGraph], config: RecurrentGraphTransformerConfig) -> None:
@@ -257,7 +257,7 @@ class _Batch:
         self.edge_scores = _join([g.edge_scores for g in graphs], np.float32)
 
     def steps(self) -> list[tuple[slice, list[int]]]:
-        """The frames that have nodes: (rows, nodes of each graph)."""
+        """Return (rows, nodes of each graph) of the frames that have nodes."""
         ends = np.cumsum(self.counts.sum(1))
         return [
             (slice(int(end) - sum(lengths), int(end)), lengths)
@@ -267,7 +267,7 @@ class _Batch:
 
     @staticmethod
     def tensor(array: np.ndarray, like: Tensor) -> Tensor:
-        """The array on `like`'s device; floats in its dtype."""
+        """Return the array on `like`'s device; floats in its dtype."""
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
         return tensor.to(like.dtype) if tensor.is_floating_point() else tensor
 
@@ -286,7 +286,7 @@ def _check(graph: PackedGraph, config: RecurrentGraphTransformerConfig) -> None:
     )
     if not fits:
         raise ValueError(
-            f"A graph was packed with another vocabulary; pack it with the model's own "
+            f"A graph must be packed with the model's own vocabulary "
             f"({len(vocabulary.labels)} labels, {len(vocabulary.attributes)} attributes, "
             f"{config.num_edge_types} predicates and events): to_packed(config.vocabulary)."
         )

@@ -1,4 +1,4 @@
-"""From a clip to a spatial-temporal scene graph: the encoder with an STSG head."""
+"""The perception model, which turns a clip into a spatial-temporal scene graph: the encoder with an STSG head."""
 
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.modeling import VotPerceptionModel, VotPerceptionOutput

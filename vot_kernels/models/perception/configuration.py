@@ -12,9 +12,9 @@ class VotPerceptionConfig(PreTrainedConfig):
 
     Args:
         encoder: a `VotEncoderConfig` or its dictionary.
-        num_queries: object queries a clip; the most tracklets that can be found.
-        decoder_layers, decoder_heads: the transformer that turns queries into objects.
-        glimpse_size: pixels on each side of the glimpse taken of every object in every frame.
+        num_queries: object queries per clip, which is the largest number of tracklets that can be found.
+        decoder_layers, decoder_heads: layers and heads of the transformer that turns queries into objects.
+        glimpse_size: pixels on each side of the crop around every object in every frame.
         labels, attributes, predicates, events: the closed vocabulary; the predicates in `unary_predicates`
             and the events in `unary_events` concern one object.
         max_pixels: largest area of one frame, in pixels, for which the checkpoint was trained.

@@ -1,8 +1,8 @@
-"""The STSG head: object queries that find, follow and name objects, and say what happens between them.
+"""The STSG head: object queries that find, track and name objects, and predict relations and events between them.
 
-Queries attend to all tokens of a clip (as in DETR, Carion et al. 2020). Each then points at its object in every
-frame by attention over that frame's tokens, refines the place with a glimpse of the pixels there, and
-names what a second, centred glimpse shows. Relations and events are read from the tracks.
+Queries attend to all tokens of a clip (as in DETR, Carion et al. 2020). Each then locates its object in every frame by
+attention over that frame's tokens, refines the position with a glimpse (a small crop) of the pixels there, and names
+what a second, centred glimpse shows. Relations and events are predicted from the tracks.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 
-_GLIMPSE_MARGIN = 1.5  # side of the locating glimpse over the side of the box
-_MAX_SHIFT = 0.75  # furthest refinement, in box sides
+_GLIMPSE_MARGIN = 1.5  # side of the locating glimpse divided by the side of the box
+_MAX_SHIFT = 0.75  # largest refinement, in box sides
 
 
 @dataclass
 class HeadOutput:
-    """The findings of the queries in `B` clips of one grid; `Q` queries, `T` frames.
+    """The results of the queries for `B` clips of one grid; `Q` queries, `T` frames.
 
     Attributes:
         centers: `[B, Q, T, 2]`, (x, y) in fractions of the frame.
@@ -29,7 +29,7 @@ class HeadOutput:
         presence: `[B, Q, T]`, logits.
         labels: `[B, Q, labels]`, logits.
         attributes: `[B, Q, attributes]`, logits.
-        sought: `[B, Q, attributes]`, logits of the attribute that each query looks for, before it looks closely.
+        sought: `[B, Q, attributes]`, logits of the attribute that each query looks for, before any glimpse.
         pair_events: `[B, Q, Q, T, kinds]`, independent logits, symmetric in the two queries.
         unary_events: `[B, Q, T, kinds]`, independent logits.
         pair_relations: `[B, Q, Q, T, kinds]`, independent logits.
@@ -68,9 +68,9 @@ class STSGHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Queries start apart from each other, each looking for attributes of its own.
+        """Make the queries differ from each other at the start, each looking for attributes of its own.
 
-        Without this, queries divide the objects by place, which changes from clip to clip, and they learn slowly
+        Without this, queries divide the objects by position, which changes from clip to clip, and they learn slowly
         whether their object is there.
         """
         nn.init.orthogonal_(self.queries.weight)
@@ -118,7 +118,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = _mlp(dim, 2 * dim, dim)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """queries `[B, Q, dim]`, tokens `[B, N, dim]` (already normalised)."""
+        """Update queries `[B, Q, dim]` from tokens `[B, N, dim]` (already normalised)."""
         normed = self.norms[0](queries)
         queries = queries + self.self_attention(normed, normed)
         queries = queries + self.cross_attention(self.norms[1](queries), tokens)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        """queries `[B, Q, dim]`, tokens `[B, N, dim]`."""
+        """Attend from queries `[B, Q, dim]` to tokens `[B, N, dim]`."""
         q = self.query(queries).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.key_value(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 
 @dataclass
 class Place:
-    """Where each query's object is; shapes as in `HeadOutput`, features `[B, Q, T, dim]`."""
+    """The position of each query's object; shapes as in `HeadOutput`, features `[B, Q, T, dim]`."""
 
     centers: Tensor
     coarse_centers: Tensor
@@ -155,7 +155,7 @@ class Place:
 
 
 class Localizer(nn.Module):
-    """Points at each object in each frame: attention over tokens, then a glimpse of the pixels."""
+    """Locates each object in each frame: attention over tokens, then a glimpse of the pixels."""
 
     def __init__(self, dim: int, glimpse_size: int):
         super().__init__()
@@ -168,7 +168,7 @@ class Localizer(nn.Module):
         self.presence = _mlp(2 * dim + 1, dim, 1)
 
     def forward(self, queries: Tensor, tokens: Tensor, grid: tuple[int, int], frames: Tensor) -> Place:
-        """queries `[B, Q, dim]`, tokens `[B, T, P, dim]`, grid (h, w), frames `[B, T, 3, H, W]`."""
+        """Locate queries `[B, Q, dim]` in tokens `[B, T, P, dim]`, grid (h, w), frames `[B, T, 3, H, W]`."""
         keys, values = self.key_value(tokens).chunk(2, -1)
         scale = keys.shape[-1] ** -0.5
         heat = torch.einsum("bqd,btpd->bqtp", self.query(queries), keys) * scale
@@ -192,7 +192,7 @@ class Localizer(nn.Module):
 
 
 class Namer(nn.Module):
-    """Names an object by what its centred glimpses show, averaged over the frames where it is present."""
+    """Names an object from its centred glimpses, averaged over the frames in which it is present."""
 
     def __init__(self, dim: int, config: VotPerceptionConfig):
         super().__init__()
@@ -202,7 +202,7 @@ class Namer(nn.Module):
         self.attribute = _mlp(2 * dim, dim, len(config.attributes))
 
     def forward(self, queries: Tensor, place: Place, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[B, Q, labels]` and `[B, Q, attributes]`."""
+        """Return logits `[B, Q, labels]` and `[B, Q, attributes]`."""
         seen = self.glimpse(
             take_glimpses(frames, place.centers.detach(), 1.1 * place.sizes.detach(), self.glimpse_size)
         )
@@ -226,8 +226,8 @@ class Dynamics(nn.Module):
         self.unary_relation = _TemporalConv(10, hidden, len(config.unary_predicates))
 
     def forward(self, centers: Tensor, sizes: Tensor, frame_size: tuple[int, int]) -> dict[str, Tensor]:
-        """centers, sizes `[B, Q, T, 2]` in fractions of a frame of `frame_size` (height, width) pixels."""
-        # Lengths in units of the object's own size, so that neither resolution nor aspect matters.
+        """Take centers, sizes `[B, Q, T, 2]` in fractions of a frame of `frame_size` (height, width) pixels."""
+        # Lengths are in units of the object's own size, so that neither resolution nor aspect ratio matters.
         pixels = centers.new_tensor([frame_size[1], frame_size[0]])
         unit = (sizes * pixels).mean((2, 3), keepdim=True).clamp_min(1.0)
         position = centers * pixels / unit
@@ -253,7 +253,7 @@ class Dynamics(nn.Module):
 
 
 class _TemporalConv(nn.Module):
-    """`[..., T, inputs]` to `[..., T, outputs]` with a receptive field of seven frames."""
+    """Maps `[..., T, inputs]` to `[..., T, outputs]` with a receptive field of seven frames."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int):
         super().__init__()
@@ -269,7 +269,7 @@ class _TemporalConv(nn.Module):
 
 
 def take_glimpses(frames: Tensor, centers: Tensor, sizes: Tensor, resolution: int) -> Tensor:
-    """Bilinear crops around `centers`: `[B, Q, T, 3 * resolution**2]`, the border repeated outside the frame.
+    """Crop bilinearly around `centers`: `[B, Q, T, 3 * resolution**2]`, with the border repeated outside the frame.
 
     frames `[B, T, 3, H, W]`; centers and sizes `[B, Q, T, 2]` in fractions of the frame, as (x, y).
     """
@@ -289,7 +289,7 @@ def take_glimpses(frames: Tensor, centers: Tensor, sizes: Tensor, resolution: in
 
 
 def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Central first difference and second difference over time (dim -2), zero-order at the ends."""
+    """Return central first differences and second differences over time (dim -2), zero-order at the ends."""
     before = torch.cat([x[..., :1, :], x[..., :-1, :]], -2)
     after = torch.cat([x[..., 1:, :], x[..., -1:, :]], -2)
     bend = after - 2 * x + before
@@ -299,7 +299,7 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_centers(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """(x, y) of each token's middle in fractions of the frame, `[h * w, 2]`."""
+    """Return (x, y) of each token's centre in fractions of the frame, `[h * w, 2]`."""
     height, width = grid
     y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
     x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width

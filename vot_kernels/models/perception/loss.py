@@ -1,4 +1,4 @@
-"""Set-prediction loss of the STSG head: Hungarian matching of whole tracks, then supervised terms."""
+"""The set-prediction loss of the STSG head: Hungarian matching of whole tracks, then supervised terms."""
 
 from dataclasses import dataclass, fields
 
@@ -11,7 +11,7 @@ from vot_kernels.models.perception.head import HeadOutput
 
 @dataclass
 class Targets:
-    """Truth for `B` clips of one grid with up to `N` objects; shorter lists are padded.
+    """The ground truth for `B` clips of one grid with up to `N` objects; shorter lists are padded.
 
     Attributes:
         centers: float32 `[B, N, T, 2]`, (x, y) in fractions of the frame.
@@ -38,13 +38,13 @@ class Targets:
     unary_relations: Tensor
 
     def to(self, device: torch.device | str) -> "Targets":
-        """The same truth on a device."""
+        """Return the same ground truth on a device."""
         return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @torch.no_grad()
 def match(output: HeadOutput, targets: Targets) -> list[tuple[Tensor, Tensor]]:
-    """For each clip the (query indices, object indices) of the cheapest assignment of objects to queries.
+    """Return for each clip (query indices, object indices) of the cheapest assignment of objects to queries.
 
     The cost of a pair is minus the log-probability that the query seeks the object's attribute, plus twice the
     mean centre distance in frame widths over the frames where the object is present, minus a tenth of the mean
@@ -69,7 +69,7 @@ def match(output: HeadOutput, targets: Targets) -> list[tuple[Tensor, Tensor]]:
 def perception_loss(
     output: HeadOutput, targets: Targets, pairs: list[tuple[Tensor, Tensor]], grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """The terms of the loss by name; training minimises their sum. grid is (h, w) in tokens."""
+    """Return the terms of the loss by name; training minimises their sum. grid is (h, w) in tokens."""
     clip = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs)])
     query, item = (torch.cat(part) for part in zip(*pairs, strict=True))
     wanted = torch.zeros_like(output.presence)
@@ -100,7 +100,7 @@ def perception_loss(
 
 
 def dynamics_loss(read: dict[str, Tensor], targets: Targets) -> dict[str, Tensor]:
-    """The terms of relations and events alone, for tracks in the order of the targets' objects."""
+    """Return the terms for relations and events only, for tracks in the order of the targets' objects."""
     objects = [exists.nonzero().squeeze(1) for exists in targets.exists]
     same = [(index, index) for index in objects]
     terms = {}
@@ -114,7 +114,7 @@ def dynamics_loss(read: dict[str, Tensor], targets: Targets) -> dict[str, Tensor
 
 
 def _pair_loss(logits: Tensor, truth: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Over ordered pairs of different objects; logits `[B, Q, Q, T, kinds]`, truth `[B, N, N, T, kinds]`."""
+    """Compute the loss over ordered pairs of different objects; `[B, Q, Q, T, kinds]`, `[B, N, N, T, kinds]`."""
     losses = []
     for b, (queries, items) in enumerate(pairs):
         different = ~torch.eye(len(queries), dtype=torch.bool, device=truth.device)
@@ -123,7 +123,7 @@ def _pair_loss(logits: Tensor, truth: Tensor, pairs: list[tuple[Tensor, Tensor]]
 
 
 def _rare(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy summed over kinds, mean over frames: rare positives keep their weight."""
+    """Sum binary cross-entropy over kinds and average over frames, so that rare positives keep their weight."""
     if logits.numel() == 0:
         return logits.sum()
     return F.binary_cross_entropy_with_logits(logits, truth.to(logits.dtype), reduction="none").sum(-1).mean()

@@ -1,4 +1,4 @@
-"""The perception model: a packed clip goes in, a spatial-temporal scene graph comes out."""
+"""The perception model: from a packed clip to a spatial-temporal scene graph."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class VotPerceptionOutput(ModelOutput):
         clip_index: for each bucket the positions of its clips in the input.
         pooler_output: `[clips, hidden_size]`, the encoder's pooled clip embeddings.
         domain_distance: `[clips]`, Mahalanobis distance of each clip's mean token from the training clips'.
-        balance_loss, expert_load: from the encoder; in training, or if asked for.
+        balance_loss, expert_load: from the encoder, in training or on request.
     """
 
     clips: list[HeadOutput] | None = None
@@ -37,9 +37,9 @@ class VotPerceptionOutput(ModelOutput):
 class VotPerceptionModel(VotEncoderPreTrainedModel):
     """`VotEncoder` with an STSG head.
 
-    It knows what it was trained on: the mean and the precision of the clips' mean tokens are kept with the
-    weights, and a clip further away than `domain_threshold` (Mahalanobis distance; Lee et al., 2018) is
-    reported as outside of the checkpoint's domain.
+    It records what it was trained on: the mean and the precision matrix of the clips' mean tokens are saved with the
+    weights, and a clip farther away than `domain_threshold` (Mahalanobis distance; Lee et al., 2018) is reported as
+    outside of the checkpoint's domain.
     """
 
     config: VotPerceptionConfig
@@ -72,7 +72,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         fps: Tensor,
         output_balance: bool | None = None,
     ) -> VotPerceptionOutput:
-        """See the clips. With `return_dict=False` the output is a tuple of the fields that are not None.
+        """Run the model on clips. With `return_dict=False` the output is a tuple of the fields that are not None.
 
         Args:
             pixel_values: `[patches, C * tp * p * p]`, from `VotImageProcessor`.
@@ -110,12 +110,12 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         )
 
     def mean_tokens(self, pixel_values: Tensor, image_grid_thw: Tensor, fps: Tensor) -> Tensor:
-        """The mean token of each clip, `[clips, hidden_size]`, as `fit_domain` needs them."""
+        """Return the mean token of each clip, `[clips, hidden_size]`, as `fit_domain` needs them."""
         seen = self.encoder(pixel_values, image_grid_thw, fps=fps, output_balance=False, return_dict=True)
         return _segment_means(seen.last_hidden_state, image_grid_thw)
 
     def domain_distance(self, mean_tokens: Tensor) -> Tensor:
-        """Mahalanobis distance of mean tokens `[clips, hidden_size]` from the training clips: `[clips]`."""
+        """Return the Mahalanobis distance of mean tokens `[clips, hidden_size]` from the training clips: `[clips]`."""
         offset = (mean_tokens - self.domain_mean).float()
         return torch.einsum("bi,ij,bj->b", offset, self.domain_precision.float(), offset).clamp_min(0).sqrt()
 
@@ -123,7 +123,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
     def fit_domain(self, mean_tokens: Tensor, held_out: Tensor, quantile: float = 0.995) -> None:
         """Set the domain from training clips, and its limit from held-out clips, `[clips, hidden_size]` each.
 
-        The limit is twice the `quantile` of the held-out distances: new digits are no new domain.
+        The limit is twice the `quantile` of the held-out distances, so that new digits are not a new domain.
         """
         self.domain_mean.copy_(mean_tokens.mean(0))
         covariance = torch.cov(mean_tokens.double().T)
@@ -134,7 +134,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
 
     @property
     def num_parameters_by_part(self) -> dict[str, int]:
-        """Parameters of the encoder and of the head."""
+        """Count the parameters of the encoder and of the head."""
         parts: Sequence[tuple[str, nn.Module]] = (("encoder", self.encoder), ("head", self.head))
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
 

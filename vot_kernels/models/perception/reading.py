@@ -1,4 +1,4 @@
-"""Reading a spatial-temporal scene graph off the head's output."""
+"""Conversion of the head's output to a spatial-temporal scene graph."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,19 +16,19 @@ from vot_kernels.scene_graph.graph import STSG, Box, Event, Relation, Tracklet, 
 
 _SURE = 0.5
 _CERTAIN = 0.8
-_MIN_SHARE = 0.25  # an object seen in fewer of the frames is not kept
+_MIN_SHARE = 0.25  # an object seen in a smaller share of the frames is dropped
 _DUPLICATE_IOU = 0.5
 _MIN_RELATION_FRAMES = 2
 
 
 @dataclass(frozen=True)
 class Detection:
-    """The scene graph of one clip, and how far the model can trust it.
+    """The scene graph of one clip, and how reliable it is.
 
     Attributes:
         stsg: the graph; track ids in order of first appearance.
         queries: for each tracklet the query that found it.
-        domain_distance, domain_threshold: how far the clip lies from the training clips, and the limit.
+        domain_distance, domain_threshold: distance of the clip from the training clips, and the limit.
     """
 
     stsg: STSG
@@ -50,7 +50,7 @@ def detect(
     times: Sequence[np.ndarray],
     source: str = "",
 ) -> list[Detection]:
-    """See clips of any sizes: uint8 `[T, H, W, 3]` with their frame times in seconds, float `[T]`."""
+    """Detect the graphs of clips of any sizes: uint8 `[T, H, W, 3]` with frame times in seconds, float `[T]`."""
     inputs = processor(list(clips), fps=[sampled_fps(t) for t in times]).to(model.device)
     output = model.eval()(**inputs)
     found: dict[int, Detection] = {}
@@ -63,12 +63,12 @@ def detect(
 
 
 def sampled_fps(times: np.ndarray) -> float:
-    """Mean frames per second of frame times in seconds; 0 for a single frame."""
+    """Return the mean frames per second of frame times in seconds; 0 for a single frame."""
     return float((len(times) - 1) / (times[-1] - times[0])) if len(times) > 1 else 0.0
 
 
 def vocabulary(config: VotPerceptionConfig) -> Vocabulary:
-    """The closed vocabulary of a checkpoint."""
+    """Return the closed vocabulary of a checkpoint."""
     return Vocabulary(
         tuple(config.labels), tuple(config.attributes), tuple(config.predicates), tuple(config.events)
     )
@@ -81,7 +81,7 @@ def to_stsg(
     times: Sequence[float] | np.ndarray,
     source: str = "",
 ) -> tuple[STSG, tuple[int, ...]]:
-    """The graph of clip `row` of a bucket, and the query behind each tracklet."""
+    """Return the graph of clip `row` of a bucket, and the query behind each tracklet."""
     presence = output.presence[row].sigmoid()
     queries = _distinct(output, row, presence)
     tracklets = tuple(
@@ -100,7 +100,7 @@ def to_stsg(
 
 
 def _distinct(output: HeadOutput, row: int, presence: Tensor) -> list[int]:
-    """Queries that see an object, best first and without doubles, then in order of first appearance."""
+    """Return the queries that see an object, without duplicates, in order of first appearance."""
     seen = presence > _SURE
     order = [
         q for q in presence.mean(1).argsort(descending=True).tolist() if seen[q].float().mean() >= _MIN_SHARE
@@ -158,14 +158,14 @@ def _events(
         for b, other in names.items():
             if a < b:
                 for kind, event in enumerate(binary):
-                    # Two objects must part before they can meet again: neighbouring frames are one event.
+                    # Two objects must separate before they can meet again, so neighbouring frames are one event.
                     moments = _peaks(pair[a, b, :, kind], certain=math.inf)
                     found += [Event(event, t, (actor, other), score) for t, score in moments]
     yield from sorted(found, key=lambda event: (event.t, event.kind, event.participants))
 
 
 def _intervals(probability: Tensor) -> Iterator[tuple[int, int, float]]:
-    """(first, last, mean probability) of each run of frames above one half."""
+    """Yield (first, last, mean probability) of each run of frames above one half."""
     values = probability.tolist()
     start = None
     for t, value in enumerate([*values, 0.0]):
@@ -178,7 +178,7 @@ def _intervals(probability: Tensor) -> Iterator[tuple[int, int, float]]:
 
 
 def _peaks(probability: Tensor, certain: float = _CERTAIN) -> Iterator[tuple[int, float]]:
-    """(frame, probability) of moments.
+    """Yield (frame, probability) of moments.
 
     An event between two frames may be split over both, so neighbours share one moment's probability, unless
     each of them is `certain` by itself.

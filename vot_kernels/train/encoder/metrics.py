@@ -1,4 +1,4 @@
-"""What a pretrained encoder knows: measured on held-out DigitWorld clips."""
+"""Metrics of a pretrained encoder, measured on held-out DigitWorld clips."""
 
 from collections.abc import Sequence
 
@@ -27,15 +27,15 @@ def encoder_metrics(
 ) -> Metrics:
     """Measure on the first `clips` episodes of the split "test"; the probe is fitted on those of "val".
 
-    Both splits show digits that no training clip shows.
+    No training clip shows the digits of either split.
 
     Returns:
         distil_tokens, distil_pooled: the distances that distillation minimises, about 1 where only the
         teacher's mean is known. video_to_caption_r1, caption_to_video_r1: share of clips (captions) whose
         nearest caption (clip) among all is its own; r1_chance: 1 / clips. probe_count, probe_colour: accuracy
         of a linear probe of the pooled vector on the number of objects and on the presence of each colour;
-        probe_count_majority, probe_colour_majority: of always giving the commonest answer.
-        What belongs to an objective that is switched off is left out.
+        probe_count_majority, probe_colour_majority: of always giving the most frequent answer.
+        The entries of an objective that is turned off are left out.
     """
     model.eval()
     test, val = (_look(model, teacher, settings, split, clips, seed) for split in ("test", "val"))
@@ -46,7 +46,7 @@ def encoder_metrics(
 
 
 class _Seen:
-    """What was seen of one split, a list entry a batch."""
+    """The clips of one split and the model's outputs, with a list entry per batch."""
 
     def __init__(self) -> None:
         self.episodes: list[Episode] = []
@@ -81,7 +81,7 @@ def _look(
 
 
 def _recall(images: Tensor, texts: Tensor) -> Metrics:
-    """R@1 in both directions; row i of one belongs to row i of the other."""
+    """Return R@1 in both directions; row i of one belongs to row i of the other."""
     similarity = images @ texts.T
     own = torch.arange(len(similarity))
     return {
@@ -92,7 +92,7 @@ def _recall(images: Tensor, texts: Tensor) -> Metrics:
 
 
 def _probe(fit: _Seen, test: _Seen) -> Metrics:
-    """Accuracies of ridge classifiers on standardised pooled vectors, and of the commonest answer."""
+    """Return the accuracies of ridge classifiers on standardised pooled vectors, and of the most frequent answer."""
     with imports_for("A linear probe", "train"):
         from sklearn.linear_model import RidgeClassifierCV
         from sklearn.pipeline import make_pipeline
@@ -113,7 +113,7 @@ _PROBES = ("count", *("colour" for _ in COLOUR_NAMES))
 
 
 def _answers(episodes: Sequence[Episode]) -> list[np.ndarray]:
-    """For each probe what is true of each clip: the number of objects, then whether it shows each colour."""
+    """Return for each probe the truth of each clip: the number of objects, then whether it shows each colour."""
     count = np.array([len(episode.scene.digits) for episode in episodes])
     shown = [np.array([colour in episode.scene.colours for episode in episodes]) for colour in COLOUR_NAMES]
     return [count, *(presence.astype(np.int64) for presence in shown)]

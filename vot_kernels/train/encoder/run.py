@@ -1,4 +1,4 @@
-"""`vot train encoder`: measure, train, measure again, and publish the encoder with how it was made."""
+"""`vot train encoder`: measure, train, measure again, and publish the encoder with a record of the run."""
 
 import time
 from dataclasses import asdict
@@ -28,7 +28,7 @@ from vot_kernels.train.report import (
 )
 
 OPTIONS = ("steps", "batch_size", "learning_rate", "distillation", "contrastive", "seed")
-"""The settings that the command line has options for, besides the teacher."""
+"""The settings that the command line has options for, in addition to the teacher."""
 
 
 def run(
@@ -37,10 +37,10 @@ def run(
     """Train a nano encoder, or resume, and write `out/model`; returns a table of metrics before and after.
 
     `teacher` is a perception or encoder checkpoint; None is an untrained encoder ("random features"). No
-    checkpoint is loaded if the settings switch distillation off.
+    checkpoint is loaded if the settings turn distillation off.
     `out/model` holds safetensors, the configurations, and training.json: the command, the settings, the
     teacher, the wall time, and the metrics of the random and of the trained weights on held-out clips.
-    What is finished is neither trained nor measured again.
+    A finished run is neither trained nor measured again.
     """
     config = VotEncoderConfig.preset("nano")
     loaded = teacher if settings.distillation else None
@@ -79,7 +79,7 @@ def run(
 
 
 def _table(record: dict[str, Any]) -> str:
-    """What the command prints."""
+    """Format the output of the command."""
     return f"Teacher: {record['teacher']}\n{format_metrics(record['metrics'], 'weights')}"
 
 

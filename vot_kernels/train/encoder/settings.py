@@ -12,12 +12,12 @@ class EncoderTraining:
     Attributes:
         steps, learning_rate, warmup, clip: see `vot_kernels.train.loop.Schedule`.
         batch_size: clips per step, of mixed sizes.
-        weight_decay: AdamW's.
+        weight_decay: weight decay of AdamW.
         distillation, contrastive: weights of the objectives; 0 leaves one out.
         num_frames: frames per clip.
         caption_width, caption_layers: size of the caption encoder.
-        h264_share: share of the clips that pass through H.264.
-        seed: of weights and data.
+        h264_share: share of the clips that are encoded with H.264 and decoded.
+        seed: seed of weights and data.
     """
 
     steps: int = 1000
@@ -42,4 +42,6 @@ class EncoderTraining:
                 f"got {self.distillation} and {self.contrastive}."
             )
         if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, to tell clips apart, got {self.batch_size}.")
+            raise ValueError(
+                f"batch_size must be at least 2, because contrast needs two clips, got {self.batch_size}."
+            )

@@ -1,4 +1,4 @@
-"""Pretraining the encoder on DigitWorld: distillation from a frozen teacher, contrast with captions."""
+"""Pretraining of the encoder on DigitWorld: distillation from a frozen teacher, contrast with captions."""
 
 import inspect
 import math
@@ -44,8 +44,8 @@ class Teacher:
     """A frozen encoder.
 
     Attributes:
-        name: what it is, for people.
-        encoder: its parameters are frozen; the student is trained on its device.
+        name: a readable description.
+        encoder: the encoder, whose parameters are frozen; the student is trained on its device.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Teacher:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the weights."""
+        """Return a string that changes with the weights."""
         return fingerprint(self.encoder)
 
 
 def load_teacher(folder: Path) -> Teacher:
-    """The encoder of a perception checkpoint, or an encoder checkpoint.
+    """Load the encoder of a perception checkpoint, or an encoder checkpoint.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -74,7 +74,7 @@ def load_teacher(folder: Path) -> Teacher:
 
 
 def random_features(config: VotEncoderConfig, seed: int = 0, wider: int = 2) -> Teacher:
-    """A freshly initialised encoder, `wider` times as wide as `config`. It knows nothing about images."""
+    """Return a freshly initialised encoder, `wider` times as wide as `config`. It knows nothing about images."""
     torch.manual_seed(seed)
     wide = VotEncoderConfig(
         **{
@@ -91,9 +91,9 @@ class EncoderPretraining(nn.Module):
     """The encoder with the heads of its objectives; an objective of weight 0 has no head.
 
     Args:
-        config: of the encoder.
-        teacher_width: of the teacher's tokens.
-        settings: of the run.
+        config: configuration of the encoder.
+        teacher_width: width of the teacher's tokens.
+        settings: settings of the run.
     """
 
     def __init__(self, config: VotEncoderConfig, teacher_width: int, settings: EncoderTraining):
@@ -109,13 +109,13 @@ class EncoderPretraining(nn.Module):
             self.contrast = ContrastiveHead(width, texts, config.projection_size, bias=bias)
 
     def embed(self, seen: VotEncoderOutput, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Clips and captions in the shared space, `[N, projection_size]` and `[M, projection_size]`."""
+        """Embed clips and captions in the shared space, `[N, projection_size]` and `[M, projection_size]`."""
         if self.captions is None or self.contrast is None:
             raise ValueError("This model was trained without contrast and has no shared space.")
         return self.contrast(seen.pooler_output, self.captions.encode(captions))
 
     def distil(self, seen: VotEncoderOutput, teacher: Teacher, inputs: BatchFeature) -> dict[str, Tensor]:
-        """The distances from the teacher's tokens and from its mean token of each clip."""
+        """Return the distances from the teacher's tokens and from its mean token of each clip."""
         if self.distillation is None:
             raise ValueError("This model was trained without distillation and has no head for it.")
         grid = inputs["image_grid_thw"]
@@ -132,7 +132,7 @@ class EncoderPretraining(nn.Module):
     def losses(
         self, inputs: BatchFeature, captions: Sequence[str], teacher: Teacher, settings: EncoderTraining
     ) -> dict[str, Tensor]:
-        """The weighted terms of the loss, scalars: their sum is minimised."""
+        """Return the weighted terms of the loss, scalars, whose sum is minimised."""
         seen = self.encoder(**inputs)
         terms = {"balance": _BALANCE_WEIGHT * seen.balance_loss}
         if self.distillation is not None:
@@ -149,8 +149,8 @@ class CaptionedClips:
     """Clips of mixed sizes with captions.
 
     Attributes:
-        clips: uint8 `[T, H, W, 3]` each.
-        fps: frame rate of all.
+        clips: uint8 `[T, H, W, 3]` arrays.
+        fps: frame rate of all clips.
         captions: one per clip.
     """
 
@@ -160,7 +160,7 @@ class CaptionedClips:
 
 
 class CaptionBatches(Dataset[CaptionedClips]):
-    """Batch number `step` of the training split; the same on every machine and in every process."""
+    """The batches of the training split by step; the same on every machine and in every process."""
 
     def __init__(self, settings: EncoderTraining):
         self.settings = settings
@@ -182,20 +182,20 @@ class CaptionBatches(Dataset[CaptionedClips]):
         return captioned(episodes, settings.h264_share)
 
     def loader(self, start: int, stop: int) -> DataLoader[CaptionedClips]:
-        """Batches `start` … `stop - 1` in order, made ahead by one worker process."""
+        """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
         return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
 
 
 def captioned(episodes: Sequence[Episode], h264_share: float = 0.0) -> CaptionedClips:
-    """Render and caption episodes, of which `h264_share` pass through H.264."""
+    """Render and caption episodes, a share `h264_share` of which are encoded with H.264 and decoded."""
     clips = [episode_batch([episode], codec_fraction=h264_share).frames[0] for episode in episodes]
     return CaptionedClips(clips, episodes[0].scene.fps, [caption(episode.stsg) for episode in episodes])
 
 
 def caption(stsg: STSG) -> str:
-    """What a graph shows, in one line: who is there, where each moves first, who hits whom.
+    """Describe a graph in one line: who is there, where each moves first, who hits whom.
 
-    "blue digit 7 moves up, red digit 3 moves left and down; blue digit 7 hits red digit 3". Objects come in
+    "blue digit 7 moves up, red digit 3 moves left and down; blue digit 7 hits red digit 3". Objects are in
     alphabetical order, hits in order of time, so the caption does not depend on the numbers of the tracks.
     """
     names = {tracklet.id: tracklet.name for tracklet in stsg.tracklets}
@@ -205,7 +205,7 @@ def caption(stsg: STSG) -> str:
 
 
 def _first_motion(stsg: STSG, track: str) -> str:
-    """ " moves left and up", or "" for what rests in the first frame."""
+    """Return " moves left and up", or "" for what rests in the first frame."""
     first = [
         r.predicate for r in stsg.relations if r.subject == track and r.t0 == 0 and r.predicate in MOTIONS
     ]
@@ -227,8 +227,8 @@ def train_encoder(
     See `vot_kernels.train.loop.run_steps` for the options.
 
     Raises:
-        ValueError: the teacher cuts frames into other patches, or the checkpoint has other settings.
-        RuntimeError: something else is trained than the stage trains.
+        ValueError: the teacher has another patch size, or the checkpoint has other settings.
+        RuntimeError: other parameters are trained than the stage should train.
     """
     model = build(settings, config, teacher).train()
     processor = make_processor(config)
@@ -257,7 +257,7 @@ def train_encoder(
 
 
 def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> EncoderPretraining:
-    """The model before its first step, on the teacher's device: random weights, and the teacher's statistics."""
+    """Return the model before its first step, on the teacher's device: random weights and the teacher's statistics."""
     if teacher.encoder.config.patch_size != config.patch_size:
         raise ValueError(
             f"The teacher's patch_size must be the student's, got {teacher.encoder.config.patch_size} "
@@ -278,7 +278,7 @@ def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher)
 
 
 def make_processor(config: VotEncoderConfig) -> VotImageProcessor:
-    """The processor that belongs to an encoder of this stage."""
+    """Return the processor that belongs to an encoder of this stage."""
     return VotImageProcessor(
         patch_size=config.patch_size,
         temporal_patch_size=config.temporal_patch_size,
@@ -288,16 +288,16 @@ def make_processor(config: VotEncoderConfig) -> VotImageProcessor:
 
 @torch.no_grad()
 def teach(teacher: Teacher, inputs: BatchFeature) -> tuple[Tensor, Tensor]:
-    """The teacher's tokens `[tokens, width]` and its mean token of each clip `[clips, width]`.
+    """Return the teacher's tokens `[tokens, width]` and its mean token of each clip `[clips, width]`.
 
-    The mean, because the attention pooling of a teacher may never have been trained.
+    It uses the mean, because the attention pooling of a teacher may never have been trained.
     """
     tokens = teacher.encoder(**inputs).last_hidden_state
     return tokens, mean_tokens(tokens, teacher.encoder.layout(inputs["image_grid_thw"]))
 
 
 def trainable_parts(settings: EncoderTraining) -> tuple[str, ...]:
-    """The parts of `EncoderPretraining` that the stage trains, all of each and nothing else."""
+    """Return the parts of `EncoderPretraining` that the stage trains; each is trained completely."""
     distillation = ("distillation",) if settings.distillation else ()
     contrast = ("captions", "contrast") if settings.contrastive else ()
     return ("encoder", *distillation, *contrast)
@@ -309,10 +309,10 @@ def assert_trainable(
     teacher: Teacher,
     settings: EncoderTraining,
 ) -> None:
-    """Call it after a backward pass: what has a gradient, and what is optimised, is what the stage trains.
+    """Check after a backward pass that exactly what the stage trains has a gradient and is optimised.
 
     Raises:
-        RuntimeError: names the first parameters that differ.
+        RuntimeError: it is not so; the message names the first parameters that differ.
     """
     parts = trainable_parts(settings)
     wanted = {f"{part}.{n}" for part in parts for n, _ in model.get_submodule(part).named_parameters()}
@@ -332,7 +332,7 @@ def assert_trainable(
 
 
 def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> dict[str, Any]:
-    """What must be equal for a run to be resumed."""
+    """Return what must be equal for a run to be resumed."""
     fields = set(inspect.signature(VotEncoderConfig.__init__).parameters) - {"self", "kwargs"}
     known = {"teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint}
     return asdict(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}

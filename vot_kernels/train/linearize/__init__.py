@@ -1,4 +1,4 @@
-"""Exact attention becomes hybrid: a copy of a model with cheaper attention learns to compute what the model does."""
+"""Linearization: a copy of a model with cheaper attention learns to compute what the model does."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ __all__ = ["linearize"]
 
 
 def __getattr__(name: str) -> object:
-    """The command line reads the settings beside this, and must not wait for torch."""
+    """Import lazily, because the command line reads the settings of this package and must not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.stage"), name)

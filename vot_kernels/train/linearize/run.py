@@ -22,13 +22,13 @@ from vot_kernels.train.perception.stage import make_processor
 from vot_kernels.train.report import command_line, finished, format_metrics, machine, progress_bar
 
 OPTIONS = ("layer_steps", "steps")
-"""The settings that the command line has options for, besides the teacher and the window."""
+"""The settings that the command line has options for, in addition to the teacher and the window."""
 _BATCH, _SEED = 12, 1
 _GRID = (16, 8, 8)  # patches of a DigitWorld clip
 
 
 def convert(teacher: VotPerceptionModel, window: int) -> VotPerceptionModel:
-    """A copy of the model whose encoder has hybrid attention in every layer; the weights are the teacher's.
+    """Return a copy of the model whose encoder has hybrid attention in every layer, with the teacher's weights.
 
     Raises:
         ValueError: the encoder's attention is not exact.
@@ -56,7 +56,7 @@ def run(
 
     `out/model` is a perception checkpoint; its training.json has the command, the settings, held-out metrics of the
     teacher, of the student as converted and as trained, the errors of each layer, and counted operations.
-    What is finished is neither trained nor measured again.
+    A finished run is neither trained nor measured again.
     """
     teacher = load_checkpoint(VotPerceptionModel, checkpoint).requires_grad_(False)
     known = {"window": window, "teacher_fingerprint": fingerprint(teacher)}
@@ -110,7 +110,7 @@ def run(
 
 
 def _tables(record: dict[str, Any]) -> str:
-    """What the command prints."""
+    """Format the output of the command."""
     flops = record["attention_flops"]
     saved, grid = 1 - flops["hybrid"] / flops["softmax"], " x ".join(map(str, flops["grid_thw"]))
     words = f"Attention takes {saved:.0%} fewer operations on a clip of {grid} patches."
@@ -122,5 +122,5 @@ def _tables(record: dict[str, Any]) -> str:
 
 
 def _betas(student: VotPerceptionModel) -> dict[str, Tensor]:
-    """The weights that exact attention has none of, as they were initialised."""
+    """Return the weights that exact attention does not have, as they were initialised."""
     return {name: value for name, value in student.state_dict().items() if name.endswith(".attention.beta")}

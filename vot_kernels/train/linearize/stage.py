@@ -33,28 +33,28 @@ def linearize(
     """Train `student`, in place, to compute what `teacher` does, or resume from the checkpoints under `out`.
 
     First each attention module learns to return what the teacher's returns for the teacher's input; then all of them
-    together learn the teacher's outputs. Nothing else of the student changes. The
-    errors are root mean squares relative to the teacher's.
+    together learn the teacher's outputs. Nothing else of the student changes. The errors are root mean squares
+    relative to the teacher's outputs.
 
     Args:
         out: folder of the checkpoints.
-        teacher: left as it is.
+        teacher: the model to imitate, which is not changed.
         student: a model with the same module names, whose attention is hybrid; the weights may be the teacher's.
-        names: of the attention modules, which return a tensor or a tuple that begins with one.
+        names: names of the attention modules, which return a tensor or a tuple that begins with one.
         batches: `batches(start, stop)` yields the batches of the steps `start` … `stop - 1`; no labels are needed.
         outputs: `outputs(model, batch)` runs a model and returns the tensors to match.
-        settings: how long, and how fast.
-        known: what must be equal for a run to be resumed, besides the settings.
+        settings: the number of steps and the learning rates.
+        known: what must be equal for a run to be resumed, in addition to the settings.
         save_every: steps between two checkpoints.
         report: called after every step with the number of steps done and the loss terms.
 
     Returns:
         For "converted", "layer by layer" and "end to end" the error of every module's output in the student's own
-        forward, and of the outputs as "outputs", on one batch that is not trained on. A stage that an earlier run has
-        finished is measured as it is now.
+        forward, and of the outputs as "outputs", on one batch that is not trained on. A stage that an earlier run
+        finished is measured in its present state.
 
     Raises:
-        ValueError: no names, a module that one of the models lacks, or checkpoints of another run.
+        ValueError: there are no names, a model lacks one of the modules, or the checkpoints are of another run.
     """
     _check_names(teacher, student, names)
     total = settings.layer_steps + settings.steps
@@ -107,7 +107,7 @@ def linearize(
 def layer_errors(
     teacher: nn.Module, student: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
 ) -> LayerErrors:
-    """The relative error of each module's output and of the outputs, each model in its own forward."""
+    """Return the relative error of each module's output and of the outputs, each model in its own forward."""
     with _watched(teacher, names) as (_, wanted):
         exact = outputs(teacher, batch)
     with _watched(student, names) as (_, found):
@@ -121,7 +121,7 @@ def layer_errors(
 def _watched(
     model: nn.Module, names: Sequence[str], replay: dict[str, _Call] | None = None
 ) -> Iterator[tuple[dict[str, _Call], dict[str, Tensor]]]:
-    """What modules are called with and what they return; with `replay` they are given that in place of their own."""
+    """Record the modules' inputs and outputs; with `replay`, call the modules with these inputs instead."""
     calls: dict[str, _Call] = {}
     results: dict[str, Tensor] = {}
 
@@ -153,7 +153,7 @@ def _watched(
 
 
 def _relative(found: Tensor, exact: Tensor) -> Tensor:
-    """The mean square of the difference by that of the exact values."""
+    """Return the mean square of the difference over that of the exact values."""
     return (found - exact).square().mean() / exact.square().mean().clamp(min=torch.finfo(exact.dtype).tiny)
 
 

@@ -1,1 +1,1 @@
-"""Training of the head that reads scene graphs off DigitWorld clips."""
+"""Training of the head that predicts scene graphs, on DigitWorld clips."""

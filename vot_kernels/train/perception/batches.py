@@ -1,4 +1,4 @@
-"""Training batches of DigitWorld clips with dense truth, a pure function of (seed, step)."""
+"""Training batches of DigitWorld clips with dense ground truth, as a pure function of (seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TRAIN_SIZES = ((64, 64), (64, 64), (64, 64), (56, 72), (72, 56), (80, 64))
 
 
 def digitworld_config(attention: Literal["hybrid", "softmax"] = "hybrid") -> VotPerceptionConfig:
-    """The nano perception model with DigitWorld's vocabulary, its encoder with this attention."""
+    """Return the nano perception model's configuration with DigitWorld's vocabulary and this attention."""
     return VotPerceptionConfig(
         encoder=VotEncoderConfig.preset("nano", attention=attention),
         labels=list(VOCABULARY.labels),
@@ -38,12 +38,12 @@ def digitworld_config(attention: Literal["hybrid", "softmax"] = "hybrid") -> Vot
 
 @dataclass
 class Batch:
-    """Clips of one size with their truth.
+    """Clips of one size with their ground truth.
 
     Attributes:
         clips: uint8 `[B, T, H, W, 3]`.
-        fps: frame rate of all.
-        targets: the truth, as the loss needs it.
+        fps: frame rate of all clips.
+        targets: the ground truth, as the loss needs it.
     """
 
     clips: np.ndarray
@@ -52,13 +52,13 @@ class Batch:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batch number `step` of the training split; the same on every machine and in every process.
+    """The batches of the training split by step; the same on every machine and in every process.
 
     Args:
-        seed: of the whole run.
-        batch_size: clips a batch.
-        h264_share: share of the clips that pass through H.264 at a random quality, as real files do.
-        render: draw the frames; without, clips are black and only their truth is of use.
+        seed: seed of the whole run.
+        batch_size: clips per batch.
+        h264_share: share of the clips that are encoded with H.264 at a random quality, as real files are.
+        render: draw the frames; if False, clips are black and only their ground truth is useful.
     """
 
     def __init__(self, seed: int, batch_size: int, h264_share: float = 0.5, render: bool = True):
@@ -75,12 +75,12 @@ class TrainingBatches(Dataset[Batch]):
         return Batch(batch.frames, episodes[0].scene.fps, dense_targets(batch, episodes))
 
     def loader(self, start: int, stop: int) -> DataLoader[Batch]:
-        """Batches `start` … `stop - 1` in order, made ahead by one worker process."""
+        """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
         return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
 
 
 def dense_targets(batch: TrainingBatch, episodes: Sequence[Episode]) -> Targets:
-    """The truth of a batch and its episodes, in the form that the loss takes."""
+    """Return the ground truth of a batch and its episodes, in the form that the loss takes."""
     clips, length, most = batch.centers.shape[:3]
     pixels = np.array([batch.frames.shape[3], batch.frames.shape[2]], np.float32)
     binary = [p for p in VOCABULARY.predicates if p not in MOTIONS]

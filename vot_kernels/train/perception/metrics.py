@@ -1,4 +1,4 @@
-"""How well a perception checkpoint sees: measured on held-out DigitWorld clips."""
+"""Metrics of a perception checkpoint, measured on held-out DigitWorld clips."""
 
 from collections.abc import Sequence
 
@@ -26,9 +26,9 @@ def perception_metrics(
     """Measure on the first `clips` episodes of a split, each passed through H.264.
 
     Returns:
-        presence: share of query × frame decisions that are right; exact_count: share of clips with the right
+        presence: share of correct query × frame decisions; exact_count: share of clips with the right
         number of tracklets; center_error_px: median, in pixels of the clip; label_accuracy and
-        attribute_accuracy: share of true tracks named right; hits_f1, bounces_f1: events with the right
+        attribute_accuracy: share of true tracks with the right name; hits_f1, bounces_f1: events with the right
         participants within one frame; relations_f1: over frames; in_domain: share of clips recognised.
     """
     episodes = [generate_episode(split, index, seed) for index in range(clips)]
@@ -94,7 +94,7 @@ def _measure(
 
 
 def _count_events(found: STSG, truth: STSG, renamed: dict[str, str], counts: _Counts) -> None:
-    """Greedy one-to-one matching by participants and time."""
+    """Match events greedily one to one by participants and time."""
     for kind in ("hits", "bounces"):
         true = [event for event in truth.events if event.kind == kind]
         predicted = [event for event in found.events if event.kind == kind]
@@ -113,14 +113,14 @@ def _distance(a: Event, b: Event) -> int:
 
 
 def _count_relations(found: STSG, truth: STSG, renamed: dict[str, str], counts: _Counts) -> None:
-    """Over (subject, predicate, object, frame)."""
+    """Count over (subject, predicate, object, frame)."""
     true = {(r.subject, r.predicate, r.object, t) for r in truth.relations for t in range(r.t0, r.t1 + 1)}
     predicted = {
         (renamed[r.subject], r.predicate, renamed[r.object], t)
         for r in found.relations
         for t in range(r.t0, r.t1 + 1)
     }
-    # Truth names each inverse pair once ("left of" or "right of"); so must what is compared to it.
+    # The truth has each inverse pair once ("left of" or "right of"), so what is compared to it must too.
     order = {tracklet.id: n for n, tracklet in enumerate(truth.tracklets)}
     predicted = {p for p in predicted if p[1] == "approaches" or order.get(p[0], -1) <= order.get(p[2], -1)}
     counts.add_detections("relations_f1", len(true & predicted), len(predicted), len(true))

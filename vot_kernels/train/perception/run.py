@@ -1,4 +1,4 @@
-"""The command `vot train perception`: train, measure, and publish the result with how it was made."""
+"""`vot train perception`: train, measure, and publish the result with a record of the run."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
     """Train, or resume, measure on the held-out splits, and write `out/model`; returns a table of metrics.
 
     `out/model` holds fp16 safetensors, the configurations, and training.json: the command, the settings, the
-    wall time, and the metrics of the weights as published. What is finished is neither trained nor measured again.
+    wall time, and the metrics of the weights as published. A finished run is neither trained nor measured again.
     """
     same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
     record = finished(out / "model", same)
@@ -64,7 +64,7 @@ def publish(
 ) -> dict[str, Any]:
     """Write fp16 weights, configuration, processor and training.json; a reader sees all of them or none.
 
-    `describe` gets the model as it can be read from the folder, and returns the content of training.json,
+    `describe` gets the model as loaded from the folder, and returns the contents of training.json,
     which is returned.
     """
     domain = {

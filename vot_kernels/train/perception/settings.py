@@ -11,12 +11,12 @@ class PerceptionTraining:
     Attributes:
         steps: optimiser steps of the whole model.
         batch_size: clips per step.
-        learning_rate, warmup: of both stages; see `vot_kernels.train.loop.Schedule`.
-        dynamics_steps: further steps, in a second stage that trains relations and events alone.
-        weight_decay: AdamW's.
+        learning_rate, warmup: those of both stages; see `vot_kernels.train.loop.Schedule`.
+        dynamics_steps: further steps, in a second stage that trains only relations and events.
+        weight_decay: weight decay of AdamW.
         clip: largest gradient norm of the first stage.
-        seed: of weights and data.
-        attention: of the encoder: "hybrid", or "softmax" to all frames.
+        seed: seed of weights and data.
+        attention: attention of the encoder: "hybrid", or "softmax" to all frames.
     """
 
     steps: int = 420

@@ -1,4 +1,4 @@
-"""Training the perception model (nano encoder + STSG head) on DigitWorld."""
+"""Training of the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
 from dataclasses import asdict
@@ -79,10 +79,10 @@ def train_dynamics(
     stop_at: int | None = None,
     report: Report = no_report,
 ) -> int:
-    """Train relations and events on true tracks with noise, which needs no pixels and so costs little.
+    """Train relations and events on true tracks with noise, which needs no pixels and is therefore cheap.
 
-    Events are rare: a clip holds two or three hits, and without this stage the model sees too few of them.
-    Everything else is frozen. Returns the number of steps done.
+    Events are rare: a clip has two or three hits, and without this stage the model sees too few of them. All other
+    parameters are frozen. The function returns the number of steps done.
     """
     dynamics = model.head.dynamics
 
@@ -110,12 +110,12 @@ def train_dynamics(
 
 
 def _noise_seed(seed: int, step: int) -> int:
-    """A seed of its own for every step, so that a resumed run draws the noise of an uninterrupted one."""
+    """Return a separate seed for every step, so that a resumed run draws the noise of an uninterrupted one."""
     return int(np.random.default_rng([seed, step]).integers(2**63))
 
 
 def make_processor(model: VotPerceptionModel) -> VotImageProcessor:
-    """The processor that belongs to a model."""
+    """Return the processor that belongs to a model."""
     encoder = model.config.encoder
     return VotImageProcessor(
         patch_size=encoder.patch_size,
@@ -128,7 +128,7 @@ def make_processor(model: VotPerceptionModel) -> VotImageProcessor:
 def fit_domain(
     model: VotPerceptionModel, processor: VotImageProcessor, batches: TrainingBatches, start: int
 ) -> None:
-    """Learn what training clips look like, from batches after `start`, which were not trained on."""
+    """Learn the distribution of training clips from batches after `start`, which were not trained on."""
     model.eval()
     tokens = [
         model.mean_tokens(**processor(list(batch.clips), fps=batch.fps).to(model.device))
@@ -138,7 +138,7 @@ def fit_domain(
 
 
 def _loss(model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch) -> dict[str, Tensor]:
-    """The terms of the loss; their sum is minimised."""
+    """Return the terms of the loss, whose sum is minimised."""
     inputs = processor(list(batch.clips), fps=batch.fps).to(model.device)
     targets = batch.targets.to(model.device)
     output = model(**inputs)
