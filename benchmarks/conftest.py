@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks/`, and what it shows: a line for every race, and the machine at the end."""
+"""Options of `pytest benchmarks/` and its output: a line for every race, and the machine at the end."""
 
 import argparse
 import os
@@ -68,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse wrong options before anything is measured."""
     options = config.option
-    # We write the file ourselves, after every race: figures that have been measured survive whatever comes next.
+    # We write the file ourselves, after every race: measured figures survive whatever comes next.
     config.stash[_JSON] = _writable(options.benchmark_json)
     options.benchmark_json = None
     config.stash[_CHOSEN] = _choose(options)
@@ -97,7 +97,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """The run begins: from now on its time counts."""
+    """Start the clock of the run."""
     config, options = session.config, session.config.option
     rules = Rules(
         rounds=options.rounds,
@@ -113,7 +113,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Say which race begins, above the dots of its providers."""
+    """Announce the race that begins, above the dots of its providers."""
     progress, entry = item.config.stash.get(_PROGRESS, None), _entry(item)
     reporter = item.config.pluginmanager.get_plugin("terminalreporter")
     line = progress.begin(*entry[:2]) if progress and entry else None
@@ -123,7 +123,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 
 
 def _entry(item: pytest.Item) -> tuple[Workload, str, Provider] | None:
-    """The workload, direction and provider of a test."""
+    """Return the workload, direction and provider of a test."""
     given = getattr(getattr(item, "callspec", None), "params", {})
     return (given["workload"], given["direction"], given["provider"]) if "workload" in given else None
 
@@ -148,7 +148,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _pin(threads: int) -> None:
-    """Use as many threads on as many cores, where the system lets a process choose its cores."""
+    """Use as many threads as cores, where the system lets a process choose its cores."""
     torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
@@ -156,7 +156,7 @@ def _pin(threads: int) -> None:
 
 
 def _choose(options: Any) -> list[tuple[Workload, str, Provider]]:
-    """The selected workloads, directions and providers, in the order in which they run."""
+    """Return the selected workloads, directions and providers, in the order in which they run."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda needs a CUDA device; torch finds none")
@@ -181,10 +181,10 @@ def _choose(options: Any) -> list[tuple[Workload, str, Provider]]:
 
 
 def _chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
-    """The names listed in `text`, all if it is empty, in the order of `known`."""
+    """Return the names listed in `text`, all if it is empty, in the order of `known`."""
     names = {_plain(name): name for name in known}
     words, wanted, unknown = [word for word in text.split(",") if word.strip()], set(), []
-    while words:  # some names hold a comma: the longest first
+    while words:  # some names contain a comma, so the longest match first
         ends = [end for end in range(len(words), 0, -1) if _plain(",".join(words[:end])) in names]
         end = ends[0] if ends else 1
         (wanted.add if ends else unknown.append)(_plain(",".join(words[:end])))
@@ -195,7 +195,7 @@ def _chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A name without the parts that users may type differently: case, and blanks around commas."""
+    """Return a name without the parts that users may type differently: case, and blanks around commas."""
     return ",".join(part.strip() for part in name.lower().split(","))
 
 
@@ -215,7 +215,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def _number(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An option's type: a number above 0."""
+    """Return the type of an option: a number above 0."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""The words of the suite: a problem, a workload, a provider, and what became of a provider on a workload."""
+"""The terms of the suite: a problem, a workload, a provider, and the outcome of a provider on a workload."""
 
 import math
 import re
@@ -28,46 +28,46 @@ class Work:
 
 
 class Problem(Protocol):
-    """A function at one size: its inputs, its oracle, its least work. Instances are frozen dataclasses.
+    """A function at one size: its inputs, its oracle, its minimal work. Instances are frozen dataclasses.
 
-    A problem that other ops than `op` serve, or several ops, names them in an attribute `ops`. If a problem has
-    several results, its providers and its oracle return a tuple, and `rows` counts in each element.
+    A problem that other ops than `op`, or several ops, serve names them in an attribute `ops`. If a problem has
+    several results, its providers and its oracle return a tuple, and `rows` selects in each element.
     """
 
     @property
     def op(self) -> str:
-        """The op of `vot_kernels` that solves it, or a name for the problem if no op does."""
+        """The op of `vot_kernels` that solves it, or a name for the problem if none does."""
 
     @property
     def size(self) -> int:
         """The number of tokens, which is the x axis of the plots."""
 
     def describe(self) -> str:
-        """One line for the reader, without the dtype."""
+        """Return one line for the reader, without the dtype."""
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """The inputs of every provider. Floating ones are differentiated. They depend on the seed alone."""
+        """Return the inputs of every provider, which depend only on the seed. Floating ones are differentiated."""
 
     def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """The rows of the output to verify at this size, int64; None means all of them."""
+        """Return the rows of the output to verify at this size, int64; None means all of them."""
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor | Sequence[Tensor]:
-        """The given rows of the right output, in the dtype of the inputs, differentiable."""
+        """Return the given rows of the correct output, in the dtype of the inputs, differentiable."""
 
     def small(self) -> "Problem":
-        """The same structure at a size for which the oracle computes every row; `rows` leaves out ties at most."""
+        """Return the same structure at a size for which the oracle computes every row; `rows` leaves out only ties."""
 
     def work(self, direction: str, itemsize: int) -> Work:
-        """The least work of a direction for inputs of `itemsize` bytes."""
+        """Return the minimal work of a direction for inputs of `itemsize` bytes."""
 
 
 def ops_of(problem: Problem) -> tuple[str, ...]:
-    """The ops of `vot_kernels` that serve a problem."""
+    """Return the ops of `vot_kernels` that serve a problem."""
     return getattr(problem, "ops", (problem.op,))
 
 
 def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The results of a provider or an oracle: one tensor, or several."""
+    """Return the results of a provider or an oracle as a tuple: one tensor, or several."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
@@ -76,10 +76,10 @@ class Workload:
     """One problem in one dtype.
 
     Attributes:
-        suite: the suite it belongs to.
+        suite: the suite to which it belongs.
         name: unique within the suite.
-        problem: what is computed.
-        dtype: of the inputs.
+        problem: what it computes.
+        dtype: dtype of the inputs.
         device: "cpu" or "cuda".
         directions: the members of `DIRECTIONS` that are timed.
         quick: the directions that belong to the quick suite.
@@ -109,14 +109,15 @@ class Provider:
     Attributes:
         name: shown in the tables.
         suites: the suites in which it takes part.
-        run: `run(problem, prepared, *inputs)`, the output or outputs; differentiable unless `refuses` says otherwise.
-        prepare: `prepare(problem, dtype, device)` builds what depends on the packing alone (layout, mask,
-            index). The whole-op time includes it, the time of the kernel alone does not.
+        run: `run(problem, prepared, *inputs)` returns the output or outputs, differentiable unless `refuses` says
+            otherwise.
+        prepare: `prepare(problem, dtype, device)` builds what depends only on the packing (layout, mask, index). The
+            time of the whole op includes it; the time of the kernel alone does not.
         missing: why it cannot run on this machine ("flash-attn is not installed"), None if it can.
-        refuses: `refuses(problem, dtype, device, direction)`, why it cannot solve this one, None if it can.
+        refuses: `refuses(problem, dtype, device, direction)`, returns why it cannot solve this one, None if it can.
         solves: the problem that it solves in place of the given one, for peers that compute another function
             and are in the table for context.
-        instead: what `solves` changes, for the reader; empty where it solves the problem itself.
+        instead: what `solves` changes, for the reader; empty if it solves the problem itself.
         ours: one of this package's backends: shown first, and gated by the package's GPU tests.
         quick_size: the largest size at which it takes part in the quick suite (0 for providers that compile for half
             a minute).
@@ -135,7 +136,7 @@ class Provider:
 
 
 class Status(StrEnum):
-    """What became of a provider; only `TIMED` has figures."""
+    """The outcome of a provider; only `TIMED` has figures."""
 
     TIMED = "timed"
     MISSING = "missing"
@@ -149,16 +150,16 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one provider on one workload in one direction.
+    """The outcome of one provider on one workload in one direction.
 
     Attributes:
         status, reason: the reason is empty for `Status.TIMED`.
         whole_s: seconds of every timed run of the whole op, preparation included.
         kernel_s: the same with everything prepared; empty for the backward, which prepares nothing.
-        peak_bytes: memory allocated on top of the inputs at the worst moment (for the backward alone: on top
-            of what its forward saved, too), None where not measured.
-        notes: "solves" is what a peer computes instead; "alone" is true where it did not fit into memory
-            beside the others, and so was timed after them instead of in turns.
+        peak_bytes: memory allocated on top of the inputs at the peak (for the backward alone: also on top of what
+            its forward saved), None if not measured.
+        notes: "solves" is what a peer computes instead; "alone" is true if it did not fit into memory beside the
+            others and was therefore timed after them, not in turns.
     """
 
     provider: str
@@ -171,13 +172,13 @@ class Outcome:
 
 
 def anonymous(text: str) -> str:
-    """`text` without details of one machine: the folders of absolute paths and memory addresses."""
+    """Return `text` without details of one machine: the folders of absolute paths and memory addresses."""
     text = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", text)
     return re.sub(r"(?<![\w.:/~-])/(?:[^\s/'\":,;()<>]+/)+", "", text)
 
 
 def needs(*modules: str, package: str = "") -> Callable[[], str | None]:
-    """A `missing` that looks for importable modules without importing them."""
+    """Return a `missing` that looks for importable modules without importing them."""
 
     def missing() -> str | None:
         absent = [name for name in modules if not _importable(name)]

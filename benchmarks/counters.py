@@ -1,4 +1,4 @@
-"""The floating-point operations and bytes that an op cannot do without, computed from its sizes.
+"""The minimal floating-point operations and bytes of an op, computed from its sizes.
 
 A multiply-add counts as two operations; exponentials, norms and additions are left out, as is usual for
 attention and matrix products. Bytes: every input read once, every output written once.
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.core import Work
 
-# Products per query-key pair: the forward computes scores and values, the backward the scores again, dp, dv, dq, dk.
+# Products per query-key pair: the forward computes scores and values; the backward the scores again, dp, dv, dq, dk.
 _PAIR_PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 # Products per token with a state of feature x head_dim: the forward builds and reads it; the backward builds the
 # states again, then computes the states' gradient (a build), dphi(q), dphi(k) and dv.
@@ -19,7 +19,7 @@ _STATE_PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 
 
 def attention(problem: Any, direction: str, itemsize: int) -> Work:
-    """Packed, linear or hybrid attention; see `benchmarks.problems.attention.Attention` for the sizes."""
+    """Count packed, linear or hybrid attention; see `benchmarks.problems.attention.Attention` for the sizes."""
     d = problem.head_dim
     flops = 2 * problem.near_pairs() * problem.heads * d * _PAIR_PRODUCTS[direction]
     if problem.kind != "packed_attention":
@@ -41,7 +41,7 @@ def dense_residual(problem: Any, direction: str, itemsize: int) -> Work:
     return Work(flops[direction], tensors[direction] * n * itemsize)
 
 
-# RMS norm and rotation per element: square and add 2, scale 2, rotate 3; the backward turns back (3), norms
+# RMS norm and rotation per element: square and add 2, scale 2, rotate 3; the backward rotates back (3), normalises
 # again (4), and takes two products with the normed value (4) and its own scaling (4).
 _ROPE_NORM_FLOPS = {"forward": 7, "backward": 15, "both": 22}
 _ROPE_NORM_TENSORS = {"forward": 2, "backward": 3, "both": 5}  # backward: read grad and x, write dx
@@ -112,19 +112,19 @@ def _one_or_both(direction: str, flops: dict[str, int], traffic: dict[str, int])
 
 
 def encoder(problem: Any, direction: str, itemsize: int) -> Work:
-    """See `benchmarks.problems.encoder.Encoder`: products alone; a backward takes twice the forward's."""
+    """See `benchmarks.problems.encoder.Encoder`; only products count, and a backward takes twice the forward's."""
     parameters, flops = _encoder_forward(problem)
     config = problem.config()
     pixels, out = problem.size * config.patch_numbers, problem.size * config.hidden_size
     forward = parameters + pixels + out
-    backward = 2 * (parameters + pixels) + out  # read all, and grad; write the gradients
+    backward = 2 * (parameters + pixels) + out  # read everything and grad; write the gradients
     numbers = {"forward": forward, "backward": backward, "both": forward + backward}
     return Work(flops * {"forward": 1, "backward": 2, "both": 3}[direction], numbers[direction] * itemsize)
 
 
 @cache
 def _encoder_forward(problem: Any) -> tuple[int, int]:
-    """The number of parameters, and the floating-point operations of the forward."""
+    """Return the number of parameters, and the floating-point operations of the forward."""
     from vot_kernels.models.encoder.cost import encoder_cost
 
     costs = {clip: encoder_cost(problem.config(), clip) for clip in set(problem.grid)}
@@ -132,9 +132,9 @@ def _encoder_forward(problem: Any) -> tuple[int, int]:
 
 
 def tower(problem: Any, direction: str, itemsize: int) -> Work:
-    """See `benchmarks.problems.towers.Tower`: products alone; a backward of a layer takes twice its forward.
+    """See `benchmarks.problems.towers.Tower`; only products count, and a layer's backward takes twice its forward.
 
-    Tables of positions are looked up. Query and key meet within a frame, in windows where the layer has them.
+    Tables of positions are looked up. Query and key meet within a frame, or within windows if the layer has them.
     """
     family, shapes = problem.family, problem.shapes()
     products = 0
@@ -154,7 +154,7 @@ def tower(problem: Any, direction: str, itemsize: int) -> Work:
 
 
 def _pairs(grid: Sequence[tuple[int, int, int]], window: int | None) -> int:
-    """Pairs of patches of one frame, or of one window of a frame."""
+    """Count the pairs of patches of one frame, or of one window of a frame."""
 
     def squares(side: int) -> int:
         whole, rest = divmod(side, window or side)
@@ -164,5 +164,5 @@ def _pairs(grid: Sequence[tuple[int, int, int]], window: int | None) -> int:
 
 
 def video(problem: Any, direction: str, itemsize: int) -> Work:
-    """See `benchmarks.problems.video.DecodeAndPack`: the pixels that go out, as decoding depends on the codec."""
+    """See `benchmarks.problems.video.DecodeAndPack`; only the output pixels count, as decoding depends on the codec."""
     return Work(0, problem.patches * 3 * problem.patch_size**2 * itemsize)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.first_light OUT [--seconds N] [--device cuda|cpu]`: first figures of a GPU within minutes.
 
-It describes the machine and measures its ceilings, tests which ops are right on it, and times these beside PyTorch's
-own functions. It needs torch, triton and numpy, transformers for the towers, and no installation. It writes each
-result at once: OUT/first_light.jsonl holds the lines, OUT/first_light.log the output. If it is called again with the
+It describes the machine, measures its ceilings, tests which ops are correct on it, and times these beside PyTorch's
+own functions. It needs torch, triton and numpy, transformers for the towers, and no installation. Each result is
+written at once: OUT/first_light.jsonl has the lines, OUT/first_light.log the output. If it is called again with the
 same OUT, it continues. On a CPU it rehearses all of this on small problems.
 """
 
@@ -47,7 +47,7 @@ WORKLOADS = (
     ("towers", "images-qwen3-vl-d72"),
     ("towers", "clip-qwen2.5-vl-d80"),
 )
-"""The most telling first."""
+"""The most informative first."""
 
 DIRECTIONS = ("forward", "both")
 
@@ -83,9 +83,9 @@ Verdicts = dict[tuple[str, ...], tuple[str, str]]
 """The state and the reason by suite, workload, variant and direction."""
 Work = Callable[[Write], None]
 
-LENGTHS = (127, 128, 129, 1664)  # on both sides of a block, and one of several groups
+LENGTHS = (127, 128, 129, 1664)  # below, at and above a block, and one of several groups
 TOKENS = 1024  # of experts
-SIZES = ((1, 8, 16), (1, 6, 22), (2, 26, 32))  # of images and a clip, for towers
+SIZES = ((1, 8, 16), (1, 6, 22), (2, 26, 32))  # images and a clip, for towers
 
 
 def _find_kernels() -> None:
@@ -100,7 +100,7 @@ _find_kernels()
 
 
 def _variants(suite: str, device: str) -> tuple[str, ...]:
-    """Our providers that are judged and timed, the ordinary one first."""
+    """Return our providers that are judged and timed, the ordinary one first."""
     if device == "cpu":
         return ("vot-kernels torch",)
     ours = [p.name for p in providers_of(suite) if p.ours]
@@ -108,7 +108,7 @@ def _variants(suite: str, device: str) -> tuple[str, ...]:
 
 
 def first_light(out: Path, seconds: float, device: str) -> int:
-    """Do all of it. Returns the exit status: 0, 1 if something is red, 3 if the device cannot be used."""
+    """Run everything. Return the exit status: 0, 1 if something is red, 3 if the device cannot be used."""
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "first_light.jsonl", source=source_hash(besides="benchmarks"))
     conductor = Conductor(journal, out / "first_light.log", seconds)
@@ -134,7 +134,7 @@ def first_light(out: Path, seconds: float, device: str) -> int:
 
 
 def _meet(conductor: Conductor, device: str) -> bool:
-    """Write the environment anew, and continue the lines of this very machine. Returns whether it can be used."""
+    """Write the environment again and continue the lines of this machine. Return whether the device can be used."""
     journal = conductor.journal
     for conductor.method in ("fork", "spawn"):
         name = f"environment, by {conductor.method} at {time.time():.0f}"
@@ -163,7 +163,7 @@ def _environment(device: str, write: Write) -> None:
 
 
 def _printed(*command: str) -> str | None:
-    """The output of a program, None if it is not there or fails."""
+    """Return the output of a program, None if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -188,7 +188,7 @@ def _workloads(device: str) -> list[Workload]:
 
 
 def _tiny(problem: Any) -> Any:
-    """A small problem of the same kind, for the rehearsal."""
+    """Return a small problem of the same kind, for the rehearsal."""
     if isinstance(problem, Attention):
         return replace(problem, lengths=(48, 16), group_size=8, heads=2, kv_heads=2)
     if isinstance(problem, Tower):
@@ -197,7 +197,7 @@ def _tiny(problem: Any) -> Any:
 
 
 def _case(workload: Workload) -> Workload:
-    """The workload with few tokens. Verifying it compiles the kernels that the workload needs."""
+    """Return the workload with few tokens. Verifying it compiles the kernels that the workload needs."""
     problem: Any = workload.problem
     if workload.device == "cuda" and isinstance(problem, Tower):
         problem = replace(problem.small(), sizes=SIZES)
@@ -208,7 +208,7 @@ def _case(workload: Workload) -> Workload:
 
 
 def _correctness(chosen: Sequence[Workload], device: str) -> list[Piece]:
-    """One piece for every variant on every workload, the ordinary variants first."""
+    """Return one piece for every variant on every workload, the ordinary variants first."""
     pairs = [(w, variant) for w in chosen for variant in _variants(w.suite, device)]
     pairs.sort(key=lambda pair: _variants(pair[0].suite, device).index(pair[1]))
     return [_piece("correctness", _judging(w, v), device, partial(_judge, _case(w), v)) for w, v in pairs]
@@ -219,7 +219,7 @@ def _judging(workload: Workload, variant: str) -> str:
 
 
 def _judge(case: Workload, variant: str, write: Write) -> None:
-    torch.set_num_threads(1)  # the other cores belong to the pieces beside it
+    torch.set_num_threads(1)  # the other cores belong to concurrent pieces
     provider = _providers(case, [variant])[0]
     for direction in DIRECTIONS:
         state, reason = GREEN, ""
@@ -254,7 +254,7 @@ def _verdicts(conductor: Conductor, chosen: Sequence[Workload], device: str) -> 
 
 
 def _races(chosen: Sequence[Workload], verdicts: Verdicts, device: str) -> list[Piece]:
-    """The forward of all workloads, then the forward with the backward, then both beside the slow peers."""
+    """Return races: the forward of all workloads, forward and backward, then both beside the slow peers."""
     pieces = []
     for kind, peers in (("time", PEERS), ("slow time", SLOW_PEERS)):
         for direction in DIRECTIONS:
@@ -268,7 +268,7 @@ def _races(chosen: Sequence[Workload], verdicts: Verdicts, device: str) -> list[
 def _racing(
     kind: str, workload: Workload, direction: str, judged: Judged, peers: tuple[str, ...], device: str
 ) -> Piece:
-    """All in turns, or each alone if that fails. If none of ours is green, there is nothing to compare with."""
+    """Race all in turns, or each alone if that fails. If none of ours is green, there is nothing to compare with."""
     name = f"{kind} of {workload.suite} {workload.name} {direction}"
     green = [variant for variant, (state, _) in judged.items() if state == GREEN]
     racers = [*green, *peers] if green else []
@@ -285,7 +285,7 @@ def _race(workload: Workload, direction: str, judged: Judged, racers: list[str],
     providers = _providers(workload, racers)
     outcomes = race(workload, direction, providers, rules)
     if cuda:
-        torch.cuda.synchronize()  # fails after an illegal access: then nothing that was measured counts
+        torch.cuda.synchronize()  # fails after an illegal access, in which case no measurement counts
     for provider in _providers(workload, judged):
         state, reason = judged[provider.name]
         if state != GREEN:
@@ -298,7 +298,7 @@ def _race(workload: Workload, direction: str, judged: Judged, racers: list[str],
 
 
 def _figures(outcome: Outcome, flops: int) -> dict[str, Any]:
-    """The outcome, with the medians and the rate of the kernel alone, which readers look at first."""
+    """Return the outcome, with the medians and the rate of the kernel alone, which readers look at first."""
     facts = asdict(outcome)
     del facts["provider"]
     if outcome.status is not Status.TIMED:
@@ -327,9 +327,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Asking whether there is a GPU must not initialize CUDA here, or forks could not use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    import_module("torch._dynamo")  # every op's first call would; so forks have it already
+    import_module("torch._dynamo")  # every op's first call imports it; forked processes have it already
     if find_spec("transformers"):
-        import_module("transformers.modeling_utils")  # likewise every tower
+        import_module("transformers.modeling_utils")  # every tower imports it
     try:
         return first_light(options.out, options.seconds, options.device)
     except KeyboardInterrupt:

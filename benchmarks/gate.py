@@ -1,7 +1,7 @@
 """`python -m benchmarks.gate OUT.json [--seconds N] [--jobs N] [--keep-going]`: the GPU tests, op by op.
 
 It writes the state of every op's tests, and stops at the first op that is not green. `pytest benchmarks/ --gate
-OUT.json` obeys it: an op of ours gets a figure only if its own tests passed, on this very source. An op whose
+OUT.json` uses it: an op of ours gets a figure only if its own tests passed, on this exact source. An op whose
 tests did not run, were skipped or do not exist is not green. Most of the time goes into compiling, so the tests of
 an op are divided into shards (`VOT_GPU_TESTS_SHARD` of `tests/gpu/conftest.py`), each a process of its own.
 """
@@ -23,7 +23,7 @@ from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# The sources that the GPU tests run through, besides the tests themselves.
+# The sources that the GPU tests run, besides the tests themselves.
 SOURCES = (
     *(
         f"vot_kernels/{name}"
@@ -33,12 +33,12 @@ SOURCES = (
     "kernels",
 )
 TESTS = ROOT / "tests" / "gpu"
-# The encoder is all ops together; the tests after it hold no op back.
+# The encoder combines all ops; the tests after it hold no op back.
 TARGETS = (*OPS, "encoder", "flash_attention", "graphs", "range_attention_tma", "video_qa")
 GOOD = PASSED, SKIPPED, NONE = "passed", "all skipped", "there are none"  # of a shard; an op must have passed
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu")
-MOST = 16  # processes unless told, for each takes GPU memory too
-FEWEST = 8  # tests in one of several shards, for a process takes seconds to start
+MOST = 16  # default limit of processes, because each takes GPU memory too
+FEWEST = 8  # tests in one of several shards, because a process takes seconds to start
 Gate = Callable[[str], str | None]
 """Why an op may not be timed, None if it may."""
 
@@ -80,7 +80,7 @@ class Shard:
             )
 
     def judge(self, status: int) -> str:
-        """From pytest's exit status and its JUnit report: "passed", or why this does not count as passed."""
+        """Return "passed", or why this shard did not pass, from pytest's exit status and its JUnit report."""
         if status == 5 or not self.path.exists():
             return NONE
         if status != 0:
@@ -96,15 +96,15 @@ class Shard:
 
 
 def judge_op(shards: Sequence[str]) -> str:
-    """The first of its shards' states that is bad, else "passed" if a test of any of them ran."""
+    """Return the first bad state of the shards, else "passed" if a test of any of them ran."""
     bad = [state for state in shards if state not in GOOD]
     return (bad or [state for state in GOOD if state in shards])[0]
 
 
 class Pool:
-    """Runs the shards in `waiting`, at most `jobs` at a time, in their order, until `seconds` are over.
+    """A pool that runs the shards in `waiting`, at most `jobs` at a time, in their order, for at most `seconds`.
 
-    A context manager: no process outlives it.
+    It is a context manager: no process outlives it.
     """
 
     def __init__(self, jobs: int, seconds: float):
@@ -120,7 +120,7 @@ class Pool:
         self.drop({shard.op for shard in self.running})
 
     def __iter__(self) -> Iterator[tuple[Shard, str]]:
-        """Every shard that is not dropped meanwhile, and its state, as soon as it is known."""
+        """Yield every shard that is not dropped meanwhile, and its state, as soon as it is known."""
         late = f"not finished in {self.seconds:.0f} s"
         while self.waiting or self.running:
             over = time.monotonic() >= self.deadline
@@ -149,7 +149,7 @@ class Pool:
 
 
 def count_tests(ops: Sequence[str], seconds: float, tests: Path = TESTS) -> dict[str, int]:
-    """How many tests each op has, for the ops whose tests can be collected within `seconds`."""
+    """Return how many tests each op has, for the ops whose tests can be collected within `seconds`."""
     paths = [str(path) for op in ops if (path := tests / f"test_{op}.py").exists()]
     command = [*PYTEST, *paths, "--collect-only", "-qq"]
     environment = os.environ | {"VOT_GPU_TESTS_SHARD": "1/1"}
@@ -163,13 +163,13 @@ def count_tests(ops: Sequence[str], seconds: float, tests: Path = TESTS) -> dict
 
 
 def divide(ops: Sequence[str], counts: dict[str, int], jobs: int, tests: Path, logs: Path) -> list[Shard]:
-    """The shards of all ops: up to `jobs` for each, unless it has few tests."""
+    """Return the shards of all ops: up to `jobs` for each, unless it has few tests."""
     shards = []
     for op in ops:
         count = max(1, min(jobs, counts.get(op, 0) // FEWEST))
         shards += [Shard(op, number, count, tests, logs) for number in range(1, count + 1)]
     for shard in shards:
-        shard.log.unlink(missing_ok=True)  # of an earlier run
+        shard.log.unlink(missing_ok=True)  # that of an earlier run
     return shards
 
 
@@ -181,9 +181,9 @@ def run_gate(
     ops: Sequence[str] = TARGETS,
     tests: Path = TESTS,
 ) -> dict[str, str]:
-    """The state of the tests of every op; `out` is rewritten whenever one of them becomes known.
+    """Return the state of the tests of every op; `out` is rewritten whenever one of them becomes known.
 
-    Without `keep_going` a red op ends the ops after it; the ops before it, and shards that have passed, count.
+    Without `keep_going` a red op ends the ops after it; ops before it and shards that have passed still count.
     """
     results, states = dict.fromkeys(ops, "not run"), {op: list[str]() for op in ops}
     started = time.monotonic()
@@ -213,7 +213,7 @@ def run_gate(
 
 
 def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
-    """SHA-256 over the package, the kernels and the folder `besides`: results hold for this source alone."""
+    """Return SHA-256 over the package, the kernels and the folder `besides`: results hold only for this source."""
     digest = hashlib.sha256()
     for part in (*SOURCES, besides):
         for path in sorted([root / part, *(root / part).rglob("*")]):
@@ -223,7 +223,7 @@ def source_hash(root: Path = ROOT, besides: str = "tests/gpu") -> str:
 
 
 def read_gate(path: Path) -> Gate:
-    """The gate that a results file defines.
+    """Return the gate that a results file defines.
 
     Raises:
         ValueError: the file cannot be read, or was made with another source.
@@ -244,14 +244,14 @@ def read_gate(path: Path) -> Gate:
 
 
 def positive(text: str) -> int:
-    """A number of processes, for argparse."""
+    """Parse a number of processes, for argparse."""
     if not re.fullmatch("[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def main() -> int:
-    """Exit status 0 if every op is green."""
+    """Return exit status 0 if every op is green."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="where the results go; logs lie beside it")
     parser.add_argument("--seconds", type=float, default=600, help="for all tests together (default 600)")

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.merge OUT.json PART.json ...`: the parts of one run on one device, as one result.
+"""`python -m benchmarks.merge OUT.json PART.json ...`: merge the parts of one run on one device into one result.
 
-A GPU run has a process for every suite, so that a peer that breaks the device's context breaks its own suite
-alone. A part that is missing or broken is left out, and the whole is then incomplete.
+A GPU run has a process for every suite, so that a peer that breaks the device's context breaks only its own suite. A
+part that is missing or broken is left out, and the whole is then incomplete.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from vot_kernels.files import atomic_write
 
 
 def merge(parts: Sequence[dict[str, Any]], *, command: str = "") -> dict[str, Any]:
-    """Joins benchmarks and outcomes; machine, versions and ceilings come from the first part."""
+    """Join benchmarks and outcomes; machine, versions and ceilings come from the first part."""
     facts = [part["vot_kernels"] for part in parts]
     products: dict[str, float] = {}
     for fact in reversed(facts):
@@ -33,7 +33,7 @@ def merge(parts: Sequence[dict[str, Any]], *, command: str = "") -> dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 if all parts were there and complete, 1 if not, 2 if there was none."""
+    """Return exit status 0 if all parts were there and complete, 1 if not, 2 if there was none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("parts", type=Path, nargs="+")

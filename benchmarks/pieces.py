@@ -1,7 +1,7 @@
-"""Work cut into pieces: each has a process of its own, a time limit, and its results in a file of JSON lines.
+"""Work divided into pieces: each has a process of its own, a time limit, and its results in a file of JSON lines.
 
-A piece that crashes or hangs takes no other with it. A line is on the disk from the moment its result exists, so a
-run may be killed at any time; the next one repeats only the pieces that had not finished.
+A piece that crashes or hangs affects no other. A line is written to disk as soon as its result exists, so a run may be
+killed at any time; the next one repeats only the pieces that had not finished.
 """
 
 import contextlib
@@ -30,29 +30,29 @@ Write = Callable[..., None]
 
 
 class Journal:
-    """A file of JSON lines that is whole at any moment.
+    """A file of JSON lines that is complete at any moment.
 
     Args:
-        path: the file; lines that it holds already are kept.
-        stamp: is part of every line. Lines of another stamp are never read.
+        path: the file; existing lines are kept.
+        stamp: a part of every line. Lines with another stamp are never read.
     """
 
     def __init__(self, path: Path, **stamp: str) -> None:
         self.path, self.stamp = path, stamp
-        if path.exists():  # half a line, if the machine went down
+        if path.exists():  # the last line is partial if the machine crashed
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, kind: str, **facts: Any) -> None:
-        """Add a line and wait until the disk has it."""
+        """Add a line and wait until it is on disk."""
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = json.dumps({"kind": kind, **self.stamp, "utc": utc, **facts}, default=str, allow_nan=False)
-        # One unbuffered write in append mode: lines of several processes never mix, nor is half a one left.
+        # One unbuffered write in append mode: lines of several processes never mix, and no partial line remains.
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode() + b"\n")
             os.fsync(file.fileno())
 
     def read(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of a kind that have this stamp, oldest first."""
+        """Return the lines of a kind that have this stamp, oldest first."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         records = [json.loads(line) for line in lines]
         return [r for r in records if r["kind"] == kind and self.stamp.items() <= r.items()]
@@ -60,14 +60,14 @@ class Journal:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some work.
+    """A unit of work.
 
     Attributes:
-        name: unique.
+        name: a unique name.
         work: called as `work(write)` in a process of its own.
-        estimate: seconds; the piece is not started if fewer are left.
-        limit: seconds after which it is ended.
-        parts: pieces that run in its place if it fails, so that only the culprit is lost.
+        estimate: seconds that it takes; the piece is not started if fewer are left.
+        limit: seconds after which it is killed.
+        parts: pieces that run in its place if it fails, so that only the failing part is lost.
     """
 
     name: str
@@ -82,10 +82,10 @@ class Conductor:
     """Runs pieces within a budget, and writes the state of each.
 
     Attributes:
-        journal: where the results go.
-        log: collects the output of the pieces.
-        seconds: for all of them together, from now on.
-        method: how processes are started. A fork has everything imported already; it may use a GPU because this
+        journal: the file of the results.
+        log: the file of the pieces' output.
+        seconds: time for all of them together, from now on.
+        method: how processes are started. A fork has everything imported already, and may use a GPU because this
             process never does.
     """
 
@@ -99,12 +99,12 @@ class Conductor:
         return self.started + self.seconds - time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line of progress."""
+        """Print a line of progress."""
         elapsed = time.monotonic() - self.started
         print(f"[{elapsed:5.1f} s, {self.left():5.1f} s left] {text}", file=sys.stderr, flush=True)
 
     def finished(self) -> dict[str, str]:
-        """The state of every piece that does not have to run again."""
+        """Return the state of every piece that does not have to run again."""
         states = {record["piece"]: record["status"] for record in self.journal.read("piece")}
         return {name: state for name, state in states.items() if state not in UNFINISHED}
 
@@ -167,7 +167,7 @@ class _Running:
         self.group: int = self.process.pid  # type: ignore[assignment]  # it has one from now on
 
     def ended(self) -> bool:
-        """Whether the process has ended, by itself or now because of its limit."""
+        """Return whether the process has ended, by itself or just now because of its limit."""
         if not self.process.is_alive():
             return True
         if time.monotonic() - self.started < self.limit:
@@ -180,7 +180,7 @@ class _Running:
         self.process.kill()
 
     def state(self) -> str:
-        self.process.join(10)  # not for ever: a hung driver may hold it
+        self.process.join(10)  # not forever, because a hung driver may block it
         with contextlib.suppress(ProcessLookupError):  # the compilers that it has started
             os.killpg(self.group, signal.SIGKILL)
         code = self.process.exitcode or 0
@@ -190,7 +190,7 @@ class _Running:
 
 
 def _perform(piece: Piece, journal: Journal, output: Path, parent: int) -> None:
-    """The life of a piece's process."""
+    """Run a piece in its process."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -203,7 +203,7 @@ def _perform(piece: Piece, journal: Journal, output: Path, parent: int) -> None:
 
 
 def _follow(parent: int) -> None:
-    """End this process and its children once its parent is gone, for whatever reason."""
+    """End this process and its children once its parent has ended, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Where a run is: which race is held, of how many, and how long the rest will take."""
+"""The progress of a run: the current race, the number of races, and how long the rest will take."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -8,16 +8,15 @@ import torch
 from benchmarks.core import Provider, Workload
 from benchmarks.race import Rules, refusal
 
-_OVERHEAD = (
-    1.5  # seconds a provider is verified, warmed up and looked at for memory, until a run has shown better
-)
+# Seconds for verification, warm-up and memory measurement of a provider, until the run gives a better estimate.
+_OVERHEAD = 1.5
 
 
 class Progress:
     """Counts the races of a run.
 
     Args:
-        entries: everyone who is asked, in the order of the run.
+        entries: all candidates, in the order of the run.
         rules: how races are held.
         clock: seconds, on the clock of `rules.deadline`.
     """
@@ -29,7 +28,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rules, self._clock = rules, clock
-        self._entrants: dict[str, int] = {}  # who has neither refused nor is missing, by race
+        self._entrants: dict[str, int] = {}  # providers that neither refuse nor are missing, by race
         for workload, direction, provider in entries:
             name, device = _name(workload, direction), torch.device(workload.device)
             enters = refusal(provider, workload, direction, device, rules) is None
@@ -38,7 +37,7 @@ class Progress:
         self._start = clock()
 
     def begin(self, workload: Workload, direction: str) -> str | None:
-        """The line that announces a race, None if it has been announced."""
+        """Return the line that announces a race, or None if it has been announced."""
         name = _name(workload, direction)
         if name in self._begun:
             return None
@@ -49,7 +48,7 @@ class Progress:
         return f"{len(self._begun)} of {len(self._entrants)}: {name}, {providers}; {_minutes(left)} left"
 
     def _seconds_left(self) -> float:
-        """Every provider takes as long as those before did on average; a guess counts as one of them."""
+        """Return the time left if each provider takes the average of the previous ones; a guess counts as one."""
         done = sum(self._entrants[name] for name in self._begun)
         guess = _OVERHEAD + (self._rules.seconds_per_provider if self._rules.rounds is None else 0.0)
         now = self._clock()

@@ -1,4 +1,4 @@
-"""One workload, one direction: every provider is asked, verified, and only then timed in turns."""
+"""A race of providers on one workload in one direction: each is checked, verified, and only then timed in turns."""
 
 import gc
 import time
@@ -19,11 +19,11 @@ FAILURES = (Exception, SystemExit)  # a peer may fail in any way; the others are
 
 @dataclass
 class Rules:
-    """How races of one run are held.
+    """The rules of the races of one run.
 
     Attributes:
         rounds: timed runs per provider, None for as many as fit `seconds_per_provider` (3 to 50).
-        seconds_per_provider: the aim if `rounds` is None.
+        seconds_per_provider: the target if `rounds` is None.
         quick: leave out providers that take long to build.
         gate: why an op of ours may not be timed (its GPU tests failed), None if it may.
         deadline: `time.monotonic()` after which nothing is started.
@@ -45,7 +45,7 @@ class Rules:
 def race(
     workload: Workload, direction: str, providers: Sequence[Provider], rules: Rules
 ) -> dict[str, Outcome]:
-    """The outcome of every provider, by name."""
+    """Return the outcome of every provider, by name."""
     device = torch.device(workload.device)
     outcomes: dict[str, Outcome] = {}
     accepted: list[Provider] = []
@@ -70,7 +70,7 @@ def judge(
     rules: Rules,
     known: Known,
 ) -> Outcome | None:
-    """The outcome of a provider that gets no time: it does not take part, fails or is wrong. None for the others."""
+    """Return the outcome of a provider that is not timed, as it does not take part, fails or is wrong; else None."""
     return refusal(provider, workload, direction, device, rules) or _unverified(
         provider, workload, direction, device, rules, known
     )
@@ -79,7 +79,7 @@ def judge(
 def refusal(
     provider: Provider, workload: Workload, direction: str, device: torch.device, rules: Rules
 ) -> Outcome | None:
-    """The outcome of a provider that does not take part, before anything of it has run. None for the others."""
+    """Return the outcome of a provider that does not take part, before any of its code has run; else None."""
     if rules.out_of_time():
         return Outcome(provider.name, Status.NO_TIME, "the time budget of the run is spent")
     if reason := attempt(provider, provider.missing):
@@ -98,7 +98,7 @@ def refusal(
 
 
 class Inputs:
-    """The inputs of a race, shared by all that solve the same problem: memory holds them once."""
+    """The inputs of a race, shared by all providers of the same problem, so that memory has them once."""
 
     def __init__(self, workload: Workload, direction: str, device: torch.device, sets: int) -> None:
         self._dtype, self._device, self._sets = workload.dtype, device, sets
@@ -106,13 +106,13 @@ class Inputs:
         self._made: dict[Problem, list[list[Tensor]]] = {}
 
     def of(self, problem: Problem) -> list[list[Tensor]]:
-        """Several sets, leaves of autograd if gradients are wanted."""
+        """Return several sets, which are leaves of autograd if gradients are needed."""
         if problem not in self._made:
             self._made[problem] = [self._leaves(problem, seed) for seed in range(self._sets)]
         return self._made[problem]
 
     def clear(self) -> None:
-        """Let go of all."""
+        """Release all inputs."""
         self._made.clear()
 
     def _leaves(self, problem: Problem, seed: int) -> list[Tensor]:
@@ -121,7 +121,7 @@ class Inputs:
 
 
 class Runner:
-    """Calls one provider after all work that is not timed; warms up when it is made."""
+    """Calls one provider after all work that is not timed; it warms up when it is made."""
 
     def __init__(
         self, provider: Provider, workload: Workload, direction: str, device: torch.device, inputs: Inputs
@@ -139,7 +139,7 @@ class Runner:
         self.seconds = self._seconds()
 
     def whole(self, turn: int) -> Callable[[], object]:
-        """The op as a user calls it, preparation included."""
+        """Return the op as a user calls it, preparation included."""
         if self.direction == "backward":
             return self.kernel(turn)
 
@@ -149,7 +149,7 @@ class Runner:
         return call
 
     def kernel(self, turn: int) -> Callable[[], object]:
-        """The op with everything prepared; the backward runs on a forward that is computed now."""
+        """Return the op with everything prepared; the backward runs on a forward that is computed now."""
         if self.direction != "backward":
             return lambda: self._call(self.prepared, turn)
         inputs = self.inputs[turn % len(self.inputs)]
@@ -157,7 +157,7 @@ class Runner:
         return lambda: self._gradients(out, inputs)
 
     def columns(self) -> list[Callable[[int], Callable[[], object]]]:
-        """The functions to time. The whole op comes first, because it fills the op's own caches of a packing."""
+        """Return the functions to time. The whole op comes first, because it fills the op's own caches of a packing."""
         return [self.whole] if self.direction == "backward" else [self.whole, self.kernel]
 
     def _call(self, prepared: Any, turn: int) -> object:
@@ -181,7 +181,7 @@ class Runner:
 
 
 def attempt(provider: Provider, function: Callable[[], Any]) -> Any:
-    """The result of `function`, or the outcome that its exception means."""
+    """Return the result of `function`, or the outcome that its exception means."""
     try:
         return function()
     except FAILURES as error:
@@ -189,7 +189,7 @@ def attempt(provider: Provider, function: Callable[[], Any]) -> Any:
 
 
 def failure(provider: Provider, error: BaseException) -> Outcome:
-    """The outcome that an exception means."""
+    """Return the outcome that an exception means."""
     if isinstance(error, ToleranceError):
         return Outcome(provider.name, Status.MISMATCH, _first_line(error))
     if _is_out_of_memory(error):
@@ -205,7 +205,7 @@ def _unverified(
     rules: Rules,
     known: Known,
 ) -> Outcome | None:
-    """The outcome of a provider that is wrong or fails, None for one that agrees with the oracle."""
+    """Return the outcome of a provider that is wrong or fails, None for one that agrees with the oracle."""
     gradients = direction != "forward"
     key = (workload.suite, workload.name, provider.name, gradients)
     if key not in rules._verified:
@@ -220,7 +220,7 @@ def _unverified(
 def _time(
     providers: Sequence[Provider], workload: Workload, direction: str, device: torch.device, rules: Rules
 ) -> dict[str, Outcome]:
-    """All in turns; a provider that does not fit into memory beside the others is timed alone afterwards."""
+    """Time all in turns; a provider that does not fit into memory beside the others is timed alone afterwards."""
     if not providers:
         return {}
     timer, inputs = make_timer(device), Inputs(workload, direction, device, rules.input_sets)
@@ -246,7 +246,7 @@ def _time(
 
 
 def _in_turns(runners: list["Runner"], timer: Timer, rules: Rules) -> dict[str, Outcome]:
-    """Whole op and kernel alone of all runners in turns, without those that fail; then the memory of each."""
+    """Time whole op and kernel alone of all runners in turns, without those that fail; then measure their memory."""
     outcomes: dict[str, Outcome] = {}
     seconds: Iterator[tuple[float, ...]] = iter(())
     while runners:
@@ -268,7 +268,7 @@ def _in_turns(runners: list["Runner"], timer: Timer, rules: Rules) -> dict[str, 
 def _announced(
     runner: "Runner", column: Callable[[int], Callable[[], object]], running: list["Runner"]
 ) -> Callable[[int], Callable[[], object]]:
-    """`column`, but it first notes which runner is called, because an exception belongs to that runner."""
+    """Wrap `column` to record which runner is called, because an exception belongs to that runner."""
 
     def function(turn: int) -> Callable[[], object]:
         running[0] = runner
@@ -286,13 +286,13 @@ def _timed(runner: "Runner", whole: tuple[float, ...], kernel: tuple[float, ...]
 
 
 def _rounds(runners: Sequence["Runner"], rules: Rules) -> int:
-    """The number of rounds that the slowest runner can do in its time; all do equally many, so they stay in turns."""
+    """Return the rounds that the slowest runner can do in its time; all do equally many, so they stay in turns."""
     slowest = max(runner.seconds for runner in runners)
     return int(min(50, max(3, rules.seconds_per_provider / max(slowest, 1e-6))))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; PyTorch's CPU allocator and compilers say so only in the message."""
+    """Return whether memory ran out; PyTorch's CPU allocator and compilers say so only in the message."""
     if isinstance(error, OracleError):
         return False
     words = str(error).lower()

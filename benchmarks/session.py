@@ -1,4 +1,4 @@
-"""One run of the suite: it holds each race once, and its JSON is complete after every race."""
+"""One run of the suite: it runs each race once, and its JSON is complete after every race."""
 
 import gc
 import json
@@ -19,20 +19,20 @@ from benchmarks.race import Rules, race
 from benchmarks.timing import measure_ceilings
 from vot_kernels.files import atomic_write
 
-if TYPE_CHECKING:  # others use what is below without pytest
+if TYPE_CHECKING:  # other programs use the rest of this file without pytest
     import pytest
 
 SCHEMA = 1
 
 
 class Session:
-    """Outcomes of all races so far, and the file they are written to.
+    """The outcomes of all races so far, and the file that they are written to.
 
     Args:
-        config: pytest's; its hooks make the JSON of pytest-benchmark.
-        path: where the JSON goes, None for nowhere.
+        config: the configuration of pytest, whose hooks make the JSON of pytest-benchmark.
+        path: the file of the JSON, None for no file.
         workloads, providers: the selected ones, at least one of each.
-        rules: how races are held.
+        rules: the rules of the races.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Session:
         """Describe the machine and measure its ceilings; the file exists from now on."""
         self.write()
         machine = self._config.hook.pytest_benchmark_generate_machine_info(config=self._config)
-        # Whose machine it is stays private.
+        # The name of the machine stays private.
         self._machine = {key: value for key, value in machine.items() if key not in ("node", "release")}
         commit = self._config.hook.pytest_benchmark_generate_commit_info(config=self._config)
         self._commit = {key: commit.get(key) for key in ("id", "time", "dirty")}
@@ -76,7 +76,7 @@ class Session:
         self.write()
 
     def outcome(self, workload: Workload, direction: str, provider: Provider) -> Outcome:
-        """Outcome of one provider; the first request for a workload and direction runs the race."""
+        """Return the outcome of one provider; the first request for a workload and direction runs the race."""
         key = (workload.suite, workload.name, direction)
         if key not in self._races:
             chosen = [p for p in providers_of(workload.suite) if p.name in self._providers]
@@ -99,7 +99,7 @@ class Session:
         self.write()
 
     def write(self) -> None:
-        """The JSON of pytest-benchmark with our facts beside it, whole at any moment."""
+        """Write the JSON of pytest-benchmark with our facts added, complete at any moment."""
         if self._path is None:
             return
         output = self._config.hook.pytest_benchmark_generate_json(
@@ -116,11 +116,11 @@ class Session:
 
 
 def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[str, Any]:
-    """What the report needs to know of a provider on a workload besides the measurements."""
+    """Return what the report needs to know of a provider on a workload, apart from the measurements."""
     problem = workload.problem
     try:
         work = problem.work(direction, workload.dtype.itemsize)
-    except ImportError:  # the sizes come from an optional package: without it nobody can solve the problem
+    except ImportError:  # the sizes come from an optional package, without which nobody can solve the problem
         work = Work(0, 0)
     return {
         "suite": workload.suite,
@@ -138,7 +138,7 @@ def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[s
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """The name, capability and sizes of a GPU, or a processor, its threads and the cores they are pinned to."""
+    """Return name, capability and sizes of a GPU, or the processor, its threads and the cores they are pinned to."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -160,7 +160,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def _pinned_cores() -> list[int] | None:
-    """The cores that the process may run on, None if that is all of them or not known."""
+    """Return the cores on which the process may run, None if these are all or not known."""
     if not hasattr(os, "sched_getaffinity"):
         return None
     cores = sorted(os.sched_getaffinity(0))
@@ -168,7 +168,7 @@ def _pinned_cores() -> list[int] | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything that may explain a figure; None for packages that are not installed."""
+    """Return the versions of everything that may explain a figure; None for packages that are not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     names = ("torch", "triton", "numpy", "transformers", "pytest-benchmark")

@@ -7,7 +7,7 @@ from benchmarks.session import Session, race_facts
 
 
 class _Clock:
-    """Advances only by the samples that `replay` adds, so that pytest-benchmark reads samples taken in turns."""
+    """A clock that advances only by the samples that `replay` adds, so that pytest-benchmark reads samples in turns."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -23,7 +23,7 @@ CLOCK = _Clock()
 
 
 def clock() -> float:
-    """Seconds on the clock of the replayed samples."""
+    """Return the seconds on the clock of the replayed samples."""
     return CLOCK.read()
 
 
@@ -42,7 +42,7 @@ def test_provider(
         benchmark.skipped = True
         pytest.skip(f"{outcome.status}: {outcome.reason}")
     benchmark.group = f"{workload.suite} {workload.name} {direction}"
-    benchmark.params = None  # whole objects otherwise, with addresses; the facts say it better
+    benchmark.params = None  # these would be whole objects with addresses; the facts describe them better
     benchmark.extra_info.update(
         {
             **race_facts(workload, direction, provider),

@@ -1,6 +1,6 @@
 """Timers for CPU and CUDA, peak memory, and the ceilings of the machine.
 
-Functions are timed in turns (A B A B ...), so that a slow minute hits all of them alike.
+Functions are timed in turns (A B A B ...), so that a slow minute affects all of them alike.
 """
 
 import time
@@ -21,7 +21,7 @@ class Timer(Protocol):
 
 
 class CpuTimer:
-    """Wall-clock seconds, after the caches have been overwritten: no function profits from the one before."""
+    """Wall-clock seconds after overwriting the caches, so that no function profits from the previous one."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(_CPU_FLUSH, dtype=torch.int8)
@@ -34,7 +34,7 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Seconds between two events on the current stream, after the L2 cache has been overwritten."""
+    """Seconds between two events on the current stream, after overwriting the L2 cache."""
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -51,14 +51,14 @@ class CudaTimer:
 
 
 def make_timer(device: torch.device) -> Timer:
-    """The timer of a device."""
+    """Return the timer of a device."""
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
 def time_in_turns(
     functions: Sequence[Callable[[int], Function]], timer: Timer, rounds: int, warmups: int = 1
 ) -> list[tuple[float, ...]]:
-    """Seconds of every round of every function, after `warmups` rounds that do not count.
+    """Return the seconds of every round of every function, after `warmups` rounds that do not count.
 
     `functions[i](round)` does what must not be timed (choose inputs, run the forward before a backward) and
     returns what is timed.
@@ -73,7 +73,7 @@ def time_in_turns(
 
 
 def peak_memory(function: Function, device: torch.device) -> int:
-    """Bytes allocated at the worst moment of a call, over what was allocated before it."""
+    """Return the bytes allocated at the peak of a call, beyond what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -95,7 +95,8 @@ def peak_memory(function: Function, device: torch.device) -> int:
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, object]:
-    """The rates that this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix product.
+    """Return the rates that this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix
+    product.
 
     They are measured, not looked up: each is the median of several runs at a size that fills the device.
     """

@@ -1,8 +1,8 @@
-"""No figure without agreement: a provider's output and gradients against the oracle, in float64.
+"""Verification before any figure: a provider's output and gradients are compared with the oracle in float64.
 
-Both are compared twice: every row on the small twin of the workload, then, at the workload's own size, the rows
-that the problem names. The gradient of the output is zero elsewhere, so that the oracle needs those rows alone and yet
-every element of the inputs' gradients is compared; the other rows of the output must be finite.
+Both are compared twice: every row on the small form of the workload's problem, then, at the workload's own size, the
+rows that the problem names. The gradient of the output is zero elsewhere, so that the oracle needs only those rows and
+every element of the inputs' gradients is still compared. The other rows of the output must be finite.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.core import Problem, Provider, as_outputs
 from vot_kernels.testing import ToleranceError, assert_close_to_exact, make_tensor
 
-# Roundings granted on top of twice the error of plain PyTorch: PyTorch's fused CPU kernels have an exp of up to
+# Roundings allowed on top of twice the error of plain PyTorch: PyTorch's fused CPU kernels have an exp of up to
 # 20 ulp, and flash kernels round the probabilities to the input's dtype before the second product.
 ROUNDINGS = {torch.float32: 16.0, torch.float64: 16.0}
 HALF_ROUNDINGS = 4.0
@@ -30,9 +30,9 @@ class Expected:
     """The oracle's results for one problem: its outputs, then the gradients of the floating inputs.
 
     Attributes:
-        problem, inputs, rows, gradients: the question.
-        outputs: how many of the results are outputs.
-        low: results in the dtype of the inputs, whose error is the measure.
+        problem, inputs, rows, gradients: what was computed.
+        outputs: the number of results that are outputs.
+        low: results in the dtype of the inputs, whose error is the reference.
         exact: results in float64.
     """
 
@@ -56,9 +56,9 @@ def verify(
     gradients: bool,
     known: Known | None = None,
 ) -> None:
-    """Return if the provider is right on `problem` and on its small twin.
+    """Return if the provider is correct on `problem` and on its small form.
 
-    `known` remembers the oracle's answers for the providers that come next.
+    `known` keeps the oracle's results for the next providers.
 
     Raises:
         ToleranceError: the provider is wrong.
@@ -73,12 +73,12 @@ def verify(
 
 
 def verify_on(provider: Provider, problem: Problem, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """`verify` for given inputs."""
+    """Call `verify` for given inputs."""
     check(provider, expect(problem, inputs, gradients))
 
 
 def expect(problem: Problem, inputs: Sequence[Tensor], gradients: bool) -> Expected:
-    """Ask the oracle."""
+    """Compute the oracle's results."""
     try:
         rows = problem.rows(inputs)
         low, exact = (
@@ -103,7 +103,7 @@ def check(provider: Provider, expected: Expected) -> None:
         actual = _results(
             lambda *x: _formed(provider.run(problem, prepared, *x), expected), inputs, expected.gradients
         )
-    finally:  # others are verified on the same inputs
+    finally:  # other providers are verified on the same inputs
         changed = [i for i, (x, y) in enumerate(zip(inputs, before, strict=True)) if not torch.equal(x, y)]
         for i in changed:
             inputs[i].copy_(before[i])
@@ -111,19 +111,19 @@ def check(provider: Provider, expected: Expected) -> None:
         raise ToleranceError(f"input {changed[0]} is overwritten, {problem.describe()}")
     for i, (a, b, c) in enumerate(zip(actual, expected.low, expected.exact, strict=True)):
         name = f"output {i}" if i < expected.outputs else f"gradient of input {i - expected.outputs}"
-        # Roundings are of the inputs' dtype: a float32 gradient of a bfloat16 op is no more exact.
+        # Roundings are those of the inputs' dtype: a float32 gradient of a bfloat16 op is no more exact.
         roundings = ROUNDINGS.get(dtype, HALF_ROUNDINGS) * torch.finfo(dtype).eps / torch.finfo(a.dtype).eps
         assert_close_to_exact(a, b, c, roundings=max(1.0, roundings), name=f"{name}, {problem.describe()}")
 
 
 def _formed(result: Tensor | Sequence[Tensor], expected: Expected) -> list[Tensor]:
-    """The verified rows of the outputs, if those have the right form and are finite in all rows."""
+    """Return the verified rows of the outputs, if these have the right form and are finite in all rows."""
     outs, right = as_outputs(result), expected.low[: expected.outputs]
     if len(outs) != len(right):
         raise ToleranceError(f"{len(outs)} outputs instead of {len(right)}")
     rows = []
     for i, (out, low) in enumerate(zip(outs, right, strict=True)):
-        if out.dtype != low.dtype:  # a coarser one would also be granted coarser roundings
+        if out.dtype != low.dtype:  # a coarser dtype would also be allowed coarser roundings
             raise ToleranceError(f"output {i} is {out.dtype} instead of {low.dtype}")
         if not out.isfinite().all():
             raise ToleranceError(f"output {i} is not finite, {expected.problem.describe()}")
@@ -132,7 +132,7 @@ def _formed(result: Tensor | Sequence[Tensor], expected: Expected) -> list[Tenso
 
 
 def _results(function: Any, inputs: Sequence[Tensor], gradients: bool) -> list[Tensor]:
-    """The outputs, then the gradients of the floating inputs for fixed gradients of the outputs."""
+    """Return the outputs, then the gradients of the floating inputs for fixed gradients of the outputs."""
     if not gradients:
         with torch.no_grad():
             return list(function(*inputs))

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, own_cases: Sequence[Case] | Non
     """Compile `own_cases`, by default all of `benchmarks.aot.cases`, and print tables.
 
     Returns:
-        0, 1 where something is wrong with a kernel, 2 for a bad option or machine, 130 after Ctrl-C.
+        0, 1 if something is wrong with a kernel, 2 for a bad option or machine, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, own_cases: Sequence[Case] | Non
 
 
 def render(arch: str, rows: Sequence[Row]) -> str:
-    """The table of one architecture."""
+    """Format the table of one architecture."""
     lines = [COLUMNS, *(_cells(row) for row in rows if row.arch == arch)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
@@ -97,7 +97,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _compile(jobs: Sequence[Job], workers: int) -> bool:
-    """Fill in the rows; whether all of them were reached."""
+    """Fill in the rows; return whether all of them were reached."""
     try:
         with _progress(len(jobs)) as advance:
             compile_all(jobs, workers, advance)
@@ -109,7 +109,7 @@ def _compile(jobs: Sequence[Job], workers: int) -> bool:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Row], None]]:
-    """Yield what hears of each of `total` rows: a bar on a terminal with rich, else plain lines."""
+    """Yield a function to call with each of `total` rows; it moves a bar on a terminal with rich, or prints lines."""
     if sys.stderr.isatty() and find_spec("rich"):
         from rich.console import Console
         from rich.progress import Progress

@@ -1,4 +1,4 @@
-"""Cases in, rows out: each compiled kernel once, with its resources, estimates and broken limits."""
+"""From cases to rows: each compiled kernel once, with its resources, estimates and broken limits."""
 
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,19 +25,19 @@ class Row:
     """One compiled kernel.
 
     Attributes:
-        arch: "sm_90".
+        arch: such as "sm_90".
         op: the op of the cases.
-        kernel: the function's name.
-        key: tells this variant of the kernel from the others.
+        kernel: name of the function.
+        key: distinguishes this variant of the kernel from the others.
         config: blocks, warps and stages.
         limits: the limits of the config.
         cases: names of the cases that launch it.
-        moved: bytes of its tensors in the first of these cases.
-        flops: operations of its matrix products in that case.
-        resources: of the compiled kernel, None if it did not compile.
-        blocks_per_sm, limited_by: estimate of the occupancy.
-        least_us, bound: estimate of the time in that case, by the roofline of the GPU.
-        violations: one sentence each.
+        moved: bytes of the kernel's tensors in the first of these cases.
+        flops: operations of the kernel's matrix products in that case.
+        resources: those of the compiled kernel, None if it did not compile.
+        blocks_per_sm, limited_by: the estimated occupancy and what limits it.
+        least_us, bound: the least time in that case by the roofline of the GPU, and what bounds it.
+        violations: one sentence per broken limit.
     """
 
     arch: str
@@ -57,7 +57,7 @@ class Row:
     violations: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """The row as plain data."""
+        """Return the row as plain data."""
         return asdict(self)
 
     @property
@@ -82,7 +82,7 @@ class Launched:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A row to fill in, and what to compile for it."""
+    """A row to fill in, and the launch to compile for it."""
 
     row: Row
     what: "Specialization"
@@ -104,7 +104,7 @@ class Plan:
 
 
 def record(case: Case, arch: str) -> list[Launch]:
-    """The launches of a case on `arch`.
+    """Return the launches of a case on `arch`.
 
     Raises:
         RuntimeError: the case raised, or launched nothing.
@@ -120,7 +120,7 @@ def record(case: Case, arch: str) -> list[Launch]:
 
 
 def launched(cases: Iterable[Case], archs: Iterable[str]) -> list[Launched]:
-    """Every launch of every case on every architecture."""
+    """Return every launch of every case on every architecture."""
     pairs = [(case, arch) for arch in archs for case in cases]
     return [_launched(launch, arch) for case, arch in pairs for launch in record(case, arch)]
 
@@ -130,7 +130,7 @@ def _launched(launch: Launch, arch: str) -> Launched:
 
 
 def make_plan(cases: Sequence[Case], archs: Sequence[str]) -> Plan:
-    """The launches of the cases on these architectures, with each compiled kernel once."""
+    """Return the launches of the cases on these architectures, with each compiled kernel once."""
     from benchmarks.aot.compiler import specialize
 
     plan = Plan()
@@ -173,8 +173,8 @@ def _new_row(case: Case, arch: str, launch: Launch, what: "Specialization") -> R
 
 
 def compile_all(jobs: Sequence[Job], workers: int, finished: Callable[[Row], None]) -> None:
-    """Fill in the rows on `workers` threads; `finished` hears of each. Ctrl-C leaves the others as they are."""
-    # The compiler prints the whole program where ptxas fails; the row has the message.
+    """Fill in the rows on `workers` threads and call `finished` with each. Ctrl-C leaves the others unchanged."""
+    # If ptxas fails, the compiler prints the whole program; the row has the message.
     with redirect_stdout(StringIO()), ThreadPoolExecutor(workers) as pool:
         futures: dict[Future[None], Row] = {pool.submit(_fill, job.row, job.what): job.row for job in jobs}
         try:
@@ -213,7 +213,7 @@ def _fill(row: Row, what: "Specialization") -> None:
 
 
 def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[str]:
-    """One sentence for every limit that does not hold. A config that says nothing of spills allows none."""
+    """Return a sentence for every limit that does not hold. A config without a limit on spills allows none."""
     amounts = {
         "registers": found.registers,
         "spill_bytes": found.spill_bytes,
@@ -237,7 +237,7 @@ def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[
 
 
 def registered_kernels(folder: Path = KERNELS) -> set[str]:
-    """Names of the `@triton.jit` functions under `folder` that end in `_kernel`, read off the source."""
+    """Return the names of the `@triton.jit` functions under `folder` that end in `_kernel`, from the source."""
     found = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -249,7 +249,7 @@ def registered_kernels(folder: Path = KERNELS) -> set[str]:
 
 
 def unreached_kernels(seen: Iterable[Launched], registered: Iterable[str]) -> list[str]:
-    """One line for each registered kernel that no case launches."""
+    """Return a line for each registered kernel that no case launches."""
     reached = {launch.kernel for launch in seen}
     return [
         f"{name} is reached by no case of benchmarks/aot/cases.py" for name in sorted({*registered} - reached)
@@ -257,8 +257,8 @@ def unreached_kernels(seen: Iterable[Launched], registered: Iterable[str]) -> li
 
 
 def unused_entries(seen: Iterable[Launched], archs: Iterable[str]) -> list[str]:
-    """One line for each entry of the config tables of `archs` that no case uses."""
-    # A config's blocks are the entry's own dict, so identity says which of two equal entries was chosen.
+    """Return a line for each entry of the config tables of `archs` that no case uses."""
+    # A config's blocks are the entry's own dict, so identity tells which of two equal entries was chosen.
     used = {id(launch.blocks) for launch in seen}
     return [
         f"configs/{arch}/{family}.json: entry {index} of {kernel} is used by no case of benchmarks/aot/cases.py"
@@ -271,6 +271,6 @@ def unused_entries(seen: Iterable[Launched], archs: Iterable[str]) -> list[str]:
 
 
 def _line(error: BaseException) -> str:
-    """The last line of a compiler's message says what is wrong; the first ones quote the source."""
+    """Return the last line of a compiler's message, which says what is wrong; the first ones quote the source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

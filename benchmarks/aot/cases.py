@@ -28,9 +28,9 @@ class Case:
     Attributes:
         op: a public op, or a launcher below one.
         name: unique within the op.
-        run: calls it with `backend="triton"` on CPU tensors, and its backward; their values do not matter.
-        flops: multiplications and additions in matrix products that a kernel of that name must do at least.
-        quick: part of the subset that the tests compile.
+        run: calls the op and its backward with `backend="triton"` on CPU tensors, whose values do not matter.
+        flops: multiplications and additions in matrix products that a kernel of that name must at least do.
+        quick: whether it is part of the subset that the tests compile.
     """
 
     op: str
@@ -40,7 +40,7 @@ class Case:
     quick: bool = False
 
 
-# Matrix products of a kernel, each of 2 * head_dim operations per query-key pair and head.
+# Matrix products of a kernel, each with 2 * head_dim operations per query-key pair and head.
 PAIR_PRODUCTS = {
     "_range_attention_fwd_kernel": 2,  # scores, output
     "_range_attention_dq_kernel": 3,  # scores, dp, dq
@@ -51,7 +51,7 @@ FUSED_PAIR_PRODUCTS = {
     "_range_attention_dq_kernel": 0,
     "_range_attention_dkdv_kernel": 5,  # scores, dv, dp, dk, dq
 }
-# Each of 2 * head_dim ** 2 operations per row and head; the small triangles of the causal form are left out.
+# Each has 2 * head_dim ** 2 operations per row and head; the small triangles of the causal form are not counted.
 STATE_PRODUCTS = {
     "_group_states_kernel": 1,
     "_linear_apply_kernel": 1,
@@ -59,11 +59,11 @@ STATE_PRODUCTS = {
     "_decay_pairs_kernel": 1,
     "_decay_states_kernel": 1,
 }
-FAR_STATE_PRODUCTS = {**STATE_PRODUCTS, "_range_attention_dq_kernel": 1}  # where it leaves the keys out
+FAR_STATE_PRODUCTS = {**STATE_PRODUCTS, "_range_attention_dq_kernel": 1}  # when it leaves the keys out
 
 
 def cases() -> list[Case]:
-    """All calls of the public ops that reach a kernel through a Triton backend."""
+    """Return all calls of the public ops that reach a kernel through a Triton backend."""
     makers = {
         "linear_attention": _linear_attention,
         "packed_attention": _packed_attention,
@@ -75,7 +75,7 @@ def cases() -> list[Case]:
 
 
 def kernel_ops() -> list[str]:
-    """Public ops with a Triton backend."""
+    """Return the public ops with a Triton backend."""
     with record_launches("sm_90"):
         backends = describe_backends("cpu", BFLOAT16)
     return [op for op in OPS if not backends[op]["triton"]]
@@ -136,7 +136,7 @@ def _hybrid_attention() -> Iterator[Case]:
 
 
 def _aoe() -> Iterator[Case]:
-    """The shapes of the paper, one of small experts, one whose rows are not aligned, and all dtypes of some."""
+    """The shapes of the paper, one with small experts, one with unaligned rows, and all dtypes for some of them."""
     small = AoE(1024, dim=64, experts=4, top_k=2, rank=16, d_ffn=64)
     stored = AoE(1024, dim=64, experts=4, top_k=4, rank=256, d_ffn=256)
     shapes = {
@@ -160,7 +160,7 @@ def _aoe() -> Iterator[Case]:
 
 
 def _moe() -> Iterator[Case]:
-    """The experts of Qwen3-30B-A3B and Mixtral, small ones, and some whose rows are not aligned."""
+    """The experts of Qwen3-30B-A3B and Mixtral, small ones, and some with unaligned rows."""
     small = MoE(1024, dim=64, hidden=64, experts=4, top_k=2)
     shapes = {
         "d2048 h768 n128": MoE(4096, dim=2048, hidden=768, experts=128, top_k=8),
@@ -183,7 +183,7 @@ def _experts(
     forward: bool = False,
     **options: Any,
 ) -> Case:
-    """A case of an op of tokens and experts; forward: without its backward."""
+    """Make a case of an op of tokens and experts; forward: without its backward."""
 
     def run() -> None:
         d, h, slots = problem.dim, problem.hidden, (problem.tokens, problem.top_k)
@@ -207,7 +207,7 @@ def _experts(
 
 
 def _expert_flops(problem: AoE | MoE) -> Callable[[str], int]:
-    """Of the smallest launch of each kernel: some multiply matrices of several shapes."""
+    """Return the operations of the smallest launch of each kernel; some multiply matrices of several shapes."""
     d, h = problem.dim, problem.hidden
     if isinstance(problem, AoE):
         r = problem.rank
@@ -221,7 +221,7 @@ def _expert_flops(problem: AoE | MoE) -> Callable[[str], int]:
 
 
 def _fused_backward(op: Callable[..., Any], base: Attention, **options: Any) -> Iterator[Case]:
-    """The backward that adds to dq from the kernel of dk and dv, at every size."""
+    """Yield cases of the backward in which the kernel of dk and dv also adds to dq, at every size."""
     state_products = FAR_STATE_PRODUCTS if op is hybrid_attention else STATE_PRODUCTS
     for name, dtype, problem in _sizes(base):
         fused = {"_variant": "fused", **options}
@@ -238,7 +238,7 @@ def _attention(
     quick: bool = False,
     **options: Any,
 ) -> Case:
-    """A case of an op of q, k, v and a layout."""
+    """Make a case of an op of q, k, v and a layout."""
 
     def run() -> None:
         q, k, v = _qkv(problem, dtype)
@@ -251,7 +251,7 @@ def _attention(
 
 
 def _sizes(base: Attention) -> Iterator[tuple[str, torch.dtype, Attention]]:
-    """Every dtype at the usual head dims, some others once, and fewer key heads than query heads."""
+    """Yield every dtype at the usual head dims, some others once, and fewer key heads than query heads."""
     for name, dtype in DTYPES.items():
         for head_dim in (16, 32, 64, 128, 256):
             yield f"{name} d{head_dim}", dtype, replace(base, head_dim=head_dim)
@@ -276,7 +276,7 @@ def _attention_flops(
 
 
 def _qkv(problem: Attention, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Uninitialized, so that the large ones cost no memory either."""
+    """Return uninitialized tensors, so that the large ones take no memory either."""
     heads = (problem.heads, problem.kv_heads, problem.kv_heads)
     shapes = [(problem.size, count, problem.head_dim) for count in heads]
     return [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]

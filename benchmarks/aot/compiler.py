@@ -1,4 +1,4 @@
-"""Compiles the kernel of a launch without a GPU, and reads its resources."""
+"""Compilation of a launch's kernel without a GPU, and its resources."""
 
 import re
 import subprocess
@@ -40,12 +40,12 @@ class Specialization:
 
     @property
     def identity(self) -> str:
-        """A value that is the same for launches that share a compiled kernel."""
+        """A value that is equal for launches that share a compiled kernel."""
         parts = (self.signature, self.constexprs, self.attributes, self.options)
         return "\n".join(map(str, (self.kernel.cache_key, self.target, *parts)))
 
     def key(self) -> str:
-        """The dtype of the first tensor and the constants but the blocks; "-weights": that argument is None."""
+        """The dtype of the first tensor and the constants except block sizes; "-weights": that argument is None."""
         words = [next((kind[1:] for kind in self.signature.values() if kind.startswith("*")), "")]
         for (index, *_), value in sorted(self.constexprs.items(), key=lambda item: item[1] is None):
             name = self.kernel.params[index].name
@@ -59,7 +59,7 @@ class Resources:
     """The resources that a compiled kernel uses.
 
     Attributes:
-        registers: of a thread.
+        registers: registers of a thread.
         spill_bytes: stack frame of a thread, where registers go that do not fit. Triton's kernels keep
             nothing else there; the loads and stores that ptxas counts may touch a slot more than once.
         shared_bytes: of a block, as asked for at launch.
@@ -83,7 +83,7 @@ class Resources:
 
 
 def specialize(launch: Launch, arch: str) -> Specialization:
-    """Find out, from the arguments' types and values, what Triton's own launch code would compile for `arch`.
+    """Determine, from the arguments' types and values, what Triton's own launch code would compile for `arch`.
 
     Raises:
         TypeError: the kernel does not accept these arguments, or is interpreted.
@@ -102,7 +102,7 @@ def specialize(launch: Launch, arch: str) -> Specialization:
 
 
 def compile_kernel(what: Specialization) -> Resources:
-    """Compile, or take from Triton's cache.
+    """Compile, or read from Triton's cache.
 
     Raises:
         Exception: whatever the compiler raises.
@@ -126,12 +126,12 @@ def compile_kernel(what: Specialization) -> Resources:
 
 
 def is_warp_specialized(ttgir: str) -> bool:
-    """Whether the operation is there; the attribute of a loop that asks for it may remain without it."""
+    """Whether the operation is there; the attribute of a loop that requests it may remain without it."""
     return re.search(r"\bttg\.warp_specialize\(", ttgir) is not None
 
 
 def matrix_instructions(ptx: str) -> tuple[str, str]:
-    """The newest kind of matrix instruction in `ptx`, and the slowest unit that any of them uses."""
+    """Return the newest kind of matrix instruction in `ptx`, and the slowest unit that any of them uses."""
     found = {
         "tcgen05": re.findall(r"tcgen05\.mma\S*", ptx),
         "wgmma": re.findall(r"wgmma\.mma_async\S*", ptx),
@@ -145,20 +145,20 @@ def matrix_instructions(ptx: str) -> tuple[str, str]:
 
 
 def traffic(arguments: Mapping[str, Any]) -> int:
-    """Bytes of all tensors of a launch, each counted once: read or written, they cross the bus."""
+    """Return the bytes of all tensors of a launch, each counted once, because each is read or written."""
     tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
     distinct = {(x.data_ptr(), tuple(x.shape), x.stride(), x.dtype): x for x in tensors}
     return sum(x.numel() * x.element_size() for x in distinct.values())
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """The registers and the bytes of stack of a thread."""
+    """Return the registers and the bytes of stack of a thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # One function each; helpers that were not inlined may stand beside the kernel.
+    # There is one function each; helpers that were not inlined may be beside the kernel.
     usage = re.findall(r"REG:(\d+) STACK:(\d+)", text)
     if not usage:
         raise RuntimeError(f"cuobjdump names no registers: {text.strip()!r}.")
@@ -166,7 +166,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _threads(ptx: str, otherwise: int) -> int:
-    """The threads of a block; warp specialization adds warps to the warps of the launch."""
+    """Return the threads of a block; warp specialization adds warps to those of the launch."""
     found = re.search(r"\.(?:req|max)ntid\s+(\d+)", ptx)
     return int(found[1]) if found else otherwise
 

@@ -1,7 +1,7 @@
 """The resources of an SM of each architecture, the number of blocks of a kernel that fit on it, and rooflines.
 
 Sources: CUDA C++ Programming Guide, table of technical specifications per compute capability, and the
-data sheets of A100 SXM 80 GB, H100 SXM and B200 (dense rates). These are estimates to compare configs by, not
+data sheets of A100 SXM 80 GB, H100 SXM and B200 (dense rates). These are estimates for comparing configs, not
 measurements.
 """
 
@@ -13,13 +13,13 @@ THREADS_PER_SM = 2048
 BLOCKS_PER_SM = 32
 TENSOR_MEMORY_COLUMNS = 512
 _RESERVED_SHARED = KIB  # the system takes this much of every block's shared memory
-_REGISTER_UNIT = 256  # registers are handed to a warp in units of as many
+_REGISTER_UNIT = 256  # registers are allocated to a warp in multiples of this
 _SCHEDULERS = 4  # each owns a quarter of the registers
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU to estimate for; every figure but the name is of the whole GPU unless it says otherwise.
+    """A GPU to estimate for; the figures are for the whole GPU unless they say otherwise.
 
     Attributes:
         name: the product.
@@ -50,12 +50,12 @@ GPUS = {
 def occupancy(
     gpu: Gpu, *, threads: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> tuple[int, str]:
-    """The number of blocks of a kernel that fit on an SM, and the resource that keeps another one out.
+    """Return the number of blocks of a kernel that fit on an SM, and the resource that prevents another one.
 
     Args:
-        threads: of a block.
-        registers: of a thread.
-        shared: bytes that a block asks for.
+        threads: threads of a block.
+        registers: registers of a thread.
+        shared: bytes of shared memory that a block requests.
         tensor_memory: columns that a block allocates.
     """
     warps = -(-threads // 32)
@@ -74,6 +74,6 @@ def occupancy(
 
 
 def roofline(gpu: Gpu, flops: int, moved: int, unit: str) -> tuple[float, str]:
-    """The least seconds for the operations on `unit` and the bytes moved, and which of the two decides."""
+    """Return the least seconds for the operations on `unit` and the bytes moved, and which of the two decides."""
     compute, memory = flops / gpu.flops_per_s[unit], moved / gpu.memory_bytes_per_s
     return (compute, "compute") if compute > memory else (memory, "memory")

@@ -1,1 +1,1 @@
-"""The functions that are measured: sizes, inputs, oracle and least work of each. One file per family."""
+"""The functions that are measured: sizes, inputs, oracle and minimal work of each. One file per family."""

@@ -24,10 +24,10 @@ class Attention:
     Attributes:
         kind: "packed_attention", "linear_attention" or "hybrid_attention".
         lengths: tokens of each segment.
-        group_size: tokens of a group; groups count for the hybrid alone.
+        group_size: tokens of a group; groups matter only for the hybrid.
         heads, kv_heads, head_dim: as in q `[tokens, heads, head_dim]`.
         window: near groups on each side, or a pair (left, right); hybrid only.
-        causal: no token sees a later one (not for the hybrid, which is bidirectional here).
+        causal: whether no token sees a later one (not for the hybrid, which is bidirectional here).
     """
 
     kind: str
@@ -58,16 +58,16 @@ class Attention:
         return ", ".join([*parts, *(["causal"] if self.causal else [])])
 
     def layout(self, device: torch.device | str = "cpu") -> PackedLayout:
-        """The packing, built anew."""
+        """Build the packing anew."""
         group_size = self.group_size if self.kind == "hybrid_attention" else None
         return PackedLayout.from_lengths(self.lengths, group_size, device)
 
     def sides(self) -> tuple[int, int]:
-        """Near groups on the left and on the right."""
+        """The numbers of near groups on the left and on the right."""
         return (self.window, self.window) if isinstance(self.window, int) else self.window
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """q, k, v, and for the hybrid beta `[heads]`."""
+        """Return q, k, v, and for the hybrid beta `[heads]`."""
         shapes = [(self.size, heads, self.head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)]
         generator = torch.Generator(device).manual_seed(seed)
         qkv = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
@@ -76,7 +76,7 @@ class Attention:
         return *qkv, make_tensor(self.heads, dtype=torch.float32, device=device, seed=seed)
 
     def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """First and last rows of segments (spread ones and the longest), and rows spread over all."""
+        """Return first and last rows of segments (spread ones and the longest), and rows spread over all."""
         if self.size <= 1024:
             return None
         layout = self.layout()
@@ -100,7 +100,7 @@ class Attention:
         return reference.hybrid_attention(q, k, v, layout, window=self.window, beta=beta[0])[0]
 
     def small(self) -> "Attention":
-        """About 400 tokens: the first segments and the longest, groups of a size to match."""
+        """Return about 400 tokens: the first segments and the longest, with groups of matching size."""
         every = range(len(self.lengths))
         kept = [self.lengths[i] for i in sorted({*every[:24], max(every, key=self.lengths.__getitem__)})]
         scale = max(1.0, sum(kept) / 384)
@@ -112,7 +112,7 @@ class Attention:
         return counters.attention(self, direction, itemsize)
 
     def near_pairs(self) -> int:
-        """Query-key pairs with a softmax score, all heads counted once."""
+        """The number of query-key pairs with a softmax score, for one head."""
         if self.kind == "packed_attention":
             return sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
         if self.kind == "linear_attention":
@@ -133,7 +133,7 @@ class Attention:
 def attention_rows(
     problem: Attention, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, rows: Tensor
 ) -> Tensor:
-    """Some rows of the output by the definition, all keys at once; half precision computes in float32."""
+    """Compute some rows of the output by the definition, all keys at once; half precision computes in float32."""
     compute = torch.promote_types(q.dtype, torch.float32)
     layout = problem.layout(q.device)
     repeats = problem.heads // problem.kv_heads

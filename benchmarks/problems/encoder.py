@@ -14,20 +14,22 @@ from benchmarks import counters
 from benchmarks.core import Work
 from vot_kernels.ops.dispatch import BACKENDS, CAPABILITIES
 
-VERIFIED_TOKENS = 2048  # clips are verified whole: the first, the last, and the shortest up to so many tokens
+VERIFIED_TOKENS = (
+    2048  # clips are verified whole: the first, the last, and the shortest up to this many tokens
+)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encoding with a preset of `VotEncoder`; inputs are the pixels `[patches, numbers]`, then all parameters.
+    """Encoding with a preset of `VotEncoder`; inputs are the pixels `[patches, values]`, then all parameters.
 
     Attributes:
-        preset: of `VotEncoderConfig`.
+        preset: a preset of `VotEncoderConfig`.
         grid: (frames, height, width) in patches, of each image or clip.
         attention: "softmax" (exact) or "hybrid" in most layers.
-        experts: Autonomy-of-Experts blocks as in the preset, else dense blocks throughout. In half precision
+        experts: Autonomy-of-Experts blocks as in the preset, else only dense blocks. In half precision
             rounding chooses other experts for tokens that are near a tie, and the results cannot be compared.
-        seed: of the inputs, added to that of the run.
+        seed: seed of the inputs, added to that of the run.
     """
 
     preset: str
@@ -43,7 +45,7 @@ class Encoder:
     @property
     def ops(self) -> tuple[str, ...]:
         """The ops that run in the encoder."""
-        attention = ("hybrid_attention",)  # serves exact softmax too, with a window of None
+        attention = ("hybrid_attention",)  # also serves exact softmax, with a window of None
         experts = ("aoe",) if self.experts else ()
         return *attention, *experts, "dense_residual", "rope_qk_norm", "size_aware_embedding"
 
@@ -66,14 +68,14 @@ class Encoder:
         return f"{self.preset} encoder, {what}, {self.size:,} patches, {attention}{blocks}"
 
     def config(self) -> Any:
-        """The `VotEncoderConfig`."""
+        """Return the `VotEncoderConfig`."""
         from vot_kernels.models.encoder import VotEncoderConfig
 
         changes = {} if self.experts else {"aoe_every": 0}
         return VotEncoderConfig.preset(self.preset, attention=self.attention, **changes)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """Parameters as a fresh encoder has them, each moved a little, so that none is zero or the identity."""
+        """Return the parameters of a fresh encoder, each changed a little, so that none is zero or the identity."""
         generator = torch.Generator().manual_seed(seed + self.seed)
         pixels = torch.randn(self.size, self.config().patch_numbers, generator=generator)
         with torch.random.fork_rng(devices=()):
@@ -83,7 +85,7 @@ class Encoder:
         return tuple(x.detach().to(device, dtype) for x in (pixels, *moved))
 
     def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """All rows of the clips in `verified`."""
+        """Return all rows of the clips in `verified`."""
         if len(self.verified) == len(self.grid):
             return None
         begins = list(accumulate(self.lengths, initial=0))
@@ -92,11 +94,11 @@ class Encoder:
 
     @property
     def verified(self) -> list[int]:
-        """The clips that are verified, ascending: no other can influence them."""
+        """The clips that are verified, ascending; no other clip influences them."""
         return verified_clips(self.lengths)
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
-        """Every clip alone: by the reference where it is small, else by the plain PyTorch backend."""
+        """Compute every clip alone: by the reference if it is small, else by the PyTorch backend."""
         pixels, *weights = inputs
         backend = "reference" if self.size <= 512 else "torch"
         parts = pixels.split(self.lengths)
@@ -108,7 +110,7 @@ class Encoder:
         return torch.cat(found)
 
     def small(self) -> "Encoder":
-        """The nano encoder on the same number of clips, eight at most, each a few patches large."""
+        """Return the nano encoder on the same number of clips, at most eight, each a few patches large."""
         largest = max(max(clip) for clip in self.grid)
         scale = max(1.0, largest / 6)
         grid = tuple(tuple(max(1, round(n / scale)) for n in clip) for clip in self.grid[:8])
@@ -119,7 +121,7 @@ class Encoder:
 
 
 def verified_clips(lengths: Sequence[int]) -> list[int]:
-    """Which clips of these lengths are verified, ascending: the first, the last, and short ones."""
+    """Return which clips of these lengths are verified, ascending: the first, the last, and short ones."""
     chosen = {0, len(lengths) - 1}
     total = sum(lengths[i] for i in chosen)
     for i in sorted(set(range(len(lengths))) - chosen, key=lambda i: lengths[i]):
@@ -131,20 +133,20 @@ def verified_clips(lengths: Sequence[int]) -> list[int]:
 
 
 class OneByOne(nn.Module):
-    """An encoder that is given one clip after the other."""
+    """An encoder that processes one clip after the other."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """`[patches, numbers]` and integer `[clips, 3]` to `[patches, hidden_size]`."""
+        """Map `[patches, values]` and integer `[clips, 3]` to `[patches, hidden_size]`."""
         parts = zip(pixels.split(grid.prod(1).tolist()), grid, strict=True)
         return torch.cat([self.encoder(part, clip[None]).last_hidden_state for part, clip in parts])
 
 
 def new_encoder(config: Any, device: torch.device) -> nn.Module:
-    """A `VotEncoder` on a device, in evaluation mode."""
+    """Return a `VotEncoder` on a device, in evaluation mode."""
     from vot_kernels.models.encoder import VotEncoder
 
     with device:
@@ -160,14 +162,14 @@ def _encoder_in(
 
 
 def apply(problem: Encoder, around: type[nn.Module], weights: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """`around(encoder)(*arguments)` for an encoder with these weights, differentiable in them."""
+    """Return `around(encoder)(*arguments)` for an encoder with these weights, differentiable in them."""
     module, names = _encoder_in(problem, around, weights[0].device)
     return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), arguments)
 
 
 @contextmanager
 def served_by(backend: str) -> Iterator[None]:
-    """Whatever is left to "auto" is served by one backend."""
+    """Serve whatever is left to "auto" by one backend."""
     before = {op: dict(table) for op, table in CAPABILITIES.items()}
     try:
         for table in CAPABILITIES.values():

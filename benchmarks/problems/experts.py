@@ -14,8 +14,10 @@ from vot_kernels.ops.aoe.reference import aoe as aoe_reference
 from vot_kernels.ops.moe.reference import moe as moe_reference
 
 ROWS = 128  # rows of the output that are verified at full size
-CANDIDATES = 512  # tokens among which rows with a clear selection are looked for
-CLEAR = 0.02  # the norm of the last expert chosen must exceed that of the first one left out by this share
+CANDIDATES = 512  # tokens among which rows with a clear selection are sought
+CLEAR = (
+    0.02  # the norm of the last selected expert must exceed that of the first one not selected by this share
+)
 TOPIC = 0.6  # length of a topic in a token, relative to the token's noise
 
 
@@ -27,9 +29,9 @@ class AoE:
     Here each token carries the topics of `top_k` experts drawn at random, directions to which those experts
     respond, as experts do once trained: selections are mostly clear and loads are about equal.
 
-    Near-ties may still fall either way, so only tokens with a clear selection are verified, on the small twin
-    too: of `CANDIDATES` tokens spread over all, the first `ROWS` whose k-th and (k+1)-th norm differ by `CLEAR`
-    or more in float64.
+    Near ties may still fall either way, so only tokens with a clear selection are verified, also on the small form:
+    of `CANDIDATES` tokens spread over all, the first `ROWS` whose k-th and (k+1)-th norm differ by `CLEAR` or more in
+    float64.
 
     Attributes:
         tokens, dim, experts, top_k, rank: as in `vot_kernels.aoe`.
@@ -63,7 +65,7 @@ class AoE:
         )
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """x, w_down, w_up, w_p, w_o with activations of unit scale."""
+        """Return x, w_down, w_up, w_p, w_o with activations of unit scale."""
         normal = _normal(device, seed)
         n, d, r, h = self.experts, self.dim, self.rank, self.hidden
         w_down = normal(n, r, d) * d**-0.5
@@ -90,7 +92,7 @@ class AoE:
         return aoe_reference(x if rows is None else x[rows], *weights, self.top_k)[0]
 
     def small(self) -> "AoE":
-        """At most 256 tokens and 16 experts of a few dozen dimensions."""
+        """Return at most 256 tokens and 16 experts of a few dozen dimensions."""
         experts = min(self.experts, 16)
         return replace(
             self,
@@ -106,7 +108,7 @@ class AoE:
         return counters.aoe(self, direction, itemsize)
 
     def plain(self) -> "MoE":
-        """The mixture of ordinary SwiGLU experts with as many parameters."""
+        """Return the mixture of ordinary SwiGLU experts with as many parameters."""
         return MoE(self.tokens, self.dim, self.d_ffn, self.experts, self.top_k)
 
 
@@ -142,7 +144,7 @@ class MoE:
         )
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """x, w_gate_up, w_down, topk_idx (int64), topk_weights (sum to 1, in `dtype` as routers give them)."""
+        """Return x, w_gate_up, w_down, topk_idx (int64), topk_weights (sum to 1, in `dtype` as from routers)."""
         normal = _normal(device, seed)
         x = normal(self.tokens, self.dim)
         w_gate_up = normal(self.experts, 2 * self.hidden, self.dim) * self.dim**-0.5
@@ -162,7 +164,7 @@ class MoE:
         return moe_reference(x, w_gate_up, w_down, idx, weights)
 
     def small(self) -> "MoE":
-        """At most 256 tokens and 16 experts, of sizes that whole tiles fit."""
+        """Return at most 256 tokens and 16 experts, of sizes that whole tiles fit."""
         experts = min(self.experts, 16)
         return replace(
             self,
@@ -178,11 +180,11 @@ class MoE:
 
 
 def _normal(device: torch.device, seed: int):
-    """Standard normal float32 tensors, one after the other."""
+    """Return a function for standard normal float32 tensors, each call with the next numbers."""
     generator = torch.Generator(device).manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)
 
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """At most `count` different indices from 0 to size - 1."""
+    """Return at most `count` different indices from 0 to size - 1."""
     return torch.linspace(0, size - 1, min(size, count), dtype=torch.float64).round().long().to(device)

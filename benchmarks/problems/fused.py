@@ -19,7 +19,7 @@ from vot_kernels.ops.size_aware_embedding.reference import (
 from vot_kernels.packing import PackedLayout
 
 ROWS = 512  # rows that are verified at full size
-ALL_ROWS = 2048  # up to this number, all rows are
+ALL_ROWS = 2048  # up to this number, all rows are verified
 
 Grid = tuple[tuple[int, int, int], ...]
 
@@ -44,7 +44,7 @@ class DenseResidual:
         return f"{self.states} states of {self.tokens:,} × {self.width:,}"
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """States that lie side by side in one buffer, as DenseFormer stores them; float32 weights."""
+        """Return contiguous states in one buffer, as DenseFormer stores them, and float32 weights."""
         normal = _normal(device, seed)
         stored = normal((self.states, self.tokens, self.width), dtype)
         return *stored.unbind(), normal((self.states,), torch.float32)
@@ -91,7 +91,7 @@ class RopeQkNorm:
         return f"{self.size:,} tokens, {self.heads} + {self.kv_heads} heads of {self.head_dim}"
 
     def layout(self, device: torch.device | str = "cpu") -> PackedLayout:
-        """The packing, built anew."""
+        """Build the packing anew."""
         return PackedLayout.from_grid_thw(self.grid, device=device)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
@@ -144,7 +144,7 @@ class SizeAwareEmbedding:
         return f"{self.size:,} tokens of {len(self.grid):,} images, {self.width:,} wide"
 
     def layout(self, device: torch.device | str = "cpu") -> PackedLayout:
-        """The packing, built anew."""
+        """Build the packing anew."""
         return PackedLayout.from_grid_thw(self.grid, device=device)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
@@ -166,7 +166,7 @@ class SizeAwareEmbedding:
         layout = self.layout(x.device)
         features = size_features(layout.sizes, octaves=self.octaves)
         bounds = layout.cu_seqlens.long()
-        if rows is not None:  # how many of the rows lie before each boundary
+        if rows is not None:  # the number of rows before each boundary
             bounds = torch.searchsorted(rows, bounds)
         return size_aware_embedding_reference(_at(x, rows), bounds, features, *weights)
 
@@ -229,14 +229,14 @@ class PackPatches:
 
 
 def spread_rows(total: int, device: torch.device) -> Tensor | None:
-    """Rows spread evenly, ascending, with the first and the last among them; None if there are few rows in all."""
+    """Return evenly spread rows, ascending, including the first and the last; None if there are few rows in all."""
     if total <= ALL_ROWS:
         return None
     return torch.linspace(0, total - 1, ROWS, dtype=torch.float64).round().long().unique().to(device)
 
 
 def _normal(device: torch.device, seed: int):
-    """`normal(shape, dtype, std=1)`, each call the next numbers of the seed."""
+    """Return `normal(shape, dtype, std=1)`, each call of which gives the next numbers of the seed."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(shape: tuple[int, ...], dtype: torch.dtype, std: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vision towers of transformers with random weights: the widths of released models, and a few of their layers."""
+"""Vision towers of transformers with random weights: the widths of released models, with few layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,19 +21,20 @@ Sizes = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A tower of transformers: its class, its sizes, and what it takes.
+    """A tower of transformers: its class, its sizes, and its arguments.
 
     Attributes:
-        name: for the reader.
+        name: name for the reader.
         kind: its class in transformers.
-        config: the sizes of a released model; those not named are the defaults of transformers.
+        config: the sizes of a released model; other values are the defaults of transformers.
         patch: side of a patch in pixels.
         frames: video frames in one patch.
-        rows: an image has a row of a padded batch to itself; otherwise the patches of all images are in one buffer.
-        apart: every frame of a clip is given as an image.
-        merged: patches for one row of the output.
+        rows: whether an image has its own row of a padded batch; otherwise the patches of all images are in one
+            buffer.
+        apart: whether every frame of a clip is given as an image.
+        merged: number of patches for one row of the output.
         window: side of an attention window in patches, in all layers but the last; None for no windows.
-        projector: the part that serves the language model behind the tower alone; it is left out.
+        projector: the part that serves only the language model after the tower; it is left out.
     """
 
     name: str
@@ -72,7 +73,7 @@ FAMILIES = {
         apart=True,
         projector=None,
     ),
-    # Its layers are as wide inside as out_hidden_size says; intermediate_size is the projector's.
+    # The inner width of its layers is out_hidden_size; intermediate_size is the projector's.
     128: Family(
         "GLM-4.1V",
         "Glm4vVisionModel",
@@ -84,21 +85,21 @@ FAMILIES = {
 }
 """By the size of a head."""
 
-_UNSEEN = "k_proj.bias"  # its gradient is rounding alone, which nobody can get right
+_UNSEEN = "k_proj.bias"  # its gradient is rounding only, which nobody can compute correctly
 _NARROW = {"intermediate_size": 48, "out_hidden_size": 32, "num_patches": 16, "num_position_embeddings": 16}
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower on images or clips; inputs are the patches `[patches, numbers]`, then all parameters.
+    """A tower on images or clips; inputs are the patches `[patches, values]`, then all parameters.
 
-    The output is `[patches / merged, width]` for the images one after the other, without padding.
+    The output is `[patches / merged, width]` for the images in turn, without padding.
 
     Attributes:
-        head_dim: which of `FAMILIES`.
+        head_dim: the key of `FAMILIES`.
         sizes: (frames, height, width) of each image or clip, the sides in patches, even.
-        layers: so many of the model's own.
-        heads: None for those of the released model.
+        layers: number of layers, as in the model itself but fewer.
+        heads: number of heads; None for that of the released model.
     """
 
     head_dim: int
@@ -121,7 +122,7 @@ class Tower:
 
     @property
     def grid(self) -> Sizes:
-        """`sizes` with the frames of a patch counted as one."""
+        """`sizes` with the frames of one patch counted as one."""
         return tuple((-(-t // self.family.frames), y, x) for t, y, x in self.sizes)
 
     @property
@@ -143,7 +144,7 @@ class Tower:
         )
 
     def config(self) -> Any:
-        """The config of transformers.
+        """Return the config of transformers.
 
         Raises:
             ImportError: transformers is not installed.
@@ -165,13 +166,13 @@ class Tower:
         return kind(**sizes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter by name, without biases of keys: softmax does not see them."""
+        """The shape of every parameter by name, without biases of keys, which softmax cancels."""
         model = _model(self.head_dim, self.layers, self.heads, "eager", torch.device("cpu"))
         parameters = model.named_parameters()
         return {name: tuple(p.shape) for name, p in parameters if not name.endswith(_UNSEEN)}
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """Patches and weights of such a size that activations keep theirs and attention is far from uniform."""
+        """Return patches and weights scaled so that activations keep their size and attention is far from uniform."""
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(self.size, 3 * self.family.frames * self.family.patch**2, generator=generator)
         weights = []
@@ -182,7 +183,7 @@ class Tower:
         return tuple(x.to(device, dtype) for x in (pixels, *weights))
 
     def rows(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """All rows of the images in `verified`."""
+        """Return all rows of the images in `verified`."""
         if len(self.verified) == len(self.sizes):
             return None
         begins = list(accumulate((n // self.family.merged for n in self.lengths), initial=0))
@@ -191,11 +192,11 @@ class Tower:
 
     @property
     def verified(self) -> list[int]:
-        """The images that are verified, ascending: no other can influence them."""
+        """The images that are verified, ascending; no other image influences them."""
         return verified_clips(self.lengths)
 
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
-        """Every image alone, by the attention that transformers spells out."""
+        """Compute every image alone, by the plain attention of transformers."""
         pixels, *weights = inputs
         parts = pixels.split(self.lengths)
         alone = []
@@ -205,7 +206,7 @@ class Tower:
         return torch.cat(alone)
 
     def small(self) -> "Tower":
-        """Two heads of the same size, on eight images at most, each a few patches large."""
+        """Return two heads of the same size, on at most eight images, each a few patches large."""
         largest = max(max(sides) for _, *sides in self.sizes)
 
         def few(patches: int) -> int:
@@ -216,7 +217,7 @@ class Tower:
         return replace(self, sizes=sizes, heads=2)
 
     def arguments(self, device: torch.device) -> dict[str, Tensor]:
-        """What the tower takes besides patches."""
+        """Return the arguments of the tower besides patches."""
         frames = [(1, y, x) for t, y, x in self.grid for _ in range(t)]
         grid = torch.tensor(frames if self.family.apart else self.grid)
         if not self.family.rows:
@@ -233,7 +234,7 @@ class Tower:
 def apply(
     problem: Tower, attention: str, arguments: dict[str, Tensor], pixels: Tensor, *weights: Tensor
 ) -> Tensor:
-    """The output of a tower with these weights, differentiable in them.
+    """Return the output of a tower with these weights, differentiable in them.
 
     `attention` is the name of an implementation in transformers, or `PATCHED`.
     """
@@ -249,7 +250,7 @@ def apply(
 
 @cache
 def _model(head_dim: int, layers: int, heads: int | None, attention: str, device: torch.device) -> nn.Module:
-    """A tower whose weights take no memory, because every call brings its own."""
+    """Return a tower whose weights take no memory, because every call brings its own."""
     import transformers
 
     import vot_kernels

@@ -20,13 +20,13 @@ class DecodeAndPack:
     """Frames sampled evenly from a file, normalised and cut into patches.
 
     Inputs are mean and standard deviation of the colours `[3]`; the output is `[patches, 3 · patch_size²]`. The
-    right colours are those of libswscale at its defaults, to the bit: a decoder that converts otherwise counts
+    correct colours are those of libswscale with its defaults, bit for bit: a decoder that converts otherwise counts
     as wrong.
 
     Attributes:
-        clip: of `CLIPS`.
+        clip: a clip of `CLIPS`.
         frames: number of sampled frames, the ones in the middle of as many equal parts of the clip.
-        patch_size: pixels.
+        patch_size: side of a patch in pixels.
     """
 
     clip: str
@@ -39,7 +39,7 @@ class DecodeAndPack:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """No op: nothing here runs on a GPU."""
+        """The empty tuple, because nothing here runs on a GPU."""
         return ()
 
     @property
@@ -65,10 +65,10 @@ class DecodeAndPack:
         return f"{sampled} frames of {width} × {height} decoded and packed, patches of {self.patch_size}"
 
     def path(self) -> Path:
-        """The file.
+        """Return the path of the file.
 
         Raises:
-            FileNotFoundError, ImportError: it belongs to a package that is not installed.
+            FileNotFoundError, ImportError: the package of the clip is not installed.
         """
         from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 
@@ -83,7 +83,7 @@ class DecodeAndPack:
         return None
 
     def oracle(self, inputs: Sequence[Tensor], rows: None) -> Tensor:
-        """Every frame decoded in one thread, one after the other, and every patch cut out by hand."""
+        """Decode every frame in one thread, one after the other, and cut out every patch by itself."""
         import av
 
         mean, std = (x.view(3, 1, 1) for x in inputs)

@@ -1,4 +1,4 @@
-"""Ways to solve the problems: this package's backends and its peers, found when a run starts."""
+"""Ways to solve the problems: this package's backends and its peers, looked up when a run starts."""
 
 from benchmarks.core import Provider
 from benchmarks.providers import (
@@ -33,5 +33,5 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def providers_of(suite: str) -> tuple[Provider, ...]:
-    """The providers that take part in a suite, ours first."""
+    """Return the providers that take part in a suite, ours first."""
     return tuple(sorted((p for p in PROVIDERS if suite in p.suites), key=lambda p: not p.ours))

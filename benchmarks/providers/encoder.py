@@ -17,14 +17,14 @@ from vot_kernels.packing import PackedLayout
 
 
 class Packed(nn.Module):
-    """The encoder as it is."""
+    """The encoder unchanged."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, pixels: Tensor, grid: Tensor, layout: PackedLayout) -> Tensor:
-        """`[patches, hidden_size]`."""
+        """Return `[patches, hidden_size]`."""
         return self.encoder(pixels, grid, layout=layout).last_hidden_state
 
 
@@ -40,14 +40,14 @@ class _Padding:
 
 
 class Padded(nn.Module):
-    """The same network with every clip padded to the longest: all layers run on all rows."""
+    """The same network with every clip padded to the longest, so that all layers run on all rows."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, pixels: Tensor, padding: _Padding) -> Tensor:
-        """`[patches, hidden_size]`, the padding left out."""
+        """Return `[patches, hidden_size]` without the padding."""
         encoder = self.encoder
         embedded = encoder._embed(pixels, padding.packed, None)
         x = embedded.new_zeros(padding.padded.num_tokens, embedded.shape[1])
@@ -100,7 +100,7 @@ def _one_by_one(problem: Encoder, prepared: None, pixels: Tensor, *weights: Tens
 
 
 def _exact(problem: Encoder) -> Encoder | None:
-    """The same problem with exact softmax in every layer; None if every layer has it already."""
+    """Return the same problem with exact softmax in every layer; None if every layer has it already."""
     return None if problem.attention == "softmax" else replace(problem, attention="softmax")
 
 

@@ -1,6 +1,6 @@
-"""Autonomy-of-Experts and plain mixtures of experts: this package's ops, and ways to compute them with PyTorch alone.
+"""Autonomy-of-Experts and plain mixtures of experts: this package's ops, and PyTorch compositions.
 
-Routing, sorting and index building happen inside `run`: they depend on the data, so nothing is prepared.
+Routing, sorting and index building are inside `run`: they depend on the data, so nothing is prepared.
 """
 
 from functools import cache, partial
@@ -19,7 +19,7 @@ from vot_kernels.ops.moe import moe
 from vot_kernels.ops.moe.reference import moe as moe_reference
 
 COMPILED_EXPERTS = 8  # the loop over experts is unrolled when the reference is compiled
-SELECTION_ELEMENTS = 2**27  # caches held at once where they serve the selection alone
+SELECTION_ELEMENTS = 2**27  # elements of caches in memory at once for the selection alone
 
 
 def _ours_aoe(backend: str, problem: AoE, prepared: None, *inputs: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _refuses(
 def masked_aoe(
     problem: AoE, prepared: None, x: Tensor, w_down: Tensor, w_up: Tensor, w_p: Tensor, w_o: Tensor
 ) -> Tensor:
-    """Every expert computes every token and a mask keeps what was selected."""
+    """Every expert computes every token, and a mask keeps the selected results."""
     cache = torch.einsum("td,nrd->tnr", x, w_down)
     top = _norms(cache).topk(problem.top_k, dim=-1)
     weights = (
@@ -57,7 +57,7 @@ def masked_aoe(
 def gathered_aoe(
     problem: AoE, prepared: None, x: Tensor, w_down: Tensor, w_up: Tensor, w_p: Tensor, w_o: Tensor
 ) -> Tensor:
-    """Every expert computes its own tokens; autograd runs through the cache of all experts."""
+    """Every expert computes its own tokens; autograd differentiates the cache of all experts."""
     cache = torch.einsum("td,nrd->tnr", x, w_down)
     top = _norms(cache).topk(problem.top_k, dim=-1)
     weights = top.values.softmax(-1)
@@ -88,8 +88,8 @@ def stored_aoe(
 def grouped_aoe(
     problem: AoE, prepared: None, x: Tensor, w_down: Tensor, w_up: Tensor, w_p: Tensor, w_o: Tensor
 ) -> Tensor:
-    """Selects on blocks of the cache that are thrown away and computes the selected caches once more, so that
-    nothing of the size of all caches is stored and only selected experts have a backward."""
+    """Selects on temporary blocks of the cache and computes the selected caches again, so that nothing of the size of
+    all caches is stored and only selected experts have a backward."""
     with torch.no_grad():
         indices = _select(x, w_down, problem.top_k)
     order, offsets = group(indices, problem.experts)
@@ -103,7 +103,7 @@ def grouped_aoe(
 def masked_moe(
     problem: MoE, prepared: None, x: Tensor, w_gate_up: Tensor, w_down: Tensor, idx: Tensor, weights: Tensor
 ) -> Tensor:
-    """Every expert computes every token and a mask keeps what was selected."""
+    """Every expert computes every token, and a mask keeps the selected results."""
     dense = weights.new_zeros(x.shape[0], problem.experts).scatter_add(1, idx, weights)
     y = torch.zeros_like(x)
     for gate_up, down, weight in zip(w_gate_up, w_down, dense.unbind(1), strict=True):
@@ -127,7 +127,7 @@ def gathered_moe(
 def grouped_moe(
     problem: MoE, prepared: None, x: Tensor, w_gate_up: Tensor, w_down: Tensor, idx: Tensor, weights: Tensor
 ) -> Tensor:
-    """Tokens sorted by expert, two grouped products, a weighted sum back in the order of the tokens."""
+    """Tokens sorted by expert, two grouped products, and a weighted sum in the order of the tokens."""
     order, offsets = group(idx, problem.experts)
     rows = x.index_select(0, order // problem.top_k)
     gate, up = torch._grouped_mm(rows, w_gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=-1)
@@ -136,19 +136,19 @@ def grouped_moe(
 
 
 def group(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Slots `[tokens * k]` in the order of their experts, and the int32 end of each expert, without a sync."""
+    """Return slots `[tokens * k]` in the order of their experts, and the int32 end of each expert, without a sync."""
     ordered, order = indices.flatten().sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(experts, device=ordered.device), right=True)
     return order, ends.to(torch.int32)
 
 
 def inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
+    """Return the permutation that undoes `order`."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def combine(out: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum `[tokens, dim]` of the `[tokens * k, dim]` results that lie in the order of experts."""
+    """Return the weighted sum `[tokens, dim]` of the results `[tokens * k, dim]` in the order of experts."""
     slots = out.index_select(0, inverse(order)).view(*weights.shape, -1)
     return torch.bmm(weights[:, None].to(out.dtype), slots)[:, 0]
 
@@ -172,14 +172,14 @@ def _select(x: Tensor, w_down: Tensor, top_k: int) -> Tensor:
 
 
 def no_grouped_mm() -> str | None:
-    """Why `torch._grouped_mm` is missing."""
+    """Return why `torch._grouped_mm` is missing."""
     return None if hasattr(torch, "_grouped_mm") else f"PyTorch {torch.__version__} has no torch._grouped_mm"
 
 
 def refuses_grouped(
     problem: AoE | MoE, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """`torch._grouped_mm` needs rows of a multiple of 16 bytes, at most 32 bits per number, and sm_80."""
+    """`torch._grouped_mm` needs rows of a multiple of 16 bytes, at most 32 bits per element, and sm_80."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"torch._grouped_mm does not take {dtype}"
     widths = [problem.dim, problem.hidden, *([problem.rank] if isinstance(problem, AoE) else [])]
@@ -192,7 +192,7 @@ def refuses_grouped(
 
 @cache
 def _compiled(op: str) -> Any:
-    """Compiled once for all sizes; fails rather than fall back to the interpreter in silence."""
+    """Compile once for all sizes; fail rather than silently fall back to the interpreter."""
     return torch.compile(aoe_reference if op == "aoe" else moe_reference, dynamic=True, fullgraph=True)
 
 

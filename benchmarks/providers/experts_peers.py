@@ -1,7 +1,7 @@
 """Plain mixtures of experts by packages that a user may have: each is imported only when it runs.
 
-Every one gets the same weights, `[experts, 2 * hidden, dim]` with the gate first and `[experts, dim, hidden]`,
-as views where its own layout differs.
+All get the same weights, `[experts, 2 * hidden, dim]` with the gate first and `[experts, dim, hidden]`, as views if
+their own layout differs.
 """
 
 import os
@@ -20,8 +20,8 @@ from benchmarks.core import Provider, needs
 from benchmarks.problems.experts import MoE
 from benchmarks.providers.experts import refuses_grouped
 
-SCATTERMOE = "VOT_BENCH_SCATTERMOE"  # a folder that holds the package, such as a checkout of the repository
-# Most that transformers' batched_mm may gather, a copy of the weights per slot: more takes minutes on a CPU.
+SCATTERMOE = "VOT_BENCH_SCATTERMOE"  # a folder with the package, such as a checkout of the repository
+# The most that transformers' batched_mm may gather, a copy of the weights per slot; more takes minutes on a CPU.
 GATHERED_BYTES = {"cuda": 2**34, "cpu": 2**26}
 
 
@@ -34,7 +34,7 @@ def _transformers(problem: MoE, experts: Any, *inputs: Tensor) -> Tensor:
 def _transformers_experts(
     implementation: str, problem: MoE, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    """An experts module of transformers without weights of its own, built once per size."""
+    """Return an experts module of transformers without weights of its own, built once per size."""
     sizes = (problem.experts, problem.dim, problem.hidden, problem.top_k)
     return _meta_experts(implementation, *sizes)
 
@@ -149,7 +149,7 @@ def _moe_ops(problem: MoE, prepared: None, *inputs: Tensor) -> Tensor:
 def refuses_cuda_only(
     capability: tuple[int, int], problem: MoE, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """Why a kernel for tensor cores cannot run: it refuses other devices, full precision and old GPUs."""
+    """Return why a kernel for tensor cores cannot run: it refuses other devices, full precision and old GPUs."""
     if device.type != "cuda":
         return "needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -1,6 +1,6 @@
 """Softmax attention of other packages: flash-attn 2, 3 and 4, and xformers.
 
-The calls follow the packages' own signatures: flash-attn 2.8.3, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36 and
+The calls follow the signatures of flash-attn 2.8.3, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36 and
 xformers 0.0.35.
 """
 
@@ -45,7 +45,7 @@ def _flash(function: Any, problem: Attention, given: Bounds, q: Tensor, k: Tenso
         max_seqlen_k=longest,
         causal=problem.causal,
     )
-    return result[0] if isinstance(result, tuple) else result  # 4 returns the lse too
+    return result[0] if isinstance(result, tuple) else result  # version 4 returns the lse too
 
 
 def _refuses_flash_attn_3(

@@ -1,7 +1,7 @@
 """The memory-bound ops: ours, plain PyTorch, PyTorch written to be fast, and torch.compile of it.
 
-DenseFormer's mixing step is measured beside them, written anew for this suite from its description (Pagliardini et
-al., NeurIPS 2024) and its way of storing the states.
+DenseFormer's mixing step is measured beside them. It is written anew for this suite from its description (Pagliardini
+et al., NeurIPS 2024), including its way of storing the states.
 """
 
 import os
@@ -100,7 +100,7 @@ def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Re
 
 @dataclass(frozen=True)
 class _Tables:
-    """The data that depend on the packing alone: rotary tables, or sizes and owners of the tokens."""
+    """The data that depend only on the packing: rotary tables, or sizes and owners of the tokens."""
 
     first: Tensor
     second: Tensor
@@ -122,7 +122,7 @@ def _tables(problem: Problem, dtype: torch.dtype, device: torch.device) -> _Tabl
 
 
 def _fast_dense_residual(*inputs: Tensor) -> Tensor:
-    """Added up in float32, one state after the other."""
+    """The sum in float32, one state after the other."""
     *states, weights = inputs
     total = states[0] * weights[0]
     for state, weight in zip(states[1:], weights[1:].unbind(), strict=True):
@@ -133,7 +133,7 @@ def _fast_dense_residual(*inputs: Tensor) -> Tensor:
 def _fast_rope_qk_norm(
     eps: float, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tables made once, halves rotated, as language models do it."""
+    """Tables made once and halves rotated, as in language models."""
 
     def one(x: Tensor, weight: Tensor) -> Tensor:
         wide = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
@@ -174,7 +174,7 @@ def _fast(wrap: Callable[[Any], Any], problem: Problem, tables: _Tables | None, 
 
 @cache
 def _compiled(function: Any) -> Any:
-    """Compiled for each shape anew, the best case; the default limit would fall back to eager after eight."""
+    """Compile for each shape anew, which is the best case; the default limit falls back to eager after eight."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
@@ -190,7 +190,7 @@ def _no_compiler() -> str | None:
 
 
 class _StoredStates(torch.autograd.Function):
-    """The buffer in which the states already lie, without a copy."""
+    """The buffer that already has the states, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, *states: Tensor) -> Tensor:

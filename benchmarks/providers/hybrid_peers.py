@@ -1,9 +1,9 @@
 """Hybrid attention by other means: the composite of existing kernels, and SLA.
 
 The composite is the obvious way to write it today: near attention by a softmax kernel over the groups' windows, far
-attention by group states in plain PyTorch, merged through the log-sum-exp. No kernel hands out a gradient of
-its log-sum-exp, but none is needed: a flash backward that is given the merged output and the joint
-log-sum-exp returns the gradients of the merged function.
+attention by group states in plain PyTorch, merged through the log-sum-exp. No kernel returns a gradient of its
+log-sum-exp, but none is needed: a flash backward that is given the merged output and the joint log-sum-exp returns
+the gradients of the merged function.
 
 SLA (Zhang et al., arXiv 2509.24006, github.com/thu-ml/SLA) is imported from the folder that the environment
 variable VOT_BENCH_SLA names. It computes another function: softmax attention to the best blocks of keys, plus
@@ -33,16 +33,16 @@ from vot_kernels.packing import PackedLayout
 
 
 class Plan(NamedTuple):
-    """The indices that depend on the packing alone.
+    """The indices that depend only on the packing.
 
     Attributes:
         groups: first row of each group, then the number of tokens.
         windows: rows `[begin, end)` of the keys near each group.
         segments: groups `[begin, end)` of each segment.
-        cu_queries, cu_keys: int32 bounds of the groups, and of their windows laid end to end.
-        rows: int64, the keys' rows of the windows laid end to end.
-        blocks: int64 `[groups, longest group]`, rows of each group, past the end of the buffer where there
-            is none; None where all groups are equally long.
+        cu_queries, cu_keys: int32 bounds of the groups, and of their concatenated windows.
+        rows: int64, the keys' rows of the concatenated windows.
+        blocks: int64 `[groups, longest group]`, rows of each group, past the end of the buffer where there is none;
+            None if all groups are equally long.
     """
 
     groups: list[int]
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Attention, dtype: torch.dtype, device: torch.device) -> Plan:
-    """The windows of all groups, and the indices that lay them out."""
+    """Return the windows of all groups, and the indices that lay them out."""
     layout = problem.layout()
     left, right = problem.sides()
     groups, first = layout.host_cu_groups.tolist(), layout.host_segment_groups.tolist()
@@ -100,16 +100,16 @@ class Near(Protocol):
     """A softmax kernel over the windows of all groups."""
 
     def forward(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output `[tokens, heads, head_dim]` and log-sum-exp `[tokens, heads]`."""
+        """Return output `[tokens, heads, head_dim]` and log-sum-exp `[tokens, heads]`."""
 
     def backward(
         self, plan: Plan, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v for this output and this log-sum-exp."""
+        """Return the gradients of q, k, v for this output and this log-sum-exp."""
 
 
 class _Gathered(ABC):
-    """Kernels for packed sequences: the windows overlap, so that the keys are laid end to end first."""
+    """Kernels for packed sequences; the windows overlap, so the keys are concatenated first."""
 
     def forward(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = self._attend(plan, q, k[plan.rows], v[plan.rows])
@@ -128,15 +128,15 @@ class _Gathered(ABC):
 
     @abstractmethod
     def _attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp `[heads, tokens]` for keys and values laid end to end."""
+        """Return output and log-sum-exp `[heads, tokens]` for concatenated keys and values."""
 
     @abstractmethod
     def _gradients(self, plan: Plan, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q and of such keys and values, given grad, q, k, v, out and log-sum-exp."""
+        """Return the gradients of q and of such keys and values, given grad, q, k, v, out and log-sum-exp."""
 
 
 class VarlenNear(_Gathered):
-    """The FlashAttention 2 that PyTorch carries."""
+    """The FlashAttention 2 inside PyTorch."""
 
     def _attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -163,7 +163,7 @@ class VarlenNear(_Gathered):
             plan.longest_key,
             0.0,  # dropout
             False,  # causal
-            torch.zeros(2, dtype=torch.uint64, device=device),  # state of the dropout
+            torch.zeros(2, dtype=torch.uint64, device=device),  # random state of the dropout
             torch.empty(0, device=device),
         )
 
@@ -242,7 +242,7 @@ class SdpaNear:
         return [(slice(begin, end), slice(*window)) for begin, end, window in bounds]
 
     def _batch(self, first: Tensor, *others: Tensor) -> list[Tensor]:
-        """`[1, heads, tokens, head_dim]`, with as many heads as the first."""
+        """Return `[1, heads, tokens, head_dim]`, with as many heads as the first."""
         heads = first.shape[1]
         full = [first, *(x.repeat_interleave(heads // x.shape[1], 1) for x in others)]
         return [x.transpose(0, 1)[None] for x in full]
@@ -295,7 +295,7 @@ class Composite:
         return _Merge.apply(q, k, v, numerator, total, beta, plan, self.near)
 
     def _far(self, problem: Attention, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """phi(q) times the states of the far groups: numerator and total, without beta."""
+        """Return phi(q) times the states of the far groups: numerator and total, without beta."""
         share = problem.heads // problem.kv_heads
         key = _grouped(k.softmax(-1), plan)
         states = key.transpose(2, 3) @ _grouped(v, plan)
@@ -309,20 +309,20 @@ class Composite:
 
 
 def _grouped(x: Tensor, plan: Plan) -> Tensor:
-    """`[groups, heads, longest group, d]`, zero past the end of a group."""
+    """Return `[groups, heads, longest group, d]`, zero past the end of a group."""
     if plan.blocks is None:
         return x.unflatten(0, (len(plan.windows), -1)).transpose(1, 2)
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[plan.blocks].transpose(1, 2)
 
 
 def _packed(x: Tensor, like: Tensor, plan: Plan) -> Tensor:
-    """The inverse of `_grouped`."""
+    """Invert `_grouped`."""
     rows = x.transpose(1, 2).flatten(0, 1)
     return rows if plan.blocks is None else rows[plan.blocks.flatten() < like.shape[0]]
 
 
 def _far_sums(states: Tensor, plan: Plan, sides: tuple[int, int]) -> Tensor:
-    """For each group, the sum over the groups of its segment outside its window."""
+    """Return for each group the sum over the groups of its segment outside its window."""
     left, right = sides
     sums = []
     for begin, end in plan.segments:
@@ -346,7 +346,7 @@ SLA_BLOCK = 64  # tokens, for queries and keys
 
 @dataclass(frozen=True)
 class SlaProblem(Attention):
-    """The function that SLA computes, on inputs for which its choice of blocks is beyond doubt.
+    """The function that SLA computes, on inputs for which its choice of blocks is unambiguous.
 
     SLA picks for every block of queries the blocks of keys with the largest product of means. Each cluster of
     `group_size` tokens gets a direction of its own here, added to its queries and keys, so that a block's best
@@ -355,7 +355,7 @@ class SlaProblem(Attention):
     """
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """q, k, v."""
+        """Return q, k, v."""
         q, k, v, *_ = super().inputs(torch.float32, device, seed)
         directions = _orthogonal_signs(self.head_dim).to(device)
         cluster = _clusters(self).token_groups.to(device) % self.head_dim
@@ -373,7 +373,7 @@ class SlaProblem(Attention):
         return _sla_rows(self, q, k, v, rows, layout, clusters)
 
     def small(self) -> "SlaProblem":
-        """Four clusters of two blocks."""
+        """Return four clusters of two blocks."""
         return replace(self, lengths=(512,), group_size=2 * SLA_BLOCK)
 
 
@@ -382,7 +382,7 @@ def _clusters(problem: Attention) -> PackedLayout:
 
 
 def _orthogonal_signs(size: int) -> Tensor:
-    """A matrix of signs with orthogonal rows (Sylvester), for a power of two."""
+    """Return a matrix of signs with orthogonal rows (Sylvester), for a power of two."""
     signs = torch.ones(1, 1)
     while signs.shape[0] < size:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
@@ -398,7 +398,7 @@ def _sla_rows(
     layout: PackedLayout,
     clusters: PackedLayout,
 ) -> Tensor:
-    """Some rows of the output by the definition."""
+    """Compute some rows of the output by the definition."""
     compute = torch.promote_types(q.dtype, torch.float32)
     query, key, value = (x.to(compute).transpose(0, 1) for x in (q[rows], k, v))
     near = clusters.token_groups[rows][:, None] == clusters.token_groups
@@ -410,7 +410,7 @@ def _sla_rows(
 
 
 def sla_problem(problem: Attention) -> SlaProblem:
-    """The same near budget, in clusters of as many tokens as a window has."""
+    """Return the same near budget, in clusters of as many tokens as a window has."""
     left, right = problem.sides()
     return SlaProblem(
         problem.kind,
@@ -426,7 +426,7 @@ def sla_problem(problem: Attention) -> SlaProblem:
 
 @cache
 def _sla_module() -> Any:
-    """SLA's module class, from the folder that the user names."""
+    """Return SLA's module class, from the folder that the user names."""
     folder = os.environ["VOT_BENCH_SLA"]
     if folder not in sys.path:
         sys.path.append(folder)
@@ -445,7 +445,7 @@ def _no_sla() -> str | None:
 
 
 def _build_sla(problem: SlaProblem, dtype: torch.dtype, device: torch.device) -> dict[int, Any]:
-    """A module for every length of segment, since the share of blocks depends on it."""
+    """Build a module for every length of segment, since the share of blocks depends on it."""
     return {length: _sla_for(problem, length, dtype, device) for length in set(problem.lengths)}
 
 
@@ -456,13 +456,13 @@ def _sla_for(problem: SlaProblem, length: int, dtype: torch.dtype, device: torch
     module = _sla_module()(
         problem.head_dim, share, BLKQ=SLA_BLOCK, BLKK=SLA_BLOCK, use_bf16=dtype == torch.bfloat16
     ).to(device)
-    with torch.no_grad():  # it starts at zero, which would leave the linear part out
+    with torch.no_grad():  # it starts at zero, which would disable the linear part
         module.proj_l.weight.copy_(torch.eye(problem.head_dim))
     return module.requires_grad_(False)
 
 
 def _sla(problem: SlaProblem, modules: dict[int, Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One call per segment: SLA knows no packing."""
+    """Call SLA once per segment, because it does not support packing."""
     parts = zip(problem.lengths, *(x.split(list(problem.lengths)) for x in (q, k, v)), strict=True)
     return torch.cat(
         [

@@ -1,7 +1,7 @@
 """Linear attention with a softmax feature map: plain PyTorch, and flash-linear-attention 0.6.0.
 
-flash-linear-attention is causal. A bidirectional sum is its forward pass plus the same over the reversed
-tokens, less the diagonal that both of them count.
+flash-linear-attention is causal. A bidirectional sum is its forward pass plus that over the reversed
+tokens, minus the diagonal, which both of them count.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from benchmarks.providers.pytorch_attention import needs_gpu
 
 
 def _torch_linear(problem: Attention, prepared: None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Per segment: one product for the state, one for the output, the normaliser beside them."""
+    """Per segment, compute one product for the state, one for the output, and the normaliser."""
     share = problem.heads // problem.kv_heads
     outputs = []
     for query, key, value in zip(*(x.split(list(problem.lengths)) for x in (q, k, v)), strict=True):
@@ -72,7 +72,7 @@ def _causal_sum(
 
 
 def _normaliser(query: Tensor, key: Tensor, given: Segments) -> Tensor:
-    """phi(q) . sum of phi(k) over the segment, `[tokens, heads, 1]`, float32."""
+    """Return phi(q) . sum of phi(k) over the segment, `[tokens, heads, 1]`, float32."""
     totals = query.new_zeros(len(given.forward) - 1, *key.shape[1:], dtype=torch.float32)
     totals = totals.index_add(0, given.owner, key.float())
     return (query * totals[given.owner]).sum(-1, keepdim=True)

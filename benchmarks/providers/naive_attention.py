@@ -1,4 +1,4 @@
-"""Attention by its definition over the whole packed buffer: an n x n mask, the first way to write it."""
+"""Attention by its definition over the whole packed buffer with an n x n mask, the simplest way to write it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ from benchmarks.problems.attention import Attention
 
 
 class Masks(NamedTuple):
-    """Who sees whom, both `[tokens, tokens]`: by a softmax score, by a product of features."""
+    """Which token sees which, both `[tokens, tokens]`: by a softmax score, by a product of features."""
 
     near: Tensor | None
     far: Tensor | None
 
 
 def build_masks(problem: Attention, dtype: torch.dtype, device: torch.device) -> Masks:
-    """The masks of a problem."""
+    """Return the masks of a problem."""
     layout = problem.layout(device)
     seen = layout.token_segments[:, None] == layout.token_segments
     if problem.causal:
@@ -43,14 +43,14 @@ def dense(
     beta: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """All scores at once; products in the inputs' dtype, exponentials and sums in float32.
+    """Compute all scores at once; products in the inputs' dtype, exponentials and sums in float32.
 
     Args:
         q: `[tokens, heads, head_dim]`.
         k, v: `[tokens, kv_heads, head_dim]`.
         near, far: `[tokens, tokens]`, which keys a query sees by a score and by a product of features.
         beta: `[heads]`, log of the weight of far keys.
-        scale: of the scores.
+        scale: factor on the scores.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     query = q.transpose(0, 1)
@@ -75,7 +75,7 @@ def _naive(problem: Attention, masks: Masks, q: Tensor, k: Tensor, v: Tensor, *b
 
 
 def available_memory() -> int:
-    """Bytes that a CPU process can still allocate before the machine swaps or worse."""
+    """Return the bytes that a CPU process can still allocate before the machine swaps."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -86,9 +86,9 @@ def available_memory() -> int:
 def score_matrices(
     problem: Any, dtype: torch.dtype, rows: int, count: int, device: torch.device
 ) -> str | None:
-    """Why `count` matrices of scores over `rows` tokens do not fit into the memory of a CPU, else None.
+    """Return why `count` matrices of scores over `rows` tokens do not fit into the memory of a CPU, else None.
 
-    A GPU says so itself; on a CPU the process would be killed.
+    A GPU raises an error itself; on a CPU the process would be killed.
     """
     if device.type != "cpu":
         return None
@@ -105,7 +105,7 @@ def score_matrices(
 def refuses_quadratic(
     rows: Callable[[Any], int], problem: Any, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """A `refuses` for whoever writes the scores over `rows(problem)` tokens to memory."""
+    """Return a `refuses` for providers that write the scores over `rows(problem)` tokens to memory."""
     held = {"packed_attention": 3, "linear_attention": 4, "hybrid_attention": 6}[problem.kind]
     return score_matrices(problem, dtype, rows(problem), held * (1 if direction == "forward" else 2), device)
 

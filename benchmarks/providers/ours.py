@@ -49,7 +49,7 @@ def _refuses_other_than(
     device: torch.device,
     direction: str,
 ) -> str | None:
-    """Refuse a variant of the Triton backend where it does nothing of its own, so that nothing is measured twice."""
+    """Refuse a variant of the Triton backend where it equals the ordinary one, so that nothing is measured twice."""
     return _refuses("triton", problem, dtype, device, direction) or (
         None if direction in directions else f"{reason}: vot-kernels triton is the same"
     )
@@ -98,4 +98,4 @@ DESCRIPTORS = tuple(
 )
 
 PROVIDERS = (*BACKENDS, FUSED, *DESCRIPTORS)
-"""Variants that the config tables leave out of ordinary calls stand beside the ordinary one, to be judged by."""
+"""Variants that the config tables do not use by default are measured beside the ordinary one."""

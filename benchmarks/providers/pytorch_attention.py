@@ -23,12 +23,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def exact(problem: Attention) -> Attention:
-    """Softmax over the whole segment in place of a linear or hybrid problem."""
+    """Return softmax over the whole segment in place of a linear or hybrid problem."""
     return replace(problem, kind="packed_attention")
 
 
 def with_exact(provider: Provider, *suites: str) -> tuple[Provider, Provider]:
-    """A provider of softmax attention, and the same for context in suites of other functions."""
+    """Return a provider of softmax attention, and the same for context in suites of other functions."""
     context = replace(
         provider,
         name=f"exact {provider.name}",
@@ -47,7 +47,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(problem: Attention, dtype: torch.dtype, device: torch.device) -> Bounds:
-    """Cumulative lengths on the device."""
+    """Return cumulative lengths on the device."""
     cumulative = torch.tensor((0, *problem.lengths)).cumsum(0).to(device, torch.int32)
     return Bounds(cumulative, max(problem.lengths))
 
@@ -55,7 +55,7 @@ def bounds(problem: Attention, dtype: torch.dtype, device: torch.device) -> Boun
 def needs_gpu(
     problem: Attention, dtype: torch.dtype, device: torch.device, direction: str, capability: int = 80
 ) -> str | None:
-    """Why a half-precision CUDA kernel for `capability` and later cannot run here, None if it can."""
+    """Return why a half-precision CUDA kernel for `capability` and later cannot run here, None if it can."""
     if device.type != "cuda":
         return "needs an NVIDIA GPU"
     if dtype not in HALF:
@@ -70,7 +70,7 @@ def needs_gpu(
 
 
 def per_segment(problem: Attention, prepared: None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One call per segment."""
+    """Call it once per segment."""
     gqa = problem.heads != problem.kv_heads
     outputs = [
         F.scaled_dot_product_attention(
@@ -89,25 +89,25 @@ def _per_segment_cudnn(problem: Attention, prepared: None, q: Tensor, k: Tensor,
 
 
 class Padding(NamedTuple):
-    """Where the packed rows lie in `[segments * longest]` rows, and which padded keys are real."""
+    """The packed rows' positions among `[segments * longest]` rows, and which padded keys are real."""
 
     rows: Tensor
     mask: Tensor | None
 
 
 def _pad_index(problem: Attention, dtype: torch.dtype, device: torch.device) -> Padding | None:
-    """None where all segments are equally long: the packed buffer is the padded one then."""
+    """Return None if all segments are equally long, because the packed buffer then is the padded one."""
     longest = max(problem.lengths)
     if min(problem.lengths) == longest:
         return None
     real = torch.arange(longest) < torch.tensor(problem.lengths)[:, None]
-    # A causal query never sees the padding behind it, so that is_causal is mask enough.
+    # A causal query never sees the padding after it, so is_causal is a sufficient mask.
     mask = None if problem.causal else real[:, None, None].to(device)
     return Padding(real.flatten().nonzero()[:, 0].to(device), mask)
 
 
 def _padded(problem: Attention, padding: Padding | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """All segments in one call, each padded to the longest."""
+    """Compute all segments in one call, each padded to the longest."""
     segments, longest = len(problem.lengths), max(problem.lengths)
 
     def pad(x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _padded(problem: Attention, padding: Padding | None, q: Tensor, k: Tensor, v
 def _refuses_padding(
     problem: Attention, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    """Why the padded buffers do not fit into the memory of a CPU, None if they do."""
+    """Return why the padded buffers do not fit into the memory of a CPU, None if they do."""
     rows = len(problem.lengths) * max(problem.lengths)
     buffers = 4 if direction == "forward" else 8
     needed = buffers * rows * problem.heads * problem.head_dim * dtype.itemsize
@@ -149,7 +149,7 @@ def _refuses_padding(
 def _varlen(problem: Attention, given: Bounds, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes grouped heads as they come; later versions want to be told.
+    # torch 2.11 accepts grouped heads without a flag; later versions need it.
     told = "enable_gqa" in inspect.signature(varlen_attn).parameters
     gqa = {"enable_gqa": True} if told and problem.heads != problem.kv_heads else {}
     cumulative, longest = given
@@ -170,16 +170,16 @@ def _no_varlen() -> str | None:
 
 @cache
 def _compiled_flex() -> tuple[Any, Any]:
-    """Attention and mask builder, compiled for every shape that comes."""
+    """Return attention and mask builder, compiled for every shape that occurs."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Past the limit PyTorch would quietly run the uncompiled function.
+    # Past the limit PyTorch would silently run the uncompiled function.
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
 def _document_mask(problem: Attention, dtype: torch.dtype, device: torch.device) -> Any:
-    """The block mask of tokens that share a segment."""
+    """Return the block mask of tokens that share a segment."""
     lengths = torch.tensor(problem.lengths)
     document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
 
@@ -218,7 +218,7 @@ def _segment_masks(problem: Attention, dtype: torch.dtype, device: torch.device)
 
 
 def _dense_per_segment(problem: Attention, masks: list[Masks], *inputs: Tensor) -> Tensor:
-    """The definition, segment by segment, compiled once for any length."""
+    """Compute the definition segment by segment, compiled once for any length."""
     qkv, beta = inputs[:3], inputs[3] if len(inputs) > 3 else None
     compiled = _compiled_dense(torch.is_grad_enabled())
     parts = zip(*(x.split(list(problem.lengths)) for x in qkv), masks, strict=True)

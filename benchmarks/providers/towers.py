@@ -1,4 +1,4 @@
-"""Vision towers of transformers after `vot_kernels.patch`, against the attention that transformers brings along."""
+"""Vision towers of transformers after `vot_kernels.patch`, against the attention of transformers itself."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Decoding a clip and packing its patches: this package's path, and decoders with a patch loop around them."""
+"""Decoding a clip and packing its patches: this package's path, and other decoders with a patch loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ def _peer(
     mean: Tensor,
     std: Tensor,
 ) -> Tensor:
-    """Frames of `decode` one by one: normalised, cut by a reshape, joined at the end."""
+    """Process the frames of `decode` one by one: normalised, cut by a reshape, concatenated at the end."""
     p = problem.patch_size
     packed = []
     for pixels in decode(str(problem.path()), problem.indices):
@@ -41,7 +41,7 @@ def _peer(
 
 
 def _pyav(threads: str, path: str, indices: list[int]) -> list[Tensor]:
-    """Every frame becomes RGB, and the wanted ones are kept."""
+    """Convert every frame to RGB, and keep the wanted ones."""
     import av
 
     with av.open(path) as container:
@@ -76,7 +76,7 @@ def _decord(path: str, indices: list[int]) -> list[Tensor]:
 
 
 def _refuses(problem: DecodeAndPack, dtype: torch.dtype, device: torch.device, direction: str) -> str | None:
-    """Why the clip cannot be decoded here: the file and PyAV, which judges the others, must be installed."""
+    """Return why the clip cannot be decoded here: the file and PyAV, the oracle of the others, must be installed."""
     reason = needs("av")()
     if reason:
         return f"{reason}, by which every decoder is checked"

@@ -12,7 +12,7 @@ from vot_kernels.files import atomic_write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 for done, 1 for input that cannot be used or a page that differs, 2 for wrong usage."""
+    """Return the exit status: 0 for success, 1 for unusable input or a page that differs, 2 for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.files and options.check:
@@ -68,7 +68,7 @@ def _write_report(files: Sequence[Path], folder: Path) -> int:
 
 
 def _prefixes(sections: Sequence[Section]) -> list[str]:
-    """A short name for each device; numbered where one kind comes twice."""
+    """Return a short name for each device, numbered if a kind occurs twice."""
     kinds = [slug(str(section.device["type"])) for section in sections]
     return [kind if kinds.count(kind) == 1 else f"{kind}{i + 1}" for i, kind in enumerate(kinds)]
 

@@ -1,4 +1,4 @@
-"""Figures computed from the samples: medians, spreads, ratios, rates, and the share of the floor."""
+"""Figures computed from the samples: medians, spreads, ratios, rates, and the floor as a share of the time."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Ratio:
 
 
 def is_timed(row: Row) -> bool:
-    """Whether there are figures to show: nothing but a timed provider may have any."""
+    """Whether there are figures to show; only a timed provider may have any."""
     return row.status is Status.TIMED and bool(row.whole_s)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile, interpolated within the samples."""
+    """Return first quartile, median and third quartile, interpolated within the samples."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = quantiles(values, n=4, method="inclusive")
@@ -36,19 +36,19 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Half the distance between the quartiles over the median; None for a single sample."""
+    """Return half the distance between the quartiles over the median; None for a single sample."""
     low, middle, high = quartiles(values)
     return (high - low) / 2 / middle if len(values) > 1 else None
 
 
 def best_of_ours(rows: Iterable[Row]) -> Row | None:
-    """The fastest timed backend of this package that computes the workload itself, None if none was timed."""
+    """Return the fastest timed backend of this package that computes the workload itself, None if there is none."""
     timed = [row for row in rows if row.ours and not row.instead and is_timed(row)]
     return min(timed, key=lambda row: median(row.whole_s), default=None)
 
 
 def ratio(row: Row, ours: Row) -> Ratio:
-    """How many times as long `row` takes as `ours`, paired round by round where they ran in turns."""
+    """Return how many times as long `row` takes as `ours`, paired round by round if they ran in turns."""
     in_turns = row.run is ours.run and len(row.whole_s) == len(ours.whole_s) and not (row.alone or ours.alone)
     if not in_turns:
         return Ratio(median(row.whole_s) / median(ours.whole_s))
@@ -57,7 +57,7 @@ def ratio(row: Row, ours: Row) -> Ratio:
 
 
 def floor_s(row: Row) -> float | None:
-    """Seconds that the least work takes at the measured ceilings; None where a ceiling is not known."""
+    """Return the seconds of the minimal work at the measured ceilings; None if a ceiling is not known."""
     if row.run.copy_bytes_per_s is None:
         return None
     moving = row.bytes / row.run.copy_bytes_per_s
@@ -68,7 +68,7 @@ def floor_s(row: Row) -> float | None:
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Ours first, then the fastest; those without figures after those with."""
+    """Sort rows: ours first, then the fastest; those without figures after those with figures."""
     return sorted(
         rows,
         key=lambda row: (

@@ -19,7 +19,7 @@ from benchmarks.report.tables import (
 
 
 def report(sections: Sequence[Section], plots: Sequence[Sequence[Plot]]) -> str:
-    """The whole report; `plots[i]` are those of `sections[i]`, in the same folder."""
+    """Return the whole report; `plots[i]` are those of `sections[i]`, in the same folder."""
     parts = ["# vot-kernels benchmarks", LEGEND]
     for section, own in zip(sections, plots, strict=True):
         parts.append(f"## {escape(device_name(section))}{' (partial run)' if is_partial(section) else ''}")
@@ -32,13 +32,13 @@ def report(sections: Sequence[Section], plots: Sequence[Sequence[Plot]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table of cells that are markdown already."""
+    """Return a markdown table of cells that are already markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def escape(text: str) -> str:
-    """Plain text as markdown that shows it and nothing else, on one line."""
+    """Return markdown that shows exactly this plain text, on one line."""
     text = " ".join(text.split())
     for character in "\\`*_[]<>|#~":
         text = text.replace(character, f"\\{character}")

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: plots are embedded, nothing is loaded."""
+"""The report as one self-contained HTML page: plots are embedded, and nothing is loaded."""
 
 import re
 from base64 import b64encode
@@ -54,7 +54,7 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margi
 
 
 def page(sections: Sequence[Section], plots: Sequence[Sequence[Plot]]) -> str:
-    """The whole page; `plots[i]` are those of `sections[i]`."""
+    """Return the whole page; `plots[i]` are those of `sections[i]`."""
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -85,7 +85,7 @@ def _table(found: Sequence[Group]) -> str:
 
 
 def _cells(line: Line) -> str:
-    """The provider, then its figures, or in place of them why there are none."""
+    """Return the provider, then its figures, or in place of these why there are none."""
     provider, *others = map(escape, line.cells)
     if line.kind in (Kind.UNTIMED, Kind.MISMATCH):
         found = [f'<td class="why" colspan="{len(COLUMNS) - 1}">{others[0]}</td>']
@@ -95,7 +95,7 @@ def _cells(line: Line) -> str:
 
 
 def _figure(column: str, text: str) -> str:
-    """A cell that breaks before its spread or its quartiles, and nowhere else."""
+    """Return a cell that can break only before its spread or its quartiles."""
     kind = "figure noisy" if NOISY in text else "figure"
     parts = " ".join(f"<span>{part}</span>" for part in re.split(r" (?=[±(])", text))
     return f'<td class="{kind}" data-column="{escape(column)}">{parts}</td>'

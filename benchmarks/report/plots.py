@@ -1,6 +1,6 @@
-"""Time and memory: one picture per suite and direction, a row in it for each family of sizes.
+"""Plots of time and memory: one picture per suite and direction, with a row for each family of sizes.
 
-Workloads that differ in size alone are lines over the tokens. A workload that has no such relatives is bars.
+Workloads that differ only in size form a line over the tokens. A workload without such relatives is drawn as bars.
 """
 
 import re
@@ -15,7 +15,8 @@ from benchmarks.report.figures import floor_s, in_order, is_timed
 from benchmarks.report.runs import DIRECTION_NAMES, Row, Section
 from benchmarks.report.tables import NOISY_SPREAD, device_name, is_noisy, milliseconds, number
 
-# Okabe and Ito's palette, told apart by all kinds of colour vision. Blue is ours alone; yellow is too pale on white.
+# Okabe and Ito's palette, distinguishable with all kinds of colour vision. Only ours is blue; yellow is too pale on
+# white.
 OURS = "#0072B2"
 PEERS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73", "#7F7F7F", "#000000", "#8B5A2B")
 DASHES = ("-", "-.", ":")  # dashed is the floor
@@ -24,7 +25,7 @@ FLOOR = {"color": "#444444", "linestyle": "--", "linewidth": 1.2, "zorder": 1}
 FLOOR_LABEL = "floor (measured ceilings)"
 BAR = {"linewidth": 1, "height": 0.7}
 ROWS = 4  # families in one picture
-COLORS = 128  # of a picture's palette: edges stay smooth, files stay small
+COLORS = 128  # of a picture's palette, so that edges stay smooth and files small
 Styles = Mapping[str, Mapping[str, Any]]
 _HOLLOW = {"linestyle": "none", "markerfacecolor": "white", "zorder": 4}
 _SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])\d+(\.\d+)?[km]?(?![a-z0-9])", re.IGNORECASE)
@@ -43,7 +44,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Race:
-    """One workload in one direction: the rows that were timed."""
+    """The timed rows of one workload in one direction."""
 
     workload: str
     size: int
@@ -59,7 +60,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Family:
-    """Workloads that differ in size alone, smallest first, or a single one."""
+    """Workloads that differ only in size, smallest first, or a single one."""
 
     title: str
     races: tuple[Race, ...]
@@ -75,7 +76,7 @@ class Family:
 
 
 def plots(section: Section, prefix: str, styles: Styles) -> Iterator[Plot]:
-    """All pictures of a device; `prefix` begins their file names, `styles` are `styles_of` the whole report."""
+    """Yield all pictures of a device; `prefix` begins their file names, `styles` are `styles_of` the whole report."""
     for suite in section.suites:
         for direction, direction_name in DIRECTION_NAMES.items():
             found = families_of(section, suite, direction)
@@ -88,9 +89,9 @@ def plots(section: Section, prefix: str, styles: Styles) -> Iterator[Plot]:
 
 
 def styles_of(sections: Sequence[Section]) -> Styles:
-    """How each timed provider is drawn, ours first: the same in all pictures of a report.
+    """Return how each timed provider is drawn, ours first; the same in all pictures of a report.
 
-    All of ours have one colour, and markers and dashes of their own. Peers that meet in a suite look different.
+    All of ours have one colour, with different markers and dashes. Peers that meet in a suite look different.
     """
     rows = [row for section in sections for rows in section.races.values() for row in rows if is_timed(row)]
     suites: dict[str, set[str]] = {}
@@ -115,12 +116,12 @@ def styles_of(sections: Sequence[Section]) -> Styles:
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file name."""
+    """Return `text` as a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
 
 
 def families_of(section: Section, suite: str, direction: str) -> list[Family]:
-    """By what their names and descriptions share once the sizes are taken out; single workloads at the end."""
+    """Group workloads by what their names and descriptions share without sizes; single workloads come last."""
     families: dict[str, list[Race]] = {}
     for (own_suite, workload, own_direction), rows in section.races.items():
         timed = tuple(row for row in rows if is_timed(row) and row.size)
@@ -141,7 +142,7 @@ def _described(row: Row) -> str:
 
 
 def _shared(row: Row) -> str:
-    """What a workload has in common with the others of its family."""
+    """Return what a workload has in common with the others of its family."""
     name = re.sub(r"[-_ ]{2,}", "-", _SIZE_IN_NAME.sub("", row.workload)).strip("-_ ")
     parts = [
         part
@@ -152,7 +153,7 @@ def _shared(row: Row) -> str:
 
 
 def _draw(title: str, families: Sequence[Family], styles: Styles) -> bytes:
-    """Time on the left, memory on the right, a family a row; the legend explains the lines, bars have names."""
+    """Draw time on the left and memory on the right, a family per row; the legend explains lines, bars have names."""
     matplotlib = _matplotlib()
     lines = [family for family in families if family.is_line]
     names = [name for name in styles if any(race.row(name) for family in lines for race in family.races)]
@@ -189,14 +190,14 @@ def _draw(title: str, families: Sequence[Family], styles: Styles) -> bytes:
 
 
 def _line(axes: Any, family: Family, values: Sequence[float | None], style: Mapping[str, Any]) -> None:
-    """A line over the sizes of a family."""
+    """Draw a line over the sizes of a family."""
     points = [(x, value) for x, value in zip(family.xs, values, strict=True) if value]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
 
 
 def _bars(time_axes: Any, memory_axes: Any, race: Race, styles: Styles) -> None:
-    """A bar for every provider, in the order of the tables, and one for the floor."""
+    """Draw a bar for every provider, in the order of the tables, and one for the floor."""
     rows = in_order(race.rows)
     names = [row.provider for row in rows]
     colors = [styles[name]["color"] for name in names]
@@ -227,7 +228,7 @@ def _bars(time_axes: Any, memory_axes: Any, race: Race, styles: Styles) -> None:
 
 
 def _dress(axes: Any, label: str, family: Family, ticker: Any) -> None:
-    """Scales, ticks and labels of lines."""
+    """Set scales, ticks and labels of lines."""
     axes.set_ylabel(label, fontsize=9)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -248,7 +249,7 @@ def _dress(axes: Any, label: str, family: Family, ticker: Any) -> None:
 
 
 def _png(figure: Any) -> bytes:
-    """The picture with a small palette: a third of the bytes."""
+    """Return the picture with a small palette, a third of the bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -269,7 +270,7 @@ def _mebibytes(row: Row | None) -> float | None:
 
 
 def _apart(sizes: Sequence[float]) -> list[float]:
-    """Sizes whose labels do not touch on a logarithmic axis."""
+    """Return sizes whose labels do not touch on a logarithmic axis."""
     kept: list[float] = []
     for size in sizes:
         if not kept or size >= 1.4 * kept[-1]:
@@ -282,7 +283,7 @@ def _tokens(size: int) -> str:
 
 
 def _matplotlib() -> Any:
-    """matplotlib without pyplot: no display and no global state is touched."""
+    """Return matplotlib without pyplot, so that no display and no global state is touched."""
     try:
         import matplotlib.figure
         import matplotlib.lines

@@ -24,17 +24,17 @@ _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def cpu_table() -> str:
-    """Ours against each peer in the same run."""
+    """Return ours against each peer in the same run."""
     return _speed_table("cpu") or "No figures have been measured on a CPU yet.\n"
 
 
 def gpu_table() -> str:
-    """Ours against each peer on GPUs."""
+    """Return ours against each peer on GPUs."""
     return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
 
 
 def _speed_table(kind: str) -> str:
-    """A table for each device, of all results named after a kind of device; empty if there are none."""
+    """Return a table for each device, of all results named after a kind of device; empty if there are none."""
     tables = []
     for section in read_sections(sorted(RESULTS.glob(f"{kind}-*.json"))):
         rows = list(filter(None, map(_speed_row, _largest(section.races.values()))))
@@ -44,7 +44,7 @@ def _speed_table(kind: str) -> str:
 
 
 def _largest(races: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:
-    """The largest workload of each op and direction; the report has them all."""
+    """Yield the largest workload of each op and direction; the report has them all."""
     found: dict[tuple[str, str, str], Sequence[Row]] = {}
     for rows in races:
         kind = rows[0].suite, rows[0].op, rows[0].direction
@@ -54,7 +54,7 @@ def _largest(races: Iterable[Sequence[Row]]) -> list[Sequence[Row]]:
 
 
 def _speed_row(rows: Sequence[Row]) -> list[str] | None:
-    """Our time on one workload, and how many times as long every peer takes; None if ours was not timed."""
+    """Return our time on one workload, and how many times as long every peer takes; None if ours was not timed."""
     ours = best_of_ours(rows)
     if ours is None:
         return None
@@ -81,7 +81,7 @@ def _speed_note(section: Section) -> str:
 
 
 def perception_table() -> str:
-    """The accuracy of the bundled checkpoint on held-out splits."""
+    """Return the accuracy of the bundled checkpoint on held-out splits."""
     record = _read(ROOT / "vot_kernels" / "checkpoints" / "digitworld-nano" / "training.json")
     columns = {
         "presence": ("objects present or not", _percent),
@@ -107,7 +107,7 @@ def perception_table() -> str:
 
 
 def question_table() -> str:
-    """Accuracy on held-out questions, from `vot eval digitworld`."""
+    """Return the accuracy on held-out questions, from `vot eval digitworld`."""
     from vot_kernels.pipelines.evaluation import SYSTEMS
 
     result = _read(RESULTS / "digitworld-questions.json")
@@ -131,7 +131,7 @@ def question_table() -> str:
 
 
 def temporal_context_table() -> str:
-    """What a frozen tower gains from the other frames, seed by seed."""
+    """Return the gain of a frozen tower from the other frames, seed by seed."""
     result = _read(RESULTS / "temporal-context.json")
     ways = result["results"]
     seeds = [f"seed {seed}" for seed in range(len(next(iter(ways.values()))))]
@@ -143,7 +143,7 @@ def temporal_context_table() -> str:
 
 
 def linearize_table() -> str:
-    """A perception model before and after its attention became hybrid, and the errors of its layers."""
+    """Return the metrics of a perception model before and after linearization, and the errors of its layers."""
     record = _read(RESULTS / "linearize.json")
     columns = {
         "presence": "objects present or not",
@@ -181,7 +181,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """`text` with every marked table made anew; ValueError for a marker of an unknown table."""
+    """Return `text` with every marked table made anew; ValueError for a marker of an unknown table."""
 
     def made(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
@@ -192,7 +192,7 @@ def render(text: str) -> str:
 
 
 def changed_tables(text: str) -> list[str]:
-    """Names of the tables in `text` that are not what the results give."""
+    """Return the names of the tables in `text` that differ from the results."""
     return [match[2] for match in _MARKED.finditer(text) if render(match[0]) != match[0]]
 
 

@@ -1,4 +1,4 @@
-"""Results as the suite writes them: read, checked, and merged by device."""
+"""Results of the suite: read, checked, and merged by device."""
 
 import json
 import math
@@ -14,7 +14,7 @@ DIRECTION_NAMES = {"forward": "forward", "backward": "backward", "both": "forwar
 
 
 class BrokenResult(ValueError):
-    """A file that cannot be reported; the message names it and says what is wrong."""
+    """A file that cannot be reported; the message names it and says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Run:
     """The facts of one run of the suite.
 
     Attributes:
-        file: the name of its JSON.
+        file: name of its JSON file.
         device: facts that do not change from minute to minute.
         complete: False for a run that was interrupted.
-        copy_bytes_per_s, matmul_flops_per_s: the measured ceilings, the latter by dtype; empty or None if
+        copy_bytes_per_s, matmul_flops_per_s: the measured ceilings, the second by dtype; empty or None if
             nothing was measured.
     """
 
@@ -45,9 +45,9 @@ class Row:
 
     Attributes:
         whole_s, kernel_s: seconds of every round, in the order of the rounds; empty unless `status` is timed.
-        flops, bytes: the least work of the workload.
-        size: tokens.
-        alone: timed by itself, because it did not fit into memory beside the others.
+        flops, bytes: the minimal work of the workload.
+        size: number of tokens.
+        alone: whether it was timed by itself, because it did not fit into memory beside the others.
         instead: what a peer computes in place of the workload, empty if it computes the workload.
     """
 
@@ -73,12 +73,12 @@ class Row:
 
     @property
     def race(self) -> tuple[str, str, str]:
-        """Rows with the same value were measured against each other."""
+        """The key of rows that were measured against each other."""
         return self.suite, self.workload, self.direction
 
     @property
     def was_tried(self) -> bool:
-        """Whether the run got so far as to learn something about the provider."""
+        """Whether the run got far enough to learn something about the provider."""
         if self.status is Status.TIMED:
             return bool(self.whole_s)
         return self.status not in (Status.NO_TIME, Status.MISSING, Status.UNSUPPORTED)
@@ -98,7 +98,7 @@ class Section:
 
 
 def read_result(path: Path) -> tuple[Run, list[Row]]:
-    """The run of a file and its rows; `BrokenResult` with one sentence for a file that is not a result."""
+    """Return the run of a file and its rows; `BrokenResult` with one sentence for a file that is not a result."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -122,7 +122,7 @@ def read_result(path: Path) -> tuple[Run, list[Row]]:
 
 
 def read_sections(paths: Iterable[Path]) -> list[Section]:
-    """All files, merged by device; if a provider was tried twice on a device, the last file counts."""
+    """Merge all files by device; if a provider was tried twice on a device, the last file counts."""
     sections: dict[str, Section] = {}
     for path in paths:
         run, rows = read_result(path)
@@ -163,7 +163,7 @@ def _run(path: Path, data: Mapping[str, Any]) -> Run:
 
 
 def _rows(run: Run, data: Mapping[str, Any]) -> list[Row]:
-    """Outcomes decide what is shown; figures are looked up for those that were timed."""
+    """Return the rows; outcomes decide what is shown, and figures are looked up for those that were timed."""
     figures = {_key(benchmark["extra_info"]): benchmark for benchmark in data["benchmarks"]}
     keys = [_key(outcome) for outcome in data["vot_kernels"]["outcomes"]]
     strays = set(figures) - set(keys)

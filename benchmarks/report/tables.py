@@ -39,7 +39,7 @@ LEGEND = (
 
 
 class Kind(StrEnum):
-    """How a line is set off."""
+    """The style of a line."""
 
     OURS = "ours"
     PEER = "peer"
@@ -49,7 +49,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Line:
-    """The cells of `COLUMNS`, plain text; a line without figures has two: who, and why there are none."""
+    """The cells of `COLUMNS`, plain text; a line without figures has two: the provider, and why there are none."""
 
     cells: tuple[str, ...]
     kind: Kind
@@ -66,7 +66,7 @@ class Group:
 
 
 def groups(section: Section, suite: str) -> Iterator[Group]:
-    """The table of a suite, race by race."""
+    """Yield the table of a suite, race by race."""
     for (own_suite, workload, direction), rows in section.races.items():
         if own_suite != suite:
             continue
@@ -80,7 +80,7 @@ def groups(section: Section, suite: str) -> Iterator[Group]:
 
 
 def not_installed(section: Section, suite: str) -> str:
-    """One sentence naming the providers that are missing on the machine, empty if none is."""
+    """Return one sentence naming the providers that are missing on the machine, empty if none is."""
     rows = [row for race, rows in section.races.items() if race[0] == suite for row in rows]
     missing = {row.provider: row.reason for row in rows if row.status is Status.MISSING}
     listed = "; ".join(f"{provider} ({reason})" for provider, reason in missing.items())
@@ -88,7 +88,7 @@ def not_installed(section: Section, suite: str) -> str:
 
 
 def unsupported(rows: Sequence[Row]) -> Line:
-    """All providers that do not support a workload, by their reasons."""
+    """Return a line with all providers that do not support a workload, by their reasons."""
     names: dict[str, list[str]] = {}
     for row in in_order(rows):
         if row.status is Status.UNSUPPORTED:
@@ -98,7 +98,7 @@ def unsupported(rows: Sequence[Row]) -> Line:
 
 
 def line(row: Row, ours: Row | None) -> Line:
-    """One provider; `ours` is what it is compared with."""
+    """Return the line of one provider; `ours` is what it is compared with."""
     provider = f"{row.provider} (computes {row.instead} instead)" if row.instead else row.provider
     if row.status is Status.MISMATCH:
         return Line((provider, f"❌ {row.status}: {row.reason}"), Kind.MISMATCH)
@@ -118,7 +118,7 @@ def line(row: Row, ours: Row | None) -> Line:
 
 
 def _rates(row: Row, seconds: float) -> tuple[str, str, str]:
-    """TFLOP/s, GB/s and share of the floor."""
+    """Return TFLOP/s, GB/s and the floor's share of the time."""
     if row.instead:
         return NOTHING, NOTHING, NOTHING
     floor = floor_s(row)
@@ -130,7 +130,7 @@ def _rates(row: Row, seconds: float) -> tuple[str, str, str]:
 
 
 def ratio_text(row: Row, ours: Row | None) -> str:
-    """ "3.9 × (3.7–4.1)"; "1 ×" for our best backend itself."""
+    """Return "3.9 × (3.7–4.1)", or "1 ×" for our best backend itself."""
     if ours is None or not is_timed(row):
         return NOTHING
     if row is ours:
@@ -144,7 +144,7 @@ def ratio_text(row: Row, ours: Row | None) -> str:
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """Median with its spread: "12.3 ms ± 4.0 %"; "12.3 ms ± 40 % ⚠" if it is noisy."""
+    """Return the median with its spread: "12.3 ms ± 4.0 %"; "12.3 ms ± 40 % ⚠" if it is noisy."""
     if not seconds:
         return NOTHING
     share = spread(seconds)
@@ -153,29 +153,29 @@ def milliseconds(seconds: Sequence[float]) -> str:
 
 
 def is_noisy(seconds: Sequence[float]) -> bool:
-    """Whether the samples spread so far that their median says little."""
+    """Whether the samples are spread so far that their median says little."""
     share = spread(seconds)
     return share is not None and share > NOISY_SPREAD
 
 
 def number(value: float) -> str:
-    """Three significant digits, more only before the point."""
+    """Format with three significant digits, more only before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def times(value: float) -> str:
-    """A ratio: two significant digits where it is above 2, two decimals where it is close to 1."""
+    """Format a ratio: two significant digits above 2, two decimals close to 1."""
     return f"{value:.2f}" if value < 1.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def percent(share: float) -> str:
-    """Whole per cent, one decimal below ten."""
+    """Format whole per cent, one decimal below ten."""
     value = 100 * share
     return f"{value:.1f} %" if value < 9.95 else f"{value:,.0f} %"
 
 
 def device_name(section: Section) -> str:
-    """The heading of a section."""
+    """Return the heading of a section."""
     device, details = section.device, []
     if device.get("capability"):
         details.append(str(device["capability"]))
@@ -193,7 +193,7 @@ def is_partial(section: Section) -> bool:
 
 
 def captions(section: Section) -> list[list[str]]:
-    """Everything that a reader needs to judge and repeat the runs: paragraphs of lines."""
+    """Return everything that a reader needs to judge and repeat the runs, as paragraphs of lines."""
     merged = [["Providers that several of these runs have tried are shown as the last of them found them."]]
     return [_caption(run) for run in section.runs] + (merged if len(section.runs) > 1 else [])
 

@@ -1,4 +1,4 @@
-"""The workloads, which are data alone. Each family has a file, with the most telling workload first."""
+"""The workloads, which are data only. Each family has a file, with the most informative workload first."""
 
 from benchmarks.core import Workload
 from benchmarks.workloads import attention, encoder, experts, fused, towers, video
@@ -10,6 +10,6 @@ FAMILIES = (attention, experts, fused, encoder, towers, video)
 
 
 def workloads(device: str) -> list[Workload]:
-    """All workloads of a device ("cpu" or "cuda"), suite by suite."""
+    """Return all workloads of a device ("cpu" or "cuda"), suite by suite."""
     found = [workload for family in FAMILIES for workload in family.workloads(device)]
     return sorted(found, key=lambda workload: SUITES.index(workload.suite))

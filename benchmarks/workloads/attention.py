@@ -12,7 +12,7 @@ from benchmarks.workloads.packings import long_among_short, qwen_vl, ragged, uni
 K = 1024
 SERIES = (1, 2, 4, 8, 16, 32)  # thousands of tokens in one segment, for the plots; 64 comes first
 
-# 1,024 near tokens: the own group, two on the left, one on the right.
+# 1,024 near tokens: the token's own group, two on the left, one on the right.
 _hybrid = partial(Attention, "hybrid_attention", group_size=256, window=(2, 1))
 _softmax = partial(Attention, "packed_attention")
 _linear = partial(Attention, "linear_attention")
@@ -22,7 +22,7 @@ TRAINING = ("forward", "both")
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of all three suites."""
+    """Yield the workloads of all three suites."""
     return _cuda() if device == "cuda" else _cpu()
 
 
@@ -85,7 +85,7 @@ MIXED = (2048, 1024, 256, 256, 640, 96, 1400, 64)
 
 
 def _cpu() -> Iterator[Workload]:
-    """8 heads of 64, float32; window 1 on both sides."""
+    """8 heads of 64, float32, with a window of 1 on both sides."""
     heads = {"heads": 8, "kv_heads": 8}
     hybrid, softmax, linear = (
         partial(kind, **heads) for kind in (partial(_hybrid, window=1), _softmax, _linear)

@@ -7,7 +7,7 @@ import torch
 from benchmarks.core import Workload
 from benchmarks.problems.encoder import Encoder
 
-# (frames, height, width) in patches of 8 pixels: thumbnails to 288 × 224, as photographs come.
+# (frames, height, width) in patches of 8 pixels, from thumbnails to 288 × 224, in the aspect ratios of photographs.
 IMAGES = tuple(
     (1, h, w) for h, w in ((36, 28), (28, 36), (24, 24), (16, 28), (20, 15), (12, 12), (8, 14), (10, 6))
 )
@@ -19,7 +19,7 @@ PHOTOGRAPHS = tuple(
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of the suite, the most telling first."""
+    """Yield the workloads of the suite, the most informative first."""
     yield from (_cuda if device == "cuda" else _cpu)()
 
 

@@ -25,7 +25,7 @@ _SERIES = (4 * K, 8 * K, 16 * K, 32 * K, 64 * K)
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of both suites."""
+    """Yield the workloads of both suites."""
     yield from _cuda() if device == "cuda" else _cpu()
 
 

@@ -14,7 +14,7 @@ PHOTOGRAPHS = ((224, 224), (384, 256), (160, 480), (512, 512))
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of the suite, the most telling first."""
+    """Yield the workloads of the suite, the most informative first."""
     yield from (_cuda if device == "cuda" else _cpu)()
 
 
@@ -44,5 +44,5 @@ def _cuda() -> Iterator[Workload]:
 
 
 def _images(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Images of mixed sizes, in patches."""
+    """Return images of mixed sizes, in patches."""
     return tuple((1, 4 + i % 11, 5 + i % 13) for i in range(count))

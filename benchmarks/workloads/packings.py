@@ -24,27 +24,27 @@ _MEDIA = (
 
 
 def uniform(total: int, count: int) -> tuple[int, ...]:
-    """`count` segments of equal length, the last with what remains."""
+    """Return `count` segments of equal length, the last with what remains."""
     length = total // count
     return (*[length] * (count - 1), total - length * (count - 1))
 
 
 def ragged(total: int) -> tuple[int, ...]:
-    """Eleven segments between a quarter and a 64th of a total that 64 divides."""
+    """Return eleven segments between a quarter and a 64th of a total that 64 divides."""
     if total % 64:
-        raise ValueError(f"a ragged total is a multiple of 64, got {total}.")
+        raise ValueError(f"total must be a multiple of 64, got {total}.")
     return tuple(total // 64 * share for share in _RAGGED)
 
 
 def long_among_short(total: int, short: int = 256) -> tuple[int, ...]:
-    """One segment of half the tokens in the middle of many of `short` tokens."""
+    """Return one segment of half the tokens in the middle of many segments of `short` tokens."""
     around = [short] * ((total - total // 2) // short)
     middle = len(around) // 2
     return (*around[:middle], total - sum(around), *around[middle:])
 
 
 def zipf(total: int, longest: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths longest, longest / 2, longest / 3, ... in random order, over and over until the total is full."""
+    """Return lengths longest, longest / 2, longest / 3, ... in random order, repeated until the total is full."""
     draw = random.Random(seed)
     lengths: list[int] = []
     while sum(lengths) < total:
@@ -57,7 +57,7 @@ def zipf(total: int, longest: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def qwen_vl(total: int) -> tuple[int, ...]:
-    """Images and clips of usual sizes in turn, one segment each; what fits no whole one is a last image."""
+    """Return images and clips of usual sizes in turn, one segment each; a last image fills the rest."""
     lengths: list[int] = []
     sizes = [frames * height * width for frames, height, width in _MEDIA]
     while fitting := [size for size in sizes if size <= total - sum(lengths)]:

@@ -1,4 +1,4 @@
-"""Vision towers of other people's models: many images of mixed sizes, and one clip."""
+"""Vision towers of other packages' models: many images of mixed sizes, and one clip."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from benchmarks.problems.towers import FAMILIES, Sizes, Tower
 
 
 def images(count: int, largest: int) -> Sizes:
-    """Images of mixed sizes and aspects, from icons to `largest` patches on a side, in no order."""
+    """Return images of mixed sizes and aspect ratios, from icons to `largest` patches on a side, in no order."""
     even = [2 * side for side in range(1, largest // 2 + 1)]
     return tuple(
         (1, even[7 * i % len(even)], even[(5 * i + i // len(even)) % len(even)]) for i in range(count)
@@ -17,7 +17,7 @@ def images(count: int, largest: int) -> Sizes:
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of the suite, the most telling first."""
+    """Yield the workloads of the suite, the most informative first."""
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     inputs = {

@@ -9,7 +9,7 @@ from benchmarks.problems.video import DecodeAndPack
 
 
 def workloads(device: str) -> Iterator[Workload]:
-    """The workloads of the suite, which are the same for every device."""
+    """Yield the workloads of the suite, which are the same for every device."""
     forward = ("forward",)
     for name, problem, quick in (
         ("bikes-16", DecodeAndPack("bikes", 16), ()),
