@@ -18,7 +18,7 @@ from vot_kernels.cpp.library import library
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Workers share the cores, and so does what their tests start, which is no worker itself.
+# Workers share the cores, and so do the processes that their tests start, which are not workers themselves.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -32,7 +32,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING and HAS_TRITON:
     look_for_builtins_once()
 
-# Shared machines are slow at times; a failing example must come back on the next run.
+# Shared machines are sometimes slow, and a failing example must come back on the next run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same in every run, but for VOT_TEST_SEED, from which `fixed_seed` exempts a test."""
+    """Use the same random numbers in every run, shifted by VOT_TEST_SEED unless a test is marked `fixed_seed`."""
     if "fixed_seed" in request.keywords:
         monkeypatch.setattr(testing, "SEED_SHIFT", 0)
     random.seed(testing.shifted(0))

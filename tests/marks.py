@@ -1,7 +1,7 @@
-"""Marks of tests that run Triton kernels without a GPU, and what is skipped where.
+"""Marks of tests that run Triton kernels without a GPU, and the rule for skipping tests.
 
-Triton reads TRITON_INTERPRET once, when it is imported: a process has the kernels on the interpreter or as they are
-compiled, never both. `make test` is therefore two runs of pytest, and either one skips the tests of the other kind.
+Triton reads TRITON_INTERPRET once, when it is imported: a process has the kernels either on the interpreter or
+compiled. `make test` is therefore two runs of pytest, and each skips the tests of the other kind.
 """
 
 from collections.abc import Collection

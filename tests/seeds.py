@@ -1,6 +1,6 @@
 """`python -m tests.seeds --seeds 0-19 tests/ops`: the tests under other random numbers, threads and CPU instructions.
 
-Each seed is two runs of pytest, as in `make test`, and has one of six environments. A run that ended is written to a
+Each seed is two runs of pytest, as in `make test`, in one of six environments. A finished run is written to a
 file at once and not repeated: interrupt at any time, and delete the file (or a line of it) to run again.
 """
 
@@ -22,19 +22,19 @@ CHOSEN_HERE = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "VOT_TEST_SEED", "TRITO
 
 
 def seeds(text: str) -> list[int]:
-    """`3` or `0-19`, the last one included."""
+    """Parse `3` or `0-19`, the last one included."""
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 
 
 def environment(seed: int, interpreted: bool) -> dict[str, str]:
-    """What a run adds to the environment: six seeds in a row have all of ENVIRONMENTS."""
+    """Return what a run adds to the environment; six seeds in a row cover all of ENVIRONMENTS."""
     added = {"VOT_TEST_SEED": str(seed)} | ENVIRONMENTS[seed % len(ENVIRONMENTS)]
     return added | ({"TRITON_INTERPRET": "1"} if interpreted else {})
 
 
 def failures(added: dict[str, str], marks: str, paths: list[str]) -> list[str]:
-    """Ids of the tests that fail in this environment, or how pytest ended otherwise."""
+    """Return the ids of the tests that fail in this environment, or else how pytest ended."""
     base = {name: value for name, value in os.environ.items() if name not in CHOSEN_HERE}
     kind = "interpreter" if "TRITON_INTERPRET" in added else "not interpreter"
     command = [

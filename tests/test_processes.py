@@ -20,7 +20,7 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def ignored():
-    """What a shell does to a process that it starts in the background."""
+    """Do what a shell does to a process that it starts in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The seed sweep finds what fails under one seed alone, and repeats no run that ended."""
+"""The seed sweep finds what fails under only one seed, and repeats no finished run."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation: kernels keep to the limits of their configs, and broken limits are found.
 
-What compiles runs in a process of its own: this one may have imported the kernels for the interpreter.
+The compiler runs in processes of its own, because this one may have imported the kernels for the interpreter.
 """
 
 import json
@@ -104,7 +104,7 @@ def script(tmp_path_factory):
 
 
 def run(command, environment, folder, *arguments):
-    """Exit status, the JSON document, stdout."""
+    """Return the exit status, the JSON document and stdout."""
     path = folder / "found.json"
     line = [sys.executable, *command, *arguments, "--json", str(path)]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -215,7 +215,7 @@ def test_ctrl_c_leaves_valid_json(environment, script, tmp_path):
     assert 1 <= len(document["kernels"]) < 10
 
 
-# What the user may do wrong.
+# What the user may do wrong:
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_the_interpreter_is_refused(monkeypatch, capsys):
     assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
-# What would be compiled.
+# What would be compiled:
 
 
 def _mixed_kernel(
@@ -341,7 +341,7 @@ def test_traffic_counts_each_tensor_once():
     assert compiler.traffic(arguments) == 120 + 60 + 60
 
 
-# What is made of the compiled program.
+# What is read from the compiled program:
 
 
 @pytest.mark.parametrize(

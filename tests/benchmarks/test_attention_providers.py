@@ -1,4 +1,4 @@
-"""Every attention provider is right; those of absent packages run on stand-ins with the packages' signatures."""
+"""Every attention provider is correct; those of absent packages run on stand-ins with the packages' signatures."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -99,7 +99,7 @@ def varlen(
 
 
 def varlen_gradients(grad, q, k, v, out, lse, cu_q, cu_k) -> tuple[Tensor, Tensor, Tensor]:
-    """The flash backward: probabilities from the lse that is given, not from the scores' own."""
+    """The flash backward, with probabilities from the given lse, not from the scores' own."""
     scale, dq, dk, dv = q.shape[-1] ** -0.5, *(torch.zeros_like(x) for x in (q, k, v))
     share = q.shape[1] // k.shape[1]
     for a, b, c, d in zip(*(x.tolist() for x in (cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:])), strict=True):
@@ -253,7 +253,7 @@ def flash_attn_4_varlen(
     gather_bwd_recompute_p=False,
     gather_bwd_token_chunk=None,
 ):
-    """flash-attn-4 4.0.0b36, flash_attn.cute.flash_attn_varlen_func: a pair even without `return_lse`."""
+    """flash-attn-4 4.0.0b36, flash_attn.cute.flash_attn_varlen_func, which returns a pair even without `return_lse`."""
     assert qv is None and max_seqlen_q == max_seqlen_k == longest(cu_seqlens_q)
     return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal)[0], None
 
@@ -293,7 +293,7 @@ def varlen_attn_2_13(
     block_table=None,
     num_splits=None,
 ):
-    """torch 2.13: grouped heads only where told."""
+    """torch 2.13, which takes grouped heads only with a flag."""
     assert enable_gqa or query.shape[1] == key.shape[1]
     return varlen_attn_2_11(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
@@ -479,7 +479,7 @@ def test_sla(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     )
     assert given.group_size == 256
     try:
-        # float32 all through, so that the 1e-5 in SLA's normaliser shows: not a rounding, and no error either.
+        # All is float32, so that the 1e-5 in SLA's normaliser shows, which is neither a rounding nor an error.
         inputs = given.inputs(torch.float32, CPU)
         modules = provider.prepare(given, torch.float32, CPU)
         out = provider.run(given, modules, *inputs)
@@ -530,7 +530,9 @@ def test_quadratic_memory_is_refused_with_figures(monkeypatch: pytest.MonkeyPatc
         refuses = PROVIDERS[name].refuses
         assert "8 x 16,384 x 16,384 take 48.0 GiB" in refuses(huge, torch.float32, CPU, "forward")
         assert refuses(fine, torch.float32, CPU, "both") is None
-        assert refuses(huge, torch.float32, torch.device("cuda"), "forward") is None  # it reports itself
+        assert (
+            refuses(huge, torch.float32, torch.device("cuda"), "forward") is None
+        )  # it raises an error itself
     uneven = problem("softmax", lengths=(32768, *[16] * 99), heads=8, kv_heads=8, head_dim=64)
     refuses = PROVIDERS["padded SDPA"].refuses
     assert "padded from 34,352 to 3,276,800 tokens" in refuses(uneven, torch.float32, CPU, "forward")

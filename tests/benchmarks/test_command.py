@@ -1,4 +1,4 @@
-"""`pytest benchmarks/` as a user runs it: what it refuses, what it leaves behind, however it ends."""
+"""`pytest benchmarks/` as a user runs it: what it refuses and what it leaves behind, however it ends."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from tests.processes import default_signals
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {"suite": "", "provider": "", "workload": "", "direction": "", "quick": False, "device": "cpu"}
-WAIT = 300  # seconds for all runs together, on a machine that is busy with something else
+WAIT = 300  # seconds for all runs together, on a busy machine
 
 # The suite with a workload of 40 tokens, one of which a provider sleeps on, and a provider that is wrong.
 DRIVER = """
@@ -72,7 +72,7 @@ for line in sys.stdin:
 
 
 class Command:
-    """A process that runs the command again and again: starting PyTorch takes longer than all the rest."""
+    """A process that runs the command again and again, because starting PyTorch takes longest."""
 
     def __init__(self, folder):
         self.marker = folder / "asleep"
@@ -92,7 +92,7 @@ class Command:
         self.watchdog.start()
 
     def run(self, *options, signal_when_asleep=None):
-        """Exit status and output."""
+        """Return the exit status and the output."""
         self.marker.unlink(missing_ok=True)
         self.process.stdin.write(json.dumps(options) + "\n")
         self.process.stdin.flush()
@@ -122,7 +122,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def complete(command, tmp_path_factory):
-    """A run to the end, with a provider that is wrong: exit status, print, JSON."""
+    """A complete run with a wrong provider: exit status, output, JSON."""
     path = tmp_path_factory.mktemp("complete") / "new" / "out.json"
     code, output = command.run("--workload=tiny", "--rounds=2", f"--benchmark-json={path}")
     return code, output, path.read_text()

@@ -1,4 +1,4 @@
-"""The words of the suite, and what the workloads and providers that are shipped must have in common."""
+"""The terms of the suite, and what all shipped workloads and providers have in common."""
 
 from collections import Counter
 
@@ -83,7 +83,7 @@ def test_workloads_are_data_in_the_order_of_their_suites(device):
     names = Counter((w.suite, w.name) for w in found)
     assert not [name for name, count in names.items() if count > 1]
     for workload in found:
-        assert workload.device in (device, "cpu")  # decoding is the CPU's
+        assert workload.device in (device, "cpu")  # decoding runs on the CPU
         assert workload.directions and set(workload.directions) <= set(DIRECTIONS)
         assert "," not in workload.name and " " not in workload.name
     assert any(w.quick for w in found) or device == "cuda"

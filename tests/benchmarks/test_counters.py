@@ -1,4 +1,4 @@
-"""Least work, against numbers worked out by hand: the sums stand beside them, not the formulas."""
+"""The minimal work, against numbers computed by hand; comments show the sums, not the formulas."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ TERA = 10**12
         # 65,536 tokens, 16 states of 64 x 64, built and read, 2 operations each.
         (Attention("linear_attention", (64 * K,)), 17_179_869_184, 0.017),
         (Attention("linear_attention", (64 * K,), head_dim=128), 68_719_476_736, 0.069),
-        # Of 256 groups each sees 4 but at the ends (1 too few on the left, 2 + 1 on the right): 1,020 pairs of
+        # Each of 256 groups sees 4, except at the ends (1 too few on the left, 2 + 1 on the right): 1,020 pairs of
         # groups of 65,536 pairs of tokens, and the states as above.
         (Attention("hybrid_attention", (64 * K,), window=(1, 2)), 290_984_034_304, 0.29),
         (Attention("hybrid_attention", (64 * K,), head_dim=128, window=(1, 2)), 616_327_806_976, 0.62),

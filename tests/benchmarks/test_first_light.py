@@ -18,8 +18,8 @@ from benchmarks.workloads import workloads
 
 ROOT = Path(__file__).parents[2]
 
-# Runs the command again and again, for PyTorch takes long to start; each time a race is said to take so many seconds.
-# The package is not installed, the linear op is wrong, the plain mixture of experts dies, and so does a peer.
+# It runs the command repeatedly, because PyTorch takes long to start; each run gets its own estimate of a race in
+# seconds. The package is not installed, the linear op is wrong, and the plain mixture of experts and one peer crash.
 DRIVER = """
 import json, os, signal, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
@@ -65,7 +65,7 @@ for line in sys.stdin:
 
 
 def lines(path: Path) -> list[dict]:
-    """All lines of a file, every one of which must be whole."""
+    """Return all lines of a file, every one of which must be complete."""
     text = path.read_text() if path.exists() else ""
     assert not text or text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
@@ -90,14 +90,14 @@ class Command:
             )
 
     def start(self, race_seconds: float = 1) -> int:
-        """Returns the id of the process."""
+        """Start a run and return the id of its process."""
         assert self.process.stdin
         self.process.stdin.write(json.dumps([race_seconds, str(self.out), "--device", "cpu"]) + "\n")
         self.process.stdin.flush()
         return self._number()
 
     def wait(self) -> int:
-        """The exit status of what was started last."""
+        """Return the exit status of the last run."""
         return self._number()
 
     def _number(self) -> int:
@@ -119,14 +119,14 @@ def wait_for(condition, seconds: float = 240.0) -> None:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The lines that each of three runs adds: one is killed amid the races, one has no time, one comes to the end."""
+    """The lines that each of three runs adds: one is killed during the races, one has no time, one finishes."""
     command = Command(tmp_path_factory.mktemp("first-light"))
     path = command.out / "first_light.jsonl"
     pid = command.start()
     wait_for(lambda: any(line["kind"] == "time" for line in lines(path)))
     os.kill(pid, signal.SIGKILL)
     command.wait()
-    time.sleep(0.5)  # for its pieces to notice
+    time.sleep(0.5)  # time for its pieces to notice
     parts = [lines(path)]
     for race_seconds in (1000, 1):
         command.start(race_seconds)
@@ -341,7 +341,7 @@ def test_the_budget_ends_what_runs(tmp_path):
 
 
 def assert_gone(group: int) -> None:
-    """No process of a piece's group is left."""
+    """Return whether no process of a piece's group is left."""
 
     def gone() -> bool:
         try:

@@ -50,7 +50,7 @@ SUITES = {"fused": fused_workloads, "encoder": encoder_workloads, "video": video
 
 
 def may_run(provider: Provider, problem, direction: str = "both") -> bool:
-    """Whether it solves the problem here; what compiles is left to the suite itself."""
+    """Whether it solves the problem here; compiled providers are left to the suite itself."""
     problem = provider.solves(problem)
     refused = provider.missing() or provider.refuses(problem, torch.float32, CPU, direction)
     return provider.quick_size > 0 and not refused

@@ -59,7 +59,7 @@ def run(folder: Path, *ops: str, jobs: int = 3, seconds: float = 120.0, keep_goi
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder for tests of ops; its conftest has the real division into shards, but does not import torch."""
+    """A folder for tests of ops; its conftest has the real sharding, but does not import torch."""
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     monkeypatch.setattr(gate, "FEWEST", 1)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -131,7 +131,7 @@ class Script(Shard):
 
 @pytest.fixture
 def scripts(tmp_path, monkeypatch):
-    """Writes a script for each op, which has as many shards as there are jobs."""
+    """Write a script for each op, which has as many shards as there are jobs."""
     monkeypatch.setattr(gate, "Shard", Script)
     monkeypatch.setattr(gate, "count_tests", lambda ops, *_: dict.fromkeys(ops, 1000))
 
@@ -150,7 +150,7 @@ THIRD_WAITS_FOR_RED = "test $1 != 3 || until grep -q failed $0/out.json; do slee
 
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_the_first_red_op_is_the_last_unless_told(keep_going, scripts, capsys):
-    """What runs before it is finished, what runs after it is ended."""
+    """Record what runs before the pool is finished, and what runs after it is ended."""
     folder = scripts(a=THIRD_WAITS_FOR_RED, b=SECOND_IS_RED, c=SLOW if not keep_going else "true")
     results = run(folder, "a", "b", "c", jobs=3, keep_going=keep_going)
     assert results == {"a": "passed", "b": "failed", "c": "passed" if keep_going else "not run"}
@@ -172,7 +172,7 @@ def test_an_earlier_op_may_turn_red_later(scripts):
 
 
 def test_no_op_is_judged_before_all_its_shards(scripts):
-    """A shard without tests is no verdict, and neither is one that passed: the third looks for one."""
+    """A shard without tests gives no verdict, and neither does a passed one: the third looks for one."""
     look = "sleep 0.5; ! grep -q passed $0/out.json"
     folder = scripts(a=f"case $1 in 1) exit 5;; 3) {look};; esac")
     assert run(folder, "a") == {"a": "passed"}
@@ -240,7 +240,7 @@ class Item:
 
 
 def shards_of(ids: list[str], count: int, monkeypatch) -> list[list[str]]:
-    """What the conftest of the GPU tests leaves of these tests in every shard."""
+    """Return what the conftest of the GPU tests keeps of these tests in every shard."""
     shards = []
     for number in range(1, count + 1):
         monkeypatch.setenv("VOT_GPU_TESTS_SHARD", f"{number}/{count}")

@@ -1,4 +1,4 @@
-"""Which race is held, of how many, and the estimate, on a clock that the test moves."""
+"""The current race, the number of races, and the estimate, on a clock that the test moves."""
 
 import time
 from itertools import product

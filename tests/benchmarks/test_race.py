@@ -1,4 +1,4 @@
-"""What becomes of every kind of provider, what stands in each column, and in which order things run."""
+"""The outcome of every kind of provider, what each column has, and the order in which things run."""
 
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from vot_kernels.ops.parts import plans
 
 @dataclass(frozen=True)
 class Square:
-    """y = x²: a problem as small as they come."""
+    """y = x², the smallest possible problem."""
 
     size: int = 8
 
@@ -71,7 +71,7 @@ def raises(error):
 
 
 class Late:
-    """Right for `calls` calls, then an exception."""
+    """A provider that is correct for `calls` calls, then raises an exception."""
 
     def __init__(self, calls, error):
         self.left, self.error = calls, error
@@ -125,7 +125,7 @@ def test_a_provider_that_fails_says_why_and_stops_nobody(case, direction):
         assert len(outcomes[name].kernel_s) == (0 if direction == "backward" else 2)
 
 
-# Calls before the timed ones: two for verification (small twin and full size), two to warm up (one more for a
+# Calls before the timed ones: two for verification (small and full size), two to warm up (one more for a
 # backward, which needs the shape of the output), two in the untimed round.
 @pytest.mark.parametrize(("calls", "where"), [(2, "when built"), (5, "in the untimed round"), (7, "amid")])
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
@@ -152,7 +152,7 @@ def test_who_does_not_fit_beside_the_others_is_timed_alone():
 
         def __call__(self, problem, prepared, x):
             self.calls += 1
-            if self.calls == 5:  # together with the others, once
+            if self.calls == 5:  # once, together with the others
                 raise OOM
             return x * x
 
@@ -229,7 +229,7 @@ def test_a_peer_that_solves_another_problem_is_verified_on_that_one_and_says_so(
 
 
 class Recorder:
-    """A provider that writes down what is called; `timed` says whether the clock runs."""
+    """A provider that records what is called; `timed` says whether the clock runs."""
 
     def __init__(self, monkeypatch):
         self.calls, self.timed = [], False
@@ -313,7 +313,7 @@ def test_all_providers_get_the_same_inputs_in_the_same_turn_and_others_in_the_ne
     race(WORKLOAD, "forward", chosen, Rules(rounds=6, input_sets=3))
     timed = {name: pointers[6:-1] for name, pointers in seen.items()}  # 2 + 2 + 2 before, 1 for the memory
     assert timed["a"] == timed["b"]
-    assert timed["a"][::2] == timed["a"][1::2]  # whole op and kernel
+    assert timed["a"][::2] == timed["a"][1::2]  # whole op and kernel alone
     assert timed["a"][::2] == timed["a"][0:6:2] * 2
     assert len(set(timed["a"])) == 3
 
@@ -333,7 +333,7 @@ def test_gradients_are_made_only_where_they_are_timed():
 
 
 def test_a_slow_first_call_does_not_cost_rounds():
-    """Compilation happens once; it says nothing about how many runs fit into the time."""
+    """Compilation happens once, so it says nothing about how many runs fit into the time."""
 
     class Compiles:
         calls = 0
@@ -376,7 +376,7 @@ def test_verification_is_remembered_for_directions_with_the_same_results():
 
 @pytest.mark.parametrize("kind", ["packed_attention", "linear_attention", "hybrid_attention"])
 def test_the_whole_op_plans_anew_and_the_kernel_does_not(kind, monkeypatch):
-    """Our ops remember a packing by its contents; a batch that comes for the first time must pay for that."""
+    """Our ops remember a packing by its contents, but the first call on a batch must include the planning."""
     problem = Attention(kind, (300, 20), 1, 1, 8, group_size=32)
     workload = Workload("hybrid", "w", problem, torch.float32, "cpu")
     chosen = next(p for p in ours.PROVIDERS if p.name == "vot-kernels torch")
@@ -403,7 +403,7 @@ def test_the_whole_op_plans_anew_and_the_kernel_does_not(kind, monkeypatch):
 
 
 def test_everything_that_our_ops_remember_is_forgotten():
-    """They remember packings by `remember` alone, so that `forget_plans` is all there is to call."""
+    """The ops use only `remember` for plans, so `forget_plans` is all there is to call."""
     import pkgutil
     from importlib import import_module
 

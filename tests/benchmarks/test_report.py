@@ -1,4 +1,4 @@
-"""The report against results whose figures are known, and against files that are none."""
+"""The report on results with known figures, and on files that are not results."""
 
 import json
 import re
@@ -28,7 +28,7 @@ OURS = "vot-kernels torch"
 
 
 def bench(provider, seconds, *, size=4096, workload=None, direction="forward", instead="", **facts):
-    """One entry of pytest-benchmark; at the ceilings below its floor is 40 ms."""
+    """Return one entry of pytest-benchmark; with the ceilings below, its floor is 40 ms."""
     info = {
         "suite": "linear",
         "workload": workload or f"{size // 1024}k",
@@ -55,7 +55,7 @@ def outcome(entry, status="timed", reason=""):
 
 
 def result(*benchmarks, failed=(), device=CPU, complete=True, command="pytest benchmarks/ --quick"):
-    """A whole file; `failed` are (provider, status, reason) on the first benchmark's workload."""
+    """Return a whole file; `failed` are (provider, status, reason) on the first benchmark's workload."""
     benchmarks = deepcopy(benchmarks)
     first = outcome(benchmarks[0])
     failures = [
@@ -135,7 +135,7 @@ def test_every_figure_of_a_timed_line(save):
 
 
 def test_ratio_pairs_the_rounds(save):
-    """A slow minute that hits both leaves the ratio alone, though the samples are far apart."""
+    """A slow minute that affects both does not change the ratio, though the samples are far apart."""
     _, peer = lines(save, result(bench(OURS, [0.1, 0.9, 0.2]), bench("peer", [0.3, 2.7, 0.6])))
     assert cells(peer)["time ÷ ours"] == "3.0 × (3.0–3.0)"
 
@@ -505,7 +505,7 @@ def test_a_noisy_point_is_hollow_and_the_legend_says_so(save, drawn):
 
 
 def test_ours_have_one_colour_everywhere_and_no_peer_has_it(save):
-    """Whoever else takes part, in whichever suite and on whichever device."""
+    """Other providers may take part, in any suite and on any device."""
     peers = [f"peer {i}" for i in range(12)]
     cpu = [bench("vot-kernels A first in the alphabet", [0.1], suite="aoe"), bench(OURS, [0.1], suite="aoe")]
     cpu += [bench(name, [0.1], suite=suite) for suite in ("aoe", "linear") for name in [OURS, *peers[:7]]]

@@ -1,4 +1,4 @@
-"""One run: every race once, and a JSON that is whole after each."""
+"""One run: every race is run once, and the JSON is complete after each."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ GOOD, BAD = (Provider(name, ("hybrid",), lambda *_: None, instead="x") for name 
 
 @pytest.fixture
 def races(monkeypatch):
-    """The races that were held, all of them imaginary."""
+    """The races that were run, all of them imaginary."""
     held = []
 
     def race(workload, direction, providers, rules):

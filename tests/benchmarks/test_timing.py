@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 class FakeTimer:
-    """A second more at every call, which it makes."""
+    """A clock that moves on by one more second at every call."""
 
     def __init__(self):
         self.calls = 0
@@ -84,8 +84,8 @@ def allocate(mib):
         (lambda: None, 0),
         (lambda: allocate(3), 3),
         (lambda: [allocate(3), allocate(5)], 8),
-        (lambda: [allocate(1) for _ in (allocate(5),)], 6),  # one is alive while the other is made
-        (lambda: (allocate(6).max(), allocate(2).max()), 6),  # the first is gone by then
+        (lambda: [allocate(1) for _ in (allocate(5),)], 6),  # one is allocated while the other is made
+        (lambda: (allocate(6).max(), allocate(2).max()), 6),  # the first is freed by then
     ],
 )
 def test_peak_memory_counts_what_is_alive_at_once(function, expected):
@@ -102,7 +102,7 @@ def test_peak_memory_holds_what_the_backward_needs():
     x = torch.randn(MIB // 4, requires_grad=True)  # 1 MiB
 
     def forward_and_backward():
-        out = x.exp().sin()  # keeps exp(x) for the backward, and out itself
+        out = x.exp().sin()  # keeps exp(x) for the backward, and also out
         return torch.autograd.grad(out, x, torch.ones_like(out))
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The guard before every figure: wrong providers are refused however small the mistake, right ones pass."""
+"""The check before every figure: wrong providers are refused however small the error, correct ones pass."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from vot_kernels.testing import ToleranceError, make_tensor
 
 CPU = torch.device("cpu")
 KINDS = ("packed_attention", "linear_attention", "hybrid_attention")
-# More than 1024 tokens, so that the full size is verified on some rows alone.
+# There are more than 1024 tokens, so that the full size is verified on some rows only.
 PROBLEM = Attention("packed_attention", (640, 1, 300, 100), heads=1, kv_heads=1, head_dim=8)
 
 
@@ -37,7 +37,7 @@ def swapped_segments(problem, prepared, *inputs):
 
 
 def dropped_last_token(problem, prepared, q, k, v):
-    """Nobody sees the last key of the last segment."""
+    """A provider in which no query sees the last key of the last segment."""
     *lengths, last = problem.lengths
     shorter = replace(problem, lengths=(*lengths, last - 1))
     out = shorter.oracle((q[:-1], k[:-1], v[:-1]), None)
@@ -47,7 +47,7 @@ def dropped_last_token(problem, prepared, q, k, v):
 
 
 class HalvedGradient(torch.autograd.Function):
-    """The right output, half of the right gradient."""
+    """A provider with the correct output and half of the correct gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -87,7 +87,7 @@ def right_only_when_small(problem, prepared, *inputs):
 
 
 def wrong_block(problem, prepared, *inputs):
-    """One tile of 64 rows is off, as by a wrong bound; only where the problem is large."""
+    """A provider with one wrong tile of 64 rows, as from a wrong bound; only if the problem is large."""
     out = solve(problem, prepared, *inputs).clone()
     if problem.size > 1024:
         out[64:128] *= 1.02
@@ -161,7 +161,7 @@ def test_the_plain_computation_passes_in_every_dtype(kind, dtype):
 
 
 def test_rounding_as_flash_kernels_do_passes_in_bfloat16():
-    """Probabilities and features rounded to bfloat16 before the second product; beta stays float32."""
+    """A provider that rounds probabilities and features to bfloat16 before the second product, but not beta."""
 
     class Rounded(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""The clips to try things on."""
+"""The sample clips."""
 
 import sys
 

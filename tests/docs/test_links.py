@@ -35,7 +35,7 @@ def anchors(markdown: str) -> set[str]:
 
 
 def broken_links(page: Path, markdown: str) -> list[str]:
-    """The internal links of a page that lead nowhere."""
+    """Return the internal links of a page that lead nowhere."""
     found = []
     for target in re.findall(r"\]\(([^)\s]+)\)|^\[[^]]+\]: +(\S+)", prose(markdown), flags=re.MULTILINE):
         link = "".join(target)

@@ -1,4 +1,4 @@
-"""The table of vision towers is what the installed transformers gives, and a wrong tower would be found."""
+"""The table of vision towers matches the installed transformers, and a wrong tower would be found."""
 
 import importlib.util
 import sys
@@ -23,14 +23,14 @@ FIRST = {
 def script():
     spec = importlib.util.spec_from_file_location("list_towers", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["list_towers"] = module  # dataclasses look their module up
+    sys.modules["list_towers"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules["list_towers"]
 
 
 def check_table(script, towers):
-    """No tower may be wrong; for the version of transformers that the page is about, every row is as written."""
+    """Check that no tower is wrong and, for the version of transformers on the page, that every row is as written."""
     findings = {tower: script.examine(tower) for tower in towers}
     assert [tower.name for tower, found in findings.items() if found.status == "wrong"] == []
     page = script.PAGE.read_text(encoding="utf-8")

@@ -139,7 +139,7 @@ def test_a_training_step_on_varied_lengths():
 
 @report("axolotl#3667", "Liger#1248")
 def test_rows_more_than_two_to_the_31_numbers_apart():
-    memory = torch.empty(2**31 + 64)  # never touched but at its ends, so it costs no memory
+    memory = torch.empty(2**31 + 64)  # only its ends are touched, so it costs no memory
     q = memory.as_strided((3, 1, 16), (2**30, 16, 1))
     values = make_qkv(3, 1, 16)
     q.copy_(values[0])

@@ -34,7 +34,7 @@ def test_images_stay_apart_whatever_maximum_length_comes_along(longest):
 @report("transformers (documentation)")
 @pytest.mark.parametrize("positions", [None, [0, 1, 2, 0, 1, 2, 3, 4]])
 def test_a_function_with_a_name_of_its_own_keeps_to_the_past(positions):
-    """A registered function without a mask function is given no mask, and sees the future and other sequences."""
+    """A registered attention without a mask function gets no mask, and sees the future and other sequences."""
     model, ids = qwen2(attn_implementation="sdpa"), prompts(1, 8)
     options = {"use_cache": False}
     if positions is not None:

@@ -1,4 +1,4 @@
-"""Calls with one argument broken: the answer is a result or a ValueError or TypeError in a sentence, nothing else."""
+"""Calls with one argument broken: the outcome must be a result, or a ValueError or TypeError with a sentence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def strange_tensors(draw: Draw) -> list[Tensor]:
 
 
 def _valid() -> dict[str, dict[str, Any]]:
-    """Arguments by name of one right call per function."""
+    """The arguments by name of one correct call per function."""
     layout = PackedLayout.from_lengths([4, 3], group_size=2)
     q, k, v = torch.randn(3, 7, 2, 4)
     bounds = torch.tensor([0, 4, 7], dtype=torch.int32)

@@ -38,7 +38,7 @@ class Call:
         tensors: floating inputs, each differentiated; None for an argument that is not given.
         run: computes the outputs from such tensors on a backend.
         exact: the reference's outputs for such tensors.
-        options: what else was chosen, for the report.
+        options: the other choices, for the report.
         packed_rows: rows that belong to segments, for ops on packed rows: later rows are slack.
         autocasts: which of the tensors `torch.autocast` casts.
     """

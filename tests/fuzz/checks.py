@@ -1,4 +1,4 @@
-"""What must hold for every call: right values and gradients, wherever the tensors lie, whatever surrounds the call."""
+"""What must hold for every call: correct values and gradients, in any memory layout and any surrounding context."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ PASSES = ("values", "strided", "slack", "inference", "autocast")
 
 
 class WrongResult(AssertionError):
-    """An op returned something else than it should."""
+    """An op returned something other than it should."""
 
 
 def check(call: Call, draw: Draw) -> None:
-    """The call as it is, and in one more surrounding.
+    """Check the call as it is, and in one more context.
 
     Raises:
         WrongResult: see the message.
@@ -52,7 +52,7 @@ def check(call: Call, draw: Draw) -> None:
 
 
 def errors_nearby(call: Call) -> list[list[float]]:
-    """Errors of the reference in the dtypes of the inputs, a few roundings away: it may have been lucky with these."""
+    """Return the reference's errors in the dtypes of the inputs and a few roundings away, in case these are lucky."""
     found = []
     for seed in range(8):
         moved = [None if x is None else _move_by_roundings(x, seed) for x in call.tensors]
@@ -84,7 +84,7 @@ def run_with_gradients(
 def backward(outputs: Sequence[Tensor], leaves: Sequence[Tensor | None]) -> list[Tensor]:
     loss = torch.zeros((), dtype=torch.float64)
     for i, out in enumerate(outputs):
-        # A longer output gets the same numbers and then more of them.
+        # A longer output gets the same numbers followed by more of them.
         weights = torch.from_numpy(np.random.default_rng(i).standard_normal(out.shape))
         loss = loss + (torch.where(out.isfinite(), out, 0).double() * weights).sum()
     wanted = [leaf for leaf in leaves if leaf is not None]
@@ -96,7 +96,7 @@ def backward(outputs: Sequence[Tensor], leaves: Sequence[Tensor | None]) -> list
 def compare(
     name: str, found: Tensor, same_dtype: Tensor, exact: Tensor, floor: float, plain_error: float = 0.0
 ) -> None:
-    """The tolerance rule of the tests, wide enough for any seed: a wrong result is far outside of it.
+    """Check the tolerance rule of the tests, wide enough for any seed: a wrong result is far outside of it.
 
     `floor` is one rounding of the coarsest input at the size of the largest result, `plain_error` an error that plain
     PyTorch is known to make besides that of `same_dtype`.
@@ -122,7 +122,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def strided(call: Call, outputs: list[Tensor], gradients: list[Tensor], floor: float) -> None:
-    """Tensors that lie elsewhere: every number apart from the next, and rows in another order of memory."""
+    """Return the tensors in another layout: elements apart from each other, and rows in another order of memory."""
 
     def spread(x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -139,7 +139,7 @@ def strided(call: Call, outputs: list[Tensor], gradients: list[Tensor], floor: f
 
 
 def slack(call: Call, outputs: list[Tensor], gradients: list[Tensor], floor: float) -> None:
-    """Rows of NaN past the last segment: the others stay, theirs are zero (lse: -inf)."""
+    """Add rows of NaN past the last segment: the other rows must not change, and these must be zero (lse: -inf)."""
     if call.packed_rows is None:
         return
     rows = call.tensors[0].shape[0]
@@ -167,7 +167,7 @@ def _is_packed(call: Call, i: int) -> bool:
 
 
 def inference(call: Call, outputs: list[Tensor], gradients: list[Tensor], floor: float) -> None:
-    """Under inference_mode the outputs are the same, and what was cached there serves training later."""
+    """Under inference_mode the outputs are the same, and what was cached there can be used in training later."""
     with torch.inference_mode():
         found = call.run([None if x is None else x.clone() for x in call.tensors], "auto")
     for i, (a, b) in enumerate(zip(found, outputs, strict=True)):
@@ -206,7 +206,7 @@ SURROUNDINGS: dict[str, Callable[[Call, list[Tensor], list[Tensor], float], None
 
 
 def is_a_sentence(message: str) -> bool:
-    """Whether an error message is one readable sentence, or a few, and not some library's inner words."""
+    """Whether an error message is one readable sentence, or a few, and not internal text of a library."""
     strange = re.search(
         r"Traceback|aten::|\[Triggered|c10|<class|object has no attribute|unexpected keyword", message
     )

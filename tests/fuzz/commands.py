@@ -12,7 +12,7 @@ from tests.fuzz.checks import WrongResult
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Paths by what is wrong with them."""
+    """Paths by their fault."""
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("not a video")
     (folder / "folder").mkdir()

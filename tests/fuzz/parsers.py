@@ -110,7 +110,7 @@ def video_file(draw: Draw) -> None:
 
 
 def reply_of_a_model(draw: Draw) -> None:
-    """What reads a language model's words never raises."""
+    """The functions that read a language model's words never raise."""
     from vot_kernels.reasoning import names, prompts
 
     text = broken_text(

@@ -24,11 +24,11 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep every N-th case, for neighbours take about equally long.
+    """Keep every N-th case, because neighbours take about equally long.
 
-    Tests that differ in the backend alone are one case: only one of them compiles, and those that need most of the
-    GPU's memory are not run side by side. Every shard begins elsewhere in the list, because neighbours often share
-    kernels, and what another process has compiled already comes from Triton's cache.
+    Tests that differ only in the backend are one case: only one of them compiles, and those that need most of the
+    GPU's memory do not run side by side. Every shard starts at another place in the list, because neighbours often
+    share kernels, which then come from Triton's cache.
     """
     if "VOT_GPU_TESTS_SHARD" not in os.environ:
         return
@@ -63,8 +63,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-# Each pair is compiled anew, which takes far longer than the test itself: every head_dim in bfloat16, which is what
-# models use, and each other dtype once more beside 64.
+# Each pair is compiled separately, which takes far longer than the test itself, so we test every head_dim in bfloat16,
+# which models use, and each other dtype once more with 64.
 SIZES = [(torch.bfloat16, d) for d in (16, 64, 72, 80, 96, 128, 256)] + [
     (torch.float32, 80),
     (torch.float16, 128),

@@ -74,7 +74,7 @@ def test_a_captured_step_replays_on_new_numbers(name, device):
 @pytest.mark.parametrize("weighting", ["topk_softmax", "softmax_topk"])
 @pytest.mark.parametrize("top_k", [2, 6])
 def test_a_captured_aoe_replays_on_new_numbers(top_k, weighting, device):
-    """New tokens choose other experts: the loads of the captured grid are not those it was captured with."""
+    """New tokens choose other experts, so the loads differ from those at capture."""
     skip_without_kernels("aoe", device)
     x, *weights = make_experts(345, 96, 8, 32, 112, dtype=torch.bfloat16, device=device)
     leaves = [t.requires_grad_() for t in (x, *weights)]

@@ -26,15 +26,15 @@ def check(layout, backend, device, dtype, *, heads=4, kv_heads=2, head_dim=64, l
     def oracle(q, k, v, d):
         return (reference.linear_attention(q, k, v, layout, log_decay=d, **options)[0],)
 
-    # The gradients of q and k are small differences of larger terms: those round, too.
+    # The gradients of q and k are small differences of larger terms, which are rounded too.
     roundings = 16.0 if dtype == torch.float32 else 4.0
     check_against_reference(run, oracle, (*inputs, log_decay), roundings=roundings, floor=0.05)
 
 
 def decays(device, dtype, *values):
-    """log_decay, by default from none to one that leaves a token almost alone.
+    """Return log_decay, by default from no decay to one that leaves a token almost alone.
 
-    In the dtype of the tokens: what the backward keeps is rounded to it, and so is the gradient here.
+    It has the dtype of the tokens, to which the backward rounds it, and so its gradient.
     """
     return torch.tensor(values or (1.0, 0.99, 0.7, 1e-9), dtype=torch.float64).log().to(device, dtype)
 

@@ -61,7 +61,7 @@ def test_fused_backward_at_lengths_around_blocks(size, causal, backend, device):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_fused_backward_of_many_tiles(head_dim, backend, device):
-    """Many programs add to the same rows of dq."""
+    """Check that many programs can add to the same rows of dq."""
     layout = PackedLayout.from_lengths((8192, 777), device=device)
     options = {"heads": 4, "kv_heads": 1, "head_dim": head_dim, "variant": "fused"}
     check(layout, backend, device, torch.bfloat16, **options)

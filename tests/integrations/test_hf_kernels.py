@@ -19,7 +19,7 @@ from vot_kernels.integrations import hf_kernels
 from vot_kernels.integrations.layers import SwiGLUExperts
 from vot_kernels.testing import shifted
 
-# What both sides run, with `ops` the kernel or this package.
+# The calls that both sides run, with `ops` the kernel or this package.
 CALLS = """
 import torch
 
@@ -79,7 +79,7 @@ def builds(exported):
 
 
 def run(exported, folder, backend, seed, **environment):
-    """The results of the kernel in a process of its own, by name."""
+    """Return the results of the kernel in a process of its own, by name."""
     script, out = folder / "script.py", folder / "out.npz"
     script.write_text(SCRIPT)
     command = [sys.executable, script, exported, out, str(seed), backend]

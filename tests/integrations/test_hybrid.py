@@ -44,7 +44,7 @@ def frame_encoder() -> nn.Module:
 
 @pytest.mark.parametrize("kind", VISION_LANGUAGE)
 def test_the_start_is_exact(kind):
-    """The far part adds zeros, bit for bit; what near attention sums in another order is a matter of rounding."""
+    """The far part adds zeros, bit for bit; near attention sums in another order, which only affects rounding."""
     model = tower(kind)
     with torch.no_grad():
         stock = seen(model)
@@ -153,7 +153,7 @@ def test_some_layers_and_the_language_model_stay_exact():
 
 
 def test_a_checkpointed_layer_finds_its_clips_after_another_forward():
-    """The batch of now is another one when the backward computes a layer of the batch before again."""
+    """The current batch is another one when the backward recomputes a layer of the previous batch."""
     model = tower("qwen3_vl").train()
     vot_kernels.patch(model, attention="hybrid", far=0.5)
     other = GRID[:1]

@@ -91,7 +91,7 @@ def test_the_configs_around_them_agree_and_are_given_back():
 
 
 def test_they_can_be_left_alone(calls):
-    model = causal("mixtral").float()  # the experts of transformers take no float64 but in eager
+    model = causal("mixtral").float()  # the experts of transformers take float64 only in eager mode
     with vot_kernels.patched(model, experts=False) as report:
         model(prompts(1, 5))
     assert not calls and {row.after for row in report.modules} == {"flash_attn_varlen_func"}
@@ -134,7 +134,7 @@ def test_experts_that_are_on_the_op_already_stay_there():
 
 @pytest.mark.parametrize("last", ["_vot_kernels_patch", "_experts_implementation_internal"])
 def test_a_patch_that_fails_on_the_way_leaves_nothing(last, monkeypatch):
-    """Whichever write fails, those before it are taken back."""
+    """Whichever write fails, the writes before it are undone."""
     model = qwen3_vl_moe()
     kind = type(model) if last.endswith("patch") else type(model.config.text_config)
     original = kind.__setattr__

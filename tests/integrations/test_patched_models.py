@@ -1,4 +1,4 @@
-"""What else works on a patched model as it does on another: videos, adapters, compilation, sharding, a trainer."""
+"""A patched model still works with videos, adapters, compilation, sharding and a trainer."""
 
 import copy
 import os
@@ -160,7 +160,7 @@ def test_a_layer_of_a_tower_compiles_whole_for_all_packings(kind):
 
 
 def test_a_compiled_language_model_says_the_same_with_padding_and_without():
-    """In several graphs: what a mask function of transformers is made of cannot be read within one."""
+    """It compiles to several graphs, because a mask function of transformers cannot be traced within one."""
     model, ids = qwen2(), prompts(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and `patched`: the same numbers, really on the op, and one sentence for what they do not serve."""
+"""`patch`, `unpatch` and `patched`: the same results, computed by the op, and one sentence for unsupported cases."""
 
 import copy
 import json
@@ -60,13 +60,13 @@ def check_close(found, found_gradients, expected, gradients):
     assert (found - expected).abs().max() <= OUTPUT * expected.abs().max()
     assert found_gradients.keys() == gradients.keys()
     largest = max(gradient.abs().max() for gradient in gradients.values())
-    for name, gradient in gradients.items():  # that of a key's bias is 0 but for rounding
+    for name, gradient in gradients.items():  # the gradient of a key's bias is 0 but for rounding
         error = (found_gradients[name] - gradient).abs().max()
         assert error <= GRADIENT * gradient.abs().max() or error <= 1e-6 * largest, name
 
 
 def check_same(model, rows=None, **inputs):
-    """Patched and not: outputs and gradients agree; bit-equal once it is unpatched."""
+    """Outputs and gradients agree, patched and not; they are bitwise equal once it is unpatched."""
     expected, gradients = run(model, rows, **inputs)
     with vot_kernels.patched(model):
         found, found_gradients = run(model, rows, **inputs)

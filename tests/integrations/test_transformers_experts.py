@@ -1,4 +1,4 @@
-"""The experts of transformers' models on the `moe` op: as eager computes them, and really on the op."""
+"""The experts of transformers' models on the `moe` op: the same results as eager, computed by the op."""
 
 import inspect
 from types import SimpleNamespace
@@ -159,7 +159,7 @@ def make_experts(options=None, *, activation=None, dtype=torch.float64, **overri
         Experts
     )
     module = decorated(SimpleNamespace(_experts_implementation="eager"))
-    for option, value in (options or {}).items():  # what an older transformers does not know
+    for option, value in (options or {}).items():  # an older transformers does not know these
         setattr(module, option, value)
     x = make_tensor(9, 10, dtype=dtype)
     ids = torch.stack([torch.arange(9) % 4, (torch.arange(9) + 1 + torch.arange(9) % 3) % 4], 1)

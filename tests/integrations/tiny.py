@@ -1,4 +1,4 @@
-"""Small random models of transformers and what they are given."""
+"""Small random models of transformers and their inputs."""
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ VISION_LANGUAGE = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """In evaluation mode, with weights so large that attention is far from uniform."""
+    """Return it in evaluation mode, with weights so large that attention is far from uniform."""
     torch.manual_seed(shifted(0))
     for parameter in model.parameters():
         if parameter.ndim > 1:

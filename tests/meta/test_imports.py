@@ -1,4 +1,4 @@
-"""The import rule, and the calls that the package never makes, read off the source of every file."""
+"""The import rule, and the calls that the package never makes, checked in the source of every file."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ def part_of(module: str) -> str:
 
 
 def problems(module: str, source: str, *, is_package: bool = False) -> list[str]:
-    """Everything in `source` that the rules forbid for the file that is imported as `module`."""
+    """Return everything in `source` that the rules forbid for the file that is imported as `module`."""
     tree = ast.parse(source)
     part = part_of(module)
     if part not in ALLOWED:
@@ -121,7 +121,7 @@ def _layer_problems(tree: ast.AST, module: str, part: str, is_package: bool) -> 
 
 
 def _reference_problems(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
-    """A reference judges the backends, so it may share no code with them."""
+    """A reference checks the backends, so it may share no code with them."""
     for node in ast.walk(tree):
         for name in imported(node, module, False):
             independent = name.startswith(REFERENCE_IMPORTS) or re.match(

@@ -1,4 +1,4 @@
-"""What is skipped where."""
+"""The rule for skipping tests."""
 
 import re
 import tomllib
@@ -42,7 +42,7 @@ def test_every_mark_is_explained():
 
 
 def test_files_for_the_interpreter_are_found_by_the_name_of_the_mark():
-    """`pytest_ignore_collect` of the conftest looks for "interpreted", so nobody may spell the mark out."""
+    """`pytest_ignore_collect` of the conftest looks for "interpreted", so no test may write the mark in full."""
     tests = Path(__file__).parents[1]
     spelled = re.compile(r"mark\.interpreter\b")
     assert [p.name for p in sorted(tests.rglob("*.py")) if spelled.search(p.read_text())] == ["marks.py"]

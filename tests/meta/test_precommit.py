@@ -1,4 +1,4 @@
-"""The hooks before a commit: local ones, with what `make` installed."""
+"""The pre-commit hooks are local and use what `make` installed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A SwiGLU layer as Autonomy-of-Experts: exact identities, optimal factors, errors told apart."""
+"""Conversion of a SwiGLU layer to Autonomy-of-Experts: exact identities, optimal factors, separate errors."""
 
 import pytest
 import torch
@@ -184,7 +184,7 @@ def test_factors_without_data_are_the_truncated_singular_values():
 
 
 def test_factors_with_data_are_the_best_for_it():
-    """No other factor of that rank errs less on the tokens: the truncated singular values of X Gᵀ."""
+    """No other factor of that rank has a smaller error on the tokens than the truncated singular values of X Gᵀ."""
     weights, x = random_layer(), correlated(200, 16)
     _, report = convert_swiglu(*weights, 4, 2, 3, calibration=x, score="gate")
     values = torch.stack([torch.linalg.svdvals(x @ weights[0][group].T) for group in report.groups])
@@ -224,7 +224,7 @@ def test_the_selecting_norm_rates_gates_by_what_they_contribute():
 
 @pytest.mark.fixed_seed  # how much better depends on how far these gates mislead
 def test_rating_by_contribution_chooses_better_where_gates_mislead():
-    """Half the neurons have loud gates and write next to nothing."""
+    """Half the neurons have large gates and contribute almost nothing."""
     (w_gate, w_up, w_down), x, truth = planted()
     loud = truth >= 2
     w_gate, w_down = w_gate.clone(), w_down.clone()

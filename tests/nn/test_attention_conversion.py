@@ -405,7 +405,7 @@ def windowed(feature_map: str, **options) -> tuple[HybridAttention, HybridAttent
 @pytest.mark.parametrize("kind", ["noise", "video"])
 @pytest.mark.parametrize("feature_map", ["softmax", "elu"])
 def test_a_fitted_beta_comes_closer_to_the_original(feature_map, kind):
-    """Than 0 and -inf; on other tokens, too, unless these are few and far tokens say little."""
+    """It is better than 0 and -inf, also on other tokens, unless these are few and far tokens carry little."""
     attention, original = windowed(feature_map)
     seen, unseen = tokens(kind, 60), tokens(kind, 70)
 
@@ -427,7 +427,7 @@ def test_a_fitted_beta_comes_closer_to_the_original(feature_map, kind):
 
 
 def test_beta_by_hand():
-    """Tokens of another group all look alike, q.k = 0, so that one beta makes far tokens exact."""
+    """All tokens of another group look alike, q.k = 0, so that one beta makes far tokens exact."""
     attention = HybridAttention(16, 1, window=0, feature_map="elu", qk_norm=False)
     layout = PackedLayout.from_lengths([32, 24], group_size=4)
     with torch.no_grad():
@@ -445,7 +445,7 @@ def test_beta_by_hand():
 
 @pytest.mark.parametrize("causal", [None, "group"])
 def test_no_other_beta_is_better_for_a_head(causal):
-    """By the heads' outputs, which the identity as output projection shows."""
+    """The heads' outputs show it, with the identity as output projection."""
     attention, original = windowed("softmax", causal=causal)
     for module in (attention, original):
         module.double()

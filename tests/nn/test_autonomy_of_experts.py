@@ -123,7 +123,7 @@ def test_usage_counts_imbalance_and_idle_experts():
 
 
 def test_forward_usage_and_bias_wait_for_no_number():
-    """Fake tensors have a device and no contents: asking one for a number is an error."""
+    """Fake tensors have a device and no contents, so reading a number from one is an error."""
     with FakeTensorMode():
         layer, x = AutonomyOfExperts(16, 4, 2, hidden=8, rank=8, shared_hidden=8), torch.randn(9, 16)
         y, aux = layer(x, return_aux=True)

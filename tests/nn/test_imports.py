@@ -1,4 +1,4 @@
-"""`vot_kernels.nn` exports its modules and needs torch alone."""
+"""`vot_kernels.nn` exports its modules and needs only torch."""
 
 import subprocess
 import sys

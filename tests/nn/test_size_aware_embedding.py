@@ -22,7 +22,7 @@ def test_identity_at_first_and_then_it_learns():
     assert torch.equal(y, x)
     y.square().sum().backward()
     assert (module.fc2.weight.grad != 0).any() and (module.fc2.bias.grad != 0).all()
-    assert (module.fc1.weight.grad == 0).all()  # behind the zero layer, for one step
+    assert (module.fc1.weight.grad == 0).all()  # blocked by the zero layer, for one step
 
 
 def test_adds_one_vector_per_segment():

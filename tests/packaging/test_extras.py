@@ -1,4 +1,4 @@
-"""The extras hold exactly what the package imports, and what is missing is said in one sentence."""
+"""The extras list exactly what the package imports, and an error names what is missing in one sentence."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from vot_kernels.extras import EXTRAS, imports_for, require
 
 ROOT = Path(__file__).parents[2]
 CORE = {"torch", "numpy", "triton"}
-# The extras with which a module works; the longest prefix counts.
+# The extras with which a module works; the longest matching prefix counts.
 BELONGS = {
     "vot_kernels": (),
     "vot_kernels.cli": ("cli",),

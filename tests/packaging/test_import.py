@@ -66,7 +66,7 @@ def test_import_is_fast():
 
 
 def test_touching_every_public_name_is_fast():
-    """Registering the ops must not drag in the compiler, which takes seconds."""
+    """Registering the ops must not import the compiler, which takes seconds."""
     assert own_seconds("from vot_kernels import *") < 0.5
 
 

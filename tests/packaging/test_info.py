@@ -1,4 +1,4 @@
-"""`python -m vot_kernels.info` says what is there and never fails, whatever is broken."""
+"""`python -m vot_kernels.info` describes the installation and never fails, whatever is broken."""
 
 import json
 import subprocess
@@ -75,7 +75,7 @@ def test_a_broken_triton_is_reported(tmp_path, monkeypatch, capsys, source, reas
     ],
 )
 def test_a_broken_dependency_is_reported(tmp_path, module, source, reason):
-    """In a fresh interpreter: this one cannot do without torch and numpy."""
+    """Run it in a fresh interpreter, because this one needs torch and numpy."""
     (tmp_path / f"{module}.py").write_text(source)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"

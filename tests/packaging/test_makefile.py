@@ -1,6 +1,6 @@
-"""How `make` sets the environment up: order, reuse, reinstall on change, recovery from an interruption.
+"""How `make` sets up the environment: order, reuse, reinstall on change, recovery from an interruption.
 
-Python and pip are replaced by scripts that write down how they were called, so nothing is downloaded.
+Scripts that record their calls replace Python and pip, so nothing is downloaded.
 """
 
 import os
@@ -45,7 +45,7 @@ def clone(tmp_path):
 
 
 def make(clone: Path, *, python="python", fail="nothing fails") -> tuple[int, list[str]]:
-    """Exit status, and what was called."""
+    """Return the exit status, and the recorded calls."""
     (clone / "calls").write_text("")
     result = run_make(clone, f"PYTHON=./{python}", "PIP=./pip", TARGET, fail=fail)
     return result.returncode, (clone / "calls").read_text().splitlines() + result.stderr.splitlines()
@@ -146,7 +146,7 @@ def test_help_lists_every_target():
 
 
 def test_matrix_has_a_venv_for_each_torch_and_the_oldest_is_the_oldest_allowed(clone):
-    """The commands alone: the real thing fetches gigabytes."""
+    """Only the commands are tested, because the real run downloads gigabytes."""
 
     def commands(*arguments):
         result = run_make(clone, "-n", "matrix", *arguments, fail="")

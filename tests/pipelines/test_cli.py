@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def vot(monkeypatch, capsys):
-    """Run `vot ...`; returns (exit code, stdout, stderr)."""
+    """Run `vot ...`; return (exit code, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vot", *words])

@@ -26,7 +26,7 @@ from vot_kernels.train.encoder.run import publish
 
 
 class FirstCandidate:
-    """A language model with no opinion: every reply is empty and every continuation equally likely."""
+    """A language model without preferences: every reply is empty and every continuation equally likely."""
 
     name = "no opinion"
 
@@ -64,7 +64,7 @@ def test_the_bundled_checkpoint_sees_the_shipped_clip(answered):
 
 def test_an_answer_has_evidence_and_can_be_saved(answered, tmp_path):
     sidecar = load_sidecar(digitworld_clip()[0])
-    assert answered.answer.choice == sidecar.questions[0].answer  # verification reads the hits off the graph
+    assert answered.answer.choice == sidecar.questions[0].answer  # verification takes the hits from the graph
     lines = answered.evidence_lines()
     assert any("hits" in line for line in lines) and any("box" in line for line in lines)
     picture = answered.save_picture(tmp_path / "sheet.png")
@@ -102,7 +102,7 @@ def test_a_foreign_clip_needs_no_language_model_and_gets_no_boxes(video_qa, tmp_
 
 
 def test_a_truncated_video_is_answered_with_a_note(video_qa, tmp_path):
-    """The index lies at the front, as in most clips on the web."""
+    """The index is at the front, as in most clips on the web."""
     with (
         av.open(str(digitworld_clip()[0])) as source,
         av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "faststart"}) as target,

@@ -1,4 +1,4 @@
-"""A language model that says what a test wrote down for it."""
+"""A language model that replies what a test specifies."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ PURPOSES = {
 
 
 def purpose_of(prompt: str) -> str:
-    """What a prompt asks for."""
+    """Return the purpose of a prompt."""
     found = [purpose for words, purpose in PURPOSES.items() if words in prompt]
     assert len(found) == 1, f"the prompt fits {found}: {prompt}"
     return found[0]

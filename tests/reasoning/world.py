@@ -12,7 +12,7 @@ VOCABULARY = Vocabulary(
 
 
 def track(id: str, colour: str, digit: int, start: tuple, end: tuple, frames: int = 8, score: float = 1.0):
-    """A tracklet whose centre goes in a straight line from `start` to `end`."""
+    """Return a tracklet whose centre moves in a straight line from `start` to `end`."""
     boxes = {}
     for k in range(frames):
         x, y = (a + (b - a) * k / (frames - 1) for a, b in zip(start, end, strict=True))

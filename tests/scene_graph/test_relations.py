@@ -1,4 +1,4 @@
-"""Geometric relations: the right predicate, the right frames, no flicker."""
+"""Geometric relations: the correct predicate, the correct frames, no flicker."""
 
 import math
 

@@ -363,7 +363,7 @@ def test_round_trip_up_to_the_grid(graph, with_vocabulary):
 
 
 def check_reading(text) -> STSG:
-    """What holds for any text: sound issues, a sound graph, and reading what was printed changes nothing."""
+    """What holds for any text: well-formed issues, a valid graph, and reading the printed text changes nothing."""
     for vocabulary, times in ((VOCABULARY, TIMES), (None, None)):
         graph, issues = from_text(text, vocabulary, times)
         for issue in issues:

@@ -1,4 +1,4 @@
-"""Tuning at run time: with a clock that is made up, with the kernels on the interpreter, and on a GPU."""
+"""Tuning at run time: with an artificial clock, with the kernels on the interpreter, and on a GPU."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def test_other_entries_of_a_file_are_kept(tmp_path):
 
     another, clock = tuner(tmp_path, lambda config: config.blocks["BLOCK_T"])
     path_in(tmp_path).write_text(path_in(tmp_path).read_text().replace("BLOCK_T", "BLOCK_OLD"))
-    assert another.find(SHIPPED) is None  # of a version with other blocks
+    assert another.find(SHIPPED) is None  # it is of a version with other blocks
     another.tune(SHIPPED, clock.run)
     entries = json.loads(path_in(tmp_path).read_text())["sum"]
     assert [entry["blocks"] for entry in entries] == [
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_threads_search_once(tmp_path):
     def cost(config):
-        time.sleep(0.001)  # lets the other threads in
+        time.sleep(0.001)  # lets the other threads run
         return wide_and_deep(config)
 
     tuned, clock = tuner(tmp_path, cost)
@@ -240,7 +240,7 @@ def test_threads_search_once(tmp_path):
 
 
 class Noted:
-    """Notes its launches as (grid, keywords) and can be told not to fit."""
+    """A kernel that records its launches as (grid, keywords) and can be told not to fit."""
 
     def __init__(self):
         self.launches = []
@@ -357,7 +357,7 @@ def test_the_folder(folder, expected, tmp_path, monkeypatch):
     if folder is not None:
         monkeypatch.setenv("VOT_TUNING_DIR", str(tmp_path / folder))
     assert tuner_from_environment()._folder == tmp_path / expected
-    assert not os.listdir(tmp_path)  # reading makes nothing
+    assert not os.listdir(tmp_path)  # reading creates no file
 
 
 def test_the_environment_is_read_at_import(tmp_path):

@@ -161,7 +161,7 @@ def test_shipped_tables_are_well_formed(arch):
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_linear_attention_is_covered(dtype, head_dim, arch):
-    """Whatever dispatch accepts has a config for every kernel, and a tile is a whole number of blocks."""
+    """Every call that dispatch accepts has a config for every kernel, and a tile is a whole number of blocks."""
     from vot_kernels.ops.launch import padded
     from vot_kernels.ops.parts.group_states.triton import dot_bits
 

@@ -61,7 +61,7 @@ def bodies_in(text: str, scene: Scene) -> list[int]:
 
 
 def independent_answer(asked: AskedEpisode, facts: tuple, removed: dict[int, tuple]) -> str:
-    """The answer by the text of the question and the stepped simulations (hits, bounces, path)."""
+    """Answer by the text of the question and the stepped simulations (hits, bounces, path)."""
     question, scene = asked.question, asked.episode.scene
     hits, bounces, path = facts
     named, middle = bodies_in(question.text, scene), scene.duration / 2

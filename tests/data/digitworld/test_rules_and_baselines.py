@@ -127,7 +127,7 @@ def test_blind_baselines_are_near_chance(test_set, train_questions):
 
 
 def test_baselines_would_find_a_shortcut(train_questions):
-    """The question-only model must be able to win where there is something to win."""
+    """The question-only model must be able to win where the questions give the answer away."""
     rigged = [
         replace(q, answer="yes" if "red" in q.text else "no") for q in train_questions if q.kind == "did_hit"
     ]

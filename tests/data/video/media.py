@@ -1,4 +1,4 @@
-"""Media with known content, made for the tests: frame k is grey of a brightness that tells k."""
+"""Media with known content, made for the tests: frame k is grey, and its brightness encodes k."""
 
 from fractions import Fraction
 

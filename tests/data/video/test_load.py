@@ -1,4 +1,4 @@
-"""Which frames come out, at which times, of what size, and which files are refused."""
+"""The frames, times and sizes of loaded clips, and the files that are refused."""
 
 import os
 import struct
@@ -21,7 +21,7 @@ def test_default_samples_sixteen_frames_over_the_whole_clip(tmp_path):
     clip = load_video(write(tmp_path / "a.mp4", 32))
     assert clip.frames.shape == (16, 48, 64, 3) and clip.frames.dtype == np.uint8
     assert clip.times.dtype == np.float64
-    # centres of 16 parts of 3.2 s are 0.1, 0.3, ...: the very times of the odd frames
+    # centres of 16 parts of 3.2 s are 0.1, 0.3, ..., the exact times of the odd frames
     np.testing.assert_allclose(clip.times, np.arange(1, 32, 2) / 10)
     assert numbers(clip) == list(range(1, 32, 2))
     assert clip.info.complete and clip.info.warnings == ()

@@ -95,7 +95,7 @@ def test_truncated_video_gives_what_can_be_decoded_and_says_how_much(tmp_path, m
     assert f"{info.decoded_until_s:.2f} s of {info.duration_s:.2f} s" in " ".join(info.warnings)
     assert info.duration_s == pytest.approx(4.0, abs=0.15)
     assert info.warnings[0] in info.describe()
-    whole = load_video(path, fps=10, end=1.0)  # what lies before the cut is not affected
+    whole = load_video(path, fps=10, end=1.0)  # what is before the cut is not affected
     assert whole.info.complete and len(whole.times) == 10
 
 

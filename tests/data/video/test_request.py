@@ -1,4 +1,4 @@
-"""What may be asked for."""
+"""The requests that are allowed."""
 
 import pytest
 

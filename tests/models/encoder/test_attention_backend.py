@@ -1,4 +1,4 @@
-"""An encoder whose attention runs on another backend sees the same; Triton's kernels run on its interpreter."""
+"""An encoder gives the same results with another attention backend; Triton's kernels run on its interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The encoder: packing changes nothing, every part can be switched off, streaming equals the whole clip."""
+"""The encoder: packing changes nothing, every part can be turned off, streaming equals the whole clip."""
 
 import inspect
 
@@ -139,7 +139,7 @@ def test_every_parameter_learns():
     out = model(pixels, grid, fps, output_balance=True)
     (out.pooler_output.square().sum() + out.last_hidden_state.square().sum() + out.balance_loss).backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    # The last depth-weighted average of each block's own sources is read; nothing may be left out.
+    # The last depth-weighted average of each block's own sources is read, so none may be left out.
     assert silent == []
 
 
@@ -220,7 +220,7 @@ def test_streaming_equals_the_whole_clip(overrides):
 
 
 def test_causal_frames_do_not_see_later_ones():
-    # Without experts, for other frames change how many rows each expert's product has, hence its last bit.
+    # This is without experts, because other frames change how many rows each expert's product has, hence its last bit.
     model = make(tiny(causal="group", aoe_every=0))
     pixels, grid, fps = inputs([(5, 2, 2)])
     before = model(pixels, grid, fps).last_hidden_state
@@ -288,7 +288,7 @@ def test_every_part_begins_as_it_wants_to():
 def test_a_missing_weight_is_initialised_and_all_others_are_loaded(overrides, tmp_path):
     config = tiny(num_hidden_layers=2, full_attention_every=0, **overrides)
     model = make(config).float()
-    for tensor in (*model.parameters(), *model.buffers()):  # nothing as it was initialised
+    for tensor in (*model.parameters(), *model.buffers()):  # nothing is as it was initialised
         tensor.data.add_(1.0)
     state = model.state_dict()
     one, other = (make_fresh(config, seed).state_dict() for seed in (0, 1))
@@ -366,7 +366,7 @@ def test_cost_of_experts_counts_the_chosen_and_the_shared():
     plain, shared = (tiny(num_hidden_layers=1, aoe_every=1, shared_expert_size=size) for size in (0, 16))
     costs = [encoder_cost(config, (4, 1, 2)) for config in (plain, shared)]
     hidden = [VotEncoder(config).blocks[0].mlp.w_p.shape[1] for config in (plain, shared)]
-    assert hidden[0] > hidden[1]  # together they weigh what a dense block does
+    assert hidden[0] > hidden[1]  # together they have the parameters of a dense block
     chosen = [2 * width * (8 + 32 + 32) for width in hidden]  # rank, and twice the width of a token
     change = 3 * 32 * 16 + chosen[1] - chosen[0]
     assert costs[1].linear_flops - costs[0].linear_flops == 2 * 8 * change

@@ -1,4 +1,4 @@
-"""The encoder's objectives: chunks change nothing, the teacher stays as it is, captions do not mix."""
+"""The encoder's objectives: chunks change nothing, the teacher does not change, captions do not mix."""
 
 import weakref
 
@@ -27,7 +27,7 @@ def pairs(n, width=5, dtype=torch.float64):
 
 
 def whole_matrix_loss(images, texts, scale, bias):
-    """The formula of the paper as it stands there."""
+    """The formula as written in the paper."""
     signs = 2 * torch.eye(len(images), dtype=images.dtype) - 1
     return -F.logsigmoid(signs * (scale.exp() * images @ texts.T + bias)).sum() / len(images)
 

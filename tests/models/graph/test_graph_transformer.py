@@ -34,7 +34,7 @@ def model(seed=0, **options) -> RecurrentGraphTransformer:
 
 
 def graph(seed=0, tracks=4, frames=5, gap=None) -> STSG:
-    """A random graph; each track misses some frames, nobody is there in frame `gap`."""
+    """Return a random graph in which each track misses some frames, and frame `gap` has no nodes."""
     rng = np.random.default_rng(shifted(seed))
     tracklets, relations, events = [], [], []
     for i in range(tracks):
@@ -168,7 +168,7 @@ def test_track_numbers_and_names_carry_no_meaning():
     numbers = np.array([7, 2, 0, 5, 3])
     relabelled = dataclasses.replace(packed, track=numbers[packed.track], num_tracks=8)
     assert torch.equal(net([relabelled]), net([packed]))
-    # Which nodes share a track does matter: let two tracks trade places in the last two frames.
+    # Which nodes share a track does matter: swap two tracks in the last two frames.
     late = np.repeat(np.arange(5), packed.lengths) >= 3
     traded = np.where(late & (packed.track < 2), 1 - packed.track, packed.track)
     assert not torch.allclose(net([dataclasses.replace(packed, track=traded)]), net([packed]))
@@ -316,7 +316,7 @@ def test_memory_solves_a_task_across_frames():
 
 
 def test_without_memory_the_task_cannot_be_solved():
-    """Not just badly learnt: the last frame's states are the same whatever happened in the first."""
+    """This is not poor training: the last frame's states are the same whatever happened in the first."""
     net = model(memory=False)
     states = [net([passing_by(s, (0, 1, 2)).to_packed()]).view(3, 3, 16)[2] for s in ((0, 0, 0), (1, 0, 1))]
     assert torch.equal(*states)

@@ -1,4 +1,4 @@
-"""The STSG head, its loss, and reading a graph off its output."""
+"""The STSG head, its loss, and the graph made from its output."""
 
 from dataclasses import fields, replace
 
@@ -54,7 +54,7 @@ def small_model(seed: int = 0, **overrides) -> VotPerceptionModel:
 
 
 def perfect_output(targets: Targets, order: list[int], queries: int = 8) -> HeadOutput:
-    """What a faultless head would say, object n in query order[n]."""
+    """Return what a perfect head would output, with object n in query order[n]."""
     clips, _, length = targets.present.shape
     out = HeadOutput(
         centers=torch.full((clips, queries, length, 2), 0.5),
@@ -218,7 +218,9 @@ def test_queries_begin_apart_from_each_other_also_where_they_are_missing(tmp_pat
 
 def test_every_parameter_of_the_head_learns(targets):
     model = small_model().train()
-    torch.nn.init.normal_(model.encoder.size_embedding.fc2.weight)  # its zeros let nothing through to fc1
+    torch.nn.init.normal_(
+        model.encoder.size_embedding.fc2.weight
+    )  # its zeros would block the gradient of fc1
     batch = TrainingBatches(0, 4)[0]
     output = model(**make_processor(model)(list(batch.clips), fps=batch.fps))
     (head,) = output.clips

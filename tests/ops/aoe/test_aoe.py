@@ -1,4 +1,4 @@
-"""Autonomy-of-Experts against its reference: the parity rule allows for near-ties alone."""
+"""Autonomy-of-Experts against its reference: the parity rule makes an exception only for near ties."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def outputs(y, aux):
 
 
 def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=outputs, run=aoe):
-    """The parity rule: the backend's own choice is handed to the reference before anything is compared."""
+    """Check the parity rule: the reference gets the backend's own choice before anything is compared."""
     with torch.no_grad():
         _, aux = aoe(*inputs, top_k, weighting=weighting, bias=bias, return_aux=True, backend="torch")
     check_selection(*inputs[:2], aux.norms, aux.indices, bias)
@@ -167,7 +167,7 @@ def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting)
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e19, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_whose_squares_leave_float32(scale, dtype):
-    """Rows of ordinary size stand among them. W_up and W_p make up for the scale, so that no product overflows."""
+    """They are among rows of ordinary size. W_up and W_p compensate for the scale, so that no product overflows."""
     inputs = make_experts(dtype=dtype)
     inputs[0][1::2] *= scale
     for weight in inputs[2:4]:
@@ -363,7 +363,7 @@ def test_canary_half_precision_norms_are_rejected():
 
 
 def test_reference_is_the_formula_of_the_paper():
-    """A few tokens, one at a time, straight from the equations."""
+    """Compute a few tokens, one at a time, directly from the equations."""
     x, w_down, w_up, w_p, w_o = make_experts(tokens=4, dtype=torch.float64)
     y = reference.aoe(x, w_down, w_up, w_p, w_o, 2)[0]
     for t in range(4):
@@ -406,7 +406,7 @@ def test_a_bad_argument_is_named(change, message):
 
 
 def test_scaled_rows_choose_the_same_experts():
-    """What a GPU does to every row, where a look at the norms would wait for it: powers of two change no digit."""
+    """A GPU does this to every row, because looking at the norms would wait for it; powers of two are exact."""
     x, w_down = make_experts()[:2]
     plain = module._select_scaled(x, w_down, None, 2, None)
     scaled = module._select_scaled(x, w_down, None, 2, module._row_scale(x, torch.float32))

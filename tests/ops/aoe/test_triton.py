@@ -40,7 +40,7 @@ def everything(y, aux):
 
 
 def check_aoe(inputs, top_k, weighting="topk_softmax", bias=None, outputs=y_alone, run=aoe):
-    """The parity rule: the kernels' own choice is handed to the reference before anything is compared."""
+    """Check the parity rule: the reference gets the kernels' own choice before anything is compared."""
     options = {"weighting": weighting, "bias": bias}
     with torch.no_grad(), uninitialized_is_nan():
         _, aux = aoe(*inputs, top_k, **options, return_aux=True, backend="triton")
@@ -79,7 +79,7 @@ def test_aoe_outputs_and_gradients(top_k, dtype, weighting):
 @interpreted
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_every_argument_may_be_strided(top_k):
-    """Those that the kernels take for contiguous too: the bias, the choices and their weights."""
+    """These are the tensors that the kernels need contiguous: the bias, the choices and their weights."""
 
     def results(run, inputs, grad, *rest):
         leaves = [x.requires_grad_() for x in inputs]

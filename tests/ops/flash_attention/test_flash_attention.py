@@ -44,7 +44,7 @@ def call(q, k, v, rows=ROWS, keys=KEYS, **options):
 
 
 def by_hand(q, k, v, rows=ROWS, keys=KEYS, *, causal=False, window=(-1, -1), scale=None):
-    """Segment by segment, spelled out: no code in common with the op."""
+    """Compute it segment by segment, without code in common with the op."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     outputs, i, j = [], 0, 0
@@ -112,7 +112,7 @@ def test_a_wrong_alignment_would_be_noticed():
     exact = by_hand(*(x.double() for x in inputs), causal=True)
     low = by_hand(*inputs, causal=True)
     top_left = by_hand(*inputs, window=(-1, 0))
-    assert_close_to_exact(top_left, low, exact, roundings=16)  # the same, said differently
+    assert_close_to_exact(top_left, low, exact, roundings=16)  # the same, expressed differently
     with pytest.raises(ToleranceError):
         assert_close_to_exact(by_hand(*inputs, window=(-1, 1)), low, exact, roundings=16)
     assert aligned_mask(2, 3, None, 0).tolist() == [[True, True, False], [True, True, True]]

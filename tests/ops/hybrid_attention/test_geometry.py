@@ -1,4 +1,4 @@
-"""What the geometry of hybrid attention calls near and far is what the masks of the reference show."""
+"""The near and far groups of the geometry agree with the masks of the reference."""
 
 from itertools import pairwise
 
@@ -51,7 +51,7 @@ def test_near_ranges(layout):
 
 @every
 def test_lags(layout):
-    """A group is far if it is so many groups back, or ahead."""
+    """A group is far if it is at least so many groups back, or ahead."""
     groups, segments = layout.token_groups, layout.token_segments
     distance = groups - groups[:, None]
     together = segments == segments[:, None]

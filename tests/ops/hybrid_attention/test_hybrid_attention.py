@@ -93,7 +93,7 @@ def test_feature_maps_and_dtypes(name, causal, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_small_normaliser_does_not_blow_up_the_rounding_of_the_output(dtype):
-    """Far tokens count alone, with one feature: the output does not depend on q, and q times its gradient is 0."""
+    """Only far tokens count, with one feature: the output does not depend on q, and q times its gradient is 0."""
     q, k, v = make_qkv(64, head_dim=1, dtype=dtype)
     layout = PackedLayout.from_lengths([40, 24], group_size=4)
     options = {"window": 0, "feature_map": "relu", "beta": torch.full((2,), 60.0)}
@@ -147,7 +147,7 @@ def test_beta_none_is_zero_and_scale_is_used():
 
 
 def check_far_weight(weight, backend, roundings=16.0, **options):
-    """The weight and its log are one; the weight has a gradient at 0, of which the log knows nothing."""
+    """The weight and its log give the same results; only the weight has a gradient at 0."""
     layout = PackedLayout.from_lengths((20, 3, 33), group_size=5)
 
     def run(q, k, v, weight, backend=backend):
@@ -261,7 +261,7 @@ def test_gradient_of_lse_alone():
 
 
 def test_results_over_disjoint_keys_merge_by_lse():
-    """The far part is what separates window attention (beta = -inf) from hybrid attention."""
+    """The far part is the difference between window attention (beta = -inf) and hybrid attention."""
     layout = PackedLayout.from_lengths((24,), group_size=4)
     q, k, v = make_qkv(24, 2, dtype=torch.float64)
     near, near_lse = hybrid_attention(q, k, v, layout, beta=torch.full((2,), -torch.inf), return_lse=True)
@@ -294,7 +294,7 @@ def test_beta_of_minus_infinity_is_window_attention():
 
 
 def test_near_of_no_weight_leaves_linear_attention_whatever_beta():
-    """A window holds the own group at least, so near fades as beta grows: the limit is linear attention."""
+    """A window has at least the own group, so near fades as beta grows, and the limit is linear attention."""
     layout = PackedLayout.from_lengths((12,), group_size=4)
     q, k, v = make_qkv(12, 2, dtype=torch.float64)
     results = [
@@ -398,7 +398,7 @@ def test_large_scores_stay_finite():
 
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_weights_sum_to_one_however_large_the_scores(causal):
-    """An lse of 1,000 is rounded to 3e-5; parts merged by it alone would have weights of that error."""
+    """An lse of 1,000 is rounded to 3e-5; parts merged only by it would have weights with that error."""
     layout = PackedLayout.from_lengths([300, 24], group_size=20)
     q, k = (30 * x for x in make_qkv(324)[:2])
     beta = torch.full((2,), 1000.0)

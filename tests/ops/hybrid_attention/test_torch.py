@@ -1,4 +1,4 @@
-"""Small groups in PyTorch: they share blocks of near rows and states of far ones, and cost what their rows cost."""
+"""Small groups in PyTorch: they share blocks of near rows and states of far ones, at a cost linear in the rows."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ BETA = torch.tensor([0.3, -0.5, 0.1, -1.0], dtype=torch.float64)
 
 
 def irregular(*segments: int) -> PackedLayout:
-    """Groups of 0 to 7 rows, and here and there a large one."""
+    """Return groups of 0 to 7 rows, with some large ones."""
     numbers = np.random.default_rng(0)
     bounds = [0]
     for length in segments:

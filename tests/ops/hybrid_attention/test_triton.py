@@ -1,6 +1,6 @@
 """hybrid_attention and packed_attention with backend="triton", as users call them, on Triton's interpreter.
 
-The kernels' own tests are in tests/ops/parts/range_attention; here stands what surrounds them: dispatch, options,
+The kernels' own tests are in tests/ops/parts/range_attention; this file tests what surrounds them: dispatch, options,
 autograd, torch.compile, streams.
 """
 
@@ -140,7 +140,7 @@ def test_half_precision_with_beta_in_float32():
 @interpreted
 @pytest.mark.parametrize("given", [False, True])
 def test_strides(given):
-    """Columns that do not lie side by side, and the gradient of a sum, whose strides are all 0."""
+    """Columns are not contiguous, and the gradient is that of a sum, whose strides are all 0."""
     layout = PackedLayout.from_lengths((5, 1), group_size=3)
     inputs = [*make_qkv(6, 1)]
     inputs += [make_tensor(6, 1, 16, seed=s).abs() for s in (8, 9)] if given else []
@@ -160,7 +160,7 @@ def test_strides(given):
 @interpreted
 @pytest.mark.parametrize("given", [False, True])
 def test_every_argument_may_be_strided(given):
-    """The bounds, beta and the gradient of lse too, of which the kernels are told no strides."""
+    """This includes the bounds, beta and the gradient of lse, whose strides the kernels do not take."""
     layout = PackedLayout.from_lengths((7, 0, 5), group_size=3)
     inputs = [*make_qkv(12, 2, kv_heads=1), BETA.clone()]
     inputs += [make_tensor(12, heads, 16, seed=heads).abs() for heads in (2, 1)] if given else []
@@ -301,7 +301,7 @@ REFUSED = {
 @interpreted
 @pytest.mark.parametrize(("reason", "changes", "width"), REFUSED.values(), ids=REFUSED.keys())
 def test_refusals_in_one_sentence(reason, changes, width):
-    """What the kernels cannot take is said, and "auto" takes the next backend."""
+    """The message says what the kernels cannot take, and "auto" uses the next backend."""
     layout = PackedLayout.from_lengths(LENGTHS, group_size=4)
     q, k, v = make_qkv(11, 1, **changes)
     features = {}

@@ -1,4 +1,4 @@
-"""Causal linear attention that forgets, a decay per head: the torch backend and the reference by the definition.
+"""Causal linear attention with a decay per head: the torch backend and the reference by the definition.
 
 The Triton kernels with a decay are tested with the others, in `test_linear_attention_triton.py`.
 """
@@ -91,7 +91,7 @@ def test_dtypes_and_feature_maps(dtype, name):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_decay_in_float32_with_bfloat16_tokens():
-    """As parameters are kept; its gradient has its dtype and is not rounded to that of the tokens."""
+    """Parameters are kept in float32; the gradient has this dtype and is not rounded to that of the tokens."""
     layout = PackedLayout.from_lengths((18, 7, 25))
     inputs = make_qkv(50, dtype=torch.bfloat16)
     decay = log_decays(0.97, 0.7).requires_grad_()
@@ -154,7 +154,7 @@ def test_long_segment(decay):
 
 
 def test_gradient_of_decay_does_not_cancel_on_long_segments():
-    """Short memory far from the segment's start: a sum of phi(k).dphi(k) times places errs by 3e-6 here."""
+    """With a short memory far from the segment's start, a sum of phi(k).dphi(k) times positions errs by 3e-6."""
     length, step = 6000, 1e-5
     layout = PackedLayout.from_lengths((length,))
     inputs, grad = make_qkv(length, 1), make_tensor(length, 1, 16)
@@ -169,7 +169,7 @@ def test_gradient_of_decay_does_not_cancel_on_long_segments():
         found += torch.autograd.grad(attend(dtype, decay), decay, grad.to(dtype))
     decay = log_decays(0.5, dtype=torch.float64)
     slope = (attend(torch.float64, decay + step) - attend(torch.float64, decay - step)) / (2 * step)
-    terms = (slope * grad).sum((1, 2))  # their signs are random, so that the sum may be small by chance
+    terms = (slope * grad).sum((1, 2))  # their signs are random, so the sum may be small by chance
     assert torch.allclose(terms.sum(), found[1].sum(), rtol=1e-3, atol=1e-3 * float(terms.norm()))
     assert max_error(found[0], found[1]) < 1e-6 * float(terms.norm())
 
@@ -177,7 +177,7 @@ def test_gradient_of_decay_does_not_cancel_on_long_segments():
 @BOTH
 @pytest.mark.usefixtures("small_chunks")
 def test_neighbours_and_slack_do_not_leak(backend):
-    """Not from segment to segment; the decay alone is shared by all, and slack does not reach it."""
+    """Nothing passes from segment to segment; all share only the decay, and slack does not affect it."""
     layout = PackedLayout.from_lengths((9, 12, 20))
     clean, grad = make_qkv(41), make_tensor(41, 2, 16)
     grads, outs = [], []
@@ -196,7 +196,7 @@ def test_neighbours_and_slack_do_not_leak(backend):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_same_alone_as_packed():
-    """Neighbours enter no sum: two roundings are left to PyTorch's products of other batch sizes."""
+    """Neighbours enter no sum: the two roundings come from PyTorch's products of other batch sizes."""
     inputs, grad = make_qkv(71, 2), make_tensor(71, 2, 16)
     results = []
     for begin, lengths in ((0, (5, 50, 0, 16)), (5, (50, 16))):
@@ -277,7 +277,7 @@ def test_compiles_once_for_all_packings():
 
 @pytest.mark.usefixtures("small_chunks")
 def test_a_fixed_decay_has_no_gradient():
-    """And that of the tokens is the same bits."""
+    """The gradients of the tokens are bitwise equal."""
     layout, grad = PackedLayout.from_lengths((19, 5)), make_tensor(24, 2, 16)
     inputs = make_qkv(24, requires_grad=True)
     results = []

@@ -124,7 +124,7 @@ def test_rows_without_weight_are_zero_with_zero_gradients(causal, backend):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_lone_token_sees_itself_however_little_it_weighs(causal, backend):
-    """Softmax features of e^-95 make Z a subnormal number, whose inverse is none."""
+    """Softmax features of e^-95 make Z a subnormal number, whose inverse overflows."""
     q, k, v = make_qkv(1, 1)
     q, k = torch.zeros_like(q), torch.zeros_like(k)
     q[..., 0], k[..., 1] = 95, 95

@@ -100,7 +100,7 @@ def test_grouped_heads(causal):
 @interpreted
 @pytest.mark.parametrize(("name", "mode"), [("softmax", "causal"), ("elu", "decay")])
 def test_wide_float32_heads(name, mode):
-    """From 129 on, products of rows go by parts of the columns; two query heads share one of keys."""
+    """From 129 on, products of rows are computed in parts of the columns; two query heads share one of keys."""
     inputs = make_qkv(35, 2, 160, kv_heads=1)
     check((35,), inputs, feature_map=name, **mode_options(mode, heads=2))
 
@@ -115,7 +115,7 @@ def test_float16_does_not_overflow():
 @interpreted
 @MODES
 def test_a_subnormal_normaliser_gives_finite_results(mode):
-    """Softmax features of e^-95: the inverse of Z is bounded."""
+    """Softmax features are e^-95, and the inverse of Z is bounded."""
     q, k, v = make_qkv(1, 1)
     q, k = torch.zeros_like(q), torch.zeros_like(k)
     q[..., 0], k[..., 1] = 95, 95
@@ -142,7 +142,7 @@ def test_decay_with_feature_maps_and_head_dims(head_dim, name):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decays_of_heads_that_share_a_key(dtype):
-    """From none to one that leaves a token almost alone, over a short segment and several tiles."""
+    """The decays go from none to one that leaves a token almost alone, over a short segment and several tiles."""
     inputs = make_qkv(46, 4, kv_heads=2, dtype=dtype)
     check((5, 41), inputs, causal=True, log_decay=log_decays(1.0, 0.97, 0.6, 1e-9, dtype=dtype))
 
@@ -183,7 +183,7 @@ def test_no_decay_is_a_decay_of_one():
 
 @interpreted
 def test_gradient_of_decay_does_not_cancel_on_long_segments():
-    """Short memory far from the segment's start: the sum is over distances, not over places."""
+    """With a short memory far from the segment's start, the sum is over distances, not over positions."""
     layout, length = PackedLayout.from_lengths((250,)), 250
     inputs, grad = make_qkv(length, 1), make_tensor(length, 1, 16)
     decay = log_decays(0.5, dtype=torch.float64).requires_grad_()
@@ -272,7 +272,7 @@ def test_strides(mode):
 @interpreted
 @MODES
 def test_every_argument_may_be_strided(mode):
-    """The bounds and the decay too, of which the kernels are told no strides."""
+    """This includes the bounds and the decay, whose strides the kernels do not take."""
     layout, options = PackedLayout.from_lengths((33, 0, 40)), mode_options(mode, 2)
     inputs, grad = make_qkv(73, 2, kv_heads=1), make_tensor(73, 2, 16)
     expected = gradients(layout, inputs, grad, **options)
@@ -380,7 +380,7 @@ def test_recorded_launches(lengths, causal, expected):
     ("lengths", "last"), [((3000, 9), ["decay_pairs", "decay_states"]), ((40, 9), ["decay_pairs"])]
 )
 def test_recorded_launches_with_a_decay(lengths, last):
-    """Those of causal attention, told the decay, and those for its gradient, if that is wanted."""
+    """The launches are those of causal attention with the decay, and those for its gradient, if requested."""
     plain = recorded(lengths, causal=True)
     assert all(x.arguments["log_decay_ptr"] is None and x.arguments.get("shared", 1) == 1 for x in plain)
     for learned in (False, True):

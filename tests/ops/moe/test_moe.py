@@ -1,4 +1,4 @@
-"""A plain mixture of experts against its reference."""
+"""A mixture of experts against its reference."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_gradcheck():
 
 
 def test_ids_of_no_expert_add_nothing():
-    """What another rank's experts are asked for, and -1."""
+    """These are the ids of another rank's experts, and -1."""
     x, a, b, idx, w = make_moe()
     idx = idx.to(torch.int32)
     idx[::3, 0], idx[1::3, 1] = 6, -1

@@ -44,7 +44,7 @@ def test_matches_the_reference_and_returns(grid, channels, patch, temporal, dtyp
 
 
 def test_order_of_patches_and_of_values():
-    """Spelled out, so that the reference cannot be wrong in the same way."""
+    """The expected values are written out, so that the reference cannot be wrong in the same way."""
     clip = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6).float()
     values, grid = pack_patches([clip], 2, temporal_patch_size=2)
     assert grid.tolist() == [[1, 2, 3]] and values.shape == (6, 3 * 2 * 2 * 2)
@@ -82,7 +82,7 @@ def test_gradient_and_strided_images():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temporal", [1, 2])
 def test_gradients_match_the_reference(temporal, dtype):
-    """Those of a still image that stands for several frames are summed."""
+    """The gradients of a still image that fills several frames are summed."""
     images = make_images([(2, 1, 3), (0, 2, 2), (1, 1, 1), (0, 1, 2)], 3, 4, temporal, dtype)
 
     def runner(backend):

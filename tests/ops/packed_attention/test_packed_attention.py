@@ -93,7 +93,7 @@ def test_slack_rows_are_never_read():
 
 
 def test_attention_over_parts_merges_by_lse():
-    """Keys of two segments joined by their lse are one longer segment."""
+    """The keys of two segments, merged by their lse, act as one longer segment."""
     q, k, v = make_qkv(20, dtype=torch.float64)
     whole = packed_attention(q, k, v, PackedLayout.from_lengths((20,)))
     layout = PackedLayout.from_lengths((20, 20))

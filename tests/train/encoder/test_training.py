@@ -210,7 +210,7 @@ def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "model"}
     with pytest.raises(ValueError, match="batch_size was 2, now 3"):
         run(tmp_path, dataclasses.replace(settings, batch_size=3), None, eval_clips=6)
-    for name in ("train_encoder", "encoder_metrics", "publish"):  # what is finished needs none of them
+    for name in ("train_encoder", "encoder_metrics", "publish"):  # a finished run needs none of them
         monkeypatch.setattr(f"vot_kernels.train.encoder.run.{name}", None)
     assert run(tmp_path, settings, None, eval_clips=6) == table
 

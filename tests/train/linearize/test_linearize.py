@@ -1,4 +1,4 @@
-"""Linearization: errors fall, runs are resumed, and the result is a checkpoint that says how it was made."""
+"""Linearization: errors fall, runs are resumed, and the result is a checkpoint with a record of the run."""
 
 import copy
 import json
@@ -98,7 +98,7 @@ def test_a_perception_checkpoint_is_converted(tmp_path, monkeypatch):
     assert 0 < flops["hybrid"] < 0.5 * flops["softmax"]
     with pytest.raises(ValueError, match="window was 1, now 2"):
         run(*paths, settings, window=2, eval_clips=1)
-    for name in ("linearize", "perception_metrics", "publish"):  # what is finished needs none of them
+    for name in ("linearize", "perception_metrics", "publish"):  # a finished run needs none of them
         monkeypatch.setattr(f"vot_kernels.train.linearize.run.{name}", None)
     assert run(*paths, settings, window=1, eval_clips=1) == table
 

@@ -1,4 +1,4 @@
-"""Training: resumable bit for bit, honest about other settings, and it learns."""
+"""Training is resumable bit for bit, refuses other settings, and learns."""
 
 import dataclasses
 import json

@@ -37,7 +37,7 @@ CHOICES = {
 
 
 def make_slots(experts, indices):
-    """`Slots` of given expert ids; undefined entries are such that an access would fail."""
+    """Return `Slots` of given expert ids; undefined entries are such that an access would fail."""
     flat = indices.flatten()
     exists = (flat >= 0) & (flat < experts)
     order = torch.where(exists, flat, experts).argsort(stable=True)
@@ -281,7 +281,7 @@ def test_nan_of_an_unused_expert_and_of_skipped_slots():
 
 @interpreted
 def test_same_bits_again_and_alone():
-    """What an expert's rows come to depends neither on the other experts nor on where they lie."""
+    """The result of an expert's rows depends neither on the other experts nor on where the rows are."""
     slots = uneven()
     rows, b, w = make_tensor(66, 40), make_tensor(66, 24, seed=1), matrices(4, 40, 24)
     outs, grads = (

@@ -213,12 +213,12 @@ def transposed(w):
 
 
 def spread(x):
-    """Numbers two apart."""
+    """Return elements two apart."""
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
 def inside(x):
-    """Part of a wider tensor."""
+    """Return part of a wider tensor."""
     return torch.cat([x, x], -1)[..., : x.shape[-1]]
 
 

@@ -199,7 +199,7 @@ def test_ties_go_to_the_lowest_id(weighting):
 
 @interpreted
 def test_scores_below_zero_and_zeros_of_either_sign():
-    """A bias orders by the sum, be it negative, infinite or 0; a root of -0 is -0 and no less than 0."""
+    """A bias orders by the sum, be it negative, infinite or 0; a root of -0 is -0 and not less than 0."""
     squares = torch.tensor([[0.25, 1.0, 4.0, 9.0, 0.0]]).repeat(3, 1)
     check_selection(squares, torch.tensor([-1.0, -7.0, -2.5, -3.5, -0.25]), 5, "topk_softmax")
     check_selection(squares, torch.tensor([-float("inf"), 0.0, -9.0, -float("inf"), 5.0]), 4, "topk_softmax")
@@ -209,7 +209,7 @@ def test_scores_below_zero_and_zeros_of_either_sign():
 @interpreted
 @WEIGHTINGS
 def test_infinite_and_missing_norms(weighting):
-    """NaN comes before any number; the weights of its token are NaN and of no other."""
+    """NaN comes before any number; only the weights of its token are NaN."""
     squares = make_tensor(6, 5).square()
     squares[1] = NAN
     squares[2, 3] = squares[2, 4] = NAN

@@ -1,4 +1,4 @@
-"""The backward in which the kernel of dk and dv also adds to dq: when it is taken, and that it is right."""
+"""The backward in which the kernel of dk and dv also adds to dq: when it is used, and that it is correct."""
 
 import json
 import math
@@ -447,7 +447,7 @@ def test_one_word_makes_it_the_default_of_a_gpu_and_head_dim(table):
 
 @compiled
 def test_what_adds_to_dq_is_not_tuned(monkeypatch):
-    """Tuning repeats a launch, and so would add again: it leaves launches alone whose grid is given in numbers."""
+    """Tuning repeats a launch, which would add again, so it skips launches whose grid is given as numbers."""
     pytest.importorskip("triton")
     grids = {}
     inner = launching.launch

@@ -1,4 +1,4 @@
-"""The descriptor paths of the range attention forward: when they are taken, and that they change no bit."""
+"""The descriptor paths of the range attention forward: when they are used, and that they change no bit."""
 
 import json
 from threading import Thread
@@ -74,7 +74,7 @@ def uses(monkeypatch):
 
 
 def every_way(uses, function, *arguments, far=False, **options):
-    """The results of each variant, once it is sure that they came about so; no far part is warp-specialized."""
+    """Return the results of each variant after checking that it ran; no far part is warp-specialized."""
     uses.clear()
     variants = [None, "warp_specialized"] if far else [None, *VARIANTS]
     results = [function(*arguments, variant=variant, **options) for variant in variants]
@@ -129,7 +129,7 @@ def test_far_groups(uses, window, causal):
 @interpreted
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neither_a_neighbour_nor_slack_is_read(variant):
-    """Not even times a weight of 0: that of NaN would be NaN."""
+    """Its rows are not even multiplied by 0, because the product with NaN would be NaN."""
     layout = PackedLayout.from_lengths((18, 7, 20), group_size=6)
     inputs = make_qkv(45, 1, 16)
     poisoned = [with_slack(poison_segment(x, layout, 1), 20) for x in inputs]
@@ -180,7 +180,7 @@ def test_one_input_that_fits_no_descriptor_is_enough(uses, unfit):
 
 
 def unaligned(rows, head_dim):
-    """Views that begin one number late."""
+    """Return views that begin one element late."""
     wide = make_tensor(3, rows, 1, head_dim + 1)
     return [x[..., 1:] for x in wide]
 

@@ -1,4 +1,4 @@
-"""Softmax attention over ranges in PyTorch: what torch's kernel for the CPU would get wrong or make expensive."""
+"""Softmax attention over ranges in PyTorch: cases that torch's CPU kernel would get wrong or make expensive."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ class Storages(TorchDispatchMode):
 
 
 def test_query_heads_that_share_keys_are_rows_of_one_head():
-    """The kernel gets the keys of a head once, however many query heads read them."""
+    """The kernel gets the keys of a head once, for all query heads that read them."""
     q, k, v = make_tensor(32, 1, 16), make_tensor(4, 3000, 16, seed=1), make_tensor(4, 3000, 16, seed=2)
     passes = [plan_pass(np.array([[0, 1, 0, 3000]]), False, q.device)]
     with Storages() as seen:
