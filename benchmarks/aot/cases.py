@@ -151,7 +151,8 @@ def _aoe() -> Iterator[Case]:
         "d64 all chosen": stored,
     }
     for name, problem in shapes.items():
-        yield _experts(f"bf16 {name}", problem, BFLOAT16, quick=problem in (small, stored))
+        yield _experts(f"bf16 {name}", problem, BFLOAT16, quick=problem is small)
+    yield _experts("bf16 d64 all chosen forward", stored, BFLOAT16, quick=True, forward=True)
     for dtype in ("fp16", "fp32"):
         for name in ("d768 n8 r256", "d1280 n8 r400", "d64 n4 r16", "d100 n8 r40", "d64 all chosen"):
             yield _experts(f"{dtype} {name}", shapes[name], DTYPES[dtype])

@@ -88,11 +88,11 @@ sys.exit(main(sys.argv[1:], [
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Without the interpreter, and with one cache for all tests."""
+def environment(pytestconfig):
+    """Without the interpreter. What is compiled is kept for the next run: Triton finds it by its source."""
     found = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found.pop("TRITON_INTERPRET", None)
-    found.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    found.setdefault("TRITON_CACHE_DIR", str(pytestconfig.cache.mkdir("triton")))
     return found
 
 
@@ -204,6 +204,7 @@ def test_ctrl_c_leaves_valid_json(environment, script, tmp_path):
     path = tmp_path / "part.json"
     line = [sys.executable, str(script), "--arch", "sm_80", "--jobs", "1", "--json", str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": default_signals}
+    environment = environment | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}  # empty, so that it takes time
     with subprocess.Popen(line, cwd=ROOT, env=environment, text=True, **pipes) as process:
         while not process.stderr.readline().startswith("[1/"):
             assert process.poll() is None

@@ -501,7 +501,7 @@ def test_unicode_goes_through(world):
         ("Why?", [], "list of candidates is empty"),
         ("Why?", ["a", " "], "blank"),
         ("Why?", ["A", "a "], "same"),
-        ("Why?", "yes", "one string"),
+        ("Why?", "yes", "got the string"),
     ],
 )
 def test_bad_input_is_one_sentence(world, question, candidates, words):
@@ -510,7 +510,7 @@ def test_bad_input_is_one_sentence(world, question, candidates, words):
 
 
 def test_bad_models_are_refused(world):
-    with pytest.raises(TypeError, match="not int"):
+    with pytest.raises(TypeError, match="got int"):
         VideoOfThought(3)
     with pytest.raises(ValueError, match="graph_style"):
         VideoOfThought(ScriptedLanguageModel(), graph_style="prose")

@@ -105,7 +105,7 @@ def test_closest_is_the_minimum_over_fine_samples():
     [
         ([(3, 30)], [(0, 0)], "not inside the box"),
         ([(20, 20), (25, 20)], [(0, 0), (0, 0)], "overlap"),
-        ([(20, 20)], [(0, 0), (1, 1)], "as many as positions, got 2 and 1"),
+        ([(20, 20)], [(0, 0), (1, 1)], "as many velocities as positions, got 2 and 1"),
         ([(20, 20, 1)], [(0, 0)], "bodies, 2"),
         ([(20, math.nan)], [(0, 0)], "finite"),
     ],

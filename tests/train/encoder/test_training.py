@@ -150,7 +150,7 @@ def test_another_teacher_or_encoder_cannot_go_on(tmp_path, teacher):
 def test_learns_what_carries_over_to_held_out_clips(tmp_path, teacher):
     settings = dataclasses.replace(
         SHORT,
-        steps=120,
+        steps=90,
         batch_size=32,
         learning_rate=4e-3,
         warmup=10,
