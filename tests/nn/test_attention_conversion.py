@@ -231,7 +231,7 @@ def test_a_causal_module_with_shared_keys():
     x, angles = make_tensor(9, DIM), make_tensor(9, 4).repeat(1, 2)
     expected, _ = module(x[None], (angles.cos()[None], angles.sin()[None]), None)
     assert_equal(attention(x, PackedLayout.from_lengths([9]), (angles.cos(), angles.sin())), expected[0])
-    with pytest.raises(ValueError, match='LlamaAttention is causal: give causal="token"'):
+    with pytest.raises(ValueError, match='LlamaAttention is causal, so causal must be "token"'):
         HybridAttention.from_attention(module)
 
 
@@ -333,7 +333,7 @@ REFUSED = {
     ),
     "no heads": (
         lambda: changed(TimmLike(), num_heads=None),
-        "must say its heads as num_heads or num_attention",
+        "must give its number of heads as num_heads or num_attention",
     ),
     "dropout": (
         lambda: changed(TimmLike(), attn_drop=nn.Dropout(0.1)),
@@ -466,8 +466,10 @@ def test_no_other_beta_is_better_for_a_head(causal):
 
 def test_fitting_needs_far_tokens_and_a_beta():
     attention, _ = windowed("elu")
-    with pytest.raises(ValueError, match="No token of x has far tokens"):
+    with pytest.raises(ValueError, match="At least one token of x must have far tokens"):
         attention.fit_beta(make_tensor(32, DIM), PackedLayout.from_lengths([32], group_size=16))
     for options in ({"window": None}, {"window": 1, "beta_init": None}):
-        with pytest.raises(ValueError, match=f"no beta to fit: window={options['window']}"):
+        with pytest.raises(
+            ValueError, match=f"needs a window and a learned beta, got window={options['window']}"
+        ):
             HybridAttention(DIM, HEADS, **options).fit_beta(make_tensor(32, DIM), GROUPED)

@@ -138,7 +138,7 @@ def test_decay_of_a_converted_module(dtype):
         ({"decay": "fixed", "decay_init": [float("nan"), 0.5, 0.5, 1.0]}, "above 0 and at most 1, got nan"),
         (
             {"decay": "learned", "decay_init": [0.5, 0.5, 0.5, 1.0]},
-            "decay_init must be above 0 and below 1, for it is learned, got 1",
+            "decay_init must be above 0 and below 1 to be learned, got 1",
         ),
     ],
 )

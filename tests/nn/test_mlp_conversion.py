@@ -158,8 +158,8 @@ def without_activation():
             "must be SiLU, GELU or QuickGELU, got ReLU.*fit a SwiGLU",
         ),
         (lambda: sequential(nn.Tanh()), ValueError, "activation of Sequential must be SiLU.*got Tanh"),
-        (lambda: Residual(DIM, HIDDEN), ValueError, "Residual computes something else"),
-        (with_norm, ValueError, "TimmLike computes something else than its linear layers"),
+        (lambda: Residual(DIM, HIDDEN), ValueError, "Residual must compute what its linear layers"),
+        (with_norm, ValueError, "TimmLike must compute what its linear layers"),
     ],
 )
 def test_what_cannot_be_converted_is_said_in_a_sentence(build, error, message):

@@ -110,7 +110,7 @@ def test_a_window_needs_groups(layout):
     q, k, v = make_qkv()
     for options in ({"window": 1}, {"window": (2, 0)}, {"window": None, "causal": "group"}):
         for where in (layout, layout.to("cpu")):
-            with pytest.raises(ValueError, match="groups, but the layout was made without any"):
+            with pytest.raises(ValueError, match="groups, but the layout has none"):
                 hybrid_attention(q, k, v, where, **options)
     assert torch.equal(hybrid_attention(q, k, v, layout, window=None), packed_attention(q, k, v, layout))
 
@@ -130,7 +130,7 @@ def test_one_group_to_a_segment_is_a_grouping_where_it_was_asked_for():
 def test_lengths_in_place_of_cumulative_lengths(backend):
     q, k, v = make_qkv()
     lengths = torch.tensor([20, 28], dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seqlens_q must begin with 0, got 20"):
+    with pytest.raises(ValueError, match="cu_seqlens_q must begin with 0, .* got 20"):
         flash_attn_varlen_func(q, k, v, lengths, lengths, 28, 28, backend=backend)
 
 

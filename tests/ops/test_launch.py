@@ -31,7 +31,7 @@ def launch(**arguments):
 )
 def test_a_tensor_whose_strides_the_kernel_is_not_told_is_refused(x, told):
     with pytest.raises(
-        ValueError, match=r"scan sum: x_ptr has shape \[.*\] and strides \[.*\]; the kernel is "
+        ValueError, match=r"scan sum: x_ptr has shape \[.*\] and strides \[.*\]; the kernel takes "
     ):
         launch(x_ptr=x, **told)
 

@@ -122,4 +122,4 @@ def test_flash_attention_for_batches_and_for_packed_tokens():
 def test_cumulative_lengths_in_place_of_a_layout():
     q = make_tensor(14, HEADS, WIDTH)
     message = refusal(lambda: packed_attention(q, q, q, torch.tensor([0, 7, 14])))
-    assert "which from_lengths, from_cu_seqlens, from_mask and from_grid_thw make, got Tensor" in message
+    assert "as from_lengths, from_cu_seqlens, from_mask or from_grid_thw makes it, got Tensor" in message

@@ -393,7 +393,7 @@ def test_the_backend_of_the_experts_reaches_every_layer():
         ({"attention": "magic"}, "attention must be"),
         ({"causal": "token"}, "causal must be"),
         ({"causal": "group", "group": 4}, 'group="frame"'),
-        ({"window": [1, 1]}, "window lists 2"),
+        ({"window": [1, 1]}, r"window must have an entry for each of the \d layers, got 2"),
         (
             {"shared_expert_size": 48},
             "shared_expert_size must be from 0 to intermediate_size - 1, 47, got 48",
@@ -448,7 +448,7 @@ class TestProcessor:
             ([], {}, "at least one"),
             (np.zeros((4, 4), np.uint8), {}, "must be uint8"),
             (np.zeros((4, 4, 3), np.float32), {}, "float32"),
-            ([np.zeros((4, 4, 3), np.uint8)], {"fps": [1.0, 2.0]}, "fps lists 2"),
+            ([np.zeros((4, 4, 3), np.uint8)], {"fps": [1.0, 2.0]}, "one per input .1., got 2 numbers"),
             ([np.zeros((4, 4, 3), np.uint8)], {"return_tensors": "np"}, "return_tensors"),
         ],
     )

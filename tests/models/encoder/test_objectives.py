@@ -196,7 +196,7 @@ class TestTokenDistillation:
             self.distances(teacher_layout=PackedLayout.from_grid_thw(grids))
 
     def test_bad_options(self):
-        with pytest.raises(ValueError, match="cosine_weight must lie in 0 to 1, got 2"):
+        with pytest.raises(ValueError, match="cosine_weight must be from 0 to 1, got 2"):
             TokenDistillation(2, 2, 2.0)
         with pytest.raises(ValueError, match="at least two rows, got 1"):
             self.objective.fit_targets(self.teacher[:1], self.teacher_pooled)

@@ -269,7 +269,7 @@ def test_bad_input_is_named():
         model(feature_dim=6)([packed])
     with pytest.raises(ValueError, match=r"shape none, got \[3, 6\]"):
         model()([packed], torch.zeros(3, 6).double())
-    with pytest.raises(ValueError, match="another vocabulary"):
+    with pytest.raises(ValueError, match="the model's own vocabulary"):
         model()([graph().to_packed(Vocabulary(attributes=("red",)))])
 
 

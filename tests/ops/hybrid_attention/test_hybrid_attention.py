@@ -584,7 +584,7 @@ def bad(**changes):
         (TypeError, "k must have the dtype of q, torch.float32", {"k": torch.zeros(12, 4, 16).half()}),
         (
             ValueError,
-            "v must lie on the device of q, cpu, got meta",
+            "v must be on the device of q, cpu, got meta",
             {"v": torch.zeros(12, 4, 16, device="meta")},
         ),
         (
@@ -599,7 +599,7 @@ def bad(**changes):
         (ValueError, "12 rows, fewer than the 13 tokens", {"layout": PackedLayout.from_lengths([13])}),
         (
             ValueError,
-            "layout lies on meta but q on cpu",
+            "layout is on meta but q on cpu",
             {"layout": PackedLayout.from_lengths([12], device="meta")},
         ),
         (

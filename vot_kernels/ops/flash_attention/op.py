@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
         raise ValueError("head_dim must be at least 1, got 0.")
     if k.shape != v.shape or not k.shape[1] or not q.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            "k and v must have the same shape, and q a multiple of their heads, got "
+            "k and v must have the same shape, and the heads of q must be a multiple of theirs, got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}."
         )
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):

@@ -87,7 +87,7 @@ def hybrid_attention_step(
     check_options(q, k, beta, feature_map, q_features, k_features)
     if window is None:
         raise ValueError(
-            "window must be an int >= 0 for a stream, because the state would grow without bound with None, got None."
+            "window must be an int >= 0 for a stream, because with None the state would grow without bound, got None."
         )
     left, _ = window_sides(window, "group")
     scale = check_scale("scale", scale, q.shape[2])
