@@ -595,7 +595,7 @@ def bad(**changes):
         (ValueError, "agree in tokens and head_dim", {"v": torch.zeros(11, 4, 16)}),
         (ValueError, "4 heads of q must be a multiple of the 3", dict.fromkeys("kv", torch.zeros(12, 3, 16))),
         (ValueError, "head_dim must be at least 1", dict.fromkeys("qkv", torch.zeros(12, 4, 0))),
-        (TypeError, "layout must be a PackedLayout, which .* got list", {"layout": [0, 12]}),
+        (TypeError, "layout must be a PackedLayout, as .* got list", {"layout": [0, 12]}),
         (ValueError, "12 rows, fewer than the 13 tokens", {"layout": PackedLayout.from_lengths([13])}),
         (
             ValueError,
