@@ -28,21 +28,24 @@ VOT_INLINE auto with_row(const HeadRows& rows, int64_t token, int64_t head, cons
 
 // to[0 .. round_up(width, LANES)) = factor * from[0 .. width), then zeros.
 template <class T>
-VOT_INLINE void copy_row(const T* from, int width, float factor, float* to) {
+VOT_INLINE void take_row(const T* from, int width, float factor, float* to) {
   int j = 0;
   for (; j + LANES <= width; j += LANES) store(to + j, load(from + j) * splat(factor));
   if (j < width) store(to + j, load_part(from + j, width - j) * splat(factor));
 }
 VOT_INLINE void read_row(const HeadRows& rows, int64_t token, int64_t head, int width, float factor, float* to) {
-  with_row(rows, token, head, [&](const auto* from) { copy_row(from, width, factor, to); });
+  with_row(rows, token, head, [&](const auto* from) { take_row(from, width, factor, to); });
+}
+// to[0 .. width) = factor * from[0 .. width).
+template <class T>
+VOT_INLINE void put_row(T* to, int width, float factor, const float* from) {
+  int j = 0;
+  for (; j + LANES <= width; j += LANES) store(to + j, load(from + j) * splat(factor));
+  if (j < width) store_part(to + j, load(from + j) * splat(factor), width - j);
 }
 // rows[token, head] = factor * from[0 .. width).
 VOT_INLINE void write_row(const HeadRows& rows, int64_t token, int64_t head, int width, float factor, const float* from) {
-  with_row(rows, token, head, [&](auto* to) {
-    int j = 0;
-    for (; j + LANES <= width; j += LANES) store(to + j, load(from + j) * splat(factor));
-    if (j < width) store_part(to + j, load(from + j) * splat(factor), width - j);
-  });
+  with_row(rows, token, head, [&](auto* to) { put_row(to, width, factor, from); });
 }
 VOT_INLINE void prefetch_row(const HeadRows& rows, int64_t token, int64_t head, int width) {
   with_row(rows, token, head, [&](const auto* from) {

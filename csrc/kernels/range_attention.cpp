@@ -1,26 +1,17 @@
 #include "range_attention.h"
 
 #include "scratch.h"
+#include "space.h"
 
 namespace vot {
 namespace VOT_ISA {
 namespace {
 
-constexpr int ROWS = 96;                // of a block of scores
+constexpr int ROWS = 48;                // of a block of scores
 constexpr int KEYS = 128;               // of a block of scores
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int RUN_ROWS = 32;            // rows of one range that are rather a block of their own
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
-
-// A thread's memory, handed out piece by piece.
-struct Space {
-  float* next;
-  float* take(int64_t count) {
-    float* piece = next;
-    next += round_up(count, 16);
-    return piece;
-  }
-};
 
 // Adds the scores of R rows to their sums: scores[r] becomes 2^(score - pivot) for `vectors` vectors of each row.
 //
@@ -67,7 +58,7 @@ VOT_INLINE void hide(float* scores, int vectors, int64_t first, int64_t low, int
 // by token, so that along them neither end of the range falls.
 class Forward {
  public:
-  Forward(const RangeForward& problem, const RangeTask& task, int kv_head)
+  Forward(const RangeForward& problem, const RowsTask& task, int kv_head)
       : p_(problem),
         task_(task),
         kv_head_(kv_head),
@@ -75,19 +66,10 @@ class Forward {
         rows_((task.end - task.begin) * repeats_),
         depth_(problem.head_dim),
         columns_(int(round_up(problem.head_dim, LANES))) {
-    const int width = p_.far.states ? int(round_up(p_.far.width, LANES)) : 0;
-    const int64_t panels = KEYS / PANEL * panel_size(depth_), state = p_.far.states ? state_row(depth_) : 0;
-    const int64_t block = most<int64_t>(SCORES_ROW, width) + 2 + state;
-    Space space{scratch(size_t(rows_ * (2 * columns_ + LANES + 1) + panels + KEYS * columns_ + ROWS * block + 1024))};
-    queries_ = space.take(rows_ * columns_);
-    outputs_ = space.take(rows_ * columns_);
-    sums_ = space.take(rows_ * LANES);
-    pivots_ = space.take(rows_);
-    keys_ = space.take(panels);
-    values_ = space.take(KEYS * columns_);
-    scores_ = space.take(ROWS * most(SCORES_ROW, width));
-    decays_ = space.take(ROWS);
-    far_ = space.take(ROWS * state);
+    Space space;
+    divide(space);
+    space = {scratch(size_t(space.taken))};
+    divide(space);
   }
 
   void run() {
@@ -107,6 +89,19 @@ class Forward {
   }
 
  private:
+  void divide(Space& space) {
+    const int64_t width = p_.far.states ? round_up(p_.far.width, LANES) : 0;
+    queries_ = space.take(rows_ * columns_);
+    outputs_ = space.take(rows_ * columns_);
+    sums_ = space.take(rows_ * LANES);
+    pivots_ = space.take(rows_);
+    keys_ = space.take(KEYS / PANEL * panel_size(depth_));
+    values_ = space.take(KEYS * columns_);
+    scores_ = space.take(ROWS * most<int64_t>(SCORES_ROW, width));
+    decays_ = space.take(ROWS);
+    far_ = space.take(p_.far.states ? ROWS * state_row(depth_) : 0);
+  }
+
   int token(int row) const { return task_.begin + row / repeats_; }
   int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
 
@@ -152,8 +147,8 @@ class Forward {
       for (int i = 0; i < rows; i++)
         hide(scores + i * SCORES_ROW, vectors, key + start, p_.low[token(row + i)], p_.high[token(row + i)]);
     int i = 0;
-    for (; i + 3 <= rows; i += 3)
-      exponentials<3>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
+    for (; i + 4 <= rows; i += 4)
+      exponentials<4>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
     for (; i < rows; i++)
       exponentials<1>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
     multiply(rows, columns_, Left{scores_ + begin, SCORES_ROW, 1}, Right{values_ + begin * columns_, columns_},
@@ -204,7 +199,7 @@ class Forward {
   }
 
   const RangeForward& p_;
-  const RangeTask& task_;
+  const RowsTask& task_;
   const int kv_head_, repeats_, rows_, depth_, columns_;  // columns: head_dim in whole vectors
   float *queries_, *outputs_, *sums_, *pivots_, *keys_, *values_, *scores_, *decays_, *far_;
 };
