@@ -57,15 +57,17 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
 
 template <int R, int C>
 VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
-  Vec sums[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sums[r][c] = old == Old::CLEAR ? Vec{} : load(out.data + r * out.row + c * LANES);
-  if (old == Old::SCALE)
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) sums[r][c] *= splat(scales[r]);
+  Vec sums[R][C] = {};
   multiply_add<R, C>(a, b, depth, sums);
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out.data + r * out.row + c * LANES, sums[r][c]);
+  // The old numbers come last: the error of a sum over many products is that of sums over few, and of their number.
+  for (int r = 0; r < R; r++) {
+    float* row = out.data + r * out.row;
+    for (int c = 0; c < C; c++) {
+      if (old == Old::KEEP) sums[r][c] += load(row + c * LANES);
+      if (old == Old::SCALE) sums[r][c] += splat(scales[r]) * load(row + c * LANES);
+      store(row + c * LANES, sums[r][c]);
+    }
+  }
 }
 
 // All rows of a strip of C vectors.
