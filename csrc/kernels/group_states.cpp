@@ -170,7 +170,7 @@ void group_states(const GroupStates& problem, const Parallel& parallel) {
   float* partials = any_parts ? scratch<2>(size_t(parts * size)) : nullptr;
   const int head_blocks = (problem.kv_heads + at_once - 1) / at_once;
   const Cut cut{problem, size, first, partials, at_once, head_blocks};
-  with_dtype(problem.dtype, [&](auto element) {
+  with_type(problem.dtype, [&](auto element) {
     parallel(parts * head_blocks, [&](int64_t task) { sum_part<decltype(element)>(cut, task); });
   });
   if (!any_parts) return;

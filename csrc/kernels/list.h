@@ -1,12 +1,20 @@
 // Every entry point of the kernels, and the table of them that each instruction set has.
 #pragma once
 #include "dense_residual.h"
+#include "group_states.h"
 #include "parallel.h"
+#include "range_attention.h"
 
 // X(function, its problem), in the order of the files' names.
 #define VOT_KERNELS(X)                              \
   X(dense_residual_forward, DenseResidualForward)   \
-  X(dense_residual_backward, DenseResidualBackward)
+  X(dense_residual_backward, DenseResidualBackward) \
+  X(group_states, GroupStates)                      \
+  X(far_states, FarStates)                          \
+  X(range_attention_forward, RangeForward)          \
+  X(range_attention_rows_backward, RangeRowsBackward) \
+  X(range_attention_keys_backward, RangeKeysBackward) \
+  X(range_attention_sum_parts, RangeSumParts)
 
 namespace vot {
 

@@ -5,14 +5,11 @@
 //
 //   out_i = (sum over j of exp(scale q_i.k_j) v_j + exp(beta) phi(q_i) S) / Z_i,   lse_i = log Z_i.
 #pragma once
-#include "feature_map.h"
+#include "group_states.h"
 #include "head_rows.h"
 #include "parallel.h"
 
 namespace vot {
-
-// The floats of a row of a state: head_dim sums, the normaliser, and zeros.
-inline int64_t state_row(int head_dim) { return (head_dim + 1 + 15) / 16 * 16; }
 
 // The side of the far part that is known row by row. `states` is null where there is none.
 struct FarRows {

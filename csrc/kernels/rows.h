@@ -1,10 +1,9 @@
 // The rows of a tensor [tokens, heads, width], of any floating type of at most 32 bits.
 #pragma once
+#include "dtype.h"
 #include "simd.h"
 
 namespace vot {
-
-enum class Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 // The numbers of one row lie side by side. Strides count elements.
 struct Rows {
@@ -27,16 +26,6 @@ struct MutableRows {
 };
 
 namespace VOT_ISA {
-
-// body(element) with an element of the type that `dtype` names.
-template <class Body>
-VOT_INLINE void with_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::FLOAT32: return body(float{});
-    case Dtype::BFLOAT16: return body(bf16{});
-    case Dtype::FLOAT16: return body(f16{});
-  }
-}
 
 // visit(column, count) for the vectors of a row; the last one may hold fewer numbers than LANES.
 template <class Visit>

@@ -110,6 +110,16 @@ def _compiled(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _compiled_attention(inputs: Inputs) -> list[str]:
+    """`_compiled`, with a head_dim and a feature width of up to 256."""
+    reasons = _compiled(inputs)
+    if inputs.head_dim is not None and inputs.head_dim > 256:
+        reasons.append(f"head_dim {inputs.head_dim} is not from 1 to 256")
+    if inputs.width is not None and not 1 <= inputs.width <= 256:
+        reasons.append(f"feature width {inputs.width} is not from 1 to 256")
+    return reasons
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference of all steps together is hybrid_attention(causal="group")']
 
@@ -131,6 +141,8 @@ for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
 for _op in ("dense_residual",):
     CAPABILITIES[_op]["cpp"] = _compiled
+for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
+    CAPABILITIES[_op]["cpp"] = _compiled_attention
 CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
 
 
