@@ -82,7 +82,10 @@ def range_attention_forward(
     far: FarPart | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output in `dtype`, by default that of q, and lse float32 `[rows, heads]`; 0 and -inf for rows that see nothing."""
+    """Output in `dtype`, by default that of q, and lse float32 `[rows, heads]`.
+
+    Rows that see nothing get 0 and -inf.
+    """
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -283,7 +286,7 @@ def _make_plan(
 
 
 def _cut(bounds: np.ndarray, counts: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Segments in `counts` pieces of about equal length, a multiple of `step`: owners, begins and ends of those with rows."""
+    """Segments in `counts` pieces, multiples of `step` long: owners, begins and ends of those that are not empty."""
     lengths = np.diff(bounds)
     owner = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -306,7 +309,7 @@ def _sum_tasks(
     new = (np.diff(shares, axis=1, prepend=-1) != 0).any(0)
     new[::_SUMMED_ROWS] = True
     begin = np.flatnonzero(new)
-    return np.stack([begin, np.append(begin[1:], rows[-1]), *shares[:, begin]], axis=1).reshape(-1, 4)
+    return np.stack([begin, np.append(begin, rows[-1])[1:], *shares[:, begin]], axis=1).reshape(-1, 4)
 
 
 @dataclass(frozen=True, eq=False)
