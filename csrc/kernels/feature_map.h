@@ -1,6 +1,6 @@
 // Feature maps of linear attention: phi(x) >= 0 of the rows of q and k.
 #pragma once
-#include "rows.h"
+#include "strided_rows.h"
 
 namespace vot {
 

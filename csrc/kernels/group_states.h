@@ -34,11 +34,33 @@ struct FarStates {
   float* sums;  // [groups][size], other memory than the states
 };
 
+// sums[s] = the sum of the states of the groups of segment s.
+struct SegmentStates {
+  const float* states;  // [groups][size]
+  int64_t size, segments;
+  const int32_t* bounds;  // [segments + 1], groups
+  float* sums;            // [segments][size]
+};
+
 namespace VOT_ISA {
 
-// Both take slots 0 to 2 of the scratch memory; a caller keeps what it hands in elsewhere.
+// In how many parts many rows are worked on: as many for any number of threads, so that sums are the same.
+VOT_INLINE int64_t parts_of_rows(int64_t rows) { return most<int64_t>(1, least<int64_t>(rows / 512, 32)); }
+
+// Writes the last columns of a state: the sums of phi(x), [width], and zeros after them.
+inline void finish_state(int width, int head_dim, const float* total, float* state) {
+  const int64_t row = state_row(head_dim);
+  for (int f = 0; f < width; f++) {
+    float* tail = state + f * row + head_dim;
+    std::memset(tail, 0, size_t(row - head_dim) * sizeof(float));
+    tail[0] = total[f];
+  }
+}
+
+// These take slots 0 to 2 of the scratch memory; a caller keeps what it hands in elsewhere.
 void group_states(const GroupStates& problem, const Parallel& parallel);
 void far_states(const FarStates& problem, const Parallel& parallel);
+void segment_states(const SegmentStates& problem, const Parallel& parallel);
 
 }  // namespace VOT_ISA
 }  // namespace vot

@@ -140,5 +140,23 @@ VOT_INLINE void transpose_16x16(const float* from, ptrdiff_t from_row, float* to
 #endif
 }
 
+// to[c * to_row + r] = from[r * from_row + c]. Each row of `to` ends with zeros, up to whole vectors.
+inline void transpose(int rows, int columns, const float* from, ptrdiff_t from_row, float* to, ptrdiff_t to_row) {
+  const int whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16, padded = int(round_up(rows, LANES));
+  for (int r = 0; r < whole_rows; r += 16)
+    for (int c = 0; c < whole_columns; c += 16)
+      transpose_16x16(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+  const auto rest = [&](int row, int column) {
+    for (int c = column; c < columns; c++) {
+      float* out = to + c * to_row;
+      for (int r = row; r < rows; r++) out[r] = from[r * from_row + c];
+    }
+  };
+  rest(whole_rows, 0);
+  rest(0, whole_columns);
+  for (int c = 0; c < columns; c++)
+    for (int r = rows; r < padded; r++) to[c * to_row + r] = 0;
+}
+
 }  // namespace VOT_ISA
 }  // namespace vot

@@ -1,6 +1,5 @@
-// The rows of a tensor [tokens, heads, width], of any floating type of at most 32 bits.
+// The rows of a tensor [tokens, heads, width], one head at a time.
 #pragma once
-#include "dtype.h"
 #include "simd.h"
 
 namespace vot {
