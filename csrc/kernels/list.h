@@ -2,6 +2,7 @@
 #pragma once
 #include "dense_residual.h"
 #include "group_states.h"
+#include "linear_attention.h"
 #include "parallel.h"
 #include "range_attention.h"
 
@@ -11,6 +12,8 @@
   X(dense_residual_backward, DenseResidualBackward) \
   X(group_states, GroupStates)                      \
   X(far_states, FarStates)                          \
+  X(linear_attention_forward, LinearAttentionForward) \
+  X(linear_attention_backward, LinearAttentionBackward) \
   X(range_attention_forward, RangeForward)          \
   X(range_attention_rows_backward, RangeRowsBackward) \
   X(range_attention_keys_backward, RangeKeysBackward) \

@@ -47,12 +47,14 @@ class Inputs:
         dtype: of the tensors that are computed on.
         head_dim: size of the last dimension; None where it is not known yet, which refuses nothing.
         width: size of the last dimension of given features, None where there are none.
+        given: names of arguments that were given and that not every backend takes.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
     width: int | None = None
+    given: tuple[str, ...] = ()
 
 
 Predicate = Callable[[Inputs], list[str]]
@@ -120,6 +122,13 @@ def _compiled_attention(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _compiled_linear_attention(inputs: Inputs) -> list[str]:
+    reasons = _compiled_attention(inputs)
+    if "log_decay" in inputs.given:
+        reasons.append("C++ kernels take no log_decay")
+    return reasons
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference of all steps together is hybrid_attention(causal="group")']
 
@@ -143,10 +152,13 @@ for _op in ("dense_residual",):
     CAPABILITIES[_op]["cpp"] = _compiled
 for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
     CAPABILITIES[_op]["cpp"] = _compiled_attention
+CAPABILITIES["linear_attention"]["cpp"] = _compiled_linear_attention
 CAPABILITIES["pack_patches"] |= {"torch": _pixels, "reference": _pixels}
 
 
-def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
+def select(
+    op: str, backend: str, tensor: Tensor, features: Tensor | None = None, given: tuple[str, ...] = ()
+) -> str:
     """The backend that serves `op` for inputs like `tensor`.
 
     Args:
@@ -155,6 +167,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
             the interpreter of Triton, which is for tests.
         tensor: the op's main input; its device, dtype and last dimension decide.
         features: features that are given in place of a feature map, if any.
+        given: names of optional arguments that were given and that not every backend takes.
 
     Raises:
         ValueError: an unknown backend, or none fits; the message lists every reason of every candidate.
@@ -163,7 +176,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
     width = None if features is None else features.shape[-1]
-    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width)
+    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width, given)
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)

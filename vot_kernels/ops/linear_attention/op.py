@@ -55,7 +55,7 @@ def linear_attention(
         log_decay: `[heads]`, at most 0 and differentiable; needs `causal`. The token n places back weighs
             exp(n * log_decay) times as much: 0 forgets nothing, as None does, and with -inf a token sees itself
             alone. Values above 0 are refused where looking is free: on CPU tensors, and not in compiled code.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp" (which takes no log_decay), "torch" or "reference".
 
     Returns:
         `[tokens, heads, head_dim]` in the dtype of q; 0 where the weights are all 0 (relu).
@@ -73,7 +73,8 @@ def linear_attention(
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     if log_decay is not None:
         _check_decay(log_decay, q, causal)
-    backend = select("linear_attention", backend, q)
+    given = () if log_decay is None else ("log_decay",)
+    backend = select("linear_attention", backend, q, given=given)
     if backend == "reference":
         return reference.linear_attention(
             q, k, v, layout, feature_map=feature_map, causal=causal, log_decay=log_decay
