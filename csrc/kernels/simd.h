@@ -226,7 +226,12 @@ VOT_INLINE void finish_streams() {
 #endif
 }
 
-// 2^x with a relative error below 3e-7, for x up to 127; 0 for x = -inf. A minimax polynomial of degree 5 on [-1/2, 1/2].
+#if VOT_VECTOR_BYTES < 64
+constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: a sum with it has no bits below the integer
+#endif
+
+// 2^x with a relative error below 3e-7, for x up to 127; 0 for x = -inf and for results below 2^-126. A minimax
+// polynomial of degree 5 on [-1/2, 1/2].
 VOT_INLINE Vec exp2(Vec x) {
   const auto polynomial = [](Vec r) {
     Vec p = splat(0.00132764183f) * r + 0.00967554105f;
@@ -239,14 +244,35 @@ VOT_INLINE Vec exp2(Vec x) {
   const Vec fraction = _mm512_reduce_ps(x, 0);  // x minus the nearest integer
   return _mm512_scalef_ps(polynomial(fraction), x - fraction);
 #else
-  const float magic = 12582912.f;  // 1.5 * 2^23: a sum with it has no bits below the integer
-  x = greater_of(x, splat(-127.f));
-  const Vec shifted = x + magic, whole = shifted - magic;
+  x = greater_of(splat(-127.f), x);  // in this order, which keeps NaN
+  const Vec shifted = x + MAGIC, whole = shifted - MAGIC;
   const IntVec exponent = ((IntVec)shifted << 23) + (127 << 23);
   return polynomial(x - whole) * (Vec)exponent;
 #endif
 }
-VOT_INLINE Vec exp(Vec x) { return exp2(x * splat(LOG2E)); }
+
+// e^x to about one rounding, for x up to 88; results below 2^-126 keep the digits that they can have. e^r is
+// 1 + r + r^2 q(r) for |r| <= ln(2) / 2 with a minimax polynomial q of degree 4.
+VOT_INLINE Vec exp(Vec x) {
+  x = greater_of(splat(-104.f), x);  // whose exponential rounds to 0
+#if VOT_VECTOR_BYTES == 64
+  const Vec whole = _mm512_roundscale_ps(x * splat(LOG2E), 0);
+#else
+  const Vec shifted = x * splat(LOG2E) + MAGIC, whole = shifted - MAGIC;
+#endif
+  const Vec r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // ln 2 in two parts: the first product is exact
+  Vec q = splat(0.00138145406f) * r + 0.00836874545f;
+  q = q * r + 0.041668389f;
+  q = q * r + 0.166665211f;
+  q = q * r + 0.49999994f;
+  const Vec p = q * (r * r) + r + 1.f;
+#if VOT_VECTOR_BYTES == 64
+  return _mm512_scalef_ps(p, whole);
+#else
+  const IntVec exponent = (IntVec)shifted - (IntVec)splat(MAGIC), half = exponent >> 1;
+  return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);  // in two steps: 2^-149 is no factor
+#endif
+}
 
 }  // namespace VOT_ISA
 }  // namespace vot

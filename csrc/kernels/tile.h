@@ -57,15 +57,17 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
 
 template <int R, int C>
 VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
-  Vec sums[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sums[r][c] = old == Old::CLEAR ? Vec{} : load(out.data + r * out.row + c * LANES);
-  if (old == Old::SCALE)
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < C; c++) sums[r][c] *= splat(scales[r]);
+  Vec sums[R][C] = {};
   multiply_add<R, C>(a, b, depth, sums);
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out.data + r * out.row + c * LANES, sums[r][c]);
+  // The old numbers come last: the error of a sum over many products is that of sums over few, and of their number.
+  for (int r = 0; r < R; r++) {
+    float* row = out.data + r * out.row;
+    for (int c = 0; c < C; c++) {
+      if (old == Old::KEEP) sums[r][c] += load(row + c * LANES);
+      if (old == Old::SCALE) sums[r][c] += splat(scales[r]) * load(row + c * LANES);
+      store(row + c * LANES, sums[r][c]);
+    }
+  }
 }
 
 // All rows of a strip of C vectors.
@@ -136,6 +138,24 @@ VOT_INLINE void transpose_16x16(const float* from, ptrdiff_t from_row, float* to
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 16; c++) to[c * to_row + r] = from[r * from_row + c];
 #endif
+}
+
+// to[c * to_row + r] = from[r * from_row + c]. Each row of `to` ends with zeros, up to whole vectors.
+inline void transpose(int rows, int columns, const float* from, ptrdiff_t from_row, float* to, ptrdiff_t to_row) {
+  const int whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16, padded = int(round_up(rows, LANES));
+  for (int r = 0; r < whole_rows; r += 16)
+    for (int c = 0; c < whole_columns; c += 16)
+      transpose_16x16(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+  const auto rest = [&](int row, int column) {
+    for (int c = column; c < columns; c++) {
+      float* out = to + c * to_row;
+      for (int r = row; r < rows; r++) out[r] = from[r * from_row + c];
+    }
+  };
+  rest(whole_rows, 0);
+  rest(0, whole_columns);
+  for (int c = 0; c < columns; c++)
+    for (int r = rows; r < padded; r++) to[c * to_row + r] = 0;
 }
 
 }  // namespace VOT_ISA

@@ -47,12 +47,14 @@ class Inputs:
         dtype: dtype of the tensors to compute with.
         head_dim: size of the last dimension; None if not known yet, in which case it leads to no refusal.
         width: size of the last dimension of given features, or None without features.
+        given: names of optional arguments that were given and that not every backend takes.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
     width: int | None = None
+    given: tuple[str, ...] = ()
 
 
 Predicate = Callable[[Inputs], list[str]]
@@ -115,6 +117,23 @@ def _compiled_pixels(inputs: Inputs) -> list[str]:
     return _pixels(inputs) + ([] if problem is None else [problem])
 
 
+def _compiled_attention(inputs: Inputs) -> list[str]:
+    """`_compiled`, with a head_dim and a feature width of up to 256."""
+    reasons = _compiled(inputs)
+    if inputs.head_dim is not None and inputs.head_dim > 256:
+        reasons.append(f"head_dim {inputs.head_dim} is not from 1 to 256")
+    if inputs.width is not None and not 1 <= inputs.width <= 256:
+        reasons.append(f"feature width {inputs.width} is not from 1 to 256")
+    return reasons
+
+
+def _compiled_linear_attention(inputs: Inputs) -> list[str]:
+    reasons = _compiled_attention(inputs)
+    if "log_decay" in inputs.given:
+        reasons.append("C++ kernels take no log_decay")
+    return reasons
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference for the steps of a whole stream is hybrid_attention(causal="group")']
 
@@ -136,10 +155,15 @@ for _op in ("aoe", "moe"):
     CAPABILITIES[_op]["triton"] = _kernel
 for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
     CAPABILITIES[_op]["cpp"] = _compiled
+for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
+    CAPABILITIES[_op]["cpp"] = _compiled_attention
+CAPABILITIES["linear_attention"]["cpp"] = _compiled_linear_attention
 CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "reference": _pixels}
 
 
-def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None) -> str:
+def select(
+    op: str, backend: str, tensor: Tensor, features: Tensor | None = None, given: tuple[str, ...] = ()
+) -> str:
     """Return the backend that serves `op` for inputs like `tensor`.
 
     Args:
@@ -148,6 +172,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
             interpreter, which is for tests.
         tensor: the op's main input; its device, dtype and last dimension decide the choice.
         features: features given in place of a feature map, if any.
+        given: names of optional arguments that were given and that not every backend takes.
 
     Raises:
         ValueError: `backend` is unknown, or no backend fits; the message lists every reason of every candidate.
@@ -156,7 +181,7 @@ def select(op: str, backend: str, tensor: Tensor, features: Tensor | None = None
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
     width = None if features is None else features.shape[-1]
-    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width)
+    inputs = Inputs(tensor.device, tensor.dtype, head_dim, width, given)
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)

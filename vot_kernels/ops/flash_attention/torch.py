@@ -7,7 +7,6 @@ converted, masked or shared among heads.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,8 +90,7 @@ class Plan:
 
 def _plan(inputs: Inputs, geometry: Geometry) -> Plan:
     """The plan of a packing on the device of its tensors, once its bounds are on the host and found sound."""
-    rows = _host_bounds("cu_seqlens_q", geometry.cu_seqlens_q, "q", inputs.q)
-    keys = _host_bounds("cu_seqlens_k", geometry.cu_seqlens_k, "k", inputs.k)
+    rows, keys = geometry.host_bounds(inputs)
     return make_plan(tuple(rows), tuple(keys), geometry.left, geometry.right, _width(inputs), inputs.q.device)
 
 
@@ -147,19 +145,3 @@ def _as_views(passes: Sequence[RangePass], width: int) -> RangePass:
         for part in stretches(starts, lengths) if apart else [slice(None)]:
             found.append(item.part(part))
     return tuple(found)
-
-
-def _host_bounds(name: str, bounds: Tensor, owner: str, x: Tensor) -> list[int]:
-    """The cumulative lengths as numbers."""
-    numbers = bounds.tolist()
-    if numbers[0] != 0:
-        raise ValueError(
-            f"{name} must begin with 0, got {numbers[0]}: it has cumulative lengths, not lengths."
-        )
-    for before, number in pairwise([0, *numbers]):
-        if not before <= number <= x.shape[0]:
-            raise ValueError(
-                f"{name} must ascend from 0 to at most the {x.shape[0]} rows of {owner}, "
-                f"got {number} after {before}."
-            )
-    return numbers

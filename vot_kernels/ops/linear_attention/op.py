@@ -54,7 +54,7 @@ def linear_attention(
         log_decay: `[heads]`, at most 0 and differentiable; it needs `causal`. The weight of the token n places back is
             multiplied by exp(n * log_decay): 0 is no decay, as None, and with -inf a token sees only itself. Values
             above 0 are refused where checking them is free: on CPU tensors outside of compiled code.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp" (without log_decay), "torch" or "reference".
 
     Returns:
         `[tokens, heads, head_dim]` in the dtype of q; 0 where the weights are all 0 (relu).
@@ -72,7 +72,8 @@ def linear_attention(
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     if log_decay is not None:
         _check_decay(log_decay, q, causal)
-    backend = select("linear_attention", backend, q)
+    given = () if log_decay is None else ("log_decay",)
+    backend = select("linear_attention", backend, q, given=given)
     if backend == "reference":
         return reference.linear_attention(
             q, k, v, layout, feature_map=feature_map, causal=causal, log_decay=log_decay

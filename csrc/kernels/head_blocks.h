@@ -1,0 +1,71 @@
+// Rows of a few heads, taken together: a row of [tokens, heads, width] is read and written as it lies, all heads of it
+// before the next, because the rows of one head alone lie too far apart for a processor to fetch them ahead.
+//
+// In scratch memory they are [head][BLOCK_ROWS][width] floats, each row padded with zeros to whole vectors.
+#pragma once
+#include "feature_map.h"
+
+namespace vot {
+namespace VOT_ISA {
+
+constexpr int BLOCK_ROWS = 64;        // rows that lie in the cache while they are worked on
+constexpr int64_t ROW_NUMBERS = 512;  // numbers of a row that are read at a time: as many heads as these hold
+
+struct Heads {
+  int first, count;
+};
+
+// How heads are cut into blocks, by key heads; `repeats` query heads share one.
+struct HeadCut {
+  int kv_heads, repeats, at_once;
+
+  HeadCut(int heads, int kv_heads, int width) : kv_heads(kv_heads), repeats(heads / kv_heads) {
+    at_once = int(most<int64_t>(1, least<int64_t>(ROW_NUMBERS / (int64_t(repeats) * width), kv_heads)));
+  }
+  int blocks() const { return (kv_heads + at_once - 1) / at_once; }
+  Heads keys(int64_t block) const {
+    const int first = int(block) * at_once;
+    return {first, least(at_once, kv_heads - first)};
+  }
+  Heads queries(int64_t block) const {
+    const Heads keys = this->keys(block);
+    return {keys.first * repeats, keys.count * repeats};
+  }
+};
+
+// phi of `rows` rows from `begin` on, times `scale` and a weight per row and head, `weights` [tokens, all_heads] or null.
+template <class T>
+void load_features(FeatureMap map, const Rows& from, int64_t begin, int rows, Heads heads, int width, float* to,
+                   float scale = 1, const float* weights = nullptr, int all_heads = 0) {
+  const int64_t padded = round_up(width, LANES);
+  for (int r = 0; r < rows; r++)
+    for (int h = 0; h < heads.count; h++) {
+      float* out = to + (h * BLOCK_ROWS + r) * padded;
+      feature_row(map, from.at<T>(begin + r, heads.first + h), width, out);
+      const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
+      if (weight != 1)
+        for (int64_t c = 0; c < padded; c += LANES) store(out + c, load(out + c) * weight);
+    }
+}
+
+template <class T>
+void load_values(const Rows& from, int64_t begin, int rows, Heads heads, int width, float* to) {
+  const int64_t padded = round_up(width, LANES);
+  for (int r = 0; r < rows; r++)
+    for (int h = 0; h < heads.count; h++)
+      copy_row(from.at<T>(begin + r, heads.first + h), width, to + (h * BLOCK_ROWS + r) * padded);
+}
+
+template <class T>
+void store_values(const float* from, int64_t begin, int rows, Heads heads, int width, const MutableRows& to) {
+  const int64_t padded = round_up(width, LANES);
+  for (int r = 0; r < rows; r++)
+    for (int h = 0; h < heads.count; h++) {
+      const float* row = from + (h * BLOCK_ROWS + r) * padded;
+      T* out = to.at<T>(begin + r, heads.first + h);
+      for_vectors(width, [&](int c, int count) { store_of(out, load(row + c), c, count); });
+    }
+}
+
+}  // namespace VOT_ISA
+}  // namespace vot

@@ -1,0 +1,216 @@
+#include "range_attention.h"
+
+#include "scratch.h"
+#include "space.h"
+
+namespace vot {
+namespace VOT_ISA {
+namespace {
+
+constexpr int ROWS = 48;                // of a block of scores
+constexpr int KEYS = 128;               // of a block of scores
+constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
+constexpr int RUN_ROWS = 32;            // rows of one range that are rather a block of their own
+constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
+
+// Adds the scores of R rows to their sums: scores[r] becomes 2^(score - pivot) for `vectors` vectors of each row.
+//
+// The pivot follows the largest score so far lazily: it moves when a score exceeds it by more than LAZY, and then
+// decays[r] says by how much what was summed before shrinks. NaN compares false and so passes into the sums.
+template <int R>
+VOT_INLINE void exponentials(float* scores, int vectors, float* pivots, float* sums, float* decays) {
+  Vec largest[R], pivot[R], total[R];
+  for (int r = 0; r < R; r++) largest[r] = load(scores + r * SCORES_ROW);
+  for (int j = 1; j < vectors; j++)
+    for (int r = 0; r < R; r++) largest[r] = greater_of(load(scores + r * SCORES_ROW + j * LANES), largest[r]);
+  for (int r = 0; r < R; r++) {
+    decays[r] = 1;
+    if (__builtin_expect(any_greater(largest[r], splat(pivots[r] + LAZY)), 0)) {
+      const float raised = most(pivots[r], greatest(largest[r]));
+      decays[r] = exp2f(pivots[r] - raised);
+      pivots[r] = raised;
+    }
+    pivot[r] = splat(pivots[r] == -INF ? 0 : pivots[r]);
+    total[r] = load(sums + r * LANES) * splat(decays[r]);
+  }
+  for (int j = 0; j < vectors; j++)
+    for (int r = 0; r < R; r++) {
+      float* score = scores + r * SCORES_ROW + j * LANES;
+      const Vec weight = exp2(load(score) - pivot[r]);
+      total[r] += weight;
+      store(score, weight);
+    }
+  for (int r = 0; r < R; r++) store(sums + r * LANES, total[r]);
+}
+
+// Scores of keys that a row does not see become -inf; `first` is the key of the first score.
+VOT_INLINE void hide(float* scores, int vectors, int64_t first, int64_t low, int64_t high) {
+  if (first >= low && first + vectors * LANES <= high) return;
+  const IntVec begin = IntVec{} + int32_t(low - first), end = IntVec{} + int32_t(high - first);
+  IntVec key = lane_numbers();
+  for (int j = 0; j < vectors; j++, key += LANES) {
+    const Vec score = load(scores + j * LANES);
+    store(scores + j * LANES, (key >= begin) & (key < end) ? score : splat(-INF));
+  }
+}
+
+// The attention of the rows of a task over one key head. Rows are (token, head) pairs of the heads that share it, token
+// by token, so that along them neither end of the range falls.
+class Forward {
+ public:
+  Forward(const RangeForward& problem, const RowsTask& task, int kv_head)
+      : p_(problem),
+        task_(task),
+        kv_head_(kv_head),
+        repeats_(problem.heads / problem.kv_heads),
+        rows_((task.end - task.begin) * repeats_),
+        depth_(problem.head_dim),
+        columns_(int(round_up(problem.head_dim, LANES))) {
+    Space space;
+    divide(space);
+    space = {scratch(size_t(space.taken))};
+    divide(space);
+  }
+
+  void run() {
+    begin();
+    const int64_t low = p_.low[task_.begin], high = p_.high[task_.end - 1];
+    for (int64_t key = task_.first_key + (low - task_.first_key) / KEYS * KEYS; key < high; key += KEYS) {
+      const int count = int(least<int64_t>(KEYS, high - key));
+      read_keys(key, count, high);
+      for (int i = 0; i < rows_;) {
+        const int next = block_end(i);
+        attend(i, next - i, key, count);
+        i = next;
+      }
+    }
+    if (p_.far.states) add_far();
+    finish();
+  }
+
+ private:
+  void divide(Space& space) {
+    const int64_t width = p_.far.states ? round_up(p_.far.width, LANES) : 0;
+    queries_ = space.take(rows_ * columns_);
+    outputs_ = space.take(rows_ * columns_);
+    sums_ = space.take(rows_ * LANES);
+    pivots_ = space.take(rows_);
+    keys_ = space.take(KEYS / PANEL * panel_size(depth_));
+    values_ = space.take(KEYS * columns_);
+    scores_ = space.take(ROWS * most<int64_t>(SCORES_ROW, width));
+    decays_ = space.take(ROWS);
+    far_ = space.take(p_.far.states ? ROWS * state_row(depth_) : 0);
+  }
+
+  int token(int row) const { return task_.begin + row / repeats_; }
+  int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
+
+  // Rows before the next block: at most ROWS, and if many have one range, these alone, which need no mask.
+  int block_end(int row) const {
+    const int end = least(row + ROWS, rows_), first = token(row), last = token(end - 1);
+    int other = first + 1;
+    while (other <= last && p_.low[other] == p_.low[first] && p_.high[other] == p_.high[first]) other++;
+    const int run = (other - task_.begin) * repeats_;
+    return run < end && run - row >= RUN_ROWS ? run : end;
+  }
+
+  // Scores are found in powers of two.
+  void begin() {
+    for (int i = 0; i < rows_; i++) {
+      read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
+      pivots_[i] = -INF;
+    }
+    std::memset(outputs_, 0, sizeof(float) * size_t(rows_ * columns_));
+    std::memset(sums_, 0, sizeof(float) * size_t(rows_ * LANES));
+  }
+
+  void read_keys(int64_t key, int count, int64_t high) {
+    read_transposed(p_.k, key, count, kv_head_, depth_, keys_);
+    for (int i = 0; i < count; i++) read_row(p_.v, key + i, kv_head_, depth_, 1, values_ + i * columns_);
+    const int64_t end = least(high, key + 2 * KEYS);
+    for (int64_t next = key + KEYS; next < end; next++) {
+      prefetch_row(p_.k, next, kv_head_, depth_);
+      prefetch_row(p_.v, next, kv_head_, depth_);
+    }
+  }
+
+  // The block of `count` keys from `key` on for the rows from `row` on.
+  void attend(int row, int rows, int64_t key, int count) {
+    const int first = token(row), last = token(row + rows - 1);
+    const int begin = int(most<int64_t>(p_.low[first] - key, 0)), end = int(least<int64_t>(p_.high[last] - key, count));
+    if (begin >= end) return;
+    const int start = begin / LANES * LANES, stop = int(round_up(end, LANES)), vectors = (stop - start) / LANES;
+    const Left queries = {queries_ + row * columns_, columns_, 1};
+    multiply_panels(rows, start, stop, queries, keys_, depth_, Result{scores_, SCORES_ROW});
+    float* scores = scores_ + start;
+    if (key + start < p_.low[last] || key + stop > p_.high[first])
+      for (int i = 0; i < rows; i++)
+        hide(scores + i * SCORES_ROW, vectors, key + start, p_.low[token(row + i)], p_.high[token(row + i)]);
+    int i = 0;
+    for (; i + 4 <= rows; i += 4)
+      exponentials<4>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
+    for (; i < rows; i++)
+      exponentials<1>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
+    multiply(rows, columns_, Left{scores_ + begin, SCORES_ROW, 1}, Right{values_ + begin * columns_, columns_},
+             end - begin, Result{outputs_ + row * columns_, columns_}, Old::SCALE, decays_);
+  }
+
+  void add_far() {
+    for (int i = 0; i < rows_;) {
+      const int slot = p_.far.slots[token(i)];
+      int end = i + 1;
+      while (end < rows_ && end - i < ROWS && p_.far.slots[token(end)] == slot) end++;
+      if (slot >= 0) add_state(i, end - i, slot);
+      i = end;
+    }
+  }
+
+  void add_state(int row, int rows, int slot) {
+    const int width = p_.far.width, stride = int(round_up(width, LANES)), state = int(state_row(depth_));
+    for (int i = 0; i < rows; i++)
+      with_row(p_.far.features, token(row + i), head(row + i),
+               [&](const auto* x) { feature_row(p_.far.map, x, width, scores_ + i * stride); });
+    const float* states = p_.far.states + (int64_t(slot) * p_.kv_heads + kv_head_) * width * state;
+    multiply(rows, state, Left{scores_, stride, 1}, Right{states, state}, width, Result{far_, state});
+    for (int i = 0; i < rows; i++) join(row + i, far_ + i * state);
+  }
+
+  // Near and far sums of a row under the pivot that is greater, so that nothing overflows.
+  void join(int row, const float* far) {
+    const float beta = p_.beta ? p_.beta[head(row)] * LOG2E : 0;
+    const float log_far = beta + log2f(far[depth_]), pivot = most(pivots_[row], log_far);
+    if (log_far == -INF) return;
+    const float near = exp2f(pivots_[row] - pivot), weight = exp2f(least(beta - pivot, 120.f));
+    float* out = outputs_ + row * columns_;
+    for (int j = 0; j < columns_; j += LANES)
+      store(out + j, load(out + j) * splat(near) + load(far + j) * splat(weight));
+    float* sums = sums_ + row * LANES;
+    store(sums, load(sums) * splat(near));
+    sums[0] += far[depth_] * weight;
+    pivots_[row] = pivot;
+  }
+
+  void finish() {
+    for (int i = 0; i < rows_; i++) {
+      const float total = sum(load(sums_ + i * LANES));
+      write_row(p_.out, token(i), head(i), depth_, total == 0 ? 0 : 1 / total, outputs_ + i * columns_);
+      p_.lse[int64_t(token(i)) * p_.heads + head(i)] = total == 0 ? -INF : (pivots_[i] + log2f(total)) * LN2;
+    }
+  }
+
+  const RangeForward& p_;
+  const RowsTask& task_;
+  const int kv_head_, repeats_, rows_, depth_, columns_;  // columns: head_dim in whole vectors
+  float *queries_, *outputs_, *sums_, *pivots_, *keys_, *values_, *scores_, *decays_, *far_;
+};
+
+}  // namespace
+
+void range_attention_forward(const RangeForward& problem, const Parallel& parallel) {
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
+    Forward(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  });
+}
+
+}  // namespace VOT_ISA
+}  // namespace vot

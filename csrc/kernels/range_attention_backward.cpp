@@ -1,0 +1,391 @@
+#include "range_attention.h"
+#include "scratch.h"
+#include "space.h"
+
+namespace vot {
+namespace VOT_ISA {
+namespace {
+
+constexpr int ROWS = 96, KEYS = 128;    // of a block of scores
+constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
+constexpr int CHUNK_ROWS = 4 * ROWS;    // rows and keys that stay in the cache while all blocks of their scores are done
+constexpr int CHUNK_KEYS = 4 * KEYS;
+constexpr int FAR_ROWS = 64;            // rows of one state at a time
+
+// The transposed state of a slot and head: to[e * stride + f] = state[f * row + e].
+void transpose_state(const float* state, int row, int width, float* to, int64_t stride) {
+  float last[16 * 16] = {};
+  for (int f = 0; f < width; f += 16)
+    for (int e = 0; e < row; e += 16) {
+      const float* from = state + f * row + e;
+      if (f + 16 > width) {
+        for (int r = 0; r < width - f; r++) std::memcpy(last + r * 16, from + r * row, sizeof(float) * 16);
+        transpose_16x16(last, 16, to + e * stride + f, stride);
+      } else {
+        transpose_16x16(from, row, to + e * stride + f, stride);
+      }
+    }
+}
+
+// body(first, count, slot) for runs of the tokens from `begin` to before `end` that share a slot, at most `most_rows`.
+template <class Body>
+void for_slots(const int32_t* slots, int begin, int end, int most_rows, const Body& body) {
+  while (begin < end) {
+    int next = begin + 1;
+    while (next < end && next - begin < most_rows && slots[next] == slots[begin]) next++;
+    body(begin, next - begin, slots[begin]);
+    begin = next;
+  }
+}
+
+// Gradients of the features of rows: `gradients[r]` = [values, last] of row r times F^T. The transposed state is kept
+// from one call to the next, for as long as the slot is the same.
+class FarGradient {
+ public:
+  FarGradient(const FarRows& far, int kv_heads, int head_dim)
+      : far_(far),
+        kv_heads_(kv_heads),
+        depth_(head_dim),
+        row_(int(state_row(head_dim))),
+        stride_(int(round_up(far.width, 16))) {}
+
+  // Floats from row to row of values and of gradients.
+  int value_row() const { return row_; }
+  int gradient_row() const { return stride_; }
+  const float* state(int slot, int kv_head) const {
+    return far_.states + (int64_t(slot) * kv_heads_ + kv_head) * far_.width * row_;
+  }
+  void divide(Space& space) { transposed_ = space.take(int64_t(row_) * stride_); }
+
+  void operator()(int slot, int kv_head, const float* values, int rows, float* gradients) {
+    if (slot != slot_) {
+      slot_ = slot;
+      transpose_state(state(slot, kv_head), row_, far_.width, transposed_, stride_);
+    }
+    multiply(rows, stride_, Left{values, row_, 1}, Right{transposed_, stride_}, depth_ + 1, Result{gradients, stride_});
+  }
+
+ private:
+  const FarRows& far_;
+  const int kv_heads_, depth_, row_, stride_;
+  float* transposed_ = nullptr;
+  int slot_ = -1;
+};
+
+// The rows of a task whose heads share a key head.
+class RowsBackward {
+ public:
+  RowsBackward(const RangeRowsBackward& problem, const RowsTask& task, int kv_head)
+      : p_(problem),
+        task_(task),
+        kv_head_(kv_head),
+        repeats_(problem.heads / problem.kv_heads),
+        depth_(problem.head_dim),
+        gradient_(problem.far, problem.kv_heads, problem.head_dim) {
+    Space space;
+    divide(space);
+    space = {scratch(size_t(space.taken))};
+    divide(space);
+  }
+
+  void run() {
+    for (int token = task_.begin; token < task_.end; token++)
+      for (int head = kv_head_ * repeats_; head < (kv_head_ + 1) * repeats_; head++) {
+        const int64_t at = int64_t(token) * p_.heads + head;
+        p_.delta[at] = product(token, head) - (p_.d_lse ? p_.d_lse[at] : 0);
+      }
+    if (!p_.far.states) return;
+    for_slots(p_.far.slots, task_.begin, task_.end, most(1, FAR_ROWS / repeats_),
+              [&](int first, int count, int slot) { add_far(first, count, slot); });
+  }
+
+ private:
+  void divide(Space& space) {
+    d_out_ = space.take(round_up(depth_, 16));
+    if (!p_.far.states) return;
+    const int64_t rows = most(FAR_ROWS, repeats_);
+    values_ = space.take(rows * gradient_.value_row());
+    gradients_ = space.take(rows * gradient_.gradient_row());
+    features_ = space.take(gradient_.gradient_row());
+    gradient_.divide(space);
+  }
+
+  // d_out.out of a row.
+  float product(int token, int head) {
+    read_row(p_.d_out, token, head, depth_, 1, d_out_);
+    Vec total = {};
+    with_row(p_.out, token, head, [&](const auto* out) {
+      int j = 0;
+      for (; j + LANES <= depth_; j += LANES) total += load(d_out_ + j) * load(out + j);
+      if (j < depth_) total += load(d_out_ + j) * load_part(out + j, depth_ - j);
+    });
+    return sum(total);
+  }
+
+  void add_far(int first, int count, int slot) {
+    if (slot < 0) return;
+    const int rows = count * repeats_, row = gradient_.value_row();
+    const auto each = [&](const auto& body) {
+      for (int i = 0; i < rows; i++) body(i, first + i / repeats_, kv_head_ * repeats_ + i % repeats_);
+    };
+    each([&](int i, int token, int head) {
+      read_row(p_.d_out, token, head, depth_, 1, values_ + i * row);
+      values_[i * row + depth_] = -p_.delta[int64_t(token) * p_.heads + head];
+    });
+    gradient_(slot, kv_head_, values_, rows, gradients_);
+    each([&](int i, int token, int head) { put_gradient(token, head, gradients_ + i * gradient_.gradient_row()); });
+  }
+
+  void put_gradient(int token, int head, float* gradient) {
+    const int64_t at = int64_t(token) * p_.heads + head;
+    const int width = p_.far.width;
+    // Bounded, so that it times an absent far part is 0 and not NaN.
+    const float weight = expf(least((p_.beta ? p_.beta[head] : 0) - p_.lse[at], 80.f));
+    with_row(p_.far.features, token, head, [&](const auto* x) { feature_row(p_.far.map, x, width, features_); });
+    Vec d_beta = {};
+    for (int j = 0; j < width; j += LANES) {
+      store(gradient + j, load(gradient + j) * splat(weight));
+      d_beta += load(features_ + j) * load(gradient + j);
+    }
+    p_.far_weight[at] = weight;
+    p_.d_beta[at] = sum(d_beta);
+    if (p_.far.map != FeatureMap::GIVEN) feature_row_backward(p_.far.map, features_, gradient, width, gradient);
+    write_row(p_.d_features, token, head, width, 1, gradient);
+  }
+
+  const RangeRowsBackward& p_;
+  const RowsTask& task_;
+  const int kv_head_, repeats_, depth_;
+  FarGradient gradient_;
+  float *d_out_, *values_, *gradients_, *features_;
+};
+
+// The keys of a task and one head of them, CHUNK_KEYS at a time, and of the rows CHUNK_ROWS at a time. Rows are (token,
+// head) pairs of the heads that share the key head, token by token.
+class KeysBackward {
+ public:
+  KeysBackward(const RangeKeysBackward& problem, const KeysTask& task, int kv_head)
+      : p_(problem),
+        task_(task),
+        kv_head_(kv_head),
+        repeats_(problem.heads / problem.kv_heads),
+        depth_(problem.head_dim),
+        columns_(int(round_up(problem.head_dim, LANES))),
+        gradient_(problem.far, problem.kv_heads, problem.head_dim) {
+    Space space;
+    divide(space);
+    space = {scratch(size_t(space.taken))};
+    divide(space);
+  }
+
+  void run() {
+    for (int key = task_.begin; key < task_.end; key += CHUNK_KEYS) {
+      first_key_ = key;
+      num_keys_ = least(CHUNK_KEYS, task_.end - key);
+      read_keys();
+      const int first = first_token(p_.high, key + 1), end = first_token(p_.low, key + num_keys_);
+      for (first_token_ = first; first_token_ < end; first_token_ += tokens_at_once()) {
+        num_rows_ = least(tokens_at_once(), end - first_token_) * repeats_;
+        read_rows();
+        for (int block = 0; block < num_keys_; block += KEYS)
+          for (int row = 0; row < num_rows_; row += ROWS)
+            add_block(block, least(KEYS, num_keys_ - block), row, least(ROWS, num_rows_ - row));
+        write_rows();
+      }
+      if (p_.far.states)
+        for_slots(p_.far.slots, key, key + num_keys_, FAR_ROWS,
+                  [&](int first, int count, int slot) { add_far(first, count, slot); });
+      write_keys();
+    }
+  }
+
+ private:
+  void divide(Space& space) {
+    const int64_t panels = CHUNK_KEYS / PANEL * panel_size(depth_), rows = most(CHUNK_ROWS, repeats_);
+    keys_ = space.take(panels);
+    values_ = space.take(panels);
+    scaled_keys_ = space.take(CHUNK_KEYS * columns_);
+    dk_ = space.take(CHUNK_KEYS * columns_);
+    dv_ = space.take(CHUNK_KEYS * columns_);
+    queries_ = space.take(rows * columns_);
+    d_out_ = space.take(rows * columns_);
+    dq_ = space.take(rows * columns_);
+    lse_ = space.take(rows);
+    delta_ = space.take(rows);
+    weights_ = space.take(ROWS * SCORES_ROW);
+    d_scores_ = space.take(ROWS * SCORES_ROW);
+    if (!p_.far.states) return;
+    features_ = space.take(FAR_ROWS * gradient_.gradient_row());
+    far_values_ = space.take(FAR_ROWS * gradient_.value_row());
+    gradients_ = space.take(FAR_ROWS * gradient_.gradient_row());
+    gradient_.divide(space);
+  }
+
+  int tokens_at_once() const { return most(1, CHUNK_ROWS / repeats_); }
+  int token(int row) const { return first_token_ + row / repeats_; }
+  int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
+
+  // The first row of the segment whose bound is not below `key`.
+  int first_token(const int32_t* bounds, int key) const {
+    int begin = task_.first_row, end = task_.end_row;
+    while (begin < end) {
+      const int middle = (begin + end) / 2;
+      if (bounds[middle] < key) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+
+  void read_keys() {
+    read_transposed(p_.k, first_key_, num_keys_, kv_head_, depth_, keys_);
+    read_transposed(p_.v, first_key_, num_keys_, kv_head_, depth_, values_);
+    for (int i = 0; i < num_keys_; i++)
+      read_row(p_.k, first_key_ + i, kv_head_, depth_, p_.scale, scaled_keys_ + i * columns_);
+    std::memset(dk_, 0, sizeof(float) * size_t(num_keys_ * columns_));
+    std::memset(dv_, 0, sizeof(float) * size_t(num_keys_ * columns_));
+  }
+
+  // Where dq of a row is summed.
+  int64_t place(int row) const {
+    return ((int64_t(task_.part) * p_.rows + token(row)) * p_.heads + head(row)) * depth_;
+  }
+
+  // Scores are found in powers of two.
+  void read_rows() {
+    for (int i = 0; i < num_rows_; i++) {
+      const int64_t at = int64_t(token(i)) * p_.heads + head(i);
+      read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
+      read_row(p_.d_out, token(i), head(i), depth_, 1, d_out_ + i * columns_);
+      lse_[i] = p_.lse[at] == -INF ? INF : p_.lse[at] * LOG2E;
+      delta_[i] = p_.delta[at];
+      const bool seen_before = most(p_.low[token(i)], task_.begin) < first_key_;
+      const float* from = seen_before ? p_.dq + place(i) : p_.begun ? p_.begun + at * depth_ : nullptr;
+      if (from) {
+        take_row(from, depth_, 1.f, dq_ + i * columns_);
+      } else {
+        std::memset(dq_ + i * columns_, 0, sizeof(float) * size_t(columns_));
+      }
+    }
+  }
+
+  void write_rows() {
+    for (int i = 0; i < num_rows_; i++) put_row(p_.dq + place(i), depth_, 1.f, dq_ + i * columns_);
+  }
+
+  // One block of scores, and its part of all three gradients.
+  void add_block(int key, int keys, int row, int rows) {
+    const int first = token(row), last = token(row + rows - 1), here = first_key_ + key;
+    if (p_.high[last] <= here || p_.low[first] >= here + keys) return;
+    const int stop = int(round_up(keys, LANES));
+    const Left queries = {queries_ + row * columns_, columns_, 1}, d_out = {d_out_ + row * columns_, columns_, 1};
+    const int64_t panel = key / PANEL * panel_size(depth_);
+    multiply_panels(rows, 0, stop, queries, keys_ + panel, depth_, Result{weights_, SCORES_ROW});
+    multiply_panels(rows, 0, stop, d_out, values_ + panel, depth_, Result{d_scores_, SCORES_ROW});
+    const bool hides = p_.low[last] > here || p_.high[first] < here + keys;
+    for (int i = 0; i < rows; i++) {
+      const int low = hides ? p_.low[token(row + i)] - here : 0, high = hides ? p_.high[token(row + i)] - here : KEYS;
+      find_gradients(i, row + i, stop, low, high);
+    }
+    const Left weights = {weights_, 1, SCORES_ROW}, d_scores = {d_scores_, 1, SCORES_ROW};
+    multiply(keys, columns_, weights, Right{d_out.data, columns_}, rows, Result{dv_ + key * columns_, columns_}, Old::KEEP);
+    multiply(keys, columns_, d_scores, Right{queries.data, columns_}, rows, Result{dk_ + key * columns_, columns_},
+             Old::KEEP);
+    multiply(rows, columns_, Left{d_scores_, SCORES_ROW, 1}, Right{scaled_keys_ + key * columns_, columns_}, keys,
+             Result{dq_ + row * columns_, columns_}, Old::KEEP);
+  }
+
+  // Of one row of a block: p in place of the scores, and ds in place of d_out.v, 0 for keys outside [low, high).
+  void find_gradients(int i, int row, int stop, int low, int high) {
+    float *weights = weights_ + i * SCORES_ROW, *d_scores = d_scores_ + i * SCORES_ROW;
+    const Vec lse = splat(lse_[row]), delta = splat(delta_[row]);
+    IntVec key = lane_numbers();
+    const IntVec begin = IntVec{} + low, end = IntVec{} + high;
+    for (int j = 0; j < stop; j += LANES, key += LANES) {
+      Vec weight = exp2(load(weights + j) - lse);
+      if (low > 0 || high < stop) weight = (key >= begin) & (key < end) ? weight : Vec{};
+      store(weights + j, weight);
+      store(d_scores + j, weight * (load(d_scores + j) - delta));
+    }
+  }
+
+  // The states of the rows from which `count` keys from `first` on are far.
+  void add_far(int first, int count, int slot) {
+    if (slot < 0) return;
+    const int width = p_.far.width, row = gradient_.value_row(), stride = gradient_.gradient_row();
+    for (int i = 0; i < count; i++) {
+      read_row(p_.v, first + i, kv_head_, depth_, 1, far_values_ + i * row);
+      far_values_[i * row + depth_] = 1;
+      with_row(p_.far.features, first + i, kv_head_,
+               [&](const auto* x) { feature_row(p_.far.map, x, width, features_ + i * stride); });
+    }
+    gradient_(slot, kv_head_, far_values_, count, gradients_);
+    const int64_t place = int64_t(first - first_key_) * columns_;
+    multiply(count, columns_, Left{features_, stride, 1}, Right{gradient_.state(slot, kv_head_), row}, width,
+             Result{dv_ + place, columns_}, Old::KEEP);
+    for (int i = 0; i < count; i++) {
+      float* gradient = gradients_ + i * stride;
+      if (p_.far.map == FeatureMap::GIVEN) {
+        write_row(p_.d_features, first + i, kv_head_, width, 1, gradient);
+        continue;
+      }
+      feature_row_backward(p_.far.map, features_ + i * stride, gradient, width, gradient);
+      float* dk = dk_ + place + i * columns_;  // in units of ln 2 until it is written
+      for (int j = 0; j < columns_; j += LANES) store(dk + j, load(dk + j) + load(gradient + j) * splat(LOG2E));
+    }
+  }
+
+  void write_keys() {
+    for (int i = 0; i < num_keys_; i++) {
+      write_row(p_.dk, first_key_ + i, kv_head_, depth_, LN2, dk_ + i * columns_);
+      write_row(p_.dv, first_key_ + i, kv_head_, depth_, 1, dv_ + i * columns_);
+    }
+  }
+
+  const RangeKeysBackward& p_;
+  const KeysTask& task_;
+  const int kv_head_, repeats_, depth_, columns_;  // columns: head_dim in whole vectors
+  FarGradient gradient_;
+  int first_key_, num_keys_, first_token_, num_rows_;  // of the chunk
+  float *keys_, *values_, *scaled_keys_, *dk_, *dv_, *queries_, *d_out_, *dq_, *lse_, *delta_, *weights_, *d_scores_;
+  float *features_, *far_values_, *gradients_;
+};
+
+}  // namespace
+
+void range_attention_rows_backward(const RangeRowsBackward& problem, const Parallel& parallel) {
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
+    RowsBackward(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  });
+}
+
+void range_attention_keys_backward(const RangeKeysBackward& problem, const Parallel& parallel) {
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
+    KeysBackward(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  });
+}
+
+void range_attention_sum_parts(const RangeSumParts& problem, const Parallel& parallel) {
+  const int64_t row = int64_t(problem.heads) * problem.head_dim, part = problem.rows * row;
+  parallel(problem.num_tasks, [&](int64_t index) {
+    const SumTask& task = problem.tasks[index];
+    float total[256 + LANES];
+    for (int64_t token = task.begin; token < task.end; token++)
+      for (int head = 0; head < problem.heads; head++) {
+        const int64_t at = token * row + head * problem.head_dim;
+        std::memset(total, 0, sizeof total);
+        if (problem.begun) take_row(problem.begun + at, problem.head_dim, 1.f, total);
+        for (int64_t i = task.first_part; i < task.end_part; i++)
+          for (int j = 0; j < problem.head_dim; j += LANES) {
+            const int count = least(LANES, problem.head_dim - j);
+            store(total + j, load(total + j) + load_part(problem.parts + i * part + at + j, count));
+          }
+        write_row(problem.dq, token, head, problem.head_dim, 1, total);
+      }
+  });
+}
+
+}  // namespace VOT_ISA
+}  // namespace vot

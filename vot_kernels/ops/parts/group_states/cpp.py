@@ -1,0 +1,44 @@
+"""States of groups on the C++ kernels: float32 `[groups, kv_heads, width, row]`, see `csrc/kernels/group_states.h`."""
+
+import torch
+from torch import Tensor
+
+from vot_kernels.cpp.library import kernels
+
+# Numbers of FeatureMap in csrc/kernels/feature_map.h; "none" is for features as they are.
+FEATURE_MAPS = {"softmax": 0, "elu": 1, "relu": 2, "none": 3}
+
+
+def group_states(
+    features: Tensor,
+    values: Tensor,
+    bounds: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    weights: Tensor | None = None,
+    last: Tensor | None = None,
+) -> Tensor:
+    """The state of each group: the sum of phi(features) weights [values, last]^T over its rows and shared heads.
+
+    Args:
+        features, values: `[tokens, heads, width]` and `[tokens, heads, head_dim]`, columns side by side.
+        bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
+        kv_heads: heads // kv_heads heads add up.
+        feature_map: a name of `FEATURE_MAPS`.
+        weights, last: float32 `[tokens, heads]`, contiguous, or None for 1.
+    """
+    row = (values.shape[2] + 16) // 16 * 16
+    shape = (bounds.shape[0] - 1, kv_heads, features.shape[2], row)
+    states = values.new_empty(shape, dtype=torch.float32)
+    kernels().group_states(features, values, weights, last, bounds, FEATURE_MAPS[feature_map], states)
+    return states
+
+
+def far_states(states: Tensor, bounds: Tensor, behind: int | None, ahead: int | None) -> Tensor:
+    """For each group the sum of the states from `behind` groups back and from `ahead` groups on, in its segment.
+
+    bounds: int32 `[segments + 1]`, the first group of each segment. None leaves a side out.
+    """
+    sums = torch.empty_like(states)
+    kernels().far_states(states, bounds, *(-1 if lag is None else lag for lag in (behind, ahead)), sums)
+    return sums

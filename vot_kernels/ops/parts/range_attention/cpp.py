@@ -1,0 +1,369 @@
+"""Range attention on the C++ kernels, see `csrc/kernels/range_attention.h`: plans of packings, and the calls.
+
+Tensors `[tokens, heads, head_dim]` are read where they lie, if their columns lie side by side.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vot_kernels.cpp.library import kernels
+from vot_kernels.ops.launch import contiguous, rows_contiguous
+from vot_kernels.ops.parts.group_states.cpp import FEATURE_MAPS
+from vot_kernels.ops.parts.plans import remember
+from vot_kernels.ops.parts.range_attention.triton import KeyRanges
+
+_MOST_ROWS = 768  # (row, head) pairs of a task: as many share the work of arranging a block of keys
+_LEAST_ROWS = 192  # where there are too few tasks for the threads
+_PART_KEYS, _MOST_PARTS = 1024, 8  # a long segment's keys are dealt out in parts, each with a dq of its own
+_KEY_BLOCK = 128
+_SUMMED_ROWS = 256  # of a task that adds parts
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the rows of a packing see, and the tasks of the kernels; tasks are int32, as their structs have them.
+
+    Attributes:
+        rows, keys: packed; later ones are slack.
+        ranges: int32 `[2, rows]`, first key of each row and one past the last.
+        row_groups: int32 `[rows]`, the group of each row; key_groups the same for keys.
+        row_tasks, key_tasks, sum_tasks: of the forward and the first step of the backward, of its second and last step.
+        parts: buffers of dq that the second step of the backward fills.
+        complete: every row sees a key.
+    """
+
+    rows: int
+    keys: int
+    ranges: Tensor
+    row_groups: Tensor
+    key_groups: Tensor
+    row_tasks: Tensor
+    key_tasks: Tensor
+    sum_tasks: Tensor
+    parts: int
+    complete: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FarPart:
+    """Linear attention of rows to far groups, or of keys to the gradients of such rows.
+
+    Attributes:
+        states: as `group_states.cpp.far_states` returns them.
+        features: `[tokens, heads, width]`: q or k, or given features.
+        feature_map: what to apply to them, a name of `FEATURE_MAPS`.
+        beta: `[heads]`, log of the weight of far tokens; None is 0.
+    """
+
+    states: Tensor
+    features: Tensor
+    feature_map: str
+    beta: Tensor | None = None
+
+
+def plan_ranges(ranges: KeyRanges, heads: int, kv_heads: int) -> Plan:
+    """The plan of a packing, made once for all layers of a model."""
+    threads = torch.get_num_threads()
+    fields = (ranges.cu_rows, ranges.cu_keys, ranges.row_groups, ranges.key_groups, ranges.segment_groups)
+    sides = (ranges.left, ranges.right, ranges.tokens_left, ranges.tokens_right)
+    return _make_plan(*fields, *sides, heads, kv_heads, threads)
+
+
+def range_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    far: FarPart | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output in `dtype`, by default that of q, and lse float32 `[rows, heads]`.
+
+    Rows that see nothing get 0 and -inf.
+    """
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    out = q.new_empty(q.shape, dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    kernels().range_attention_forward(
+        q, k, v, plan.ranges, plan.row_tasks, scale, *_far(far, plan.row_groups), _beta(far), out, lse
+    )
+    if plan.rows < q.shape[0]:
+        out[plan.rows :].zero_()
+        lse[plan.rows :].fill_(-math.inf)
+    return out, lse
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """What the first step of the backward finds for each row.
+
+    Attributes:
+        delta: float32 `[rows, heads]`, d_out.out - d_lse.
+        dq: float32 `[rows, heads, head_dim]`, its part through the feature map; None without one.
+        far_weight: float32 `[rows, heads]`, exp(beta - lse); None without a far part.
+        d_beta: float32 `[rows, heads]`, to be summed over the rows; None without a far part.
+        d_features: gradient of given features, else None.
+    """
+
+    delta: Tensor
+    dq: Tensor | None = None
+    far_weight: Tensor | None = None
+    d_beta: Tensor | None = None
+    d_features: Tensor | None = None
+
+
+def range_attention_rows_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kv_heads: int,
+    plan: Plan,
+    far: FarPart | None = None,
+) -> RowGradients:
+    """The first step of the backward; `far` is that of the forward. Slack rows are 0."""
+    d_out, out = rows_contiguous(d_out), rows_contiguous(out)
+    found = RowGradients(_new_rows(lse, plan.rows))
+    if far is not None:
+        features = far.features
+        given = far.feature_map == "none"
+        d_features = _new_rows(features, plan.rows, None if given else torch.float32)
+        numbers = (_new_rows(lse, plan.rows) for _ in range(2))
+        found = RowGradients(
+            found.delta, None if given else d_features, *numbers, d_features if given else None
+        )
+    gradient = found.dq if found.d_features is None else found.d_features
+    kernels().range_attention_rows_backward(
+        d_out,
+        contiguous(d_lse, torch.float32),
+        out,
+        lse.contiguous(),
+        kv_heads,
+        plan.row_tasks,
+        *_far(far, plan.row_groups),
+        _beta(far),
+        found.delta,
+        found.far_weight,
+        found.d_beta,
+        gradient,
+    )
+    return found
+
+
+def range_attention_keys_backward(
+    d_out: Tensor,
+    lse: Tensor,
+    found: RowGradients,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    far: FarPart | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The other steps: dq, dk, dv, and the gradient of given features of k, else None; 0 in slack rows.
+
+    found: what the first step found. far: the key side: for each group the gradient states of the groups far from
+    which it is, and the features of k.
+    """
+    d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
+    dk, dv = _new_rows(k, plan.keys), _new_rows(v, plan.keys)
+    given = far is not None and far.feature_map == "none"
+    d_features = _new_rows(far.features, plan.keys) if far is not None and given else None
+    at_once = plan.parts == 1 and q.dtype == torch.float32
+    if not at_once:
+        sums = q.new_empty(plan.parts, *q.shape, dtype=torch.float32)
+    elif found.dq is not None:
+        sums = found.dq
+    else:
+        sums = (
+            _new_rows(q, plan.rows)
+            if plan.complete
+            else torch.zeros_like(q, memory_format=torch.contiguous_format)
+        )
+    kernels().range_attention_keys_backward(
+        d_out,
+        lse.contiguous(),
+        found.delta,
+        q,
+        k,
+        v,
+        plan.ranges,
+        plan.key_tasks,
+        scale,
+        found.dq if at_once else None,
+        *_far(far, plan.key_groups),
+        sums,
+        dk,
+        dv,
+        d_features,
+    )
+    if at_once:
+        return sums, dk, dv, d_features
+    dq = _new_rows(q, plan.rows)
+    kernels().range_attention_sum_parts(found.dq, sums, plan.sum_tasks, dq)
+    return dq, dk, dv, d_features
+
+
+def range_attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv without a far part."""
+    found = range_attention_rows_backward(d_out, d_lse, out, lse, k.shape[1], plan)
+    dq, dk, dv, _ = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, scale)
+    return dq, dk, dv
+
+
+def _new_rows(like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous, uninitialized but for the slack from `rows` on, which is 0."""
+    new = like.new_empty(like.shape, dtype=dtype)
+    if rows < like.shape[0]:
+        new[rows:].zero_()
+    return new
+
+
+def _far(far: FarPart | None, groups: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    if far is None:
+        return None, None, None, 0
+    return far.states, groups, far.features, FEATURE_MAPS[far.feature_map]
+
+
+def _beta(far: FarPart | None) -> Tensor | None:
+    return None if far is None else contiguous(far.beta, torch.float32)
+
+
+@remember
+def _make_plan(
+    cu_rows: Tensor,
+    cu_keys: Tensor,
+    row_groups: Tensor,
+    key_groups: Tensor,
+    segment_groups: Tensor | None,
+    left: int | None,
+    right: int | None,
+    tokens_left: int | None,
+    tokens_right: int | None,
+    heads: int,
+    kv_heads: int,
+    threads: int,
+) -> Plan:
+    rows, keys = _bounds(cu_rows), _bounds(cu_keys)
+    groups = _Groups.of(_bounds(row_groups), _bounds(key_groups), segment_groups)
+    low, high = groups.key_ranges(left, right, tokens_left, tokens_right)
+    pairs = rows[-1] * heads // (4 * threads) if threads > 1 else _MOST_ROWS
+    at_once = int(np.clip(pairs, _LEAST_ROWS, _MOST_ROWS)) * kv_heads // heads
+    owner, begin, end = _cut(rows, -(-np.diff(rows) // max(1, at_once)))
+    row_tasks = np.stack([begin, end, keys[owner]], axis=1)
+    counts = np.clip(-(-np.diff(keys) // _PART_KEYS), 1, _MOST_PARTS)
+    owner, begin, end = _cut(keys, counts, _KEY_BLOCK)
+    part = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    key_tasks = np.stack([begin, end, rows[owner], rows[owner + 1], part], axis=1)
+    return Plan(
+        int(rows[-1]),
+        int(keys[-1]),
+        _int32(np.stack([low, high])),
+        _int32(np.repeat(np.arange(len(groups.rows)), groups.rows)),
+        _int32(np.repeat(np.arange(len(groups.keys)), groups.keys)),
+        _int32(row_tasks),
+        _int32(key_tasks),
+        _int32(_sum_tasks(rows, low, high, begin, part)),
+        int(counts.max(initial=1)),
+        bool((low < high).all()),
+    )
+
+
+def _cut(bounds: np.ndarray, counts: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Segments in `counts` pieces, multiples of `step` long: owners, begins and ends of those that are not empty."""
+    lengths = np.diff(bounds)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    size = -(-lengths // (np.maximum(counts, 1) * step)) * step
+    begin = bounds[owner] + np.minimum(place * size[owner], lengths[owner])
+    end = np.minimum(begin + size[owner], bounds[owner + 1])
+    some = begin < end
+    return owner[some], begin[some], end[some]
+
+
+def _sum_tasks(
+    rows: np.ndarray, low: np.ndarray, high: np.ndarray, key_begin: np.ndarray, part: np.ndarray
+) -> np.ndarray:
+    """Runs of rows that the same parts of keys have a share of dq for."""
+    first = np.searchsorted(key_begin, low, side="right") - 1
+    last = np.searchsorted(key_begin, high - 1, side="right") - 1
+    shares = (
+        np.where(low < high, [part[first], part[last] + 1], 0) if len(part) else np.zeros((2, len(low)), int)
+    )
+    new = (np.diff(shares, axis=1, prepend=-1) != 0).any(0)
+    new[::_SUMMED_ROWS] = True
+    begin = np.flatnonzero(new)
+    return np.stack([begin, np.append(begin, rows[-1])[1:], *shares[:, begin]], axis=1).reshape(-1, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Groups of rows and of keys, on the host.
+
+    Attributes:
+        row_bounds, key_bounds: cumulative lengths.
+        first, end: the first group of each group's segment, and one past the last.
+    """
+
+    row_bounds: np.ndarray
+    key_bounds: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    @classmethod
+    def of(cls, row_bounds: np.ndarray, key_bounds: np.ndarray, segment_groups: Tensor | None) -> "_Groups":
+        groups = len(row_bounds) - 1
+        bounds = np.arange(groups + 1) if segment_groups is None else _bounds(segment_groups)
+        counts = np.diff(bounds)
+        return cls(row_bounds, key_bounds, np.repeat(bounds[:-1], counts), np.repeat(bounds[1:], counts))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Of each group, how many."""
+        return np.diff(self.row_bounds)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Of each group, how many."""
+        return np.diff(self.key_bounds)
+
+    def key_ranges(
+        self, left: int | None, right: int | None, tokens_left: int | None, tokens_right: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First key of each row, and one past the last: `KeyRanges` says what the sides are."""
+        group = np.arange(len(self.first))
+        behind = group - self.first if left is None else np.minimum(left, group - self.first)
+        ahead = self.end - 1 - group if right is None else np.minimum(right, self.end - 1 - group)
+        offset = self.key_bounds[self.end] - self.row_bounds[self.end]
+        begin, end, offset = (
+            np.repeat(x, self.rows)
+            for x in (self.key_bounds[group - behind], self.key_bounds[group + 1 + ahead], offset)
+        )
+        counterpart = np.arange(len(begin)) + offset
+        low = begin if tokens_left is None else np.clip(counterpart - tokens_left, begin, end)
+        high = end if tokens_right is None else np.clip(counterpart + tokens_right + 1, low, end)
+        return low, high
+
+
+def _bounds(x: Tensor) -> np.ndarray:
+    return x.numpy().astype(np.int64)
+
+
+def _int32(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32))
