@@ -389,9 +389,11 @@ def test_the_whole_op_plans_anew_and_the_kernel_does_not(kind, monkeypatch):
     runner = Runner(
         chosen, workload, "forward", torch.device("cpu"), Inputs(workload, "forward", torch.device("cpu"), 1)
     )
-    planner = (
-        (linear_attention, "plan_states") if kind == "linear_attention" else (hybrid_attention, "plan_pass")
-    )
+    planner = {
+        "packed_attention": (hybrid_attention, "plan_segments"),
+        "linear_attention": (linear_attention, "plan_states"),
+        "hybrid_attention": (hybrid_attention, "plan_pass"),
+    }[kind]
     planned, inner = [], getattr(*planner)
 
     def count(*arguments):

@@ -6,10 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vot_kernels import PackedLayout, hybrid_attention
+from vot_kernels import PackedLayout, flash_attn_varlen_func, hybrid_attention, packed_attention
+from vot_kernels.ops.hybrid_attention import torch as hybrid_torch
 from vot_kernels.ops.hybrid_attention.geometry import Geometry
 from vot_kernels.ops.hybrid_attention.torch import make_plan
-from vot_kernels.testing import make_tensor
+from vot_kernels.testing import make_tensor, shifted
 
 BETA = torch.tensor([0.3, -0.5, 0.1, -1.0], dtype=torch.float64)
 
@@ -135,3 +136,62 @@ def test_groups_of_sixteen_have_states_of_their_own():
     plan = make_plan(Geometry.of(layout, 1, None))
     near = sum(item.queries.num_rows * item.keys.length for item in plan.passes[0])
     assert not plan.pairs and near <= 48 * layout.num_tokens * 1.2
+
+
+SHAPES = [
+    (2, 2, 16, torch.float32),
+    (4, 2, 8, torch.float64),
+    (3, 3, 72, torch.float32),
+    (2, 1, 24, torch.bfloat16),
+]
+
+
+def clips_of_frames(numbers: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Bounds of some clips, and of their frames: of one size in a clip, mostly small, or of any size."""
+    sizes = [
+        numbers.integers(0, 40, 5)
+        if numbers.random() < 0.2
+        else [numbers.choice([1, 2, 4, 6, 8, 12, 16, 24, 36, 64])]
+        for _ in range(numbers.integers(1, 5))
+    ]
+    clips = [np.repeat(size, numbers.integers(1, 5)) for size in sizes]
+    bounds = [0, *np.cumsum([clip.sum() for clip in clips]).tolist()]
+    return bounds, [0, *np.cumsum(np.concatenate(clips)).tolist()]
+
+
+@pytest.mark.parametrize("causal", [None, "group", "token"])
+def test_without_far_weight_frames_are_segments_of_exact_attention_bit_for_bit(causal):
+    numbers = np.random.default_rng(shifted(0))
+    for index in range(50):
+        clips, frames = clips_of_frames(numbers)
+        heads, kv_heads, head_dim, dtype = SHAPES[index % len(SHAPES)]
+        sizes = [heads, kv_heads, kv_heads]
+        qkv = make_tensor(frames[-1], sum(sizes), head_dim, seed=index, dtype=dtype).split(sizes, 1)
+        bounds = torch.tensor(frames, dtype=torch.int32)
+        exact = packed_attention(
+            *qkv, PackedLayout.from_cu_seqlens(frames), causal=causal == "token", return_lse=True
+        )
+        flash, flash_lse, _ = flash_attn_varlen_func(
+            *qkv, bounds, bounds, 0, 0, causal=causal == "token", return_attn_probs=True
+        )
+        assert torch.equal(exact[0], flash) and torch.equal(exact[1], flash_lse.t())
+        for far in ({"beta": torch.full((heads,), -torch.inf)}, {"far_weight": torch.eye(heads)[0]}):
+            layout = PackedLayout.from_cu_seqlens(clips, frames)
+            found = hybrid_attention(*qkv, layout, window=0, causal=causal, return_lse=True, **far)
+            some = slice("far_weight" in far, None)  # the first head sees far tokens, and its results differ
+            for a, b in zip(found, exact, strict=True):
+                assert torch.equal(a[:, some], b[:, some]), (index, clips, frames, dtype)
+
+
+def test_a_far_part_of_no_weight_is_not_computed(monkeypatch):
+    q, k, v = make_tensor(3, 40, 2, 8).requires_grad_()
+    layout, off = (
+        PackedLayout.from_lengths([40], group_size=8),
+        torch.full((2,), -torch.inf, requires_grad=True),
+    )
+    monkeypatch.setattr(hybrid_torch, "group_states", None)
+    for window in (0, 1):
+        out = hybrid_attention(q, k, v, layout, window=window, beta=off)
+        assert (torch.autograd.grad(out.sum(), off)[0] == 0).all()
+    with pytest.raises(TypeError, match="NoneType"):
+        hybrid_attention(q, k, v, layout, window=0, beta=torch.tensor([-torch.inf, -1.0]))

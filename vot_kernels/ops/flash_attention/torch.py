@@ -1,12 +1,7 @@
-"""The flash-attn functions in PyTorch operations: equal segments as one batch, a few heads at a time.
-
-On a CPU torch's kernel reads any strides, so segments are views of the packed tensors where nothing has to be
-converted, masked or shared among heads.
-"""
+"""The flash-attn functions in PyTorch operations: equal segments as one batch, a few heads at a time."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,21 +14,17 @@ from vot_kernels.ops.parts.plans import remember
 from vot_kernels.ops.parts.range_attention.blocks import (
     cut_heads,
     head_chunks,
-    stretches,
     to_heads,
     to_tokens,
 )
+from vot_kernels.ops.parts.range_attention.segments import plan_segments, row_width
 from vot_kernels.ops.parts.range_attention.torch import (
     RangePass,
     attend_rows,
     attend_rows_backward,
-    plan_pass,
-    plan_windows,
     range_attention,
     range_attention_backward,
 )
-
-_COPIED = 2**13  # numbers in a run; copying more takes longer than a call of torch's kernel
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
@@ -75,32 +66,21 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     return Inputs(dq, dk, dv)
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Packed rows and keys, and what the rows see: each pass has at most one key range per row.
-
-    `views` is the only pass in blocks that `attend_rows` takes, None if it cannot serve the call.
-    """
+class Plan(NamedTuple):
+    """Packed rows and keys, and what the rows see, as in `Passes`."""
 
     rows: int
     keys: int
     passes: tuple[RangePass, ...]
-    views: RangePass | None = None
+    views: RangePass | None
 
 
 def _plan(inputs: Inputs, geometry: Geometry) -> Plan:
     """The plan of a packing on the device of its tensors, once its bounds are on the host and found sound."""
     rows, keys = geometry.host_bounds(inputs)
-    return make_plan(tuple(rows), tuple(keys), geometry.left, geometry.right, _width(inputs), inputs.q.device)
-
-
-def _width(inputs: Inputs) -> int | None:
-    """The numbers of a row if torch's kernel can read it as it lies, else None."""
-    q, k, v = inputs
-    as_it_lies = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    if not as_it_lies or q.shape[1] != k.shape[1] or any(x.stride(2) != 1 for x in inputs):
-        return None
-    return q.shape[1] * q.shape[2]
+    return make_plan(
+        tuple(rows), tuple(keys), geometry.left, geometry.right, row_width(*inputs), inputs.q.device
+    )
 
 
 @remember
@@ -112,36 +92,6 @@ def make_plan(
     width: int | None,
     device: torch.device,
 ) -> Plan:
-    """Ranges of rows and keys that need no mask, unless there is a limit on the left.
-
-    In the frame of a segment row i sees the keys before i + shift + 1. So the rows that see some but not all
-    keys are a causal square whose first key is the one they start at, and see all keys before that.
-    """
-    row, row_end, key, key_end = segments = np.array([rows[:-1], rows[1:], keys[:-1], keys[1:]], np.int64)
-    if left is not None:
-        passes = [plan_windows(segments.T, left, right, device)]
-        return Plan(rows[-1], keys[-1], tuple(blocks for blocks in passes if blocks))
-    shift = key_end - key if right is None else key_end - key - (row_end - row) + right
-    first = np.clip(row - shift, row, row_end)
-    last = np.clip(row + key_end - key - shift, first, row_end)
-    offset = key - row + shift
-    squares = np.stack([first, last, first + offset, last + offset], axis=1)
-    before = np.stack([first, last, key, first + offset], axis=1)
-    whole = np.stack([last, row_end, key, key_end], axis=1)
-    others = np.stack([before, whole], axis=1).reshape(-1, 4)
-    passes = [plan_pass(squares, True, device), plan_pass(others, False, device)]
-    passes = [blocks for blocks in passes if blocks]
-    views = None if width is None or len(passes) > 1 else _as_views(passes, width)
-    return Plan(rows[-1], keys[-1], tuple(passes), views)
-
-
-def _as_views(passes: Sequence[RangePass], width: int) -> RangePass:
-    """The blocks of one pass at most, cut into blocks of adjacent runs; runs that are short are rather copied."""
-    found = []
-    for item in (item for blocks in passes for item in blocks):
-        starts = np.stack([item.queries.starts, item.keys.starts], axis=1)
-        apart = item.queries.length * width > _COPIED
-        lengths = (item.queries.length, item.keys.length)
-        for part in stretches(starts, lengths) if apart else [slice(None)]:
-            found.append(item.part(part))
-    return tuple(found)
+    """The plan of segments with these bounds."""
+    segments = np.array([rows[:-1], rows[1:], keys[:-1], keys[1:]], np.int64).T
+    return Plan(rows[-1], keys[-1], *plan_segments(segments, left, right, width, device))

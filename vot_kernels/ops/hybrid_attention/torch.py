@@ -5,7 +5,7 @@ least float32. Temporaries stay small, and no mask of all pairs is ever made.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,8 +38,12 @@ from vot_kernels.ops.parts.range_attention.blocks import (
     to_heads,
     to_tokens,
 )
+from vot_kernels.ops.parts.range_attention.segments import Passes, plan_segments, row_width
 from vot_kernels.ops.parts.range_attention.torch import (
     RangePass,
+    attend_rows,
+    attend_rows_backward,
+    join_ranges,
     plan_limits,
     plan_pass,
     range_attention,
@@ -55,7 +59,9 @@ _TINY, _STATE_ROWS = 8, 64
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Output and lse `[tokens, heads]`, at least float32."""
-    plan, q = make_plan(geometry), inputs.q
+    plan, q = _plan(inputs, geometry), inputs.q
+    if plan.far is None and plan.views is not None:
+        return attend_rows(q, inputs.k, inputs.v, plan.views, options.scale)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
     for heads, kv_heads in head_chunks(q, inputs.k, plan.state_size(inputs)):
@@ -67,7 +73,11 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
     """Gradients of the inputs that were given."""
-    plan, inputs = make_plan(geometry), saved.inputs
+    inputs = saved.inputs
+    plan = _plan(inputs, geometry)
+    if plan.far is None and plan.views is not None and grads.d_lse is None:
+        near = attend_rows_backward(grads.d_out, *inputs[:3], saved.out, saved.lse, plan.views, options.scale)
+        return Inputs(*near, *(None if x is None else torch.zeros_like(x) for x in inputs[3:]))
     q, k, v, *optional = (None if x is None else x.new_empty(x.shape) for x in inputs)
     assert q is not None and k is not None and v is not None
     found = Inputs(q, k, v, *optional)
@@ -84,6 +94,14 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
             else:
                 to_tokens(part, total)
     return found
+
+
+def _plan(inputs: Inputs, geometry: Geometry) -> "Plan":
+    """The plan of a packing for these tensors; without a far part if its weights are known to be 0."""
+    plan, beta = make_plan(geometry, row_width(*inputs[:3])), inputs.beta
+    if beta is not None and beta.device.type == "cpu" and bool((beta == -math.inf).all()):
+        return replace(plan, far=None, pairs=())
+    return plan
 
 
 def _cut(x: Inputs, heads: slice, kv_heads: slice) -> Inputs:
@@ -158,7 +176,9 @@ class Plan:
 
     Attributes:
         num_tokens: packed rows; later rows are slack.
-        passes: near ranges, each pass with at most one key range per query.
+        passes: near ranges, each pass with at most one key range per query. Where near attention is exact attention
+            of some segments they are what that has, so that a far weight of 0 gives the same bits.
+        views: see `Passes`; for plans without a far part.
         far: states of the far groups and their scan, None if no group has any. Small groups share a state.
         pairs: far rows that a shared state leaves out, since some of its groups are near, or too many of another
             group's: taken one by one.
@@ -166,6 +186,7 @@ class Plan:
 
     num_tokens: int
     passes: tuple[RangePass, ...]
+    views: RangePass | None
     far: StatePlan | None
     pairs: RangePass = ()
 
@@ -180,41 +201,50 @@ class Plan:
 
 
 @remember
-def make_plan(geometry: Geometry) -> Plan:
-    """The plan of a packing on the device where its bounds lie."""
+def make_plan(geometry: Geometry, width: int | None = None) -> Plan:
+    """The plan of a packing on the device where its bounds lie, for rows of a `row_width`."""
     if geometry.causal == "group" and not (geometry.host_cu_groups.diff() > 1).any():
         geometry = geometry._replace(causal="token")  # the same, and without a window a plain triangle
     device, ranges = geometry.cu_seqlens.device, geometry.near_ranges()
     far, pairs = _plan_far(geometry, ranges, device) if geometry.has_far else (None, ())
-    return Plan(int(geometry.host_cu_seqlens[-1]), _plan_near(geometry, ranges, device), far, pairs)
+    near = _plan_own(geometry, ranges, width, device) or Passes(_plan_near(geometry, ranges, device))
+    return Plan(int(geometry.host_cu_seqlens[-1]), *near, far, pairs)
+
+
+def _plan_own(
+    geometry: Geometry, ranges: np.ndarray, width: int | None, device: torch.device
+) -> Passes | None:
+    """The plan of exact attention where it comes to that: rows see the rows among which they lie, and no others."""
+    token = geometry.causal == "token"
+    own = ranges[ranges[:, 1] > ranges[:, 0]]
+    own = own if token else join_ranges(own)
+    if (own[:, :2] != own[:, 2:]).any():
+        return None
+    return plan_segments(own, None, 0 if token else None, width, device)
 
 
 def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> tuple[RangePass, ...]:
     """Passes over the near ranges. Small groups are joined to blocks of rows that each see a range of their own."""
     token = geometry.causal == "token"
-    joined: RangePass = ()
     earlier: RangePass = ()
-    if not geometry.all_near:
-        sizes = _Sizes.of(geometry, ranges)
-        most = np.clip(sizes.mean_keys / 2, _LEAST_ROWS, _MOST_ROWS)
-        most = np.where(sizes.mean_rows * sizes.counts <= _MOST_ROWS, _MOST_ROWS, most)
-        at_once = np.where(sizes.mean_rows < _SMALL, np.maximum(1, most // sizes.mean_rows), 1)
-        large = sizes.rows > _SMALL
-        new = (sizes.place % at_once[sizes.segment] == 0) | large | np.append(False, large[:-1])
-        owner = np.cumsum(new) - 1
-        shared = np.bincount(owner)[owner] > 1 if len(owner) else new
-        rows = _rows_of(ranges[shared])
-        low, high, owners = (
-            np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
-        )
-        if (
-            geometry.causal and geometry.left is None and len(rows)
-        ):  # what is before a block, all of it sees without a mask
-            first = np.flatnonzero(np.diff(owners, prepend=-1))
-            begin, end = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
-            earlier = plan_pass(np.stack([begin, end, low[first], begin], axis=1), False, device)
-            low = np.repeat(begin, np.diff(np.append(first, len(rows))))
-        joined, ranges = plan_limits(rows, low, rows + 1 if token else high, owners, device), ranges[~shared]
+    sizes = _Sizes.of(geometry, ranges)
+    most = np.clip(sizes.mean_keys / 2, _LEAST_ROWS, _MOST_ROWS)
+    most = np.where(sizes.mean_rows * sizes.counts <= _MOST_ROWS, _MOST_ROWS, most)
+    at_once = np.where(sizes.mean_rows < _SMALL, np.maximum(1, most // sizes.mean_rows), 1)
+    large = sizes.rows > _SMALL
+    new = (sizes.place % at_once[sizes.segment] == 0) | large | np.append(False, large[:-1])
+    owner = np.cumsum(new) - 1
+    shared = np.bincount(owner)[owner] > 1 if len(owner) else new
+    rows = _rows_of(ranges[shared])
+    low, high, owners = (
+        np.repeat(x, sizes.rows[shared]) for x in (ranges[shared, 2], ranges[shared, 3], owner[shared])
+    )
+    if geometry.causal and geometry.left is None and len(rows):  # no mask for what lies before a block
+        first = np.flatnonzero(np.diff(owners, prepend=-1))
+        begin, end = rows[first], rows[np.append(first[1:], len(rows)) - 1] + 1
+        earlier = plan_pass(np.stack([begin, end, low[first], begin], axis=1), False, device)
+        low = np.repeat(begin, np.diff(np.append(first, len(rows))))
+    joined, ranges = plan_limits(rows, low, rows + 1 if token else high, owners, device), ranges[~shared]
     if token:  # the own group with a triangle, then whole groups before it
         begin, end, key_begin, _ = ranges.T
         own = plan_pass(np.stack([begin, end, begin, end], axis=1), True, device)

@@ -62,13 +62,8 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePa
     Queries must ascend. Adjacent queries with the same keys become one range.
     """
     ranges = ranges[(ranges[:, 1] > ranges[:, 0]) & (ranges[:, 3] > ranges[:, 2])]
-    if not len(ranges):
-        return ()
     if not causal:
-        new = np.any(np.diff(ranges[:, 2:], axis=0) != 0, axis=1) | (ranges[1:, 0] != ranges[:-1, 1])
-        first = np.flatnonzero(np.concatenate([[True], new]))
-        last = np.append(first[1:], len(ranges)) - 1
-        ranges = np.stack([ranges[first, 0], ranges[last, 1], ranges[first, 2], ranges[first, 3]], axis=1)
+        ranges = join_ranges(ranges)
     lengths = np.stack([ranges[:, 1] - ranges[:, 0], ranges[:, 3] - ranges[:, 2]], axis=1)
     return tuple(
         RangeBlocks(
@@ -78,6 +73,16 @@ def plan_pass(ranges: np.ndarray, causal: bool, device: torch.device) -> RangePa
         )
         for rows in bucket(lengths)
     )
+
+
+def join_ranges(ranges: np.ndarray) -> np.ndarray:
+    """Make one range of adjacent queries with the same keys; `ranges` as of `plan_pass`."""
+    if not len(ranges):
+        return ranges
+    new = np.any(np.diff(ranges[:, 2:], axis=0) != 0, axis=1) | (ranges[1:, 0] != ranges[:-1, 1])
+    first = np.flatnonzero(np.concatenate([[True], new]))
+    last = np.append(first[1:], len(ranges)) - 1
+    return np.stack([ranges[first, 0], ranges[last, 1], ranges[first, 2], ranges[first, 3]], axis=1)
 
 
 def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch.device) -> RangePass:
@@ -328,11 +333,15 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return output and lse `[runs, heads, length]` of a batch of equal ranges."""
-    if q.device.type == "cpu" and k.shape[2] >= _LEAST_KEYS:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
-    return _attend_matmul(q, k, v, causal, scale, mask)
+    if q.device.type != "cpu":
+        return _attend_matmul(q, k, v, causal, scale, mask)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    if k.shape[2] < _LEAST_KEYS and not (q.sum() + k.sum()).isfinite():
+        lost = _scores(q, k, slice(None), slice(None), causal, scale, mask).isnan().any(-1)
+        out, lse = out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
+    return out, lse
 
 
 def _attend_backward(
