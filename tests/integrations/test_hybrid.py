@@ -58,7 +58,7 @@ def test_the_start_is_exact_bit_for_bit(kind):
     assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
 
 
-def test_the_start_is_exact_for_any_mix_of_small_frames():
+def test_the_start_is_exact_bit_for_bit_for_any_mix_of_small_frames():
     exact, hybrid = tower("qwen3_vl"), tower("qwen3_vl")
     vot_kernels.patch(exact)
     vot_kernels.patch(hybrid, attention="hybrid", window=0, far="zero")

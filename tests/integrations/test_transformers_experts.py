@@ -173,6 +173,12 @@ def both(module, name, *arguments):
     return module(*arguments), eager
 
 
+def test_silu_may_be_a_function(name, calls):
+    found, eager = both(*make_experts(activation=nn.functional.silu)[:1], name, *make_experts()[1:])
+    torch.testing.assert_close(found, eager, rtol=1e-10, atol=1e-12)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_both_layouts_and_gradients(name, calls, transposed):
     module, x, ids, weights = make_experts({"is_transposed": transposed})
@@ -222,6 +228,7 @@ def test_compiles_in_one_graph(name):
         ({"options": {"is_concatenated": False}}, "interleaved"),
         ({"options": {"has_post_expert_norm": True}}, "a norm behind them"),
         ({"activation": nn.GELU()}, "their activation is GELU, not SiLU"),
+        ({"activation": nn.functional.gelu}, "their activation is gelu, not SiLU"),
         ({"_apply_gate": lambda self, both: both}, "a gate of their own"),
     ],
 )

@@ -3,6 +3,8 @@
 They have no constructor and read what they need from the layer that adopts them.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from vot_kernels.ops.moe import moe
@@ -15,7 +17,7 @@ class SwiGLUExperts(nn.Module):
 
     gate_up_proj: Tensor
     down_proj: Tensor
-    act_fn: nn.Module
+    act_fn: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts.
@@ -32,6 +34,9 @@ class SwiGLUExperts(nn.Module):
         Raises:
             ValueError: the activation of the layer is not SiLU.
         """
-        if "silu" not in type(self.act_fn).__name__.lower():
-            raise ValueError(f"SwiGLUExperts needs the activation SiLU, got {type(self.act_fn).__name__}.")
+        name = getattr(
+            self.act_fn, "__name__", type(self.act_fn).__name__
+        )  # a function's, or a module's class
+        if "silu" not in name.lower():
+            raise ValueError(f"SwiGLUExperts needs the activation SiLU, got {name}.")
         return moe(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights)

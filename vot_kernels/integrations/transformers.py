@@ -107,8 +107,9 @@ def expert_refusals(experts: object) -> Iterator[str]:
     if gate is not None and gate.__module__ != ExpertsInterface.__module__:  # else act_fn(gate) * up
         yield "they have a gate of their own"
     activation = getattr(experts, "act_fn", None)
-    if not isinstance(activation, _SILU):
-        yield f"their activation is {type(activation).__name__}, not SiLU"
+    if not (isinstance(activation, _SILU) or activation is nn.functional.silu):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        yield f"their activation is {name}, not SiLU"
     weight = getattr(experts, "gate_up_proj", None)
     if isinstance(weight, Tensor) and weight.dtype not in FLOAT_DTYPES:
         yield f"their weights are {weight.dtype}"
