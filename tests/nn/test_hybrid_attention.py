@@ -35,6 +35,60 @@ def test_beta_counts_and_exact_attention_has_none():
     assert torch.equal(module(x, LAYOUT), before)
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_far_weight_of_zero_is_window_attention_that_training_leaves(window):
+    module, alone = (
+        HybridAttention(32, 4, window=window, far_init=0.0),
+        HybridAttention(32, 4, window=window, beta_init=-torch.inf),
+    )
+    assert module.beta is None and torch.equal(module.far_weight, torch.zeros(4))
+    alone.load_state_dict(
+        {"beta": alone.beta} | {n: x for n, x in module.state_dict().items() if n != "far_weight"}
+    )
+    x = make_tensor(25, 32)
+    start = module(x, LAYOUT)
+    assert torch.equal(start, alone(x, LAYOUT))
+    (start * make_tensor(25, 32, seed=1)).sum().backward()
+    assert (module.far_weight.grad != 0).all()
+    with torch.no_grad():
+        module.far_weight.sub_(0.1 * module.far_weight.grad)
+    assert not torch.equal(module(x, LAYOUT), start)
+    module.reset_parameters()
+    assert torch.equal(module(x, LAYOUT), start)
+
+
+def test_a_far_weight_is_exp_of_beta_and_counts_by_its_size():
+    module, logarithmic = HybridAttention(32, 4, window=0, far_init=2.0), HybridAttention(32, 4, window=0)
+    states = {n: x for n, x in module.state_dict().items() if n != "far_weight"}
+    logarithmic.load_state_dict(states | {"beta": torch.full((4,), 2.0).log()})
+    x = make_tensor(25, 32)
+    assert max_error(module(x, LAYOUT), logarithmic(x, LAYOUT)) < 1e-5
+    expected = module(x, LAYOUT)
+    with torch.no_grad():
+        module.far_weight.neg_()
+    assert torch.equal(module(x, LAYOUT), expected)
+    assert HybridAttention(32, 4, window=None, far_init=0.0).far_weight is None
+    with pytest.raises(ValueError, match=r"^far_init must be a weight >= 0 or None, got -1.0\.$"):
+        HybridAttention(32, 4, far_init=-1.0)
+
+
+@torch.no_grad()
+def test_a_stream_knows_the_far_weight():
+    module = HybridAttention(32, 4, window=0, causal="group", far_init=0.5)
+    layout = PackedLayout.from_lengths((12,), group_size=4)
+    x, state, parts = make_tensor(12, 32), None, []
+    for group in x.split(4):
+        part, state = module.step(group, PackedLayout.from_lengths((4,)), state)
+        parts.append(part)
+    assert max_error(torch.cat(parts), module(x, layout)) < 1e-5
+
+
+def test_a_converted_module_has_a_far_weight():
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    ours = HybridAttention.from_attention(theirs, window=0, far_init=0.0)
+    assert torch.equal(ours.far_weight, torch.zeros(4)) and ours.beta is None
+
+
 def test_without_beta_the_far_part_has_weight_1():
     module, plain = HybridAttention(32, 4), HybridAttention(32, 4, beta_init=None)
     assert plain.beta is None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.nn.hybrid_attention import magnitude
 from vot_kernels.ops.attention_options import FEATURE_MAPS, Window, window_sides
 from vot_kernels.ops.checks import check_choice
 from vot_kernels.ops.hybrid_attention import hybrid_attention
@@ -121,7 +122,7 @@ class HybridLayer:
         if learned is None:
             beta = torch.full(q.shape[1:2], -torch.inf, device=q.device)
         else:
-            weight = torch.where(learned < 0, -learned, learned)  # |x|, with the derivative 1 at 0
+            weight = magnitude(learned)
         return hybrid_attention(
             q,
             k,

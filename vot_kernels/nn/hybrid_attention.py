@@ -15,7 +15,7 @@ from vot_kernels.packing import PackedLayout
 
 
 class HybridAttention(AttentionProjections):
-    """Projections, query-key norm and rotary around `hybrid_attention`, with a learned beta per head.
+    """Projections, query-key norm and rotary around `hybrid_attention`, with a learned weight of far tokens per head.
 
     Args:
         dim: width of the tokens.
@@ -27,6 +27,8 @@ class HybridAttention(AttentionProjections):
         feature_map: phi of the far part: "softmax", "elu" or "relu".
         scale: factor on q.k of near tokens; None means head_dim ** -0.5.
         beta_init: the initial log weight of far tokens, which is learned. None means 0 without a parameter `beta`.
+        far_init: the initial weight itself, >= 0, which is learned in place of its log. 0 starts as window attention
+            and can learn; beta_init = -inf cannot.
         qk_norm: RMSNorm with a learned scale over head_dim of q and k (Dehghani et al., 2023).
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
@@ -34,9 +36,10 @@ class HybridAttention(AttentionProjections):
 
     Attributes:
         beta: `[num_heads]`, the log weight of far tokens, or None.
+        far_weight: `[num_heads]`, the weight of far tokens, or None. A negative one counts as its size.
 
     Raises:
-        ValueError: sizes do not divide each other, or an option is unknown.
+        ValueError: sizes do not divide each other, `far_init` is negative, or an option is unknown.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class HybridAttention(AttentionProjections):
         feature_map: str = "softmax",
         scale: float | None = None,
         beta_init: float | None = 0.0,
+        far_init: float | None = None,
         qk_norm: bool = True,
         bias: bool = False,
         rotary: Rotary | None = None,
@@ -70,7 +74,11 @@ class HybridAttention(AttentionProjections):
         window_sides(window, self.causal)
         self.window, self.feature_map, self.backend = window, feature_map, backend
         self.scale = check_scale("scale", scale, self.head_dim)
-        self.beta_init = None if window is None else beta_init
+        if far_init is not None and not far_init >= 0:
+            raise ValueError(f"far_init must be a weight >= 0 or None, got {far_init}.")
+        self.far_init = None if window is None else far_init
+        self.far_weight = None if self.far_init is None else nn.Parameter(torch.empty(num_heads))
+        self.beta_init = None if window is None or far_init is not None else beta_init
         self.beta = None if self.beta_init is None else nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
 
@@ -83,6 +91,7 @@ class HybridAttention(AttentionProjections):
         causal: Causal = None,
         feature_map: str = "softmax",
         beta_init: float | None = 0.0,
+        far_init: float | None = None,
         rotary: Rotary | None = None,
         backend: str = "auto",
         check: bool = True,
@@ -96,20 +105,18 @@ class HybridAttention(AttentionProjections):
 
         **Positions.** A module whose forward takes `position_embeddings` takes them per call here too, for packed
         tokens: `attention(x, layout, position_embeddings=(cos, sin))`. CLS and register tokens have cos 1 and sin 0.
-            A module that
-        rotates in another way needs a `rotary`.
+        A module that rotates in another way needs a `rotary`.
 
         **The far weight.** A converted module with a window differs from the original only in far tokens. beta_init =
         -inf leaves them out. That is window attention, with a gradient of beta that is 0, so that training never
-        includes them. A very negative number, such as -10, starts close to that and can learn. 0 uses phi(q).phi(k)
-        unchanged, which for "softmax" is about 1 / head_dim and so much less than exp(scale q.k). `fit_beta` finds
-        the best start from sample tokens.
+        includes them. A very negative number, such as -10, starts close to that and can learn; far_init = 0 starts at
+        window attention and can learn. beta_init = 0 uses phi(q).phi(k) unchanged, which for "softmax" is about
+        1 / head_dim and so much less than exp(scale q.k). `fit_beta` finds the best beta from sample tokens.
 
         Args:
             module: the attention module, which is not changed.
-            window, causal, feature_map, beta_init, backend: as for this class; the default is exact attention. A
-            causal
-                module needs a `causal`.
+            window, causal, feature_map, beta_init, far_init, backend: as for this class; the default is exact
+                attention. A causal module needs a `causal`.
             rotary: `(q, k, layout) -> (q, k)` for a module whose positions are not given per call, or instead of them.
             check: compare with the module on a few random tokens in float64, without window and `rotary`. A module
                 whose positions come from `rotary` alone is not compared.
@@ -133,6 +140,7 @@ class HybridAttention(AttentionProjections):
                 feature_map=feature_map,
                 scale=parts.scale,
                 beta_init=beta_init,
+                far_init=far_init,
                 qk_norm=False,
                 rotary=positions_per_call if rotary is None and parts.per_call else rotary,
                 backend=backend,
@@ -141,9 +149,10 @@ class HybridAttention(AttentionProjections):
         attention.out = linear_of(parts.out.weight, parts.out.bias)
         attention.q_norm = nn.Identity() if parts.q_norm is None else copy.deepcopy(parts.q_norm)
         attention.k_norm = nn.Identity() if parts.k_norm is None else copy.deepcopy(parts.k_norm)
-        if attention.beta is not None:
-            attention.beta = nn.Parameter(parts.weight.new_empty(parts.num_heads))
-            attention.reset_parameters()
+        for name in ("beta", "far_weight"):
+            if getattr(attention, name) is not None:
+                setattr(attention, name, nn.Parameter(parts.weight.new_empty(parts.num_heads)))
+        attention.reset_parameters()
         if check and not parts.weight.is_meta and (rotary is None or parts.per_call):
             attention._compare(module, parts)
         return attention.train(module.training)
@@ -220,9 +229,11 @@ class HybridAttention(AttentionProjections):
         return self.beta
 
     def reset_parameters(self) -> None:
-        """Set `beta` to `beta_init`; the projections and norms have a `reset_parameters` of their own."""
+        """Set `beta` or `far_weight` to its start; the projections and norms have a `reset_parameters` of their own."""
         if self.beta is not None and self.beta_init is not None:
             nn.init.constant_(self.beta, self.beta_init)
+        if self.far_weight is not None and self.far_init is not None:
+            nn.init.constant_(self.far_weight, self.far_init)
 
     def forward(
         self, x: Tensor, layout: PackedLayout, position_embeddings: tuple[Tensor, Tensor] | None = None
@@ -243,6 +254,7 @@ class HybridAttention(AttentionProjections):
             layout,
             window=self.window,
             beta=self.beta,
+            far_weight=None if self.far_weight is None else magnitude(self.far_weight),
             feature_map=self.feature_map,
             causal=self.causal,
             scale=self.scale,
@@ -271,8 +283,9 @@ class HybridAttention(AttentionProjections):
                 f"got causal={self.causal!r} and window={self.window!r}."
             )
         q, k, v = self.project(x, layout, position_embeddings)
+        beta = self.beta if self.far_weight is None else magnitude(self.far_weight).log()
         out, state = hybrid_attention_step(
-            q, k, v, state, window=self.window, beta=self.beta, feature_map=self.feature_map, scale=self.scale
+            q, k, v, state, window=self.window, beta=beta, feature_map=self.feature_map, scale=self.scale
         )
         return self.out(out.flatten(1)), state
 
@@ -282,6 +295,11 @@ class HybridAttention(AttentionProjections):
             f"{super().extra_repr()}, window={self.window}, causal={self.causal!r}, "
             f"feature_map={self.feature_map!r}"
         )
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """Return |x| with the derivative 1 at 0, so that a far weight of 0 can be trained."""
+    return torch.where(weight < 0, -weight, weight)
 
 
 def _least_squares(ratio: Tensor, change: Tensor, wanted: Tensor) -> Tensor:
