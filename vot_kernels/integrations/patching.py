@@ -167,37 +167,15 @@ def patch(
     shared = _reasons_of_configs(model, sites)
     able = [site for site in sites if not shared[id(site.config)]]
     hybrid, exact = ({}, {}) if options is None else _hybrid_sites(model, able, options)
-    rows, configs = [], {}
-    for site in sites:
-        before = _implementation(site.config)
-        row = PatchedModule(site.name, type(site.module).__name__, before)
-        if reason := shared[id(site.config)]:
-            rows.append(replace(row, reason=reason))
-        else:
-            notes = ["its quantised projections stay as they are"] if _is_quantised(site.module) else []
-            notes += [f"exact, since {exact[site.name]}"] if site.name in exact else []
-            op = _HYBRID_OP if site.name in hybrid else _OP
-            rows.append(replace(row, after=op, backend=_backend(site.module), note="; ".join(notes)))
-            configs[id(site.config)] = site.config
-    rows += [
-        PatchedModule(
-            name, type(module).__name__, None, reason=f"it does not look its function up in {_FUNCTIONS}"
-        )
-        for name, module in _other_attention(model, sites)
-    ]
-    written = list(configs.values()) + _parents(model, configs)
-    writes = [planned(config, _ATTRIBUTE, NAME) for config in written]
+    rows = [_attention_row(site, shared[id(site.config)], site.name in hybrid, exact) for site in sites]
+    rows += _rows_of_others(model, sites)
+    configs = {id(site.config): site.config for site in able}
+    writes = [planned(config, _ATTRIBUTE, NAME) for config in (*configs.values(), *_parents(model, configs))]
     for wanted, part in ((experts, _on_experts), (embeddings, _on_embeddings)):
         if wanted:
             more, of_part = part(model)
             rows, writes = rows + more, writes + of_part
-    report = PatchReport(tuple(rows))
-    if not writes:
-        found = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "none at all"
-        raise ValueError(
-            f"Nothing in {type(model).__name__} can be replaced. Looked for attention and experts that look their "
-            f"function up in a table of transformers and for patch embeddings, and found {found}."
-        )
+    _check_replaceable(model, rows, writes)
     if options is not None and not hybrid:
         reasons = "; ".join(dict.fromkeys(exact.values())) or "none of it can be replaced"
         raise ValueError(f"No attention of {type(model).__name__} can be hybrid: {reasons}.")
@@ -209,7 +187,7 @@ def patch(
     except BaseException:
         undo(model)
         raise
-    return report
+    return PatchReport(tuple(rows))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -237,6 +215,37 @@ def patched(model: nn.Module, attention: str = "exact", **options: Any) -> Itera
         yield report
     finally:
         unpatch(model)
+
+
+def _attention_row(site: "_Site", reason: str, hybrid: bool, exact: dict[str, str]) -> PatchedModule:
+    """What becomes of an attention module: `reason` keeps it as it is, and `exact` says why it is not hybrid."""
+    row = PatchedModule(site.name, type(site.module).__name__, _implementation(site.config))
+    if reason:
+        return replace(row, reason=reason)
+    notes = ["its quantised projections stay as they are"] if _is_quantised(site.module) else []
+    notes += [f"exact, since {exact[site.name]}"] if site.name in exact else []
+    op = _HYBRID_OP if hybrid else _OP
+    return replace(row, after=op, backend=_backend(site.module), note="; ".join(notes))
+
+
+def _rows_of_others(model: nn.Module, sites: "list[_Site]") -> list[PatchedModule]:
+    """The rows of attention that looks no function up."""
+    reason = f"it does not look its function up in {_FUNCTIONS}"
+    return [
+        PatchedModule(name, type(module).__name__, None, reason=reason)
+        for name, module in _other_attention(model, sites)
+    ]
+
+
+def _check_replaceable(model: nn.Module, rows: list[PatchedModule], writes: list[Write]) -> None:
+    """Raise a ValueError that says what was found if nothing can be replaced."""
+    if writes:
+        return
+    found = "; ".join(dict.fromkeys(f"{row.kind}: {row.reason}" for row in rows)) or "none at all"
+    raise ValueError(
+        f"Nothing in {type(model).__name__} can be replaced. Looked for attention and experts that look their "
+        f"function up in a table of transformers and for patch embeddings, and found {found}."
+    )
 
 
 def _on_experts(model: nn.Module) -> tuple[list[PatchedModule], list[Write]]:
