@@ -22,6 +22,7 @@ from tests.integrations.tiny import (
     video_and_text,
 )
 from vot_kernels.integrations import attention
+from vot_kernels.testing import make_tensor
 
 OUTPUT, GRADIENT = 2e-5, 2e-4  # relative to the largest number
 ROOT = Path(__file__).parents[2]
@@ -159,8 +160,26 @@ def test_a_layer_of_a_tower_compiles_whole_for_all_packings(kind):
     assert counter.frame_count < len(seen), "an image or clip more is no other graph"
 
 
+@pytest.mark.parametrize("given", ["position_ids", "attention_mask"])
+@both_models
+def test_the_language_model_of_a_vision_language_model_compiles_whole(kind, given):
+    """Given neither, transformers looks for packed sequences, which needs several graphs."""
+    model = VISION_LANGUAGE[kind]()
+    vot_kernels.patch(model)
+    stack, mask = model.model.language_model, torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    more = {"position_ids": torch.arange(9).expand(3, 2, 9), "attention_mask": mask}
+    inputs = {"inputs_embeds": make_tensor(2, 9, 32), "use_cache": False, given: more[given]}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = stack(**inputs).last_hidden_state
+        found = torch.compile(stack, backend="eager", fullgraph=True)(**inputs).last_hidden_state
+    rows = mask.bool() if given == "attention_mask" else mask >= 0
+    assert (found - expected)[rows].abs().max() <= OUTPUT * expected[rows].abs().max()
+
+
 def test_a_compiled_language_model_says_the_same_with_padding_and_without():
-    """It compiles to several graphs, because a mask function of transformers cannot be traced within one."""
+    """Without a mask, transformers composes one of packed sequences, which cannot be read within a graph."""
     model, ids = qwen2(), prompts(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
