@@ -169,15 +169,20 @@ def test_without_far_weight_frames_are_segments_of_exact_attention_bit_for_bit(c
         qkv = make_tensor(frames[-1], sum(sizes), head_dim, seed=index, dtype=dtype).split(sizes, 1)
         bounds = torch.tensor(frames, dtype=torch.int32)
         exact = packed_attention(
-            *qkv, PackedLayout.from_cu_seqlens(frames), causal=causal == "token", return_lse=True
+            *qkv,
+            PackedLayout.from_cu_seqlens(frames),
+            causal=causal == "token",
+            return_lse=True,
+            backend="torch",
         )
         flash, flash_lse, _ = flash_attn_varlen_func(
-            *qkv, bounds, bounds, 0, 0, causal=causal == "token", return_attn_probs=True
+            *qkv, bounds, bounds, 0, 0, causal=causal == "token", return_attn_probs=True, backend="torch"
         )
         assert torch.equal(exact[0], flash) and torch.equal(exact[1], flash_lse.t())
         for far in ({"beta": torch.full((heads,), -torch.inf)}, {"far_weight": torch.eye(heads)[0]}):
             layout = PackedLayout.from_cu_seqlens(clips, frames)
-            found = hybrid_attention(*qkv, layout, window=0, causal=causal, return_lse=True, **far)
+            options = {"window": 0, "causal": causal, "return_lse": True, "backend": "torch"}
+            found = hybrid_attention(*qkv, layout, **options, **far)
             some = slice("far_weight" in far, None)  # the first head sees far tokens, and its results differ
             for a, b in zip(found, exact, strict=True):
                 assert torch.equal(a[:, some], b[:, some]), (index, clips, frames, dtype)
@@ -191,7 +196,7 @@ def test_a_far_part_of_no_weight_is_not_computed(monkeypatch):
     )
     monkeypatch.setattr(hybrid_torch, "group_states", None)
     for window in (0, 1):
-        out = hybrid_attention(q, k, v, layout, window=window, beta=off)
+        out = hybrid_attention(q, k, v, layout, window=window, beta=off, backend="torch")
         assert (torch.autograd.grad(out.sum(), off)[0] == 0).all()
     with pytest.raises(TypeError, match="NoneType"):
-        hybrid_attention(q, k, v, layout, window=0, beta=torch.tensor([-torch.inf, -1.0]))
+        hybrid_attention(q, k, v, layout, window=0, beta=torch.tensor([-torch.inf, -1.0]), backend="torch")
