@@ -63,13 +63,14 @@ lint: $(PACKAGE)  ## ruff, its format, mypy
 matrix: $(TORCH:%=matrix/%)  ## the ops' CPU tests with other versions of torch; TORCH="2.12.0 2.13.0" names some
 
 # pip decides where torch comes from. Triton is what torch itself asks for, else (CPU builds ask for none) its sibling.
+# The interpreter of triton 3.6 fails with NumPy 2.4.
 matrix/%: PIP = $(MATRIX)/$*/bin/python -m pip --disable-pip-version-check --quiet
 matrix/%:
 	@echo "== torch $*, in $(MATRIX)/$*"
 	@[ -e $(MATRIX)/$*/bin/python ] || { $(call new-venv,$(MATRIX)/$*); }
 	@$(PIP) install --upgrade $(if $(filter newest,$*),torch,torch==$*)
-	@$(PIP) install "triton$(if $(filter 2.11.%,$*),==3.6.*)" \
-	    $$(grep -E '^(numpy|hypothesis|pytest|pytest-xdist|setuptools)==' requirements.txt)
+	@$(PIP) install $(if $(filter 2.11.%,$*),"triton==3.6.*" "numpy==2.3.*",triton "$$(grep ^numpy== requirements.txt)") \
+	    $$(grep -E '^(hypothesis|pytest|pytest-xdist|setuptools)==' requirements.txt)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(call both-runs,$(MATRIX)/$*/bin/python,$(OPS))
 

@@ -15,6 +15,13 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Asked once: the compiler of torch 2.11 cannot trace the question.
+_DEVICE_TYPES = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "hpu", "mps", "xla", "mtia", "maia", "privateuseone")
+    if torch.amp.is_autocast_available(kind)
+)
+
 
 def autocasts(*names: str, widest: tuple[str, ...] = ()) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Make a public function follow autocast on the device of its first argument.
@@ -69,7 +76,7 @@ def _autocasting(value: Any) -> str | None:
     if first is None:
         return None
     device_type = first.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _DEVICE_TYPES or not torch.is_autocast_enabled(device_type):
         return None
     return device_type
 
