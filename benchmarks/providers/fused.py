@@ -226,7 +226,7 @@ PROVIDERS = (
             refuses=partial(_backend_refuses, backend),
             ours=True,
         )
-        for backend in ("triton", "torch")
+        for backend in ("triton", "cpp", "torch")
     ),
     Provider("plain PyTorch", SUITE, _plain, prepare=_layout),
     Provider("fast PyTorch", SUITE, partial(_fast, lambda function: function), prepare=_tables),

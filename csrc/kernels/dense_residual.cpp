@@ -56,7 +56,7 @@ float state_gradient(const T* d_out, const T* state, float weight, int64_t count
 }  // namespace
 
 void dense_residual_forward(const DenseResidualForward& problem, const Parallel& parallel) {
-  with_type_and_writes(problem.dtype, problem.numbers, CHUNK, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, 1, problem.numbers, CHUNK, [&](auto zero, auto past_cache) {
     parallel((problem.numbers + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
       const int64_t begin = chunk * CHUNK, end = least(begin + CHUNK, problem.numbers);
       weighted_sum<decltype(zero), past_cache.value>(problem, begin, end);
@@ -70,7 +70,7 @@ void dense_residual_backward(const DenseResidualBackward& problem, const Paralle
   const int count = problem.count;
   const int64_t chunks = (problem.numbers + CHUNK - 1) / CHUNK;
   float* parts = scratch(size_t(chunks * count));
-  with_type_and_writes(problem.dtype, problem.numbers, CHUNK, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, count, problem.numbers, CHUNK, [&](auto zero, auto past_cache) {
     using T = decltype(zero);
     parallel(chunks, [&](int64_t chunk) {
       const int64_t begin = chunk * CHUNK, size = least(CHUNK, problem.numbers - begin);

@@ -7,13 +7,17 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-constexpr int64_t TOGETHER = 4;  // patches that are cut at a time: then rows of the image are read in longer runs
+constexpr int64_t TOGETHER = 16;  // patches that are cut at a time: then rows of the image are read in longer runs
 
+// As std::memcpy, without its call: runs are short. The last step overlaps the one before.
+template <int64_t STEP = VOT_VECTOR_BYTES>
 VOT_INLINE void copy_run(char* to, const char* from, int64_t bytes) {
-  constexpr int64_t STEP = 16;
-  int64_t i = 0;
-  for (; i + STEP <= bytes; i += STEP) std::memcpy(to + i, from + i, STEP);
-  for (; i < bytes; i++) to[i] = from[i];
+  if (bytes < STEP) {
+    if constexpr (STEP > 1) copy_run<STEP / 2>(to, from, bytes);
+    return;
+  }
+  for (int64_t i = 0; i + STEP <= bytes; i += STEP) std::memcpy(to + i, from + i, STEP);
+  std::memcpy(to + bytes - STEP, from + bytes - STEP, STEP);
 }
 
 // Copies past the cache: whole lines of it, but for the two ends.
@@ -62,6 +66,13 @@ int64_t patch_numbers(const PackPatches& problem) {
   return problem.channels * problem.temporal_patch_size * problem.patch_size * problem.patch_size;
 }
 
+int64_t total_bytes(const PackPatches& problem) {
+  int64_t pixels = 0;
+  for (int64_t i = 0; i < problem.clips; i++)
+    pixels += problem.clip[i].frames * problem.clip[i].height * problem.clip[i].width;
+  return pixels * problem.channels * problem.item_bytes;
+}
+
 // body(c, f, r, row) for each row of pixels that a strip has: channel, frame and row within the patch, and its first
 // number in the clip, counted from the clip's.
 template <class Body>
@@ -94,21 +105,35 @@ void cut(const PackPatches& problem, const Strip& strip, int64_t x, int64_t end,
   });
 }
 
+// The same for runs that are whole lines of the cache: nothing has to be put together.
+template <class Item>
+void cut_lines(const PackPatches& problem, const Strip& strip, char* to) {
+  const int64_t item = sizeof(Item), run = problem.patch_size * item, bytes = patch_numbers(problem) * item;
+  const Item* clip = static_cast<const Item*>(strip.clip->data);
+  for_rows(problem, strip, [&](int64_t within, int64_t row) {
+    const char* pixels = reinterpret_cast<const char*>(clip + row);
+    char* patch = to + within * item;
+    for (int64_t i = 0; i < strip.length; i++)
+      for (int64_t j = 0; j < run; j += VOT_VECTOR_BYTES)
+        stream(reinterpret_cast<float*>(patch + i * bytes + j),
+               load(reinterpret_cast<const float*>(pixels + i * run + j)));
+  });
+}
+
 template <class Item>
 void cut_strip(const PackPatches& problem, const Strip& strip, bool past_cache) {
-  const int64_t numbers = patch_numbers(problem), bytes = numbers * int64_t(sizeof(Item));
+  constexpr int64_t item = sizeof(Item), LINE = 64;
+  const int64_t bytes = patch_numbers(problem) * item;
+  char* patches = static_cast<char*>(problem.patches) + strip.first * bytes;
+  if (!past_cache) return cut(problem, strip, 0, strip.length, reinterpret_cast<Item*>(patches));
+  if (problem.patch_size * item % LINE == 0 && strip.clip->column_stride == 1)
+    return cut_lines<Item>(problem, strip, patches);
+  Item* some = reinterpret_cast<Item*>(scratch<1>(size_t(TOGETHER * bytes + 3) / 4));
   for (int64_t x = 0; x < strip.length; x += TOGETHER) {
     const int64_t end = least(x + TOGETHER, strip.length);
-    char* patches = static_cast<char*>(problem.patches) + (strip.first + x) * bytes;
-    if (!past_cache) {
-      cut(problem, strip, x, end, reinterpret_cast<Item*>(patches));
-      continue;
-    }
-    Item* some = reinterpret_cast<Item*>(scratch<1>(size_t(TOGETHER * bytes + 3) / 4));
     cut(problem, strip, x, end, some);
-    stream_run(patches, reinterpret_cast<const char*>(some), (end - x) * bytes);
+    stream_run(patches + x * bytes, reinterpret_cast<const char*>(some), (end - x) * bytes);
   }
-  finish_streams();
 }
 
 template <class Item>
@@ -123,7 +148,6 @@ void join_strip(const PackPatches& problem, const Strip& strip, bool past_cache)
       copy_run(pixels + i * run, reinterpret_cast<const char*>(patches + i * numbers + within), run);
     if (past_cache) stream_run(reinterpret_cast<char*>(clip + row), line, strip.length * run);
   });
-  finish_streams();
 }
 
 template <class Body>
@@ -136,28 +160,30 @@ void with_item(int64_t bytes, const Body& body) {
   }
 }
 
-// body(Item{}, strip, whether to write past the cache) for every strip.
+// body(Item{}, strip) for every strip.
 template <class Body>
 void for_strips(const PackPatches& problem, const Parallel& parallel, const Body& body) {
   const Table table = table_of(problem, reinterpret_cast<int64_t*>(scratch<0>(size_t(4 * (problem.clips + 1)))));
-  const int64_t patches = table.first_patch[problem.clips];
-  const bool past_cache = patches * patch_numbers(problem) * problem.item_bytes >= BEYOND_CACHE;
   with_item(problem.item_bytes, [&](auto item) {
-    parallel(table.first_strip[problem.clips],
-             [&](int64_t index) { body(item, strip_at(problem, table, index), past_cache); });
+    parallel(table.first_strip[problem.clips], [&](int64_t index) {
+      body(item, strip_at(problem, table, index));
+      finish_streams();
+    });
   });
 }
 
 }  // namespace
 
 void pack_patches_forward(const PackPatches& problem, const Parallel& parallel) {
-  for_strips(problem, parallel, [&](auto item, const Strip& strip, bool past_cache) {
+  const bool past_cache = passes_cache(1, total_bytes(problem));
+  for_strips(problem, parallel, [&](auto item, const Strip& strip) {
     cut_strip<decltype(item)>(problem, strip, past_cache);
   });
 }
 
 void pack_patches_backward(const PackPatches& problem, const Parallel& parallel) {
-  for_strips(problem, parallel, [&](auto item, const Strip& strip, bool past_cache) {
+  const bool past_cache = passes_cache(problem.clips, total_bytes(problem) / problem.clips);
+  for_strips(problem, parallel, [&](auto item, const Strip& strip) {
     join_strip<decltype(item)>(problem, strip, past_cache);
   });
 }

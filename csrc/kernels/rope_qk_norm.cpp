@@ -178,13 +178,13 @@ int64_t most_numbers(const Problem& problem) {
 }  // namespace
 
 void rope_qk_norm_forward(const RopeQkNormForward& problem, const Parallel& parallel) {
-  with_type_and_writes(problem.dtype, most_numbers(problem), problem.head_dim / 2, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, 2, most_numbers(problem), problem.head_dim / 2, [&](auto zero, auto past_cache) {
     run_forward<decltype(zero), past_cache.value>(problem, parallel);
   });
 }
 
 void rope_qk_norm_backward(const RopeQkNormBackward& problem, const Parallel& parallel) {
-  with_type_and_writes(problem.dtype, most_numbers(problem), problem.head_dim / 2, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, 2, most_numbers(problem), problem.head_dim / 2, [&](auto zero, auto past_cache) {
     run_backward<decltype(zero), past_cache.value>(problem, parallel);
   });
 }

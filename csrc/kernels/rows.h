@@ -1,6 +1,6 @@
 // Going through rows of numbers, a vector at a time.
 //
-// Results that are larger than the cache are written past it: then memory does not have to be read first.
+// Large results are written past the cache: then memory does not have to be read first.
 #pragma once
 #include "dtype.h"
 #include "simd.h"
@@ -8,7 +8,14 @@
 namespace vot {
 namespace VOT_ISA {
 
-constexpr int64_t BEYOND_CACHE = int64_t(1) << 23;  // bytes of a result that has left the cache when it is read
+// Results of at least so many bytes have left the cache when they are read. But a tensor that is larger than what malloc
+// keeps comes in new pages from the system, which clears them in the cache just before they are written.
+constexpr int64_t BEYOND_CACHE = int64_t(1) << 22, IN_NEW_PAGES = int64_t(1) << 25;
+
+// Whether to write `tensors` results of `bytes` each past the cache.
+VOT_INLINE bool passes_cache(int64_t tensors, int64_t bytes) {
+  return tensors * bytes >= BEYOND_CACHE && bytes < IN_NEW_PAGES;
+}
 
 template <bool VALUE>
 struct Constant {
@@ -52,12 +59,12 @@ VOT_INLINE void for_vectors(int64_t count, const Body& body) {
   if (i < count) body(i, Part{int(count - i)});
 }
 
-// body(T{}, Constant<whether to write past the cache>{}) for a result of so many numbers, whose vectors are aligned if
-// its rows of `width` numbers are.
+// body(T{}, Constant<whether to write past the cache>{}) for `tensors` results of so many numbers each, whose vectors are
+// aligned if their rows of `width` numbers are.
 template <class Body>
-void with_type_and_writes(Dtype dtype, int64_t numbers, int64_t width, const Body& body) {
+void with_type_and_writes(Dtype dtype, int64_t tensors, int64_t numbers, int64_t width, const Body& body) {
   with_type(dtype, [&](auto zero) {
-    if (numbers * int64_t(sizeof(zero)) >= BEYOND_CACHE && width % LANES == 0)
+    if (passes_cache(tensors, numbers * int64_t(sizeof(zero))) && width % LANES == 0)
       body(zero, Constant<true>{});
     else
       body(zero, Constant<false>{});

@@ -84,7 +84,7 @@ void run_backward(const SegmentAddBackward& problem, const Parallel& parallel) {
 }  // namespace
 
 void segment_add_forward(const SegmentAddForward& problem, const Parallel& parallel) {
-  with_type_and_writes(problem.dtype, problem.rows * problem.width, problem.width, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, 1, problem.rows * problem.width, problem.width, [&](auto zero, auto past_cache) {
     parallel((problem.rows + ROWS - 1) / ROWS, [&](int64_t task) {
       const int64_t begin = task * ROWS;
       add_rows<decltype(zero), past_cache.value>(problem, begin, least(begin + ROWS, problem.rows));
@@ -94,7 +94,7 @@ void segment_add_forward(const SegmentAddForward& problem, const Parallel& paral
 }
 
 void segment_add_backward(const SegmentAddBackward& problem, const Parallel& parallel) {
-  with_type_and_writes(problem.dtype, problem.rows * problem.width, problem.width, [&](auto zero, auto past_cache) {
+  with_type_and_writes(problem.dtype, 1, problem.rows * problem.width, problem.width, [&](auto zero, auto past_cache) {
     run_backward<decltype(zero), past_cache.value>(problem, parallel);
   });
 }

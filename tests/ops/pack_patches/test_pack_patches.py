@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vot_kernels.ops.dispatch import select
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
+from vot_kernels.ops.dispatch import describe_backends, select
 from vot_kernels.ops.pack_patches import op, pack_patches, reference, unpack_patches
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import check_against_reference, make_tensor
@@ -22,6 +24,7 @@ def make_images(grid, channels, patch, temporal, dtype=torch.float32):
     return images
 
 
+@pytest.mark.parametrize("backend", COMPUTING)
 @settings(max_examples=60)
 @given(
     st.lists(sizes, min_size=1, max_size=4),
@@ -30,13 +33,16 @@ def make_images(grid, channels, patch, temporal, dtype=torch.float32):
     st.integers(1, 2),
     st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
 )
-def test_matches_the_reference_and_returns(grid, channels, patch, temporal, dtype):
+def test_matches_the_reference_and_returns(backend, grid, channels, patch, temporal, dtype):
     images = make_images(grid, channels, patch, temporal, dtype)
-    values, grid_thw = pack_patches(images, patch, temporal_patch_size=temporal, backend="torch")
+    values, grid_thw = pack_patches(images, patch, temporal_patch_size=temporal, backend=backend)
     expected, expected_grid = reference.pack_patches(images, patch, temporal_patch_size=temporal)
     assert values.dtype == dtype and grid_thw.dtype == torch.int64
     assert torch.equal(values, expected) and torch.equal(grid_thw, expected_grid)
     again, _ = pack_patches(images, patch, temporal_patch_size=temporal, backend="reference")
+    assert torch.equal(again, expected)
+    channels_last = [image.transpose(-1, -3).contiguous().transpose(-1, -3) for image in images]
+    again, _ = pack_patches(channels_last, patch, temporal_patch_size=temporal, backend=backend)
     assert torch.equal(again, expected)
     clips = unpack_patches(values, grid_thw, patch, temporal_patch_size=temporal)
     for clip, image in zip(clips, images, strict=True):
@@ -71,35 +77,56 @@ def test_rows_follow_the_positions_of_the_layout():
     assert torch.equal(values[:, 0], (positions * torch.tensor([100, 10, 1])).sum(1).float())
 
 
-def test_gradient_and_strided_images():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_gradient_and_strided_images(backend):
     image = make_tensor(4, 6, 3).permute(2, 0, 1).requires_grad_()
-    values, grid = pack_patches([image, image[None]], 2)
+    values, grid = pack_patches([image, image[None]], 2, backend=backend)
     upstream = make_tensor(*values.shape, seed=1)
     (gradient,) = torch.autograd.grad(values, image, upstream)
     torch.testing.assert_close(gradient, sum(c[0] for c in unpack_patches(upstream, grid, 2)))
 
 
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temporal", [1, 2])
-def test_gradients_match_the_reference(temporal, dtype):
+def test_gradients_match_the_reference(backend, temporal, dtype):
     """The gradients of a still image that fills several frames are summed."""
     images = make_images([(2, 1, 3), (0, 2, 2), (1, 1, 1), (0, 1, 2)], 3, 4, temporal, dtype)
 
     def runner(backend):
         return lambda *xs: (pack_patches(xs, 4, temporal_patch_size=temporal, backend=backend)[0],)
 
-    check_against_reference(runner("torch"), runner("reference"), images)
+    check_against_reference(runner(backend), runner("reference"), images)
 
 
+@cpp
+@pytest.mark.parametrize(("patch", "dtype"), [(16, torch.float32), (14, torch.float32), (16, torch.uint8)])
+def test_results_written_past_the_cache(patch, dtype):
+    """On any number of threads."""
+    images = make_images([(0, 30, 42), (3, 20, 31)], 3, patch, 1, dtype)
+    expected, _ = pack_patches(images, patch, backend="torch")
+    assert torch.equal(pack_patches(images, patch, backend="cpp")[0], expected)
+    assert differing(lambda: [pack_patches(images, patch, backend="cpp")[0]]) == []
+    if dtype.is_floating_point:
+        leaves = [image.requires_grad_() for image in images]
+        upstream = make_tensor(*expected.shape)
+        found, wanted = (
+            torch.autograd.grad(pack_patches(leaves, patch, backend=backend)[0], leaves, upstream)
+            for backend in ("cpp", "torch")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_opcheck(dtype):
+def test_opcheck(backend, dtype):
     images = make_images([(2, 1, 3), (0, 2, 2)], 3, 4, 2, dtype)
     images[1] = images[1].transpose(1, 2)
     if dtype.is_floating_point:
         images = [image.requires_grad_() for image in images]
-    torch.library.opcheck(op._pack_patches_fwd, (images, 4, 2, "torch"))
+    torch.library.opcheck(op._pack_patches_fwd, (images, 4, 2, backend))
     d_values = make_tensor(1, 3 * 2 * 16).expand(10, -1)
-    arguments = (d_values, [4, 4, 12, 0, 8, 8], 4, 2, "torch")
+    arguments = (d_values, [4, 4, 12, 0, 8, 8], 4, 2, backend)
     torch.library.opcheck(op._pack_patches_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -111,7 +138,8 @@ def test_a_patch_as_large_as_its_image_shares_no_memory_with_it():
 
 
 def test_a_backend_is_chosen_by_name():
-    assert select("pack_patches", "auto", IMAGE.byte()) == "torch"
+    usable = [name for name, reasons in describe_backends("cpu")["pack_patches"].items() if not reasons]
+    assert select("pack_patches", "auto", IMAGE.byte()) == usable[0]
     with pytest.raises(ValueError, match="backend must be one of"):
         pack_patches([IMAGE], 4, backend="fast")
     with pytest.raises(ValueError, match="No backend can serve pack_patches"):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.parts import row_blocks
 from vot_kernels.ops.rope_qk_norm import default_sections, op, rope_qk_norm
 from vot_kernels.packing import PackedLayout
@@ -28,19 +30,27 @@ def runner(backend, positions=POSITIONS, **options):
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", [True, False])
-def test_matches_the_reference(dtype, norm):
-    check_against_reference(runner("torch"), runner("reference"), make_inputs(dtype=dtype, norm=norm))
+def test_matches_the_reference(backend, dtype, norm):
+    check_against_reference(runner(backend), runner("reference"), make_inputs(dtype=dtype, norm=norm))
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_matches_the_reference_in_float64(norm):
+    inputs = make_inputs(dtype=torch.float64, norm=norm)
+    check_against_reference(runner("torch"), runner("reference"), inputs)
+
+
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize(
     ("head_dim", "sections"), [(2, None), (4, None), (10, None), (80, None), (16, (8, 0, 0)), (16, (0, 5, 3))]
 )
-def test_sections(head_dim, sections):
+def test_sections(backend, head_dim, sections):
     options = {"sections": sections, "theta": 500.0, "eps": 1e-3}
     check_against_reference(
-        runner("torch", **options), runner("reference", **options), make_inputs(head_dim=head_dim)
+        runner(backend, **options), runner("reference", **options), make_inputs(head_dim=head_dim)
     )
 
 
@@ -63,13 +73,25 @@ def test_each_norm_can_be_left_out(only):
     assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_no_tokens(backend):
     check_against_reference(
-        runner("torch", POSITIONS[:0]), runner("reference", POSITIONS[:0]), make_inputs(tokens=0)
+        runner(backend, POSITIONS[:0]), runner("reference", POSITIONS[:0]), make_inputs(tokens=0)
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("size", [1e3, 6e4, 3e5, 1e7])
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_far_positions(backend, size):
+    """Angles of thousands of turns, at which nothing but the rounding of the angle itself may be seen."""
+    positions = (make_tensor(*POSITIONS.shape) * size).round()
+    options = {"theta": 10.0}
+    check_against_reference(
+        runner(backend, positions, **options), runner("reference", positions, **options), make_inputs()
+    )
+
+
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 def test_slack_rows_are_zero_and_poison_stays_out(backend):
     q, k, *weights = make_inputs()
     inputs = [with_slack(q, 3).requires_grad_(), with_slack(k, 3).requires_grad_()]
@@ -139,25 +161,49 @@ def test_floating_positions_of_any_dtype():
         assert torch.equal(rope_qk_norm(q, k, POSITIONS.to(dtype))[0], expected)
 
 
-def test_repeats_bitwise_and_segments_are_independent():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_repeats_bitwise_and_segments_are_independent(backend):
     q, k, *weights = make_inputs()
-    whole = runner("torch")(q, k, *weights)
-    assert all(torch.equal(a, b) for a, b in zip(whole, runner("torch")(q, k, *weights), strict=True))
-    alone = runner("torch", POSITIONS[19:])(q[19:], k[19:], *weights)
+    whole = runner(backend)(q, k, *weights)
+    assert all(torch.equal(a, b) for a, b in zip(whole, runner(backend)(q, k, *weights), strict=True))
+    alone = runner(backend, POSITIONS[19:])(q[19:], k[19:], *weights)
     assert all(torch.equal(a[19:], b) for a, b in zip(whole, alone, strict=True))
 
 
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    positions = PackedLayout.from_lengths([50, 1, 47]).positions
+    inputs = [x.requires_grad_() for x in make_inputs(len(positions), head_dim=72)]
+
+    def results():
+        outputs = runner("cpp", positions)(*inputs)
+        return *outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)
+
+    assert differing(results) == []
+
+
+@cpp
+def test_views_of_one_product_are_read_where_they_lie():
+    tokens = POSITIONS.shape[0]
+    both = make_tensor(tokens, 6, 16).requires_grad_()
+    inputs = [both[:, :4], both[:, 4:], *make_inputs()[2:]]
+    (copied,) = torch.autograd.grad(runner("cpp")(*(x.clone() for x in inputs))[0].square().sum(), both)
+    (viewed,) = torch.autograd.grad(runner("cpp")(*inputs)[0].square().sum(), both)
+    assert torch.equal(viewed, copied)
+
+
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype, norm):
+def test_opcheck(dtype, norm, backend):
     q, k, *weights = make_inputs(tokens=32, dtype=dtype, norm=norm)
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     inputs = [None if x is None else x.requires_grad_() for x in (q, k, *weights)]
     torch.library.opcheck(
-        op._rope_qk_norm_fwd, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6, "torch")
+        op._rope_qk_norm_fwd, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6, backend)
     )
     detached = [None if x is None else x.detach() for x in inputs]
-    arguments = (*detached[:2], *detached[:2], POSITIONS, *detached[2:], 100.0, [2, 3, 3], 1e-6, "torch")
+    arguments = (*detached[:2], *detached[:2], POSITIONS, *detached[2:], 100.0, [2, 3, 3], 1e-6, backend)
     torch.library.opcheck(op._rope_qk_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.dispatch import load
 from vot_kernels.ops.size_aware_embedding import op, size_aware_embedding, size_features
 from vot_kernels.packing import PackedLayout
@@ -30,19 +32,25 @@ def runner(backend, layout=LAYOUT, **options):
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"fps": 24.0}, {"fps": 8, "use_frames": False}])
-def test_matches_the_reference(dtype, options):
+def test_matches_the_reference(backend, dtype, options):
     check_against_reference(
-        runner("torch", **options), runner("reference", **options), make_inputs(dtype=dtype)
+        runner(backend, **options), runner("reference", **options), make_inputs(dtype=dtype)
     )
 
 
+def test_matches_the_reference_in_float64():
+    check_against_reference(runner("torch"), runner("reference"), make_inputs(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("name", PACKINGS)
-def test_packings(name):
+def test_packings(backend, name):
     layout = PackedLayout.from_lengths(PACKINGS[name])
     check_against_reference(
-        runner("torch", layout), runner("reference", layout), make_inputs(layout.num_tokens)
+        runner(backend, layout), runner("reference", layout), make_inputs(layout.num_tokens, dim=37)
     )
 
 
@@ -74,13 +82,21 @@ def test_sums_in_runs_of_any_length(run, monkeypatch):
     torch.testing.assert_close(backend._segment_sums(rows, bounds), expected)
 
 
-def test_gradients_of_long_segments_are_exact(way):
+@pytest.fixture(params=["torch, segment by segment", "torch, all at once", pytest.param("cpp", marks=cpp)])
+def each_way(request, monkeypatch):
+    """The name of a backend, for each of its ways."""
+    backend, _, way = request.param.partition(", ")
+    monkeypatch.setattr(load("size_aware_embedding", "torch"), "_LONG", 2**40 if way == "all at once" else 0)
+    return backend
+
+
+def test_gradients_of_long_segments_are_exact(each_way):
     """Sums of 200,000 positive numbers: one after the other, their relative error would be 1e-5."""
     layout = PackedLayout.from_lengths([200_000, 3])
     x, *weights = make_inputs(layout.num_tokens, dim=2)
     upstream = make_tensor(*x.shape, seed=9).abs()
     bias = weights[-1].requires_grad_()
-    (gradient,) = torch.autograd.grad(runner("torch", layout)(x, *weights), bias, upstream)
+    (gradient,) = torch.autograd.grad(runner(each_way, layout)(x, *weights), bias, upstream)
     exact = upstream.double().sum(0)
     assert ((gradient - exact).abs() < 6e-7 * exact).all()
     one_by_one = torch.segment_reduce(upstream, "sum", lengths=torch.tensor([len(x)]), axis=0)[0]
@@ -92,7 +108,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(runner("torch", fps=12.0), inputs)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 def test_slack_rows_are_zero_and_poison_stays_out(backend):
     x, *weights = make_inputs()
     slack = with_slack(x, 4).requires_grad_()
@@ -105,15 +121,28 @@ def test_slack_rows_are_zero_and_poison_stays_out(backend):
     assert (gradients[0][-4:] == 0).all() and all(g.isfinite().all() for g in gradients)
 
 
-def test_a_segment_does_not_depend_on_the_others():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_a_segment_does_not_depend_on_the_others(backend):
     x, *weights = make_inputs()
-    (packed,) = runner("torch")(x, *weights)
+    (packed,) = runner(backend)(x, *weights)
     start, end = LAYOUT.cu_seqlens[3:5].tolist()
     alone = PackedLayout.from_grid_thw([[3, 2, 4]])
-    torch.testing.assert_close(packed[start:end], runner("torch", alone)(x[start:end], *weights)[0])
-    (poisoned,) = runner("torch")(poison_segment(x, LAYOUT, 0), *weights)
+    torch.testing.assert_close(packed[start:end], runner(backend, alone)(x[start:end], *weights)[0])
+    (poisoned,) = runner(backend)(poison_segment(x, LAYOUT, 0), *weights)
     assert torch.equal(poisoned[start:end], packed[start:end])
-    assert torch.equal(packed, runner("torch")(x, *weights)[0])
+    assert torch.equal(packed, runner(backend)(x, *weights)[0])
+
+
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    layout = PackedLayout.from_lengths([300, 0, 1, 64, 129])
+    x, *weights = (t.requires_grad_() for t in make_inputs(layout.num_tokens, dim=33))
+
+    def results():
+        (y,) = runner("cpp", layout)(x, *weights)
+        return y, *torch.autograd.grad(y.square().sum(), [x, weights[-1]])
+
+    assert differing(results) == []
 
 
 def test_autocast_does_not_reach_inside():
@@ -162,19 +191,20 @@ def test_every_part_of_the_size_changes_the_embedding(axis):
     assert not torch.allclose(a, b)
 
 
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segments", [0, 4])
-def test_opcheck(dtype, segments):
+def test_opcheck(dtype, segments, backend):
     layout = LAYOUT if segments else PackedLayout.from_lengths([])
     x = make_tensor(6, 40, dtype=dtype).T.requires_grad_()
     embedding = make_tensor(segments, 6, seed=1).requires_grad_()
-    torch.library.opcheck(op._segment_add_fwd, (x, embedding, layout.cu_seqlens, layout.num_tokens, "torch"))
+    torch.library.opcheck(op._segment_add_fwd, (x, embedding, layout.cu_seqlens, layout.num_tokens, backend))
     arguments = (
         x.detach()[:1].expand(40, 6),
         embedding.detach(),
         layout.cu_seqlens,
         layout.num_tokens,
-        "torch",
+        backend,
     )
     torch.library.opcheck(op._segment_add_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -49,8 +49,9 @@ def _angles(
     """Return cos and sin `[packed tokens, 1, pairs]`."""
     columns = []
     for axis, count in enumerate(sections):
-        exponents = torch.arange(count, dtype=dtype, device=positions.device) / -max(count, 1)
-        columns.append(positions[:, axis, None].to(dtype) * theta**exponents)
+        # A far position multiplies the error of its frequency, so that must not have more than its own rounding.
+        exponents = torch.arange(count, dtype=torch.float64, device=positions.device) / -max(count, 1)
+        columns.append(positions[:, axis, None].to(dtype) * (theta**exponents).to(dtype))
     angles = torch.cat(columns, dim=1)[:, None]
     return angles.cos(), angles.sin()
 
