@@ -124,8 +124,7 @@ int64_t tasks_of(int64_t packed) { return (packed + TOKENS - 1) / TOKENS; }
 // Zeros for the tokens that have no position.
 template <class T>
 void clear_slack(void* x, int64_t packed, int64_t tokens, int64_t numbers_per_token) {
-  std::memset(static_cast<T*>(x) + packed * numbers_per_token, 0,
-              size_t((tokens - packed) * numbers_per_token) * sizeof(T));
+  clear(static_cast<T*>(x) + packed * numbers_per_token, (tokens - packed) * numbers_per_token);
 }
 
 template <class T, bool PAST_CACHE>

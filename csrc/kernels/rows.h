@@ -8,8 +8,8 @@
 namespace vot {
 namespace VOT_ISA {
 
-// Results of at least so many bytes have left the cache when they are read. But a tensor that is larger than what malloc
-// keeps comes in new pages from the system, which clears them in the cache just before they are written.
+// Results of at least so many bytes have left the cache when they are read. But a tensor that is larger than what
+// malloc keeps comes in new pages from the system, which clears them in the cache just before they are written.
 constexpr int64_t BEYOND_CACHE = int64_t(1) << 22, IN_NEW_PAGES = int64_t(1) << 25;
 
 // Whether to write `tensors` results of `bytes` each past the cache.
@@ -59,8 +59,13 @@ VOT_INLINE void for_vectors(int64_t count, const Body& body) {
   if (i < count) body(i, Part{int(count - i)});
 }
 
-// body(T{}, Constant<whether to write past the cache>{}) for `tensors` results of so many numbers each, whose vectors are
-// aligned if their rows of `width` numbers are.
+template <class T>
+void clear(T* to, int64_t count) {
+  if (count > 0) std::memset(to, 0, size_t(count) * sizeof(T));
+}
+
+// body(T{}, Constant<whether to write past the cache>{}) for `tensors` results of so many numbers each, whose vectors
+// are aligned if their rows of `width` numbers are.
 template <class Body>
 void with_type_and_writes(Dtype dtype, int64_t tensors, int64_t numbers, int64_t width, const Body& body) {
   with_type(dtype, [&](auto zero) {

@@ -23,7 +23,7 @@ void add_rows(const SegmentAddForward& problem, int64_t begin, int64_t end) {
       part.set(out + row * width + i, part.get(x + i) + part.get(embedding + i));
     });
   }
-  if (row < end) std::memset(out + row * width, 0, size_t((end - row) * width) * sizeof(T));
+  clear(out + row * width, (end - row) * width);
 }
 
 // d_x = d_out for some rows of one segment, and their sum.
@@ -57,8 +57,8 @@ template <class T, bool PAST_CACHE>
 void run_backward(const SegmentAddBackward& problem, const Parallel& parallel) {
   const int64_t segments = problem.segments, width = problem.width;
   const int32_t* bounds = problem.bounds;
-  // Segment s has the tasks from first_task[s] to before first_task[s + 1]. They begin with the segment, so that its sum
-  // does not depend on its neighbours.
+  // Segment s has the tasks from first_task[s] to before first_task[s + 1]. They begin with the segment, so that its
+  // sum does not depend on its neighbours.
   int64_t* first_task = reinterpret_cast<int64_t*>(scratch<0>(size_t(2 * (segments + 1))));
   first_task[0] = 0;
   for (int64_t s = 0; s < segments; s++)
@@ -78,7 +78,7 @@ void run_backward(const SegmentAddBackward& problem, const Parallel& parallel) {
     sum_rows(parts + first_task[s] * width, first_task[s + 1] - first_task[s], width, problem.d_embedding + s * width);
   });
   const int64_t packed = bounds[segments];
-  std::memset(d_x + packed * width, 0, size_t((problem.rows - packed) * width) * sizeof(T));
+  clear(d_x + packed * width, (problem.rows - packed) * width);
 }
 
 }  // namespace

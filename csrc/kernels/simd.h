@@ -35,7 +35,7 @@ constexpr float INF = __builtin_inff();
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
 typedef float Vec __attribute__((vector_size(VOT_VECTOR_BYTES)));
-typedef float UnalignedVec __attribute__((vector_size(VOT_VECTOR_BYTES), aligned(4), may_alias));
+typedef float UnalignedVec __attribute__((vector_size(VOT_VECTOR_BYTES), aligned(1), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(VOT_VECTOR_BYTES)));
 
 template <class T>
@@ -205,8 +205,8 @@ VOT_INLINE float sum(Vec x) {
 #endif
 }
 
-// Writes past the cache, for results larger than it that are not read soon. `to` is aligned to a vector. Whoever streams
-// calls finish_streams() before another thread may read.
+// Writes past the cache, for results larger than it that are not read soon. `to` is aligned to a vector. Whoever
+// streams calls finish_streams() before another thread may read.
 VOT_INLINE void stream(float* to, Vec x) {
 #if VOT_VECTOR_BYTES == 64
   _mm512_stream_ps(to, x);

@@ -63,13 +63,14 @@ def compile_driver(sanitizer: str, isa: str, checks: list[Path]) -> Path:
 
 
 @cpp
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sanitizer", "isa"), [("address,undefined", -1), ("thread", 0)], ids=["address and undefined", "thread"]
 )
 def test_sanitizers_find_nothing(sanitizer, isa):
     isa = build.default_isas()[isa]
     program = compile_driver(sanitizer, isa, CHECKS)
-    result = subprocess.run([program, "20"], capture_output=True, text=True)
+    result = subprocess.run([program, "10"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     assert sorted(result.stdout.split()) == sorted(path.stem for path in CHECKS if path.stem != "driver")
 

@@ -20,7 +20,8 @@ struct Matrix {
 };
 template <class T>
 Matrix<T> matrix(Random& random, const Shape& shape, int64_t heads) {
-  const int64_t head_stride = shape.head_dim + random.whole(0, 2), token_stride = heads * head_stride + random.whole(0, 2);
+  const int64_t head_stride = shape.head_dim + random.whole(0, 2);
+  const int64_t token_stride = heads * head_stride + random.whole(0, 2);
   Matrix<T> x = {heads, random.normals<T>(shape.tokens * token_stride), {}};
   x.view = {x.numbers.data(), token_stride, head_stride};
   for (int64_t i = shape.packed * token_stride; i < int64_t(x.numbers.size()); i++) put(&x.numbers[i], NAN);
@@ -47,8 +48,10 @@ void check(Random& random, const Parallel& parallel) {
   const Matrix<T> d_out[2] = {matrix<T>(random, shape, x[0].heads), matrix<T>(random, shape, 1)};
   std::vector<T> out[2], d_x[2];
   std::vector<float> d_weight[2];
-  RopeQkNormForward forward = {DTYPE<T>, shape.tokens, packed, d, positions.data(), frequencies.data(), axes.data(), 1e-6f, {}};
-  RopeQkNormBackward backward = {DTYPE<T>, shape.tokens, packed, d, positions.data(), frequencies.data(), axes.data(), 1e-6f, {}};
+  RopeQkNormForward forward = {
+      DTYPE<T>, shape.tokens, packed, d, positions.data(), frequencies.data(), axes.data(), 1e-6f, {}};
+  RopeQkNormBackward backward = {
+      DTYPE<T>, shape.tokens, packed, d, positions.data(), frequencies.data(), axes.data(), 1e-6f, {}};
   const float* given = normed ? weight.data() : nullptr;
   for (int i = 0; i < 2; i++) {
     out[i].resize(shape.tokens * x[i].heads * d);
@@ -64,7 +67,8 @@ void check(Random& random, const Parallel& parallel) {
     std::vector<double> d_weights(d);
     for (int64_t token = 0; token < shape.tokens; token++)
       for (int64_t h = 0; h < x[i].heads; h++) {
-        const T *found = head_of(out[i], shape, x[i].heads, token, h), *d_found = head_of(d_x[i], shape, x[i].heads, token, h);
+        const T* found = head_of(out[i], shape, x[i].heads, token, h);
+        const T* d_found = head_of(d_x[i], shape, x[i].heads, token, h);
         if (token >= packed) {
           for (int64_t j = 0; j < d; j++) expect_close("slack", to_float(found[j]), 0, 0);
           for (int64_t j = 0; j < d; j++) expect_close("slack of d_x", to_float(d_found[j]), 0, 0);
@@ -77,8 +81,10 @@ void check(Random& random, const Parallel& parallel) {
         std::vector<double> units(d), g(d);
         for (int64_t j = 0; j < d; j++) units[j] = scale * to_float(row[j]);
         for (int64_t j = 0; j < half; j++) {
-          const double angle = positions[3 * token + axes[j]] * frequencies[j], c = std::cos(angle), s = std::sin(angle);
-          const double a = units[j] * (normed ? weight[j] : 1), b = units[half + j] * (normed ? weight[half + j] : 1);
+          const double angle = positions[3 * token + axes[j]] * frequencies[j];
+          const double c = std::cos(angle), s = std::sin(angle);
+          const double a = units[j] * (normed ? weight[j] : 1);
+          const double b = units[half + j] * (normed ? weight[half + j] : 1);
           expect_close("first", to_float(found[j]), a * c - b * s, tolerance<T>(10));
           expect_close("second", to_float(found[half + j]), a * s + b * c, tolerance<T>(10));
           const double da = to_float(gradient[j]), db = to_float(gradient[half + j]);
@@ -91,7 +97,8 @@ void check(Random& random, const Parallel& parallel) {
           mean += g[j] * units[j] / d;
         }
         for (int64_t j = 0; j < d; j++)
-          expect_close("d_x", to_float(d_found[j]), normed ? scale * (g[j] - units[j] * mean) : g[j], tolerance<T>(30 * most(scale, 1.0)));
+          expect_close("d_x", to_float(d_found[j]), normed ? scale * (g[j] - units[j] * mean) : g[j],
+                       tolerance<T>(30 * most(scale, 1.0)));
       }
     for (int64_t j = 0; normed && j < d; j++) expect_close("d_weight", d_weight[i][j], d_weights[j], 1e-3);
   }
