@@ -43,8 +43,7 @@ void load_features(FeatureMap map, const Rows& from, int64_t begin, int rows, He
       float* out = to + (h * BLOCK_ROWS + r) * padded;
       feature_row(map, from.at<T>(begin + r, heads.first + h), width, out);
       const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
-      if (weight != 1)
-        for (int64_t c = 0; c < padded; c += LANES) store(out + c, load(out + c) * weight);
+      if (weight != 1) scale_row(out, padded, weight);
     }
 }
 
