@@ -473,8 +473,7 @@ void linear_attention_forward(const LinearAttentionForward& problem, const Paral
              [&](int64_t number) { forward_tile<T>(problem, Task(in, plan, cut, states, number)); });
     clear_slack<T>(in, in.heads, problem.out);
   });
-  const int64_t begin = int64_t(in.bounds[in.segments]) * in.heads;
-  std::memset(problem.inverse + begin, 0, size_t(in.tokens * in.heads - begin) * sizeof(float));
+  for (int64_t i = int64_t(in.bounds[in.segments]) * in.heads; i < in.tokens * in.heads; i++) problem.inverse[i] = 0;
 }
 
 void linear_attention_backward(const LinearAttentionBackward& problem, const Parallel& parallel) {

@@ -56,8 +56,8 @@ struct Sizes {
   }
 };
 
-// The forward by its definition; and for the backward, that the change of sum(d_out * out) along q, k and v is that of
-// the gradients times them, of which all three are known: out does not change if v does with the rows of out themselves.
+// The forward by its definition. Of the backward that dv adds up to d_out: the weights of a row are 1 in all. The ops'
+// tests compare the gradients.
 template <class T>
 void check(Random& random, const Parallel& parallel) {
   const Sizes sizes(random);
@@ -92,7 +92,6 @@ void check(Random& random, const Parallel& parallel) {
           expect_close("out", out.at(i, h, c), total > 0 ? sums[c] / total : 0, tolerance<T>(10));
       }
     }
-  // dv adds up to d_out where every row weighs its keys by 1 in all.
   for (size_t s = 0; s + 1 < sizes.bounds.size(); s++)
     for (int key = 0; key < sizes.kv_heads; key++)
       for (int c = 0; c < width; c++) {
