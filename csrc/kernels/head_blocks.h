@@ -9,18 +9,19 @@ namespace vot {
 namespace VOT_ISA {
 
 constexpr int BLOCK_ROWS = 64;        // rows that lie in the cache while they are worked on
-constexpr int64_t ROW_NUMBERS = 512;  // numbers of a row that are read at a time: as many heads as these hold
+constexpr int64_t ROW_NUMBERS = 512;  // about how many numbers of a row are read at a time: those of several heads
 
 struct Heads {
   int first, count;
 };
 
-// How heads are cut into blocks, by key heads; `repeats` query heads share one.
+// How heads are cut into blocks of about equal size, by key heads; `repeats` query heads share one.
 struct HeadCut {
   int kv_heads, repeats, at_once;
 
   HeadCut(int heads, int kv_heads, int width) : kv_heads(kv_heads), repeats(heads / kv_heads) {
-    at_once = int(most<int64_t>(1, least<int64_t>(ROW_NUMBERS / (int64_t(repeats) * width), kv_heads)));
+    const int64_t blocks = most<int64_t>(1, (int64_t(heads) * width + ROW_NUMBERS / 2) / ROW_NUMBERS);
+    at_once = int((kv_heads + blocks - 1) / blocks);
   }
   int blocks() const { return (kv_heads + at_once - 1) / at_once; }
   Heads keys(int64_t block) const {
@@ -43,8 +44,7 @@ void load_features(FeatureMap map, const Rows& from, int64_t begin, int rows, He
       float* out = to + (h * BLOCK_ROWS + r) * padded;
       feature_row(map, from.at<T>(begin + r, heads.first + h), width, out);
       const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
-      if (weight != 1)
-        for (int64_t c = 0; c < padded; c += LANES) store(out + c, load(out + c) * weight);
+      if (weight != 1) scale_row(out, padded, weight);
     }
 }
 

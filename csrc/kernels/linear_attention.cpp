@@ -275,7 +275,7 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
       const auto normalise = [&](int r, const float* z) {
         float* row = own_out + r * shape.padded;
         const float total = dot(own_q + r * shape.padded, z, shape.padded), inverse = total == 0 ? 0 : 1 / total;
-        for (int64_t c = 0; c < shape.padded; c += LANES) store(row + c, load(row + c) * inverse);
+        scale_row(row, shape.padded, inverse);
         problem.inverse[(at + r) * in.heads + task.queries.first + h] = inverse;
       };
       for_normalisers(shape, rows, beyond.total(key), task.own ? own_k : nullptr, task.seen, normalise);
@@ -329,12 +329,11 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
         float* row = own_dq + r * shape.padded;
         const int64_t place = (at + r) * in.heads + task.queries.first + h;
         const float inverse = problem.inverse[place], delta = dot(features, row, shape.padded) * inverse;
-        for (int64_t c = 0; c < shape.padded; c += LANES)
-          store(row + c, (load(row + c) - load(z + c) * delta) * inverse);
+        for (int64_t c = 0; c < shape.padded; c += LANES) store(row + c, load(row + c) - load(z + c) * delta);
         feature_row_backward(in.map, features, row, shape.width, row);
+        scale_row(row, shape.padded, inverse);  // at last: where Z is tiny, 1 / Z times a gradient of phi is infinite
         last[place] = own_last[r] = -delta;
-        if (task.slot)
-          for (int64_t c = 0; c < shape.padded; c += LANES) store(features + c, load(features + c) * inverse);
+        if (task.slot) scale_row(features, shape.padded, inverse);
       };
       for_normalisers(shape, rows, beyond.total(key), task.own ? own_k : nullptr, task.seen, finish);
       if (task.slot)
@@ -402,12 +401,10 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
         add_own(shape, own_v, Own{rows, seen, turned_d_out, own_last, Right{own_q, shape.padded}}, own_dk, old);
       }
       for (int r = 0; r < rows; r++) {
-        float *row = own_dk + r * shape.padded, *value = own_dv + r * shape.padded;
+        float* row = own_dk + r * shape.padded;
         feature_row_backward(in.map, own_k + r * shape.padded, row, shape.width, row);
-        for (int64_t c = 0; c < shape.padded; c += LANES) {
-          store(row + c, load(row + c) * SCALE);
-          store(value + c, load(value + c) * SCALE);
-        }
+        scale_row(row, shape.padded, SCALE);
+        scale_row(own_dv + r * shape.padded, shape.padded, SCALE);
       }
     }
     store_values<T>(dk, at, rows, task.keys, shape.width, problem.dk);
@@ -476,8 +473,7 @@ void linear_attention_forward(const LinearAttentionForward& problem, const Paral
              [&](int64_t number) { forward_tile<T>(problem, Task(in, plan, cut, states, number)); });
     clear_slack<T>(in, in.heads, problem.out);
   });
-  const int64_t begin = int64_t(in.bounds[in.segments]) * in.heads;
-  std::memset(problem.inverse + begin, 0, size_t(in.tokens * in.heads - begin) * sizeof(float));
+  for (int64_t i = int64_t(in.bounds[in.segments]) * in.heads; i < in.tokens * in.heads; i++) problem.inverse[i] = 0;
 }
 
 void linear_attention_backward(const LinearAttentionBackward& problem, const Parallel& parallel) {

@@ -189,6 +189,10 @@ VOT_INLINE bool any_greater(Vec a, Vec b) {
 VOT_INLINE float greatest(Vec x) {
 #if VOT_VECTOR_BYTES == 64
   return _mm512_reduce_max_ps(x);
+#elif VOT_VECTOR_BYTES == 32
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 #else
   float result = x[0];
   for (int i = 1; i < LANES; i++) result = most(result, x[i]);
@@ -198,6 +202,10 @@ VOT_INLINE float greatest(Vec x) {
 VOT_INLINE float sum(Vec x) {
 #if VOT_VECTOR_BYTES == 64
   return _mm512_reduce_add_ps(x);
+#elif VOT_VECTOR_BYTES == 32
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 #else
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) x[i] += x[i + half];
@@ -226,9 +234,7 @@ VOT_INLINE void finish_streams() {
 #endif
 }
 
-#if VOT_VECTOR_BYTES < 64
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: a sum with it has no bits below the integer
-#endif
 
 // 2^x with a relative error below 3e-7, for x up to 127; 0 for x = -inf and for results below 2^-126. A minimax
 // polynomial of degree 5 on [-1/2, 1/2].
@@ -251,26 +257,22 @@ VOT_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// e^x to about one rounding, for x up to 88; results below 2^-126 keep the digits that they can have. e^r is
+// e^x to about one rounding, for x up to 70; results below 2^-126 keep the digits that they can have. e^r is
 // 1 + r + r^2 q(r) for |r| <= ln(2) / 2 with a minimax polynomial q of degree 4.
 VOT_INLINE Vec exp(Vec x) {
   x = greater_of(splat(-104.f), x);  // whose exponential rounds to 0
-#if VOT_VECTOR_BYTES == 64
-  const Vec whole = _mm512_roundscale_ps(x * splat(LOG2E), 0);
-#else
   const Vec shifted = x * splat(LOG2E) + MAGIC, whole = shifted - MAGIC;
-#endif
   const Vec r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // ln 2 in two parts: the first product is exact
   Vec q = splat(0.00138145406f) * r + 0.00836874545f;
   q = q * r + 0.041668389f;
   q = q * r + 0.166665211f;
   q = q * r + 0.49999994f;
-  const Vec p = q * (r * r) + r + 1.f;
+  const Vec p = (q * r + 1.f) * r + 1.f;
 #if VOT_VECTOR_BYTES == 64
   return _mm512_scalef_ps(p, whole);
 #else
-  const IntVec exponent = (IntVec)shifted - (IntVec)splat(MAGIC), half = exponent >> 1;
-  return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);  // in two steps: 2^-149 is no factor
+  const IntVec power = ((IntVec)shifted << 23) + ((127 + 25) << 23);  // of 2^(whole + 25), which is never subnormal
+  return p * (Vec)power * 0x1p-25f;
 #endif
 }
 

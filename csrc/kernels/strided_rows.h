@@ -53,5 +53,10 @@ VOT_INLINE void copy_row(const T* row, int width, float* to) {
   for_vectors(width, [&](int c, int count) { store(to + c, load_of(row, c, count)); });
 }
 
+// A row of whole vectors, times a factor.
+VOT_INLINE void scale_row(float* row, int64_t padded, float factor) {
+  for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) * splat(factor));
+}
+
 }  // namespace VOT_ISA
 }  // namespace vot
