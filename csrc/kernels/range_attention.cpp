@@ -77,9 +77,10 @@ class Forward {
     const int64_t low = p_.low[task_.begin], high = p_.high[task_.end - 1];
     for (int64_t key = task_.first_key + (low - task_.first_key) / KEYS * KEYS; key < high; key += KEYS) {
       const int count = int(least<int64_t>(KEYS, high - key));
-      read_keys(key, count, high);
+      read_keys(key, count);
       for (int i = 0; i < rows_;) {
         const int next = block_end(i);
+        prefetch(key + KEYS + i * KEYS / rows_, least(high, key + KEYS + next * KEYS / rows_));
         attend(i, next - i, key, count);
         i = next;
       }
@@ -124,13 +125,16 @@ class Forward {
     std::memset(sums_, 0, sizeof(float) * size_t(rows_ * LANES));
   }
 
-  void read_keys(int64_t key, int count, int64_t high) {
+  void read_keys(int64_t key, int count) {
     read_transposed(p_.k, key, count, kv_head_, depth_, keys_);
     for (int i = 0; i < count; i++) read_row(p_.v, key + i, kv_head_, depth_, 1, values_ + i * columns_);
-    const int64_t end = least(high, key + 2 * KEYS);
-    for (int64_t next = key + KEYS; next < end; next++) {
-      prefetch_row(p_.k, next, kv_head_, depth_);
-      prefetch_row(p_.v, next, kv_head_, depth_);
+  }
+
+  // Keys of the next block, a few for each block of rows: many at once would wait for each other.
+  void prefetch(int64_t key, int64_t end) {
+    for (; key < end; key++) {
+      prefetch_row(p_.k, key, kv_head_, depth_);
+      prefetch_row(p_.v, key, kv_head_, depth_);
     }
   }
 
