@@ -11,6 +11,7 @@ constexpr int ROWS = 48;                // of a block of scores
 constexpr int KEYS = 128;               // of a block of scores
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int RUN_ROWS = 32;            // rows of one range that are rather a block of their own
+constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
 
 // Adds the scores of R rows to their sums: scores[r] becomes 2^(score - pivot) for `vectors` vectors of each row.
@@ -118,6 +119,7 @@ class Forward {
   // Scores are found in powers of two.
   void begin() {
     for (int i = 0; i < rows_; i++) {
+      if (i + AHEAD < rows_) prefetch_row(p_.q, token(i + AHEAD), head(i + AHEAD), depth_);
       read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
       pivots_[i] = -INF;
     }
@@ -171,9 +173,12 @@ class Forward {
 
   void add_state(int row, int rows, int slot) {
     const int width = p_.far.width, stride = int(round_up(width, LANES)), state = int(state_row(depth_));
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
+      const int later = least(row + i + AHEAD, rows_ - 1);
+      prefetch_row(p_.far.features, token(later), head(later), width);
       with_row(p_.far.features, token(row + i), head(row + i),
                [&](const auto* x) { feature_row(p_.far.map, x, width, scores_ + i * stride); });
+    }
     const float* states = p_.far.states + (int64_t(slot) * p_.kv_heads + kv_head_) * width * state;
     multiply(rows, state, Left{scores_, stride, 1}, Right{states, state}, width, Result{far_, state});
     for (int i = 0; i < rows; i++) join(row + i, far_ + i * state);
