@@ -17,6 +17,7 @@ from vot_kernels.ops.hybrid_attention import (
     hybrid_attention_step,
     reference,
 )
+from vot_kernels.ops.hybrid_attention import cpp as hybrid_cpp
 from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
 from vot_kernels.ops.parts.range_attention import blocks as _blocks
 from vot_kernels.ops.parts.range_attention import torch as _range_attention
@@ -449,6 +450,18 @@ def test_any_number_of_threads_gives_the_same_bits(causal):
         return hybrid_attention(q, k, v, layout, **options)
 
     assert differing(lambda: [*run(*inputs), *gradients(run, *inputs)]) == []
+
+
+@cpp
+def test_small_groups_share_states(monkeypatch):
+    """In PyTorch, whatever kernels there are; large ones have states of their own."""
+    monkeypatch.setattr(hybrid_cpp, "_MOST_NUMBERS", 0)
+    inputs = [*make_qkv(60, 4, 16), BETA]
+    for group_size, shared in ((3, True), (20, False)):
+        layout = PackedLayout.from_lengths((50, 10), group_size=group_size)
+        check(layout, inputs, backend="cpp")
+        own, torchs = (hybrid_attention(*inputs[:3], layout, backend=name) for name in ("cpp", "torch"))
+        assert torch.equal(own, torchs) == shared
 
 
 @cpp
