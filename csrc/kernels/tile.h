@@ -74,21 +74,27 @@ VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, c
   }
 }
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 // All rows of a strip of C vectors.
 template <int C>
 VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales) {
-  const auto tile = [&](auto multiply, int r) {
-    multiply(a.below(r), b, depth, Result{out.data + r * out.row, out.row}, old, scales + (old == Old::SCALE ? r : 0));
+  const auto tile = [&](auto height, int r) {
+    const Result below = {out.data + r * out.row, out.row};
+    multiply_tile<decltype(height)::value, C>(a.below(r), b, depth, below, old, scales + (old == Old::SCALE ? r : 0));
   };
   constexpr int R = tile_rows(C);
   int r = 0;
-  for (; r + R <= rows; r += R) tile(multiply_tile<R, C>, r);
+  for (; r + R <= rows; r += R) tile(Number<R>{}, r);
   switch (rows - r) {
-    case 5: return tile(multiply_tile<5, C>, r);
-    case 4: return tile(multiply_tile<4, C>, r);
-    case 3: return tile(multiply_tile<3, C>, r);
-    case 2: return tile(multiply_tile<2, C>, r);
-    case 1: return tile(multiply_tile<1, C>, r);
+    case 5: return tile(Number<5>{}, r);
+    case 4: return tile(Number<4>{}, r);
+    case 3: return tile(Number<3>{}, r);
+    case 2: return tile(Number<2>{}, r);
+    case 1: return tile(Number<1>{}, r);
   }
 }
 

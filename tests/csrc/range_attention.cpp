@@ -24,12 +24,12 @@ struct Problem {
 
   Problem(Random& random) {
     kv_heads = int(random.whole(1, 2)), heads = kv_heads * int(random.whole(1, 3));
-    head_dim = int(random.whole(1, random.chance(0.3) ? 90 : 20)), width = int(random.whole(1, 20));
+    head_dim = int(random.whole(1, random.chance(0.15) ? 90 : 20)), width = int(random.whole(1, 20));
     scale = random.normal() / std::sqrt(float(head_dim)), has_far = random.chance(0.5);
     const int64_t window = random.chance(0.5) ? 100000 : random.whole(0, 40);
     const bool causal = random.chance(0.5);
     for (int32_t segment = 0, begin = 0; segment < 2; segment++) {
-      const int32_t end = begin + int32_t(random.whole(0, random.chance(0.2) ? 300 : 30));
+      const int32_t end = begin + int32_t(random.whole(0, random.chance(0.1) ? 150 : 20));
       for (int64_t i = begin; i < end; i++) {
         low.push_back(int32_t(most<int64_t>(begin, i - window)));
         high.push_back(int32_t(causal ? i + 1 : least<int64_t>(end, i + window + 1)));
