@@ -71,7 +71,7 @@ BACKENDS = tuple(
         refuses=partial(_refuses, backend),
         ours=True,
     )
-    for backend in ("triton", "torch")
+    for backend in ("triton", "cpp", "torch")
 )
 
 FUSED = Provider(
