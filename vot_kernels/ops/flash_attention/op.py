@@ -122,8 +122,8 @@ def flash_attn_varlen_func(
         TypeError: q, k, v or the cumulative lengths are not tensors, q is not floating point, the dtypes of q, k and
             v differ, or the cumulative lengths are not int32.
         ValueError: shapes or devices do not fit together, the cumulative lengths do not ascend within the rows
-            (checked by "cpp" and "torch" alone), an option is malformed or not supported, `backend` is not one of the values
-            above, or no such backend can serve the inputs.
+            (checked by "cpp" and "torch" alone), an option is malformed or not supported, `backend` is not one of
+            the values above, or no such backend can serve the inputs.
 
     Source: Dao, FlashAttention-2, 2023 (arXiv 2307.08691).
     """
