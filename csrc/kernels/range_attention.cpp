@@ -11,6 +11,7 @@ constexpr int ROWS = 48;                // of a block of scores
 constexpr int KEYS = 128;               // of a block of scores
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int RUN_ROWS = 32;            // rows of one range that are rather a block of their own
+constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
 
 // Adds the scores of R rows to their sums: scores[r] becomes 2^(score - pivot) for `vectors` vectors of each row.
@@ -77,9 +78,10 @@ class Forward {
     const int64_t low = p_.low[task_.begin], high = p_.high[task_.end - 1];
     for (int64_t key = task_.first_key + (low - task_.first_key) / KEYS * KEYS; key < high; key += KEYS) {
       const int count = int(least<int64_t>(KEYS, high - key));
-      read_keys(key, count, high);
+      read_keys(key, count);
       for (int i = 0; i < rows_;) {
         const int next = block_end(i);
+        prefetch(key + KEYS + i * KEYS / rows_, least(high, key + KEYS + next * KEYS / rows_));
         attend(i, next - i, key, count);
         i = next;
       }
@@ -117,6 +119,7 @@ class Forward {
   // Scores are found in powers of two.
   void begin() {
     for (int i = 0; i < rows_; i++) {
+      if (i + AHEAD < rows_) prefetch_row(p_.q, token(i + AHEAD), head(i + AHEAD), depth_);
       read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
       pivots_[i] = -INF;
     }
@@ -124,13 +127,16 @@ class Forward {
     std::memset(sums_, 0, sizeof(float) * size_t(rows_ * LANES));
   }
 
-  void read_keys(int64_t key, int count, int64_t high) {
+  void read_keys(int64_t key, int count) {
     read_transposed(p_.k, key, count, kv_head_, depth_, keys_);
     for (int i = 0; i < count; i++) read_row(p_.v, key + i, kv_head_, depth_, 1, values_ + i * columns_);
-    const int64_t end = least(high, key + 2 * KEYS);
-    for (int64_t next = key + KEYS; next < end; next++) {
-      prefetch_row(p_.k, next, kv_head_, depth_);
-      prefetch_row(p_.v, next, kv_head_, depth_);
+  }
+
+  // Keys of the next block, a few for each block of rows: many at once would wait for each other.
+  void prefetch(int64_t key, int64_t end) {
+    for (; key < end; key++) {
+      prefetch_row(p_.k, key, kv_head_, depth_);
+      prefetch_row(p_.v, key, kv_head_, depth_);
     }
   }
 
@@ -167,9 +173,12 @@ class Forward {
 
   void add_state(int row, int rows, int slot) {
     const int width = p_.far.width, stride = int(round_up(width, LANES)), state = int(state_row(depth_));
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
+      const int later = least(row + i + AHEAD, rows_ - 1);
+      prefetch_row(p_.far.features, token(later), head(later), width);
       with_row(p_.far.features, token(row + i), head(row + i),
                [&](const auto* x) { feature_row(p_.far.map, x, width, scores_ + i * stride); });
+    }
     const float* states = p_.far.states + (int64_t(slot) * p_.kv_heads + kv_head_) * width * state;
     multiply(rows, state, Left{scores_, stride, 1}, Right{states, state}, width, Result{far_, state});
     for (int i = 0; i < rows; i++) join(row + i, far_ + i * state);

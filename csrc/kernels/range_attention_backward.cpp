@@ -10,6 +10,7 @@ constexpr int ROWS = 96, KEYS = 128;    // of a block of scores
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int CHUNK_ROWS = 4 * ROWS;    // rows and keys that stay in the cache while all blocks of their scores are done
 constexpr int CHUNK_KEYS = 4 * KEYS;
+constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr int FAR_ROWS = 64;            // rows of one state at a time
 
 // The transposed state of a slot and head: to[e * stride + f] = state[f * row + e].
@@ -257,6 +258,9 @@ class KeysBackward {
   void read_rows() {
     for (int i = 0; i < num_rows_; i++) {
       const int64_t at = int64_t(token(i)) * p_.heads + head(i);
+      const int later = least(i + AHEAD, num_rows_ - 1);
+      prefetch_row(p_.q, token(later), head(later), depth_);
+      prefetch_row(p_.d_out, token(later), head(later), depth_);
       read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
       read_row(p_.d_out, token(i), head(i), depth_, 1, d_out_ + i * columns_);
       lse_[i] = p_.lse[at] == -INF ? INF : p_.lse[at] * LOG2E;

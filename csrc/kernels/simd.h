@@ -39,11 +39,11 @@ typedef float UnalignedVec __attribute__((vector_size(VOT_VECTOR_BYTES), aligned
 typedef int32_t IntVec __attribute__((vector_size(VOT_VECTOR_BYTES)));
 
 template <class T>
-VOT_INLINE T least(T a, T b) {
+VOT_INLINE constexpr T least(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-VOT_INLINE T most(T a, T b) {
+VOT_INLINE constexpr T most(T a, T b) {
   return a < b ? b : a;
 }
 // The least multiple of `step` that is not below x.

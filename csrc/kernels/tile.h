@@ -5,9 +5,13 @@
 namespace vot {
 namespace VOT_ISA {
 
-constexpr int TILE_ROWS = 6;                                  // rows of a tile of registers
-constexpr int TILE_VECTORS = VOT_VECTOR_BYTES == 32 ? 2 : 4;  // and vectors of a row: 24 sums of 32 registers, 12 of 16
-constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
+// A tile of registers has as many vectors in a row as TILE_VECTORS, or fewer. Its sums, a row of the right operand and one
+// number of the left fill the registers: 32 of AVX-512, 16 of AVX2.
+constexpr int TILE_VECTORS = VOT_VECTOR_BYTES == 64 ? 5 : VOT_VECTOR_BYTES == 32 ? 3 : 4;
+constexpr int tile_rows(int vectors) {
+  if (VOT_VECTOR_BYTES == 64 && vectors == 5) return 5;
+  return VOT_VECTOR_BYTES == 32 && vectors == 3 ? 4 : 6;
+}
 
 // The left operand of a product: A[r, k] is at data[r * row + k * column]. Its elements are broadcast, so both strides
 // are free, and a transposed matrix costs nothing.
@@ -70,20 +74,27 @@ VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, c
   }
 }
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 // All rows of a strip of C vectors.
 template <int C>
 VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales) {
-  const auto tile = [&](auto multiply, int r) {
-    multiply(a.below(r), b, depth, Result{out.data + r * out.row, out.row}, old, scales + (old == Old::SCALE ? r : 0));
+  const auto tile = [&](auto height, int r) {
+    const Result below = {out.data + r * out.row, out.row};
+    multiply_tile<decltype(height)::value, C>(a.below(r), b, depth, below, old, scales + (old == Old::SCALE ? r : 0));
   };
+  constexpr int R = tile_rows(C);
   int r = 0;
-  for (; r + TILE_ROWS <= rows; r += TILE_ROWS) tile(multiply_tile<TILE_ROWS, C>, r);
+  for (; r + R <= rows; r += R) tile(Number<R>{}, r);
   switch (rows - r) {
-    case 5: return tile(multiply_tile<5, C>, r);
-    case 4: return tile(multiply_tile<4, C>, r);
-    case 3: return tile(multiply_tile<3, C>, r);
-    case 2: return tile(multiply_tile<2, C>, r);
-    case 1: return tile(multiply_tile<1, C>, r);
+    case 5: return tile(Number<5>{}, r);
+    case 4: return tile(Number<4>{}, r);
+    case 3: return tile(Number<3>{}, r);
+    case 2: return tile(Number<2>{}, r);
+    case 1: return tile(Number<1>{}, r);
   }
 }
 
@@ -94,12 +105,17 @@ inline void multiply(int rows, int columns, Left a, Right b, int depth, Result o
   const auto strip = [&](auto multiply, int c) {
     multiply(rows, a, Right{b.data + c, b.row}, depth, Result{out.data + c, out.row}, old, scales);
   };
-  int c = 0;
-  for (; c + TILE_COLUMNS <= columns; c += TILE_COLUMNS) strip(multiply_strip<TILE_VECTORS>, c);
-  switch ((columns - c) / LANES) {
-    case 3: return strip(multiply_strip<3>, c);
-    case 2: return strip(multiply_strip<2>, c);
-    case 1: return strip(multiply_strip<1>, c);
+  const int vectors = columns / LANES, strips = (vectors + TILE_VECTORS - 1) / TILE_VECTORS;
+  for (int i = 0, c = 0; i < strips; i++) {  // of about equal width
+    const int width = (vectors - c / LANES + strips - i - 1) / (strips - i);
+    switch (width) {
+      case 5: strip(multiply_strip<least(5, TILE_VECTORS)>, c); break;
+      case 4: strip(multiply_strip<least(4, TILE_VECTORS)>, c); break;
+      case 3: strip(multiply_strip<3>, c); break;
+      case 2: strip(multiply_strip<2>, c); break;
+      default: strip(multiply_strip<1>, c);
+    }
+    c += width * LANES;
   }
 }
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.ops import launch as _launch
 from vot_kernels.ops.dispatch import BACKENDS, describe_backends, load, select
 from vot_kernels.ops.launch import why_not_triton
@@ -61,7 +62,10 @@ def test_a_gpu_that_is_not_there_is_not_called_old(monkeypatch):
 def test_backends_stand_in_order_of_preference():
     assert all(tuple(reasons) == BACKENDS for reasons in describe_backends("cpu").values())
     cpu = torch.zeros(8, 2, 64)
-    assert select("hybrid_attention", "auto", cpu) == "torch"
+    first = "torch" if why_not_cpp("cpu") else "cpp"
+    assert select("hybrid_attention", "auto", cpu) == first
+    assert select("hybrid_attention", "auto", cpu.double()) == "torch"
+    assert select("hybrid_attention", "auto", torch.zeros(8, 2, 257)) == "torch"
     with pytest.raises(
         ValueError, match="backend must be one of 'auto', 'triton', 'cpp', 'torch', 'reference'"
     ):

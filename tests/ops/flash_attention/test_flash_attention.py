@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.marks import compiled, interpreted
+from tests.marks import COMPUTING, compiled, cpp, interpreted
 from vot_kernels.ops.flash_attention import flash_attn_func, flash_attn_varlen_func, op
 from vot_kernels.ops.flash_attention import torch as flash_torch
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
@@ -25,7 +25,7 @@ from vot_kernels.testing import (
 )
 
 ROWS, KEYS = (5, 0, 17, 1, 33, 4), (5, 3, 9, 0, 40, 4)
-BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
+BACKENDS = [*COMPUTING, pytest.param("triton", marks=interpreted)]
 
 
 def bounds(lengths):
@@ -163,17 +163,17 @@ LONG_ROWS, LONG_KEYS = (300, 40, 300, 150), (340, 700, 340, 20)  # several block
 
 
 @compiled
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("path", ["fused", "matmuls", pytest.param("cpp", marks=cpp)])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 30), (20, 10), (600, -1), (2**40, 2**40)])
-def test_long_segments(window, fused, monkeypatch):
+def test_long_segments(window, path, monkeypatch):
     """Also by the matmuls of devices without the fused kernel."""
-    if not fused:
+    if path == "matmuls":
         monkeypatch.setattr(_range_attention, "_attend", _range_attention._attend_matmul)
         monkeypatch.setattr(_range_attention, "_attend_backward", _range_attention._attend_matmul_backward)
-    segments = (LONG_ROWS, LONG_KEYS)
+    segments, backend = (LONG_ROWS, LONG_KEYS), "cpp" if path == "cpp" else "torch"
     with uninitialized_is_nan():
         check_against_reference(
-            lambda *x: [call(*x, *segments, window_size=window, backend="torch")],
+            lambda *x: [call(*x, *segments, window_size=window, backend=backend)],
             lambda *x: [call(*x, *segments, window_size=window, backend="reference")],
             make_inputs(*segments, head_dim=8),
             roundings=16,
@@ -213,10 +213,11 @@ def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
 
 
 @compiled
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("causal", [False, True])
-def test_opcheck_and_compile(causal):
+def test_opcheck_and_compile(causal, backend):
     q, k, v = (x.requires_grad_() for x in make_inputs())
-    options = (None, 0 if causal else None, 0.25, False, "torch")
+    options = (None, 0 if causal else None, 0.25, False, backend)
     torch.library.opcheck(op._flash_attention_fwd, (q, k, v, bounds(ROWS), bounds(KEYS), *options))
     out, lse = op._flash_attention_fwd(q, k, v, bounds(ROWS), bounds(KEYS), *options)
     saved = [x.detach() for x in (out, out, lse, q, k, v)]
@@ -262,7 +263,8 @@ def test_what_is_not_supported_is_refused(options, message):
 
 
 @compiled
-def test_bad_tensors():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_bad_tensors(backend):
     q, k, v = make_inputs()
     cu = bounds(ROWS), bounds(KEYS)
     with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got torch.int64"):
@@ -276,7 +278,7 @@ def test_bad_tensors():
     ):
         cu_wrong = torch.tensor(wrong, dtype=torch.int32)
         with pytest.raises(ValueError, match=f"cu_seqlens_k must ascend .* the 64 rows of k, {message}"):
-            flash_attn_varlen_func(q, k, v, cu_wrong.clamp(0, 0), cu_wrong, 9, 9, backend="torch")
+            flash_attn_varlen_func(q, k, v, cu_wrong.clamp(0, 0), cu_wrong, 9, 9, backend=backend)
     with pytest.raises(ValueError, match="multiple"):
         flash_attn_varlen_func(q, *(x.repeat(1, 3, 1) for x in (k, v)), *cu, 9, 9)
     with pytest.raises(TypeError, match="v must have the dtype of q"):

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.dispatch import BACKENDS, FUNCTIONS, describe_backends
 from vot_kernels.ops.hybrid_attention import (
     HybridAttentionState,
@@ -15,6 +17,7 @@ from vot_kernels.ops.hybrid_attention import (
     hybrid_attention_step,
     reference,
 )
+from vot_kernels.ops.hybrid_attention import cpp as hybrid_cpp
 from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
 from vot_kernels.ops.parts.range_attention import blocks as _blocks
 from vot_kernels.ops.parts.range_attention import torch as _range_attention
@@ -37,13 +40,16 @@ CAUSAL = [None, "group", "token"]
 BETA = torch.tensor([0.5, -1.0, -torch.inf, 2.0])
 
 
-def check(layout, inputs, roundings=None, **options):
-    """Outputs and gradients of backend torch obey the tolerance rule; inputs are q, k, v, beta."""
+on_each_backend = pytest.mark.parametrize("backend", COMPUTING)
+
+
+def check(layout, inputs, roundings=None, backend="torch", **options):
+    """Outputs and gradients of a backend obey the tolerance rule; inputs are q, k, v, beta."""
     if roundings is None:  # PyTorch's fused CPU kernel has an exp of up to 20 ulp, which shows in float32
         roundings = 4.0 if inputs[0].dtype.itemsize < 4 else 16.0
 
     def run(q, k, v, beta):
-        return hybrid_attention(q, k, v, layout, beta=beta, return_lse=True, backend="torch", **options)
+        return hybrid_attention(q, k, v, layout, beta=beta, return_lse=True, backend=backend, **options)
 
     def oracle(q, k, v, beta):
         return reference.hybrid_attention(q, k, v, layout, beta=beta, **options)
@@ -58,67 +64,78 @@ def gradients(function, *inputs):
     return torch.autograd.grad(loss, inputs, materialize_grads=True)
 
 
+@on_each_backend
 @pytest.mark.parametrize("group_size", [1, 5])
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS.keys())
-def test_packings(lengths, causal, group_size):
+def test_packings(lengths, causal, group_size, backend):
     layout = PackedLayout.from_lengths(lengths, group_size=group_size)
     inputs = make_qkv(sum(lengths), 4, 16)
     with uninitialized_is_nan():
-        check(layout, [*inputs, BETA], causal=causal)
+        check(layout, [*inputs, BETA], backend=backend, causal=causal)
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("window", [0, 1, 2, 3, 9, (0, 2), (2, 0), (1, 3), None])
-def test_windows(window, causal):
+def test_windows(window, causal, backend):
     if causal and isinstance(window, tuple) and window[1]:
         pytest.skip("a causal window looks left only")
     layout = PackedLayout.from_lengths((20, 3, 33), group_size=5)
-    check(layout, [*make_qkv(56, 4, 16), BETA], window=window, causal=causal)
+    check(layout, [*make_qkv(56, 4, 16), BETA], backend=backend, window=window, causal=causal)
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_uneven_and_empty_groups(causal):
+def test_uneven_and_empty_groups(causal, backend):
     layout = PackedLayout.from_cu_seqlens([0, 17, 17, 30], [0, 2, 2, 9, 17, 17, 21, 22, 30])
-    check(layout, [*make_qkv(30, 4, 16), BETA], causal=causal)
+    check(layout, [*make_qkv(30, 4, 16), BETA], backend=backend, causal=causal)
 
 
+@on_each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("name", ["softmax", "elu", "relu"])
-def test_feature_maps_and_dtypes(name, causal, dtype):
+def test_feature_maps_and_dtypes(name, causal, dtype, backend):
     layout = PackedLayout.from_lengths((18, 7, 25), group_size=4)
-    check(layout, [*make_qkv(50, 4, 16, dtype=dtype), BETA.to(dtype)], feature_map=name, causal=causal)
+    if backend == "cpp" and dtype == torch.float64:
+        pytest.skip("the C++ kernels compute in float32")
+    inputs = [*make_qkv(50, 4, 16, dtype=dtype), BETA.to(dtype)]
+    check(layout, inputs, backend=backend, feature_map=name, causal=causal)
 
 
+@on_each_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_small_normaliser_does_not_blow_up_the_rounding_of_the_output(dtype):
+def test_a_small_normaliser_does_not_blow_up_the_rounding_of_the_output(dtype, backend):
     """Only far tokens count, with one feature: the output does not depend on q, and q times its gradient is 0."""
     q, k, v = make_qkv(64, head_dim=1, dtype=dtype)
     layout = PackedLayout.from_lengths([40, 24], group_size=4)
     options = {"window": 0, "feature_map": "relu", "beta": torch.full((2,), 60.0)}
     q, k = (0.01 * (q.abs() + 0.1)).requires_grad_(), k.abs() + 0.1
-    out = hybrid_attention(q, k, v, layout, backend="torch", **options)
+    out = hybrid_attention(q, k, v, layout, backend=backend, **options)
     (dq,) = torch.autograd.grad(out, q, make_tensor(*out.shape, dtype=dtype))
     assert (q * dq).float().abs().max() < 3e-5
 
 
-@pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 72, 80])
-def test_head_dims(head_dim):
+@on_each_backend
+@pytest.mark.parametrize("head_dim", [1, 16, 24, 40, 72, 80, 256])
+def test_head_dims(head_dim, backend):
     layout = PackedLayout.from_lengths((18, 7, 25), group_size=4)
-    check(layout, [*make_qkv(50, 4, head_dim), BETA])
+    check(layout, [*make_qkv(50, 4, head_dim), BETA], backend=backend)
 
 
+@on_each_backend
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_grouped_query_heads(kv_heads, causal):
+def test_grouped_query_heads(kv_heads, causal, backend):
     layout = PackedLayout.from_lengths((18, 7, 25), group_size=4)
-    check(layout, [*make_qkv(50, 4, 16, kv_heads=kv_heads), BETA], causal=causal)
+    check(layout, [*make_qkv(50, 4, 16, kv_heads=kv_heads), BETA], backend=backend, causal=causal)
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("zeros", [False, True])
-def test_given_features(causal, zeros):
+def test_given_features(causal, zeros, backend):
     layout = PackedLayout.from_lengths((18, 7, 25), group_size=4)
     q, k, v = make_qkv(50, 4, 16, kv_heads=2)
     q_features, k_features = make_tensor(50, 4, 6, seed=8).abs(), make_tensor(50, 2, 6, seed=9).abs()
@@ -127,7 +144,7 @@ def test_given_features(causal, zeros):
 
     def run(q, k, v, q_features, k_features, beta):
         options = {"q_features": q_features, "k_features": k_features, "causal": causal, "beta": beta}
-        return hybrid_attention(q, k, v, layout, return_lse=True, backend="torch", **options)
+        return hybrid_attention(q, k, v, layout, return_lse=True, backend=backend, **options)
 
     def oracle(q, k, v, q_features, k_features, beta):
         options = {"q_features": q_features, "k_features": k_features, "causal": causal, "beta": beta}
@@ -173,7 +190,7 @@ def check_far_weight(weight, backend, roundings=16.0, **options):
 
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("weight", [[0.0, 0.3, 0.0, 2.0], [0.0] * 4])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 def test_far_weight(weight, causal, backend):
     check_far_weight(torch.tensor(weight), backend, causal=causal)
 
@@ -181,12 +198,16 @@ def test_far_weight(weight, causal, backend):
 @pytest.mark.parametrize(
     ("dtype", "roundings"), [(torch.float16, 4.0), (torch.bfloat16, 4.0), (torch.float64, 64.0)]
 )
-def test_far_weight_of_any_dtype(dtype, roundings):
+@on_each_backend
+def test_far_weight_of_any_dtype(dtype, roundings, backend):
     """In float64 the smallest weight is exp(-54), and exp errs by as many roundings."""
-    check_far_weight(torch.tensor([0.0, 0.25, 0.0, 2.0], dtype=dtype), "torch", roundings=roundings)
+    if backend == "cpp" and dtype == torch.float64:
+        pytest.skip("the C++ kernels compute in float32")
+    check_far_weight(torch.tensor([0.0, 0.25, 0.0, 2.0], dtype=dtype), backend, roundings=roundings)
 
 
-def test_a_far_weight_of_zero_enters_no_other_gradient_however_small_the_near_part_is():
+@on_each_backend
+def test_a_far_weight_of_zero_enters_no_other_gradient_however_small_the_near_part_is(backend):
     """Near scores of -40 and large features: whatever stands for a weight of 0 is far below either."""
     layout = PackedLayout.from_lengths((24, 9), group_size=3)
     q, k, v = make_qkv(33, 2, 16, dtype=torch.float16)
@@ -195,7 +216,7 @@ def test_a_far_weight_of_zero_enters_no_other_gradient_however_small_the_near_pa
 
     def run(q, k, v, weight):
         return hybrid_attention(
-            q, k, v, layout, far_weight=weight, **options, return_lse=True, backend="torch"
+            q, k, v, layout, far_weight=weight, **options, return_lse=True, backend=backend
         )
 
     def oracle(q, k, v, weight):
@@ -250,10 +271,11 @@ def test_gradcheck(name, causal):
     assert torch.autograd.gradcheck(run, (*inputs, beta), fast_mode=True)
 
 
-def test_gradient_of_lse_alone():
+@on_each_backend
+def test_gradient_of_lse_alone(backend):
     layout = PackedLayout.from_lengths((20, 6), group_size=4)
     check_against_reference(
-        lambda q, k, b: hybrid_attention(q, k, k, layout, beta=b, return_lse=True, backend="torch")[1:],
+        lambda q, k, b: hybrid_attention(q, k, k, layout, beta=b, return_lse=True, backend=backend)[1:],
         lambda q, k, b: reference.hybrid_attention(q, k, k, layout, beta=b)[1:],
         [*make_qkv(26, 4)[:2], BETA],
         roundings=16,
@@ -271,21 +293,24 @@ def test_results_over_disjoint_keys_merge_by_lse():
     assert max_error(merged, hybrid_attention(q, k, v, layout)) < 1e-12
 
 
+@on_each_backend
 @pytest.mark.parametrize("window", [3, 4, None, (3, 3)])
-def test_window_over_all_groups_is_exact_attention(window):
+def test_window_over_all_groups_is_exact_attention(window, backend):
     layout = PackedLayout.from_lengths((16, 9), group_size=4)
     q, k, v = make_qkv(25, 2)
-    out = hybrid_attention(q, k, v, layout, window=window, beta=torch.tensor([9.0, -3.0]))
+    options = {"window": window, "beta": torch.tensor([9.0, -3.0]), "backend": backend}
+    out = hybrid_attention(q, k, v, layout, **options)
     for begin, end in ((0, 16), (16, 25)):
         heads_first = [x[None, begin:end].transpose(1, 2) for x in (q, k, v)]
         expected = torch.nn.functional.scaled_dot_product_attention(*heads_first)
         assert max_error(out[begin:end], expected[0].transpose(0, 1)) < 1e-6
 
 
-def test_beta_of_minus_infinity_is_window_attention():
+@on_each_backend
+def test_beta_of_minus_infinity_is_window_attention(backend):
     layout = PackedLayout.from_lengths((24,), group_size=4)
     q, k, v = make_qkv(24, 2)
-    out = hybrid_attention(q, k, v, layout, beta=torch.full((2,), -torch.inf))
+    out = hybrid_attention(q, k, v, layout, beta=torch.full((2,), -torch.inf), backend=backend)
     groups = layout.token_groups
     mask = (groups[:, None] - groups[None, :]).abs() <= 1
     heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
@@ -308,7 +333,7 @@ def test_near_of_no_weight_leaves_linear_attention_whatever_beta():
         assert max_error(out, expected) < 1e-12
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_slack_rows_are_never_read(backend, causal):
     layout = PackedLayout.from_lengths((9, 0, 14), group_size=4)
@@ -330,7 +355,7 @@ def test_slack_rows_are_never_read(backend, causal):
         assert (a[23:] == 0).all() and torch.equal(a[:23], b)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 @pytest.mark.parametrize("causal", CAUSAL)
 def test_nan_stays_in_its_segment(backend, causal):
     layout = PackedLayout.from_lengths((9, 12, 14), group_size=4)
@@ -356,34 +381,39 @@ def test_nan_stays_in_its_segment(backend, causal):
         assert torch.equal(a[kept], b[kept])
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_packed_equals_unpacked(causal):
+def test_packed_equals_unpacked(causal, backend):
     lengths = (24, 7, 24, 33)
     layout = PackedLayout.from_lengths(lengths, group_size=4)
     q, k, v = make_qkv(sum(lengths), 4)
-    packed, begin = hybrid_attention(q, k, v, layout, beta=BETA, causal=causal), 0
+    options = {"beta": BETA, "causal": causal, "backend": backend}
+    packed, begin = hybrid_attention(q, k, v, layout, **options), 0
     for length in lengths:
         own = slice(begin, begin + length)
         alone = PackedLayout.from_lengths((length,), group_size=4)
-        out = hybrid_attention(q[own], k[own], v[own], alone, beta=BETA, causal=causal)
+        out = hybrid_attention(q[own], k[own], v[own], alone, **options)
         assert max_error(packed[own], out) < 1e-6
         begin += length
 
 
-def test_repeats_bitwise():
+@on_each_backend
+def test_repeats_bitwise(backend):
     layout = PackedLayout.from_lengths((31, 8, 50), group_size=4)
     inputs = [x.requires_grad_() for x in (*make_qkv(89, 4), BETA.clone())]
 
     def run():
         return gradients(
-            lambda q, k, v, b: hybrid_attention(q, k, v, layout, beta=b, return_lse=True), *inputs
+            lambda q, k, v, b: hybrid_attention(q, k, v, layout, beta=b, return_lse=True, backend=backend),
+            *inputs,
         )
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
 
 
-def test_large_scores_stay_finite():
+@on_each_backend
+def test_large_scores_stay_finite(backend):
     """Near scores of -300 without a far part: exp(beta - lse) alone would overflow and 0 * inf is NaN."""
     layout = PackedLayout.from_lengths((4, 12), group_size=4)
     q, k, v = make_qkv(16, 4)
@@ -393,17 +423,56 @@ def test_large_scores_stay_finite():
         float(torch.einsum("ihd,jhd->hij", q[:4], k[:4]).abs().max()) * 16**-0.5
     )  # with another's q, above 300
     for factor, beta in ((1, None), (3, BETA)):  # a score of 300 is known to 300 eps
-        check(layout, [q * factor, k, v, beta], roundings=largest * factor)
+        check(layout, [q * factor, k, v, beta], roundings=largest * factor, backend=backend)
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_weights_sum_to_one_however_large_the_scores(causal):
+def test_weights_sum_to_one_however_large_the_scores(causal, backend):
     """An lse of 1,000 is rounded to 3e-5; parts merged only by it would have weights with that error."""
     layout = PackedLayout.from_lengths([300, 24], group_size=20)
     q, k = (30 * x for x in make_qkv(324)[:2])
     beta = torch.full((2,), 1000.0)
-    out = hybrid_attention(q, k, torch.ones_like(k), layout, beta=beta, causal=causal, backend="torch")
+    out = hybrid_attention(q, k, torch.ones_like(k), layout, beta=beta, causal=causal, backend=backend)
     assert (out - 1).abs().max() < 2e-6
+
+
+@cpp
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_any_number_of_threads_gives_the_same_bits(causal):
+    layout = PackedLayout.from_lengths(
+        (1500, 3, 900), group_size=200
+    )  # the first segment's keys are in two parts
+    inputs = [x.requires_grad_() for x in (*make_qkv(2403, 4, 16, kv_heads=2), BETA.clone())]
+
+    def run(q, k, v, beta):
+        options = {"beta": beta, "causal": causal, "return_lse": True, "backend": "cpp"}
+        return hybrid_attention(q, k, v, layout, **options)
+
+    assert differing(lambda: [*run(*inputs), *gradients(run, *inputs)]) == []
+
+
+@cpp
+def test_small_groups_share_states(monkeypatch):
+    """In PyTorch, whatever kernels there are; large ones have states of their own."""
+    monkeypatch.setattr(hybrid_cpp, "_MOST_NUMBERS", 0)
+    inputs = [*make_qkv(60, 4, 16), BETA]
+    for group_size, shared in ((3, True), (20, False)):
+        layout = PackedLayout.from_lengths((50, 10), group_size=group_size)
+        check(layout, inputs, backend="cpp")
+        own, torchs = (hybrid_attention(*inputs[:3], layout, backend=name) for name in ("cpp", "torch"))
+        assert torch.equal(own, torchs) == shared
+
+
+@cpp
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_long_segments_in_parts(window, causal):
+    """Segments of several tasks, blocks of keys and parts of dq."""
+    layout = PackedLayout.from_lengths((2100, 40, 1100), group_size=300)
+    inputs = [*make_qkv(3240, 2, 8, kv_heads=1), torch.tensor([0.5, -1.0])]
+    with uninitialized_is_nan():
+        check(layout, inputs, backend="cpp", window=window, causal=causal)
 
 
 def test_tokens_that_see_nothing_get_zero():
@@ -457,19 +526,20 @@ def test_matmul_path_equals_the_fused_kernel(monkeypatch, causal, budget):
         assert max_error(a, b) < 1e-12
 
 
-def op_arguments(causal=None, given=False, weighs=False):
+def op_arguments(causal=None, given=False, weighs=False, backend="torch"):
     layout = PackedLayout.from_lengths((9, 0, 5), group_size=2)
     q, k, v = make_qkv(15, 2, 4, kv_heads=1)  # one slack row
     features = (make_tensor(15, 2, 3).abs(), make_tensor(15, 1, 3).abs()) if given else (None, None)
     tensors = [layout.cu_seqlens, layout.cu_groups, layout.segment_groups]
     tensors += [layout.host_cu_seqlens, layout.host_cu_groups, layout.host_segment_groups]
     beta = torch.tensor([0.5, 0.0]) if weighs else BETA[:2]
-    return (q, k, v, beta, *features, *tensors, 1, 0, causal, "softmax", 0.5, weighs, None, "torch")
+    return (q, k, v, beta, *features, *tensors, 1, 0, causal, "softmax", 0.5, weighs, None, backend)
 
 
+@on_each_backend
 @pytest.mark.parametrize(("given_features", "weighs"), [(False, False), (True, False), (False, True)])
-def test_opcheck(given_features, weighs):
-    arguments = op_arguments("group", given_features, weighs)
+def test_opcheck(given_features, weighs, backend):
+    arguments = op_arguments("group", given_features, weighs, backend)
     forward = torch.ops.vot_kernels.hybrid_attention_fwd.default
     out, lse = forward(*arguments)
     backward = torch.ops.vot_kernels.hybrid_attention_bwd.default

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.packed_attention import packed_attention, reference
 from vot_kernels.packing import PackedLayout
@@ -17,11 +19,13 @@ from vot_kernels.testing import (
     with_slack,
 )
 
+on_each_backend = pytest.mark.parametrize("backend", COMPUTING)
 
-def check(layout, inputs, **options):
+
+def check(layout, inputs, backend="torch", **options):
     roundings = 4.0 if inputs[0].dtype.itemsize < 4 else 16.0  # the fused CPU kernel's exp: up to 20 ulp
     check_against_reference(
-        lambda q, k, v: packed_attention(q, k, v, layout, return_lse=True, backend="torch", **options),
+        lambda q, k, v: packed_attention(q, k, v, layout, return_lse=True, backend=backend, **options),
         lambda q, k, v: reference.packed_attention(q, k, v, layout, **options),
         inputs,
         roundings=roundings,
@@ -29,30 +33,38 @@ def check(layout, inputs, **options):
     )
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS.keys())
-def test_packings(lengths, causal):
+def test_packings(lengths, causal, backend):
     with uninitialized_is_nan():
-        check(PackedLayout.from_lengths(lengths), make_qkv(sum(lengths), 4, kv_heads=2), causal=causal)
+        check(
+            PackedLayout.from_lengths(lengths), make_qkv(sum(lengths), 4, kv_heads=2), backend, causal=causal
+        )
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(dtype, causal):
-    check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, dtype=dtype), causal=causal)
+def test_dtypes(dtype, causal, backend):
+    if backend == "cpp" and dtype == torch.float64:
+        pytest.skip("the C++ kernels compute in float32")
+    check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, dtype=dtype), backend, causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 40, 72, 80])
-def test_head_dims(head_dim):
-    check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, 2, head_dim))
+@on_each_backend
+@pytest.mark.parametrize("head_dim", [3, 16, 24, 40, 72, 80, 130])
+def test_head_dims(head_dim, backend):
+    check(PackedLayout.from_lengths((18, 7, 25)), make_qkv(50, 2, head_dim), backend)
 
 
+@on_each_backend
 @pytest.mark.parametrize("causal", [False, True])
-def test_equals_pytorch_per_segment(causal):
+def test_equals_pytorch_per_segment(causal, backend):
     lengths = (33, 0, 8, 70)
     layout = PackedLayout.from_lengths(lengths)
     q, k, v = make_qkv(sum(lengths), 4, kv_heads=2)
-    out, begin = packed_attention(q, k, v, layout, causal=causal), 0
+    out, begin = packed_attention(q, k, v, layout, causal=causal, backend=backend), 0
     for length in lengths:
         heads_first = [x[None, begin : begin + length].transpose(1, 2) for x in (q, k, v)]
         expected = torch.nn.functional.scaled_dot_product_attention(
@@ -63,7 +75,7 @@ def test_equals_pytorch_per_segment(causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
 def test_groups_play_no_part(causal, backend):
     q, k, v = make_qkv(30)
     results = [
@@ -85,11 +97,83 @@ def test_gradcheck_with_lse(causal):
     )
 
 
-def test_slack_rows_are_never_read():
+@on_each_backend
+def test_slack_rows_are_never_read(backend):
     layout = PackedLayout.from_lengths((9, 14))
     q, k, v = (with_slack(x, 2) for x in make_qkv(23))
-    out, lse = packed_attention(q, k, v, layout, return_lse=True)
+    out, lse = packed_attention(q, k, v, layout, return_lse=True, backend=backend)
     assert (out[23:] == 0).all() and (lse[23:] == -torch.inf).all() and out[:23].isfinite().all()
+
+
+@on_each_backend
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 40.0])
+def test_any_scale(scale, backend):
+    """Scores of hundreds are known to as many roundings."""
+    layout = PackedLayout.from_lengths((30, 20))
+    q, k, v = make_qkv(50, 2)
+    largest = 1 + float(torch.einsum("ihd,jhd->hij", q, k).abs().max()) * abs(scale)
+    check_against_reference(
+        lambda q, k, v: packed_attention(q, k, v, layout, scale=scale, return_lse=True, backend=backend),
+        lambda q, k, v: reference.packed_attention(q, k, v, layout, scale=scale),
+        [q, k, v],
+        roundings=16 * largest,
+    )
+
+
+@on_each_backend
+def test_a_nan_score_makes_its_row_nan(backend):
+    layout = PackedLayout.from_lengths((40, 30))
+    q, k, v = make_qkv(70, 2)
+    expected = packed_attention(q, k, v, layout, backend=backend)
+    q[7, 1, 3] = torch.nan
+    out, lse = packed_attention(q, k, v, layout, return_lse=True, backend=backend)
+    assert out[7, 1].isnan().all() and lse[7, 1].isnan()
+    out[7, 1] = expected[7, 1]
+    assert torch.equal(out, expected)
+
+
+@cpp
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_bits_of_a_row_do_not_depend_on_the_batch(causal):
+    """Nor does where its segment lies: blocks of keys are counted from the segment's first."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1000, 4, kv_heads=2))
+    grad = make_tensor(1000, 4, 16)
+
+    def run(lengths, rows):
+        some = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
+        layout = PackedLayout.from_lengths(lengths)
+        out = packed_attention(*some, layout, causal=causal, backend="cpp")
+        return out, *torch.autograd.grad(out, some, grad[rows])
+
+    alone = run((700,), slice(77, 777))
+    for together, expected in zip(run((77, 700, 223), slice(0, 1000)), alone, strict=True):
+        assert torch.equal(together[77:777], expected)
+
+
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    inputs = [x.requires_grad_() for x in make_qkv(1400, 4, kv_heads=2)]
+    layout, grad = PackedLayout.from_lengths((1200, 0, 150, 50)), make_tensor(1400, 4, 16)
+
+    def run():
+        out, lse = packed_attention(*inputs, layout, return_lse=True, backend="cpp")
+        return out, lse, *torch.autograd.grad((out * grad).sum() + lse.sum(), inputs)
+
+    assert differing(run) == []
+
+
+@on_each_backend
+def test_heads_of_one_product_are_read_where_they_lie(backend):
+    """Views of one qkv product give the same bits as copies."""
+    layout, qkv = PackedLayout.from_lengths((33, 17)), make_tensor(50, 3, 4, 24)
+
+    def run(q, k, v):
+        out = packed_attention(q, k, v, layout, backend=backend)
+        return out, *torch.autograd.grad(out, (q, k, v), make_tensor(24, 4, 50).permute(2, 1, 0))
+
+    views = run(*(x.requires_grad_() for x in qkv.unbind(1)))
+    copies = run(*(x.clone().requires_grad_() for x in qkv.unbind(1)))
+    assert all(torch.equal(a, b) for a, b in zip(views, copies, strict=True))
 
 
 def test_attention_over_parts_merges_by_lse():

@@ -111,7 +111,8 @@ def flash_attn_varlen_func(
         deterministic: whether the same inputs must give bitwise equal gradients. If False, they still do, unless a
             GPU's config table selects a faster backward, and always under `torch.use_deterministic_algorithms(True)`.
         return_attn_probs: also return lse, and None in place of the probabilities.
-        backend: "auto", "triton", "torch" or "reference". All but "triton" read the lengths on the host.
+        backend: "auto", "triton", "cpp", "torch" or "reference".
+            All but "triton" read the lengths on the host.
 
     Returns:
         `[total_q, heads, head_dim]`, which is 0 for a query that sees no key; with `return_attn_probs` also lse
@@ -121,8 +122,8 @@ def flash_attn_varlen_func(
         TypeError: q, k, v or the cumulative lengths are not tensors, q is not floating point, the dtypes of q, k and
             v differ, or the cumulative lengths are not int32.
         ValueError: shapes or devices do not fit together, the cumulative lengths do not ascend within the rows
-            (checked by "torch" alone), an option is malformed or not supported, `backend` is not one of the values
-            above, or no such backend can serve the inputs.
+            (checked by "cpp" and "torch" alone), an option is malformed or not supported, `backend` is not one of
+            the values above, or no such backend can serve the inputs.
 
     Source: Dao, FlashAttention-2, 2023 (arXiv 2307.08691).
     """

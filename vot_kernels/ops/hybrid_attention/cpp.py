@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.hybrid_attention import torch as composition
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.launch import rows_contiguous
 from vot_kernels.ops.parts.attention import Grads, Options
@@ -17,9 +18,15 @@ from vot_kernels.ops.parts.range_attention.cpp import (
     range_attention_rows_backward,
 )
 
+# A state has a row for each feature. Those of groups of up to _FEW_ROWS rows are much larger than the rows; beyond
+# _MOST_NUMBERS in all PyTorch is faster, where several groups share a state.
+_FEW_ROWS, _MOST_NUMBERS = 8, 2**20
+
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Output and lse, float32 `[tokens, heads]`."""
+    if _shares_states(inputs, geometry):
+        return composition.forward(inputs, geometry, options)
     plan = _plan(inputs, geometry)
     far = _far_rows(inputs, geometry, options) if geometry.has_far else None
     return range_attention_forward(*inputs[:3], plan, options.scale, far)
@@ -28,6 +35,8 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
     """Gradients of the inputs that were given. The far states are made again instead of kept."""
     inputs, out, lse = saved
+    if _shares_states(inputs, geometry):
+        return composition.backward(saved, grads, geometry, options)
     q, k, v, beta, q_features, k_features = inputs
     plan = _plan(inputs, geometry)
     if not geometry.has_far:
@@ -47,6 +56,14 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     dq, dk, dv, d_keys = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, options.scale, far)
     d_beta = None if beta is None or found.d_beta is None else found.d_beta.sum(0).to(beta.dtype)
     return Inputs(dq, dk, dv, d_beta, found.d_features, d_keys)
+
+
+def _shares_states(inputs: Inputs, geometry: Geometry) -> bool:
+    """Whether the groups are too small for states of their own."""
+    groups, tokens = geometry.host_cu_groups.shape[0] - 1, int(geometry.host_cu_groups[-1])
+    width = (inputs.q if inputs.q_features is None else inputs.q_features).shape[2]
+    numbers = groups * inputs.v.shape[1] * inputs.v.shape[2] * width
+    return tokens <= _FEW_ROWS * groups and numbers > _MOST_NUMBERS and geometry.has_far
 
 
 def _plan(inputs: Inputs, geometry: Geometry) -> Plan:

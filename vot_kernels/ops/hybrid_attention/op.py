@@ -118,7 +118,7 @@ def hybrid_attention(
             video); "token" or True if tokens see no later token. Then only groups wholly before the window are far.
         scale: factor on q.k of near tokens, by default head_dim ** -0.5.
         return_lse: also return lse, which is differentiable: results over disjoint keys can be merged.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse

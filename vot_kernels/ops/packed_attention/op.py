@@ -70,7 +70,7 @@ def packed_attention(
         causal: False or None for no mask; True or "token" if a token sees only itself and the tokens before it.
         scale: factor on q.k, by default head_dim ** -0.5.
         return_lse: also return the log of the normaliser, which is differentiable.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q; with `return_lse` also lse

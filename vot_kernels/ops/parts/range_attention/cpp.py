@@ -130,14 +130,15 @@ def range_attention_rows_backward(
     d_out, out = rows_contiguous(d_out), rows_contiguous(out)
     found = RowGradients(_new_rows(lse, plan.rows))
     if far is not None:
-        features = far.features
         given = far.feature_map == "none"
-        d_features = _new_rows(features, plan.rows, None if given else torch.float32)
-        numbers = (_new_rows(lse, plan.rows) for _ in range(2))
+        gradient = _new_rows(far.features, plan.rows, None if given else torch.float32)
         found = RowGradients(
-            found.delta, None if given else d_features, *numbers, d_features if given else None
+            found.delta,
+            None if given else gradient,
+            _new_rows(lse, plan.rows),
+            _new_rows(lse, plan.rows),
+            gradient if given else None,
         )
-    gradient = found.dq if found.d_features is None else found.d_features
     kernels().range_attention_rows_backward(
         d_out,
         contiguous(d_lse, torch.float32),
@@ -150,7 +151,7 @@ def range_attention_rows_backward(
         found.delta,
         found.far_weight,
         found.d_beta,
-        gradient,
+        found.dq if found.d_features is None else found.d_features,
     )
     return found
 

@@ -1,0 +1,163 @@
+#include "../../csrc/kernels/head_rows.h"
+#include "driver.h"
+
+namespace vot {
+namespace VOT_ISA {
+namespace {
+
+// Two segments whose rows see their keys causally or in a window, and the forward and backward in plain loops.
+template <class T>
+struct Problem {
+  int heads, kv_heads, head_dim, width;
+  float scale;
+  bool has_far;
+  std::vector<int32_t> low, high, row_slots;
+  std::vector<RowsTask> row_tasks;
+  std::vector<KeysTask> key_tasks;
+  std::vector<SumTask> sum_tasks;
+  std::vector<T> q, k, v, d_out, q_features, k_features;
+  std::vector<float> states, mirrored, beta;
+
+  int64_t tokens() const { return int64_t(low.size()); }
+  int64_t slots() const { return 2; }
+  int64_t state_size() const { return int64_t(kv_heads) * width * state_row(head_dim); }
+
+  Problem(Random& random) {
+    kv_heads = int(random.whole(1, 2)), heads = kv_heads * int(random.whole(1, 3));
+    head_dim = int(random.whole(1, random.chance(0.15) ? 90 : 20)), width = int(random.whole(1, 20));
+    scale = random.normal() / std::sqrt(float(head_dim)), has_far = random.chance(0.5);
+    const int64_t window = random.chance(0.5) ? 100000 : random.whole(0, 40);
+    const bool causal = random.chance(0.5);
+    for (int32_t segment = 0, begin = 0; segment < 2; segment++) {
+      const int32_t end = begin + int32_t(random.whole(0, random.chance(0.1) ? 150 : 20));
+      for (int64_t i = begin; i < end; i++) {
+        low.push_back(int32_t(most<int64_t>(begin, i - window)));
+        high.push_back(int32_t(causal ? i + 1 : least<int64_t>(end, i + window + 1)));
+        row_slots.push_back(segment);
+      }
+      const int32_t half = (begin + end) / 2;
+      for (const auto& [first, last] : {std::pair(begin, half), std::pair(half, end)})
+        if (first < last) row_tasks.push_back({first, last, begin});
+      if (begin < end) key_tasks.push_back({begin, end, begin, end, 0}), sum_tasks.push_back({begin, end, 0, 1});
+      begin = end;
+    }
+    const int64_t rows = tokens();
+    q = random.normals<T>(rows * heads * head_dim), d_out = random.normals<T>(rows * heads * head_dim);
+    k = random.normals<T>(rows * kv_heads * head_dim), v = random.normals<T>(rows * kv_heads * head_dim);
+    q_features = positive(random, rows * heads * width), k_features = positive(random, rows * kv_heads * width);
+    states = far(random, true), mirrored = far(random, false), beta = random.normals<float>(heads);
+  }
+
+  static std::vector<T> positive(Random& random, int64_t count) {
+    std::vector<T> numbers = random.normals<T>(count);
+    for (T& x : numbers) put(&x, std::abs(to_float(x)));
+    return numbers;
+  }
+  // States whose columns past the normaliser are 0; one of keys has a normaliser above 0.
+  std::vector<float> far(Random& random, bool of_keys) const {
+    std::vector<float> numbers = random.normals<float>(slots() * state_size());
+    for (size_t i = 0; i < numbers.size(); i++) {
+      const int64_t column = int64_t(i) % state_row(head_dim);
+      if (column > head_dim) numbers[i] = 0;
+      if (of_keys && column == head_dim) numbers[i] = 1 + std::abs(numbers[i]);
+    }
+    return numbers;
+  }
+
+  HeadRows rows(const std::vector<T>& x, int count, int size) const {
+    return {const_cast<T*>(x.data()), int64_t(count) * size, size, DTYPE<T>};
+  }
+  FarRows far_rows(const std::vector<float>& from, const std::vector<T>& features, int count) const {
+    if (!has_far) return {};
+    return {from.data(), row_slots.data(), rows(features, count, width), FeatureMap::GIVEN, width};
+  }
+  float at(const std::vector<T>& x, int count, int size, int64_t token, int head, int column) const {
+    return to_float(x[size_t((token * count + head) * size + column)]);
+  }
+  double score(int64_t row, int head, int64_t key) const {
+    double sum = 0;
+    for (int j = 0; j < head_dim; j++)
+      sum += double(at(q, heads, head_dim, row, head, j)) * at(k, kv_heads, head_dim, key, kv_head(head), j);
+    return sum * scale;
+  }
+  int kv_head(int head) const { return head / (heads / kv_heads); }
+  double state(const std::vector<float>& from, int64_t token, int head, int feature, int column) const {
+    const int64_t row = (row_slots[size_t(token)] * kv_heads + kv_head(head)) * width + feature;
+    return from[size_t(row * state_row(head_dim) + column)];
+  }
+  // phi(q) times a column of the state, with its weight.
+  double far_sum(int64_t row, int head, int column) const {
+    double sum = 0;
+    if (has_far)
+      for (int f = 0; f < width; f++)
+        sum += double(at(q_features, heads, width, row, head, f)) * state(states, row, head, f, column);
+    return sum * std::exp(double(beta[size_t(head)]));
+  }
+};
+
+template <class T>
+void check(Random& random, const Parallel& parallel) {
+  const Problem<T> p(random);
+  const int64_t rows = p.tokens(), pairs = rows * p.heads;
+  const int d = p.head_dim;
+  std::vector<T> out(size_t(pairs * d)), dq(out), dk(p.k), dv(p.v), dq_features(p.q_features),
+      dk_features(p.k_features);
+  std::vector<float> lse(size_t(pairs), NAN), delta(lse), far_weight(lse), d_beta(lse);
+  std::vector<float> sums(size_t(pairs * d), NAN);
+  const HeadRows q = p.rows(p.q, p.heads, d), k = p.rows(p.k, p.kv_heads, d), v = p.rows(p.v, p.kv_heads, d);
+  const HeadRows d_out = p.rows(p.d_out, p.heads, d);
+  const FarRows far = p.far_rows(p.states, p.q_features, p.heads);
+  const int64_t row_tasks = int64_t(p.row_tasks.size()), key_tasks = int64_t(p.key_tasks.size());
+
+  kernels.range_attention_forward(
+      {q, k, v, p.rows(out, p.heads, d), lse.data(), p.heads, p.kv_heads, d, p.scale, p.low.data(), p.high.data(),
+       p.row_tasks.data(), row_tasks, far, p.beta.data()},
+      parallel);
+  kernels.range_attention_rows_backward(
+      {d_out, p.rows(out, p.heads, d), lse.data(), nullptr, delta.data(), p.heads, p.kv_heads, d, p.row_tasks.data(),
+       row_tasks, far, p.beta.data(), far_weight.data(), d_beta.data(), p.rows(dq_features, p.heads, p.width)},
+      parallel);
+  kernels.range_attention_keys_backward(
+      {d_out, q, k, v, p.rows(dk, p.kv_heads, d), p.rows(dv, p.kv_heads, d), lse.data(), delta.data(), nullptr,
+       sums.data(), rows, p.heads, p.kv_heads, d, p.scale, p.low.data(), p.high.data(), p.key_tasks.data(), key_tasks,
+       p.far_rows(p.mirrored, p.k_features, p.kv_heads), p.rows(dk_features, p.kv_heads, p.width)},
+      parallel);
+  kernels.range_attention_sum_parts({nullptr, sums.data(), p.rows(dq, p.heads, d), rows, p.heads, d,
+                                     p.sum_tasks.data(), int64_t(p.sum_tasks.size())},
+                                    parallel);
+
+  for (int64_t i = 0; i < rows; i++)
+    for (int h = 0; h < p.heads; h++) {
+      double total = p.far_sum(i, h, d), product = 0;
+      std::vector<double> expected(size_t(d), 0), gradient(size_t(d), 0);
+      for (int c = 0; c < d; c++) expected[c] = p.far_sum(i, h, c);
+      for (int64_t j = p.low[i]; j < p.high[i]; j++) {
+        const double weight = std::exp(p.score(i, h, j));
+        total += weight;
+        for (int c = 0; c < d; c++) expected[c] += weight * p.at(p.v, p.kv_heads, d, j, p.kv_head(h), c);
+      }
+      for (int c = 0; c < d; c++) {
+        expect_close("out", to_float(out[(i * p.heads + h) * d + c]), expected[c] / total, tolerance<T>(20));
+        product += double(to_float(out[(i * p.heads + h) * d + c])) * p.at(p.d_out, p.heads, d, i, h, c);
+      }
+      expect_close("lse", lse[i * p.heads + h], std::log(total), 1e-4);
+      expect_close("delta", delta[i * p.heads + h], product, 1e-4 * d);
+      for (int64_t j = p.low[i]; j < p.high[i]; j++) {
+        double d_weight = -product;
+        for (int c = 0; c < d; c++)
+          d_weight += double(p.at(p.d_out, p.heads, d, i, h, c)) * p.at(p.v, p.kv_heads, d, j, p.kv_head(h), c);
+        const double d_score = std::exp(p.score(i, h, j)) / total * d_weight * p.scale;
+        for (int c = 0; c < d; c++) gradient[c] += d_score * p.at(p.k, p.kv_heads, d, j, p.kv_head(h), c);
+      }
+      for (int c = 0; c < d; c++)
+        expect_close("dq", to_float(dq[(i * p.heads + h) * d + c]), gradient[c], tolerance<T>(20.0 * d));
+    }
+}
+
+Registered registered("range_attention", [](Random& random, const Parallel& parallel) {
+  for_each_type([&](auto zero) { check<decltype(zero)>(random, parallel); });
+});
+
+}  // namespace
+}  // namespace VOT_ISA
+}  // namespace vot
