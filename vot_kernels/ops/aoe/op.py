@@ -181,7 +181,7 @@ def _(
         x.new_empty(saved, rank),
         x.new_empty(saved, w_p.shape[1]),
         x.new_empty(slots, dtype=torch.int32),
-        x.new_empty(slots if backend == "triton" else 0, dtype=torch.int32),
+        x.new_empty(slots if backend != "torch" else 0, dtype=torch.int32),
         x.new_empty(experts + 1, dtype=torch.int32),
     )
 

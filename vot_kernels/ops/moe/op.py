@@ -89,7 +89,7 @@ def _(
         x.new_empty(x.shape),
         x.new_empty(slots if save else 0, w_gate_up.shape[1]),
         x.new_empty(slots, dtype=torch.int32),
-        x.new_empty(slots if backend == "triton" else 0, dtype=torch.int32),
+        x.new_empty(slots if backend != "torch" else 0, dtype=torch.int32),
         x.new_empty(w_down.shape[0] + 1, dtype=torch.int32),
     )
 
