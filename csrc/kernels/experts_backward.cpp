@@ -12,8 +12,8 @@ struct HiddenStrips {
   float* d_weights;  // sums over the rows are added
 };
 
-void hidden_strip_backward(const HiddenStrips& s, int rows, int width) {
-  for (int c = 0; c < width; c += LANES) {
+void hidden_strip_backward(const HiddenStrips& s, int rows, int count) {
+  for (int c = 0; c < count; c += LANES) {
     const Vec weight = load(s.weights + c);
     Vec d_weight = {};
     for (int i = c; i < c + rows * PANEL; i += PANEL) {
@@ -31,8 +31,9 @@ void hidden_strip_backward(const HiddenStrips& s, int rows, int width) {
 
 void hidden_block_backward(const ExpertsHiddenBackward& b, const Block& block) {
   const bool cached = b.cache.data != nullptr;
-  float* d_y = scratch(size_t(panels_size(b.dim) + panels_size(b.rank)));
-  float* cache = d_y + panels_size(b.dim);
+  float* d_y = scratch(size_t(panels_size(b.dim) + panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL));
+  float *cache = d_y + panels_size(b.dim), *d_hidden = cache + panels_size(b.rank), *gate = d_hidden + STRIPS_SIZE;
+  float* value = gate + STRIPS_SIZE;
   gather_tokens(block, b.slots, b.d_y, b.dim, d_y);
   if (cached) gather_slots(block, b.slots, b.cache, b.rank, cache);
   const int32_t* slot = b.slots.order + block.first;
@@ -40,18 +41,20 @@ void hidden_block_backward(const ExpertsHiddenBackward& b, const Block& block) {
   for (int i = 0; i < block.count; i++) weights[i / block.width * PANEL + i % block.width] = b.weights[slot[i]];
 
   const Left w_gate = of_expert(b.w_gate, block.expert), w_hidden = transposed(of_expert(b.w_out, block.expert));
-  alignas(64) float gate[STRIP * PANEL], value[STRIP * PANEL], d_hidden[STRIP * PANEL];
-  for_strips(block, b.hidden, [&](int r, int rows, int p) {
-    const int count = block.filled(p), width = int(round_up(count, UNIT));
-    const auto at = [&](auto* matrix) { return block.transposed(matrix, b.hidden, p) + r * block.places; };
-    product(rows, width, w_hidden.below(r), b.dim, d_y + p * panel_size(b.dim), d_hidden);
-    if (cached) product(rows, width, w_gate.below(r), b.rank, cache + p * panel_size(b.rank), gate);
-    else read_strip(at(b.gate), block.places, rows, count, gate);
-    read_strip(at(b.value), block.places, rows, count, value);
-    hidden_strip_backward({gate, value, d_hidden, weights + p * PANEL, d_weights + p * PANEL}, rows, width);
-    write_strip(gate, rows, count, at(b.d_gate), block.places);
-    write_strip(value, rows, count, at(b.d_value), block.places);
-    write_strip(d_hidden, rows, count, at(b.weighted), block.places);
+  for_strips(b.hidden, [&](int r, int rows) {
+    product(block, w_hidden.below(r), b.hidden - r, b.dim, d_y, d_hidden);
+    if (cached) product(block, w_gate.below(r), b.hidden - r, b.rank, cache, gate);
+    for (int p = 0; p < block.panels; p++) {
+      const int count = block.filled(p);
+      const auto at = [&](auto* matrix) { return block.transposed(matrix, b.hidden, p) + r * block.places; };
+      float *own_gate = gate + p * STRIP * PANEL, *own_d_hidden = d_hidden + p * STRIP * PANEL;
+      if (!cached) read_strip(at(b.gate), block.places, rows, count, own_gate);
+      read_strip(at(b.value), block.places, rows, count, value);
+      hidden_strip_backward({own_gate, value, own_d_hidden, weights + p * PANEL, d_weights + p * PANEL}, rows, count);
+      write_strip(own_gate, rows, count, at(b.d_gate), block.places);
+      write_strip(value, rows, count, at(b.d_value), block.places);
+      write_strip(own_d_hidden, rows, count, at(b.weighted), block.places);
+    }
   });
   for (int i = 0; i < block.count; i++) b.d_weights[slot[i]] = d_weights[i / block.width * PANEL + i % block.width];
 }
@@ -63,41 +66,43 @@ void read_panels(const Block& block, const float* matrix, int rows, float* panel
 }
 
 // d_cache = w_gate^T . d_gate + scale * cache: panels, and a copy that stays.
-void cache_backward(const ExpertsInputBackward& b, const Block& block, const float* d_gate, float* d_cache) {
+void cache_backward(const ExpertsInputBackward& b, const Block& block, const float* d_gate, float* strips,
+                    float* d_cache) {
   gather_slots(block, b.slots, b.cache, b.rank, d_cache);
   const Left w_gate = transposed(of_expert(b.w_gate, block.expert));
   const int32_t* slot = b.slots.order + block.first;
-  for_strips(block, b.rank, [&](int r, int rows, int p) {
-    const int count = block.filled(p), width = int(round_up(count, UNIT));
-    float* strip = d_cache + p * panel_size(b.rank) + r * PANEL;
-    alignas(64) float scales[PANEL] = {};
-    for (int i = 0; i < count; i++) scales[i] = b.scale ? b.scale[slot[p * block.width + i]] : 0.f;
-    for (int i = 0; i < rows; i++)
-      for (int c = 0; c < width; c += LANES)
-        store(strip + i * PANEL + c, load(strip + i * PANEL + c) * load(scales + c));
-    product(rows, width, w_gate.below(r), b.hidden, d_gate + p * panel_size(b.hidden), strip, Old::KEEP);
-    write_strip(strip, rows, count, block.transposed(b.d_cache, b.rank, p) + r * block.places, block.places);
+  for_strips(b.rank, [&](int r, int rows) {
+    product(block, w_gate.below(r), b.rank - r, b.hidden, d_gate, strips);
+    for (int p = 0; p < block.panels; p++) {
+      const int count = block.filled(p);
+      alignas(64) float scales[PANEL] = {};
+      if (b.scale)
+        for (int i = 0; i < count; i++) scales[i] = b.scale[slot[p * block.width + i]];
+      float *to = d_cache + p * panel_size(b.rank) + r * PANEL, *strip = strips + p * STRIP * PANEL;
+      for (int i = 0; i < rows * PANEL; i += PANEL)
+        for (int c = 0; c < count; c += LANES)
+          store(to + i + c, load(to + i + c) * load(scales + c) + load(strip + i + c));
+      write_strip(to, rows, count, block.transposed(b.d_cache, b.rank, p) + r * block.places, block.places);
+    }
   });
 }
 
 void input_block_backward(const ExpertsInputBackward& b, const Block& block) {
   const bool cached = b.cache.data != nullptr;
-  float* d_gate = scratch(size_t(2 * panels_size(b.hidden) + panels_size(b.rank)));
+  float* d_gate = scratch(size_t(2 * panels_size(b.hidden) + panels_size(b.rank) + STRIPS_SIZE));
   float *d_value = d_gate + panels_size(b.hidden), *d_cache = d_value + panels_size(b.hidden);
+  float* strips = d_cache + panels_size(b.rank);
   read_panels(block, b.d_gate, b.hidden, d_gate);
   read_panels(block, b.d_value, b.hidden, d_value);
-  if (cached) cache_backward(b, block, d_gate, d_cache);
+  if (cached) cache_backward(b, block, d_gate, strips, d_cache);
 
   const Left w_value = transposed(of_expert(b.w_value, block.expert));
   const Left w_first = transposed(of_expert(cached ? b.w_down : b.w_gate, block.expert));
   const int depth = cached ? b.rank : b.hidden;
-  alignas(64) float strip[STRIP * PANEL];
-  for_strips(block, b.dim, [&](int r, int rows, int p) {
-    const int count = block.filled(p), width = int(round_up(count, UNIT));
-    product(rows, width, w_first.below(r), depth, (cached ? d_cache : d_gate) + p * panel_size(depth), strip);
-    product(rows, width, w_value.below(r), b.hidden, d_value + p * panel_size(b.hidden), strip, Old::KEEP);
-    const int32_t* slot = b.slots.order + block.first + p * block.width;
-    scatter_strip(strip, rows, count, [&](int i) { return b.d_x + int64_t(slot[i]) * b.dim + r; });
+  for_strips(b.dim, [&](int r, int rows) {
+    product(block, w_first.below(r), b.dim - r, depth, cached ? d_cache : d_gate, strips);
+    product(block, w_value.below(r), b.dim - r, b.hidden, d_value, strips, Old::KEEP);
+    scatter_slots(block, b.slots, strips, r, rows, b.dim, b.d_x);
   });
 }
 
@@ -137,15 +142,19 @@ void rectangle_gradient(const ExpertsWeightGradient& g, const Rectangle& part) {
   const float* left = g.left + start * g.rows + part.row * places;
   float* sums = scratch(size_t(GRADIENT_PANELS) * PANEL * (GRADIENT_ROWS + DEPTH));
   float* right = sums + GRADIENT_PANELS * PANEL * GRADIENT_ROWS;
+  const int panels = (part.columns + PANEL - 1) / PANEL;
+  const auto width = [&](int p) { return int(round_up(least(PANEL, part.columns - p * PANEL), UNIT)); };
   if (!places) std::memset(sums, 0, sizeof(float) * GRADIENT_PANELS * PANEL * GRADIENT_ROWS);
   for (int64_t k = 0; k < places; k += DEPTH) {
     const int depth = int(least<int64_t>(DEPTH, places - k));
     copy_columns(g, part, start + k, depth, right);
-    for (int r = 0; r < part.rows; r += STRIP)
-      for (int c = 0; c < part.columns; c += PANEL)
-        multiply(least(STRIP, part.rows - r), int(round_up(least(PANEL, part.columns - c), UNIT)),
-                 {left + r * places + k, places, 1}, {right + c * DEPTH, PANEL}, depth,
-                 {sums + c * GRADIENT_ROWS + r * PANEL, PANEL}, k ? Old::KEEP : Old::CLEAR);
+    for_strips(part.rows, [&](int r, int rows) {
+      const int after = least(STRIP, most(0, part.rows - r - STRIP));
+      const Left a = {left + r * places + k, places, 1};
+      multiply_panels(panels, width, rows, a, depth, {right, DEPTH * PANEL},
+                      {sums + r * PANEL, GRADIENT_ROWS * PANEL}, k ? Old::KEEP : Old::CLEAR,
+                      Ahead(a.below(STRIP), after, depth, panels * tiles(rows, PANEL)));
+    });
   }
   write_rectangle(g, part, sums);
 }

@@ -12,7 +12,7 @@ namespace VOT_ISA {
 
 constexpr int PANEL = 64;    // places of a panel, [depth][PANEL] floats
 constexpr int UNIT = 16;     // panels are filled to a multiple of it
-constexpr int BLOCK = 192;   // places of a task, at most
+constexpr int BLOCK = 256;   // places of a task, at most
 constexpr int STRIP = 48;    // rows of a product that are computed and used up at a time
 constexpr int DEPTH = 128;   // depth of a product at a time: so much of a panel stays in the innermost cache
 
@@ -116,21 +116,105 @@ VOT_INLINE void scatter_strip(const float* strip, int rows, int count, const Row
     }
 }
 
-// strip[rows][PANEL] = W[rows x depth] . panel[depth][PANEL], in the first `width` columns.
-inline void product(int rows, int width, Left w, int depth, const float* panel, float* strip, Old old = Old::CLEAR) {
-  if (depth == 0 && old == Old::CLEAR) std::memset(strip, 0, sizeof(float) * size_t(rows) * PANEL);
-  for (int k = 0; k < depth; k += DEPTH, old = Old::KEEP) {
-    const Left part = {w.data + k * w.column, w.row, w.column};
-    multiply(rows, width, part, {panel + k * PANEL, PANEL}, least(DEPTH, depth - k), {strip, PANEL}, old);
+// out[slot][row .. row + rows) = the columns of strips[p][STRIP][PANEL] of the block's panels.
+inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* strips, int row, int rows, int dim,
+                          float* out) {
+  for (int p = 0; p < block.panels; p++) {
+    const int32_t* slot = slots.order + block.first + p * block.width;
+    scatter_strip(strips + p * STRIP * PANEL, rows, block.filled(p),
+                  [&](int i) { return out + int64_t(slot[i]) * dim + row; });
   }
 }
 
-// body(row, rows, panel) for each strip of `rows` rows and each panel of the block.
-template <class Body>
-VOT_INLINE void for_strips(const Block& block, int rows, const Body& body) {
-  for (int r = 0; r < rows; r += STRIP)
-    for (int p = 0; p < block.panels; p++) body(r, least(STRIP, rows - r), p);
+// A matrix that will be read soon: `next` brings one of `parts` equal parts of it into the cache at each call.
+class Ahead {
+ public:
+  Ahead(Left a, int rows, int depth, int parts)
+      : data_(a.data), lines_(a.row == 1 ? depth : rows), length_(a.row == 1 ? rows : depth),
+        stride_(a.row == 1 ? a.column : a.row), part_((lines_ + parts - 1) / parts) {}
+  VOT_INLINE void next() {
+    for (const int end = least(lines_, line_ + part_); line_ < end; line_++)
+      for (int i = 0; i < length_; i += 16) __builtin_prefetch(data_ + line_ * stride_ + i, 0, 3);
+  }
+
+ private:
+  const float* data_;
+  int lines_, length_;  // numbers that lie side by side, and how many
+  ptrdiff_t stride_;
+  int part_, line_ = 0;
+};
+
+// Panels [depth][PANEL] of a product, or its sums [rows][PANEL], `stride` floats apart.
+struct Panels {
+  const float* data;
+  int64_t stride;
+};
+struct Sums {
+  float* data;
+  int64_t stride;
+};
+
+// sums of each panel = A[rows x depth] . panel in the first width(panel) columns. `coming` is read next.
+template <class Width>
+void multiply_panels(int panels, const Width& width, int rows, Left a, int depth, Panels right, Sums sums, Old old,
+                     Ahead coming) {
+  for (int p = 0; p < panels; p++)
+    for (int c = 0; c < width(p); c += TILE_COLUMNS)
+      for (int r = 0; r < rows; r += TILE_ROWS) {
+        //coming.next();
+        multiply(least(TILE_ROWS, rows - r), least(TILE_COLUMNS, width(p) - c), a.below(r), 
+                 Right{right.data + p * right.stride + c, PANEL}, depth,
+                 {sums.data + p * sums.stride + r * PANEL + c, PANEL}, old);
+      }
 }
+VOT_INLINE int tiles(int rows, int columns) {
+  return (rows + TILE_ROWS - 1) / TILE_ROWS * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
+}
+
+// packed[rows][DEPTH] = A[rows x depth] whose columns lie side by side.
+inline void pack(Left a, int rows, int depth, float* packed) {
+  alignas(64) float square[16 * 16];
+  for (int k = 0; k < depth; k += 16)
+    for (int r = 0; r < rows; r += 16) {
+      const float* from = a.data + k * a.column + r;
+      if (depth - k >= 16 && rows - r >= 16) {
+        transpose_16x16(from, a.column, packed + r * DEPTH + k, DEPTH);
+      } else {
+        for (int i = 0; i < least(16, depth - k); i++) copy_16(from + i * a.column, square + i * 16, rows - r);
+        transpose_16x16(square, 16, packed + r * DEPTH + k, DEPTH);
+      }
+    }
+}
+
+// strips[p][STRIP][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block and the first STRIP rows
+// of those that W has. More rows follow in W: they are asked for meanwhile.
+inline void product(const Block& block, Left w, int rows, int depth, const float* panels, float* strips,
+                    Old old = Old::CLEAR) {
+  const int now = least(STRIP, rows);
+  const auto width = [&](int p) { return int(round_up(block.filled(p), UNIT)); };
+  alignas(64) float packed[STRIP * DEPTH];
+  for (int k = 0; k == 0 || k < depth; k += DEPTH, old = Old::KEEP) {
+    const int part = least(DEPTH, depth - k), after = k + DEPTH;
+    const auto from = [&](int row, int column) { return Left{w.data + row * w.row + column * w.column, w.row, w.column}; };
+    const int parts = block.panels * tiles(now, block.width);
+    const Ahead coming = after < depth ? Ahead(from(0, after), now, least(DEPTH, depth - after), parts)
+                                       : Ahead(from(STRIP, 0), most(0, least(STRIP, rows - STRIP)), part, parts);
+    Left a = from(0, k);
+    if (w.row == 1 && w.column != 1) {
+      pack(a, now, part, packed);
+      a = {packed, DEPTH, 1};
+    }
+    multiply_panels(block.panels, width, now, a, part, {panels + k * PANEL, panel_size(depth)},
+                    {strips, STRIP * PANEL}, old, coming);
+  }
+}
+
+// body(row, rows) for each strip of `rows` rows.
+template <class Body>
+VOT_INLINE void for_strips(int rows, const Body& body) {
+  for (int r = 0; r < rows; r += STRIP) body(r, least(STRIP, rows - r));
+}
+constexpr int64_t STRIPS_SIZE = BLOCK / PANEL * STRIP * PANEL;  // floats of a strip of every panel
 
 VOT_INLINE Vec sigmoid(Vec x) {
   // The exponent is limited to what exp2 takes. NaN stays NaN.

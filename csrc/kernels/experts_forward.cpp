@@ -6,9 +6,9 @@ namespace VOT_ISA {
 namespace {
 
 // hidden = SiLU(gate) * value of a strip; overwrites nothing but `hidden`.
-void activate(const float* gate, const float* value, int rows, int width, float* hidden) {
+void activate(const float* gate, const float* value, int rows, int count, float* hidden) {
   for (int r = 0; r < rows; r++)
-    for (int c = r * PANEL; c < r * PANEL + width; c += LANES) {
+    for (int c = r * PANEL; c < r * PANEL + int(round_up(count, UNIT)); c += LANES) {
       const Vec x = load(gate + c);
       store(hidden + c, x * sigmoid(x) * load(value + c));
     }
@@ -17,32 +17,31 @@ void activate(const float* gate, const float* value, int rows, int width, float*
 void forward_block(const ExpertsForward& f, const Block& block) {
   const bool cached = f.cache.data != nullptr;
   const int gate_depth = cached ? f.rank : f.dim;
-  float* x = scratch(size_t(panels_size(f.dim) + panels_size(f.hidden) + panels_size(f.rank)));
+  float* x = scratch(size_t(panels_size(f.dim) + panels_size(f.hidden) + panels_size(f.rank) + 2 * STRIPS_SIZE));
   float *hidden = x + panels_size(f.dim), *cache = hidden + panels_size(f.hidden);
+  float *gate = cache + panels_size(f.rank), *value = gate + STRIPS_SIZE;
   gather_tokens(block, f.slots, f.x, f.dim, x);
   if (cached) gather_slots(block, f.slots, f.cache, f.rank, cache);
 
   const Left w_gate = of_expert(f.w_gate, block.expert), w_value = of_expert(f.w_value, block.expert);
-  alignas(64) float gate[STRIP * PANEL], value[STRIP * PANEL];
-  for_strips(block, f.hidden, [&](int r, int rows, int p) {
-    const int count = block.filled(p), width = int(round_up(count, UNIT));
-    product(rows, width, w_gate.below(r), gate_depth, (cached ? cache : x) + p * panel_size(gate_depth), gate);
-    product(rows, width, w_value.below(r), f.dim, x + p * panel_size(f.dim), value);
-    activate(gate, value, rows, width, hidden + p * panel_size(f.hidden) + r * PANEL);
-    const auto keep = [&](const float* strip, float* to) {
-      if (to) write_strip(strip, rows, count, block.transposed(to, f.hidden, p) + r * block.places, block.places);
-    };
-    keep(gate, f.gate);
-    keep(value, f.value);
+  for_strips(f.hidden, [&](int r, int rows) {
+    product(block, w_gate.below(r), f.hidden - r, gate_depth, cached ? cache : x, gate);
+    product(block, w_value.below(r), f.hidden - r, f.dim, x, value);
+    for (int p = 0; p < block.panels; p++) {
+      const int count = block.filled(p), strip = p * STRIP * PANEL;
+      activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL);
+      const auto keep = [&](const float* from, float* to) {
+        if (to) write_strip(from + strip, rows, count, block.transposed(to, f.hidden, p) + r * block.places, block.places);
+      };
+      keep(gate, f.gate);
+      keep(value, f.value);
+    }
   });
 
   const Left w_out = of_expert(f.w_out, block.expert);
-  for_strips(block, f.dim, [&](int r, int rows, int p) {
-    const int count = block.filled(p);
-    float* strip = gate;
-    product(rows, int(round_up(count, UNIT)), w_out.below(r), f.hidden, hidden + p * panel_size(f.hidden), strip);
-    const int32_t* slot = f.slots.order + block.first + p * block.width;
-    scatter_strip(strip, rows, count, [&](int i) { return f.out + int64_t(slot[i]) * f.dim + r; });
+  for_strips(f.dim, [&](int r, int rows) {
+    product(block, w_out.below(r), f.dim - r, f.hidden, hidden, gate);
+    scatter_slots(block, f.slots, gate, r, rows, f.dim, f.out);
   });
 }
 

@@ -103,6 +103,28 @@ inline void multiply(int rows, int columns, Left a, Right b, int depth, Result o
   }
 }
 
+#if VOT_VECTOR_BYTES == 32
+// to[c * to_row + r] = from[r * from_row + c] for 8 x 8 floats.
+VOT_INLINE void transpose_8x8(const float* from, ptrdiff_t from_row, float* to, ptrdiff_t to_row) {
+  __m256 rows[8], next[8];
+  for (int i = 0; i < 8; i++) rows[i] = _mm256_loadu_ps(from + i * from_row);
+  for (int i = 0; i < 4; i++) {  // pairs of floats
+    next[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+    next[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // fours
+    rows[i] = _mm256_shuffle_ps(next[i], next[i + 2], 0x44);
+    rows[i + 1] = _mm256_shuffle_ps(next[i], next[i + 2], 0xee);
+    rows[i + 2] = _mm256_shuffle_ps(next[i + 1], next[i + 3], 0x44);
+    rows[i + 3] = _mm256_shuffle_ps(next[i + 1], next[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+  }
+}
+#endif
+
 // to[c * to_row + r] = from[r * from_row + c] for 16 x 16 floats.
 VOT_INLINE void transpose_16x16(const float* from, ptrdiff_t from_row, float* to, ptrdiff_t to_row) {
 #if VOT_VECTOR_BYTES == 64
@@ -134,6 +156,9 @@ VOT_INLINE void transpose_16x16(const float* from, ptrdiff_t from_row, float* to
     _mm512_storeu_ps(to + i * to_row, _mm512_shuffle_f32x4(next[i], next[i + 8], 0x88));
     _mm512_storeu_ps(to + (i + 8) * to_row, _mm512_shuffle_f32x4(next[i], next[i + 8], 0xdd));
   }
+#elif VOT_VECTOR_BYTES == 32
+  for (int r = 0; r < 16; r += 8)
+    for (int c = 0; c < 16; c += 8) transpose_8x8(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
 #else
   for (int r = 0; r < 16; r++)
     for (int c = 0; c < 16; c++) to[c * to_row + r] = from[r * from_row + c];
