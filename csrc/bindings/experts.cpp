@@ -13,7 +13,7 @@ float* out_if(const Optional& x) { return x ? out<float>(*x) : nullptr; }
 ExpertRows rows_of(const Tensor& x) { return {in<float>(x), x.stride(0)}; }
 ExpertRows rows_if(const Optional& x) { return x ? rows_of(*x) : ExpertRows{}; }
 ExpertMatrices matrices(const Tensor& w) { return {in<float>(w), w.stride(0), w.stride(1), w.stride(2)}; }
-ExpertMatrices matrices_if(const Optional& w) { return w ? matrices(*w) : ExpertMatrices{}; }
+ExpertGradients gradients(const Tensor& w) { return {out<float>(w), w.stride(0), w.stride(1), w.stride(2)}; }
 ExpertSlots slots_of(const Tensor& order, const Tensor& offsets, int64_t top_k) {
   return {in<int32_t>(order), in<int32_t>(offsets), int(offsets.numel() - 1), int(top_k)};
 }
@@ -85,63 +85,45 @@ void combine(const Tensor& rows, const Tensor& places, const Optional& weights, 
   kernels().experts_combine(problem, torch_threads());
 }
 
-void hidden_backward(const Tensor& d_y, const Optional& cache, const Optional& w_gate, const Tensor& w_out,
-                     const Optional& gate, const Tensor& value, const Tensor& weights, const Tensor& order,
-                     const Tensor& offsets, int64_t top_k, const Tensor& d_gate, const Tensor& d_value,
-                     const Tensor& weighted, const Tensor& d_weights) {
-  ExpertsHiddenBackward problem = {};
+void backward(const Tensor& d_y, const Tensor& x, const Optional& cache, const Tensor& w_gate, const Tensor& w_value,
+              const Tensor& w_out, const Optional& gate, const Tensor& value, const Tensor& weights,
+              const Tensor& order, const Tensor& offsets, int64_t top_k, const Tensor& d_x, const Optional& d_cache,
+              const Tensor& d_weights, const Tensor& d_w_gate, const Tensor& d_w_value, const Tensor& d_w_out) {
+  ExpertsBackward problem = {};
   problem.d_y = rows_of(d_y);
+  problem.x = rows_of(x);
   problem.cache = rows_if(cache);
-  problem.w_gate = matrices_if(w_gate);
+  problem.w_gate = matrices(w_gate);
+  problem.w_value = matrices(w_value);
   problem.w_out = matrices(w_out);
   problem.gate = in_if(gate);
   problem.value = in<float>(value);
   problem.weights = in<float>(weights);
   problem.slots = slots_of(order, offsets, top_k);
-  problem.dim = width_of(d_y);
+  problem.dim = width_of(x);
   problem.rank = width_if(cache);
-  problem.hidden = width_of(value);
-  problem.d_gate = out<float>(d_gate);
-  problem.d_value = out<float>(d_value);
-  problem.weighted = out<float>(weighted);
-  problem.d_weights = out<float>(d_weights);
-  kernels().experts_hidden_backward(problem, torch_threads());
-}
-
-void input_backward(const Tensor& d_gate, const Tensor& d_value, const Optional& cache, const Optional& scale,
-                    const Tensor& w_gate, const Tensor& w_value, const Optional& w_down, const Tensor& order,
-                    const Tensor& offsets, int64_t top_k, const Tensor& d_x, const Optional& d_cache) {
-  ExpertsInputBackward problem = {};
-  problem.d_gate = in<float>(d_gate);
-  problem.d_value = in<float>(d_value);
-  problem.cache = rows_if(cache);
-  problem.scale = in_if(scale);
-  problem.w_gate = matrices(w_gate);
-  problem.w_value = matrices(w_value);
-  problem.w_down = matrices_if(w_down);
-  problem.slots = slots_of(order, offsets, top_k);
-  problem.dim = width_of(d_x);
-  problem.rank = width_if(cache);
-  problem.hidden = width_of(d_value);
+  problem.hidden = width_of(w_value);
   problem.d_x = out<float>(d_x);
   problem.d_cache = out_if(d_cache);
-  kernels().experts_input_backward(problem, torch_threads());
+  problem.d_weights = out<float>(d_weights);
+  problem.d_w_gate = gradients(d_w_gate);
+  problem.d_w_value = gradients(d_w_value);
+  problem.d_w_out = gradients(d_w_out);
+  kernels().experts_backward(problem, torch_threads());
 }
 
-void weight_gradient(const Tensor& left, const Tensor& right, bool right_by_slot, const Tensor& order,
-                     const Tensor& offsets, int64_t top_k, const Tensor& result) {
-  ExpertsWeightGradient problem = {};
-  problem.left = in<float>(left);
-  problem.right = rows_of(right);
-  problem.right_by_slot = right_by_slot;
+void cache_backward(const Tensor& d_cache, const Tensor& x, const Tensor& w_down, const Tensor& order,
+                    const Tensor& offsets, int64_t top_k, const Tensor& d_x, const Tensor& d_w_down) {
+  ExpertsCacheBackward problem = {};
+  problem.d_cache = rows_of(d_cache);
+  problem.x = rows_of(x);
+  problem.w_down = matrices(w_down);
   problem.slots = slots_of(order, offsets, top_k);
-  problem.rows = width_of(left);
-  problem.columns = width_of(right);
-  problem.out = out<float>(result);
-  problem.out_expert = result.stride(0);
-  problem.out_row = result.stride(1);
-  problem.out_column = result.stride(2);
-  kernels().experts_weight_gradient(problem, torch_threads());
+  problem.dim = width_of(x);
+  problem.rank = width_of(w_down);
+  problem.d_x = out<float>(d_x);
+  problem.d_w_down = gradients(d_w_down);
+  kernels().experts_cache_backward(problem, torch_threads());
 }
 
 }  // namespace
@@ -158,23 +140,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vot_kernels_cpp, library) {
   library.def(
       "experts_combine(Tensor rows, Tensor places, Tensor? weights, int top_k, Tensor(a!) out) -> ()");
   library.def(
-      "experts_hidden_backward(Tensor d_y, Tensor? cache, Tensor? w_gate, Tensor w_out, Tensor? gate, Tensor value, "
-      "Tensor weights, Tensor order, Tensor offsets, int top_k, Tensor(a!) d_gate, Tensor(b!) d_value, "
-      "Tensor(c!) weighted, Tensor(d!) d_weights) -> ()");
+      "experts_backward(Tensor d_y, Tensor x, Tensor? cache, Tensor w_gate, Tensor w_value, Tensor w_out, Tensor? gate, "
+      "Tensor value, Tensor weights, Tensor order, Tensor offsets, int top_k, Tensor(a!) d_x, Tensor(b!)? d_cache, "
+      "Tensor(c!) d_weights, Tensor(d!) d_w_gate, Tensor(e!) d_w_value, Tensor(f!) d_w_out) -> ()");
   library.def(
-      "experts_input_backward(Tensor d_gate, Tensor d_value, Tensor? cache, Tensor? scale, Tensor w_gate, "
-      "Tensor w_value, Tensor? w_down, Tensor order, Tensor offsets, int top_k, Tensor(a!) d_x, Tensor(b!)? d_cache) "
-      "-> ()");
-  library.def(
-      "experts_weight_gradient(Tensor left, Tensor right, bool right_by_slot, Tensor order, Tensor offsets, int top_k, "
-      "Tensor(a!) out) -> ()");
+      "experts_cache_backward(Tensor d_cache, Tensor x, Tensor w_down, Tensor order, Tensor offsets, int top_k, "
+      "Tensor(a!) d_x, Tensor(b!) d_w_down) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(vot_kernels_cpp, CPU, library) {
   library.impl("experts_group", TORCH_BOX(&vot::group));
   library.impl("aoe_select", TORCH_BOX(&vot::select));
   library.impl("experts_forward", TORCH_BOX(&vot::forward));
   library.impl("experts_combine", TORCH_BOX(&vot::combine));
-  library.impl("experts_hidden_backward", TORCH_BOX(&vot::hidden_backward));
-  library.impl("experts_input_backward", TORCH_BOX(&vot::input_backward));
-  library.impl("experts_weight_gradient", TORCH_BOX(&vot::weight_gradient));
+  library.impl("experts_backward", TORCH_BOX(&vot::backward));
+  library.impl("experts_cache_backward", TORCH_BOX(&vot::cache_backward));
 }

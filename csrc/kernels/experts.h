@@ -50,10 +50,10 @@ struct AoeSelect {
 };
 
 // out = (SiLU(gate) * value) . w_out^T of every slot, with value = x . w_value^T, and gate = cache . w_gate^T where
-// there is a cache, else x . w_gate^T.
+// there is a cache (rank > 0), else x . w_gate^T.
 struct ExpertsForward {
   ExpertRows x;      // [tokens][dim]
-  ExpertRows cache;  // [slots][rank], or null
+  ExpertRows cache;  // [slots][rank]
   ExpertMatrices w_gate, w_value, w_out;  // [hidden][rank or dim], [hidden][dim], [dim][hidden]
   ExpertSlots slots;
   int dim, rank, hidden;
@@ -71,42 +71,38 @@ struct ExpertsCombine {
   float* out;  // [tokens][dim]
 };
 
-// From the gradient of y[t] = sum over the slots of weight * (SiLU(gate) * value) . w_out^T, those of gate and value.
-struct ExpertsHiddenBackward {
-  ExpertRows d_y;        // [tokens][dim]
-  ExpertRows cache;      // [slots][rank], from which the gate is computed again, or null
-  ExpertMatrices w_gate, w_out;  // [hidden][rank], read with a cache; [dim][hidden]
-  const float *gate, *value;     // transposed [hidden]; there is no gate where there is a cache
-  const float* weights;  // [slots]
-  ExpertSlots slots;
-  int dim, rank, hidden;
-  float *d_gate, *d_value;  // transposed [hidden]
-  float* weighted;          // transposed [hidden], weight * SiLU(gate) * value
-  float* d_weights;         // [slots]; not written where no expert has the slot
+// The gradient of a matrix of every expert: element [e, r, c] is at data[e * expert + r * row + c * column]. One of the
+// last two strides is 1.
+struct ExpertGradients {
+  float* data;
+  int64_t expert, row, column;
 };
 
-// From the gradients of gate and value, what every slot adds to that of x; with a cache, also the cache's gradient
-// d_cache = d_gate . w_gate + scale * cache.
-struct ExpertsInputBackward {
-  const float *d_gate, *d_value;  // transposed [hidden]
-  ExpertRows cache;               // [slots][rank], or null
-  const float* scale;             // [slots], or null for 0
-  ExpertMatrices w_gate, w_value, w_down;  // [hidden][rank or dim], [hidden][dim], [rank][dim] read with a cache
+// All gradients of y[t] = sum over the slots of weight * (SiLU(gate) * value) . w_out^T, gate and value as in
+// ExpertsForward. Those of x and of the weights come per slot; where there is a cache, what comes through it is not in
+// d_x.
+struct ExpertsBackward {
+  ExpertRows d_y, x;     // [tokens][dim]
+  ExpertRows cache;      // [slots][rank], from which the gate is computed again
+  ExpertMatrices w_gate, w_value, w_out;  // as in ExpertsForward
+  const float *gate, *value;  // transposed [hidden]; there is no gate where there is a cache
+  const float* weights;       // [slots]
   ExpertSlots slots;
   int dim, rank, hidden;
-  float* d_x;      // [slots][dim]
-  float* d_cache;  // transposed [rank]
+  float* d_x;        // [slots][dim]
+  float* d_cache;    // [slots][rank]
+  float* d_weights;  // [slots]; this and the two above are not written where no expert has the slot
+  ExpertGradients d_w_gate, d_w_value, d_w_out;
 };
 
-// out[r, c] of each expert = sum over its places of left[r] * right[c]; 0 for one without places.
-struct ExpertsWeightGradient {
-  const float* left;   // transposed [rows]
-  ExpertRows right;    // [tokens][columns], or [slots][columns]
-  bool right_by_slot;
+// Gradients of cache = x . w_down^T of every slot: that of x is added to d_x.
+struct ExpertsCacheBackward {
+  ExpertRows d_cache, x;  // [slots][rank], [tokens][dim]
+  ExpertMatrices w_down;  // [rank][dim]
   ExpertSlots slots;
-  int rows, columns;
-  float* out;
-  int64_t out_expert, out_row, out_column;  // strides; one of the last two is 1
+  int dim, rank;
+  float* d_x;  // [slots][dim]
+  ExpertGradients d_w_down;
 };
 
 }  // namespace vot

@@ -1,13 +1,20 @@
 // Gradients through the bodies of experts.
-#include "experts_blocks.h"
+#include "experts_gradients.h"
 
 namespace vot {
 namespace VOT_ISA {
 namespace {
 
+// What the gradients of the weights need of a group, each transposed, [hidden].
+struct HiddenGradients {
+  float *d_gate, *d_value, *weighted;
+};
+
 // Strips [rows][PANEL] of an expert's hidden layer, and what belongs to each column.
 struct HiddenStrips {
-  float *gate, *value, *d_hidden;  // become d_gate, d_value, and weight * hidden
+  const float *gate, *value;
+  float* d_hidden;  // becomes weight * hidden
+  float *d_gate, *d_value;
   const float* weights;
   float* d_weights;  // sums over the rows are added
 };
@@ -21,19 +28,21 @@ void hidden_strip_backward(const HiddenStrips& s, int rows, int count) {
       const Vec slope = sigmoid(gate), silu = gate * slope, hidden = silu * value, d_weighted = d_hidden * weight;
       d_weight += d_hidden * hidden;
       // d silu(x) / dx = s + silu(x) (1 - s), with s = sigmoid(x)
-      store(s.gate + i, d_weighted * value * (slope + silu * (1.f - slope)));
-      store(s.value + i, d_weighted * silu);
+      store(s.d_gate + i, d_weighted * value * (slope + silu * (1.f - slope)));
+      store(s.d_value + i, d_weighted * silu);
       store(s.d_hidden + i, hidden * weight);
     }
     store(s.d_weights + c, load(s.d_weights + c) + d_weight);
   }
 }
 
-void hidden_block_backward(const ExpertsHiddenBackward& b, const Block& block) {
-  const bool cached = b.cache.data != nullptr;
-  float* d_y = scratch(size_t(panels_size(b.dim) + panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL));
-  float *cache = d_y + panels_size(b.dim), *d_hidden = cache + panels_size(b.rank), *gate = d_hidden + STRIPS_SIZE;
-  float* value = gate + STRIPS_SIZE;
+// Fills the panels d_gate and d_value [hidden], and the group's matrices.
+void hidden_backward(const ExpertsBackward& b, const Block& block, const Block& local, const HiddenGradients& kept,
+                     float* d_gate, float* d_value) {
+  const bool cached = b.rank > 0;
+  float* d_y = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL));
+  float *cache = d_y + panels_size(b.dim), *d_hidden = cache + panels_size(b.rank), *gates = d_hidden + STRIPS_SIZE;
+  float* value = gates + STRIPS_SIZE;
   gather_tokens(block, b.slots, b.d_y, b.dim, d_y);
   if (cached) gather_slots(block, b.slots, b.cache, b.rank, cache);
   const int32_t* slot = b.slots.order + block.first;
@@ -42,140 +51,106 @@ void hidden_block_backward(const ExpertsHiddenBackward& b, const Block& block) {
 
   const Left w_gate = of_expert(b.w_gate, block.expert), w_hidden = transposed(of_expert(b.w_out, block.expert));
   for_strips(b.hidden, [&](int r, int rows) {
-    product(block, w_hidden.below(r), b.hidden - r, b.dim, d_y, d_hidden);
-    if (cached) product(block, w_gate.below(r), b.hidden - r, b.rank, cache, gate);
+    product(block, w_hidden.below(r), rows, b.dim, d_y, d_hidden);
+    if (cached) product(block, w_gate.below(r), rows, b.rank, cache, gates);
     for (int p = 0; p < block.panels; p++) {
       const int count = block.filled(p);
-      const auto at = [&](auto* matrix) { return block.transposed(matrix, b.hidden, p) + r * block.places; };
-      float *own_gate = gate + p * STRIP * PANEL, *own_d_hidden = d_hidden + p * STRIP * PANEL;
-      if (!cached) read_strip(at(b.gate), block.places, rows, count, own_gate);
-      read_strip(at(b.value), block.places, rows, count, value);
-      hidden_strip_backward({own_gate, value, own_d_hidden, weights + p * PANEL, d_weights + p * PANEL}, rows, count);
-      write_strip(own_gate, rows, count, at(b.d_gate), block.places);
-      write_strip(value, rows, count, at(b.d_value), block.places);
-      write_strip(own_d_hidden, rows, count, at(b.weighted), block.places);
+      const auto saved = [&](const float* matrix, float* strip) {
+        const float* from = block.transposed(matrix, b.hidden, p) + r * block.places;
+        read_strip(from, block.places, rows, count, strip);
+      };
+      const auto keep = [&](const float* strip, float* matrix) {
+        write_strip(strip, rows, count, local.transposed(matrix, b.hidden, p) + r * local.places, local.places);
+      };
+      float *gate = gates + p * STRIP * PANEL, *weighted = d_hidden + p * STRIP * PANEL;
+      const int64_t row = p * panel_size(b.hidden) + r * PANEL;
+      if (!cached) saved(b.gate, gate);
+      saved(b.value, value);
+      hidden_strip_backward({gate, value, weighted, d_gate + row, d_value + row, weights + p * PANEL,
+                             d_weights + p * PANEL}, rows, count);
+      keep(d_gate + row, kept.d_gate);
+      keep(d_value + row, kept.d_value);
+      keep(weighted, kept.weighted);
     }
   });
   for (int i = 0; i < block.count; i++) b.d_weights[slot[i]] = d_weights[i / block.width * PANEL + i % block.width];
 }
 
-// The panels of a transposed matrix [rows].
-void read_panels(const Block& block, const float* matrix, int rows, float* panels) {
-  for (int p = 0; p < block.panels; p++)
-    read_strip(block.transposed(matrix, rows, p), block.places, rows, block.filled(p), panels + p * panel_size(rows));
-}
+void body_backward(const ExpertsBackward& b, const Block& block, const Block& local, const HiddenGradients& kept) {
+  const bool cached = b.rank > 0;
+  float* d_gate = scratch(size_t(2 * panels_size(b.hidden) + STRIPS_SIZE));
+  float *d_value = d_gate + panels_size(b.hidden), *strips = d_value + panels_size(b.hidden);
+  hidden_backward(b, block, local, kept, d_gate, d_value);
 
-// d_cache = w_gate^T . d_gate + scale * cache: panels, and a copy that stays.
-void cache_backward(const ExpertsInputBackward& b, const Block& block, const float* d_gate, float* strips,
-                    float* d_cache) {
-  gather_slots(block, b.slots, b.cache, b.rank, d_cache);
   const Left w_gate = transposed(of_expert(b.w_gate, block.expert));
-  const int32_t* slot = b.slots.order + block.first;
-  for_strips(b.rank, [&](int r, int rows) {
-    product(block, w_gate.below(r), b.rank - r, b.hidden, d_gate, strips);
-    for (int p = 0; p < block.panels; p++) {
-      const int count = block.filled(p);
-      alignas(64) float scales[PANEL] = {};
-      if (b.scale)
-        for (int i = 0; i < count; i++) scales[i] = b.scale[slot[p * block.width + i]];
-      float *to = d_cache + p * panel_size(b.rank) + r * PANEL, *strip = strips + p * STRIP * PANEL;
-      for (int i = 0; i < rows * PANEL; i += PANEL)
-        for (int c = 0; c < count; c += LANES)
-          store(to + i + c, load(to + i + c) * load(scales + c) + load(strip + i + c));
-      write_strip(to, rows, count, block.transposed(b.d_cache, b.rank, p) + r * block.places, block.places);
-    }
-  });
-}
-
-void input_block_backward(const ExpertsInputBackward& b, const Block& block) {
-  const bool cached = b.cache.data != nullptr;
-  float* d_gate = scratch(size_t(2 * panels_size(b.hidden) + panels_size(b.rank) + STRIPS_SIZE));
-  float *d_value = d_gate + panels_size(b.hidden), *d_cache = d_value + panels_size(b.hidden);
-  float* strips = d_cache + panels_size(b.rank);
-  read_panels(block, b.d_gate, b.hidden, d_gate);
-  read_panels(block, b.d_value, b.hidden, d_value);
-  if (cached) cache_backward(b, block, d_gate, strips, d_cache);
-
   const Left w_value = transposed(of_expert(b.w_value, block.expert));
-  const Left w_first = transposed(of_expert(cached ? b.w_down : b.w_gate, block.expert));
-  const int depth = cached ? b.rank : b.hidden;
   for_strips(b.dim, [&](int r, int rows) {
-    product(block, w_first.below(r), b.dim - r, depth, cached ? d_cache : d_gate, strips);
-    product(block, w_value.below(r), b.dim - r, b.hidden, d_value, strips, Old::KEEP);
+    product(block, w_value.below(r), rows, b.hidden, d_value, strips);
+    if (!cached) product(block, w_gate.below(r), rows, b.hidden, d_gate, strips, Old::KEEP);
     scatter_slots(block, b.slots, strips, r, rows, b.dim, b.d_x);
   });
-}
-
-// A rectangle of an expert's weight gradient.
-constexpr int GRADIENT_ROWS = 4 * STRIP * 2, GRADIENT_PANELS = 4;
-struct Rectangle {
-  int expert, row, rows, column, columns;
-};
-
-// panels[p][places][PANEL] = the rectangle's columns of `count` rows, from place `first` on; filled up with zeros.
-void copy_columns(const ExpertsWeightGradient& g, const Rectangle& part, int64_t first, int count, float* panels) {
-  for (int i = 0; i < count; i++) {
-    const int64_t slot = g.slots.order[first + i];
-    const float* from = g.right.data + (g.right_by_slot ? slot : slot / g.slots.top_k) * g.right.row + part.column;
-    for (int c = 0; c < part.columns; c += 16) {
-      float* to = panels + (c / PANEL * DEPTH + i) * PANEL + c % PANEL;
-      if (part.columns - c < 16) std::memset(to, 0, 16 * sizeof(float));
-      copy_16(from + c, to, part.columns - c);
-    }
-  }
-}
-
-// Writes sums[p][rows][PANEL].
-void write_rectangle(const ExpertsWeightGradient& g, const Rectangle& part, const float* sums) {
-  float* out = g.out + part.expert * g.out_expert + part.row * g.out_row + part.column * g.out_column;
-  for (int c = 0; c < part.columns; c += PANEL) {
-    const int columns = least(PANEL, part.columns - c);
-    const float* panel = sums + c * GRADIENT_ROWS;
-    float* to = out + c * g.out_column;
-    if (g.out_column == 1) write_strip(panel, part.rows, columns, to, g.out_row);
-    else scatter_strip(panel, part.rows, columns, [&](int i) { return to + i * g.out_column; });
-  }
-}
-
-void rectangle_gradient(const ExpertsWeightGradient& g, const Rectangle& part) {
-  const int64_t start = g.slots.offsets[part.expert], places = g.slots.offsets[part.expert + 1] - start;
-  const float* left = g.left + start * g.rows + part.row * places;
-  float* sums = scratch(size_t(GRADIENT_PANELS) * PANEL * (GRADIENT_ROWS + DEPTH));
-  float* right = sums + GRADIENT_PANELS * PANEL * GRADIENT_ROWS;
-  const int panels = (part.columns + PANEL - 1) / PANEL;
-  const auto width = [&](int p) { return int(round_up(least(PANEL, part.columns - p * PANEL), UNIT)); };
-  if (!places) std::memset(sums, 0, sizeof(float) * GRADIENT_PANELS * PANEL * GRADIENT_ROWS);
-  for (int64_t k = 0; k < places; k += DEPTH) {
-    const int depth = int(least<int64_t>(DEPTH, places - k));
-    copy_columns(g, part, start + k, depth, right);
-    for_strips(part.rows, [&](int r, int rows) {
-      const int after = least(STRIP, most(0, part.rows - r - STRIP));
-      const Left a = {left + r * places + k, places, 1};
-      multiply_panels(panels, width, rows, a, depth, {right, DEPTH * PANEL},
-                      {sums + r * PANEL, GRADIENT_ROWS * PANEL}, k ? Old::KEEP : Old::CLEAR,
-                      Ahead(a.below(STRIP), after, depth, panels * tiles(rows, PANEL)));
+  if (cached)
+    for_strips(b.rank, [&](int r, int rows) {
+      product(block, w_gate.below(r), rows, b.hidden, d_gate, strips);
+      scatter_slots(block, b.slots, strips, r, rows, b.rank, b.d_cache);
     });
-  }
-  write_rectangle(g, part, sums);
+}
+
+// Adds to d_x, and leaves d_cache transposed for the group.
+void cache_backward(const ExpertsCacheBackward& b, const Block& block, const Block& local, float* kept) {
+  float* d_cache = scratch(size_t(panels_size(b.rank) + STRIPS_SIZE));
+  float* strips = d_cache + panels_size(b.rank);
+  gather_slots(block, b.slots, b.d_cache, b.rank, d_cache);
+  for (int p = 0; p < block.panels; p++)
+    write_strip(d_cache + p * panel_size(b.rank), b.rank, block.filled(p), local.transposed(kept, b.rank, p),
+                local.places);
+  const Left w_down = transposed(of_expert(b.w_down, block.expert));
+  for_strips(b.dim, [&](int r, int rows) {
+    product(block, w_down.below(r), rows, b.rank, d_cache, strips);
+    scatter_slots(block, b.slots, strips, r, rows, b.dim, b.d_x, /*add=*/true);
+  });
+}
+
+// body(block, the block in its group) for the blocks of a group.
+template <class Body>
+void for_blocks(const ExpertSlots& slots, const Group& group, const Parallel& parallel, const Body& body) {
+  parallel(group.blocks, [&](int64_t task) {
+    const Block block = find_block(slots, group.first_block + task);
+    body(block, in_group(slots, group, block));
+  });
 }
 
 }  // namespace
 
-void experts_hidden_backward(const ExpertsHiddenBackward& b, const Parallel& parallel) {
-  parallel(count_blocks(b.slots), [&](int64_t task) { hidden_block_backward(b, find_block(b.slots, task)); });
+void experts_backward(const ExpertsBackward& b, const Parallel& parallel) {
+  const bool cached = b.rank > 0;
+  const int gate_depth = cached ? b.rank : b.dim;
+  clear_unused(b.d_w_gate, b.hidden, gate_depth, b.slots, parallel);
+  clear_unused(b.d_w_value, b.hidden, b.dim, b.slots, parallel);
+  clear_unused(b.d_w_out, b.hidden, b.dim, b.slots, parallel);
+  for_groups(b.slots, [&](const Group& group) {
+    const int64_t size = group.places * b.hidden;
+    float* memory = scratch<1>(size_t(3 * size));
+    const HiddenGradients kept = {memory, memory + size, memory + 2 * size};
+    for_blocks(b.slots, group, parallel,
+               [&](const Block& block, const Block& local) { body_backward(b, block, local, kept); });
+    const Gradient gradients[] = {
+        {kept.d_gate, cached ? b.cache : b.x, cached, b.hidden, gate_depth, b.d_w_gate},
+        {kept.d_value, b.x, false, b.hidden, b.dim, b.d_w_value},
+        {kept.weighted, b.d_y, false, b.hidden, b.dim, b.d_w_out},
+    };
+    add_gradients(gradients, b.slots, group, parallel);
+  });
 }
 
-void experts_input_backward(const ExpertsInputBackward& b, const Parallel& parallel) {
-  parallel(count_blocks(b.slots), [&](int64_t task) { input_block_backward(b, find_block(b.slots, task)); });
-}
-
-void experts_weight_gradient(const ExpertsWeightGradient& g, const Parallel& parallel) {
-  constexpr int COLUMNS = GRADIENT_PANELS * PANEL;
-  const int64_t down = (g.rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS, across = (g.columns + COLUMNS - 1) / COLUMNS;
-  parallel(g.slots.experts * down * across, [&](int64_t task) {
-    const int row = int(task / across % down) * GRADIENT_ROWS, column = int(task % across) * COLUMNS;
-    rectangle_gradient(g, {int(task / across / down), row, least(GRADIENT_ROWS, g.rows - row), column,
-                           least(COLUMNS, g.columns - column)});
+void experts_cache_backward(const ExpertsCacheBackward& b, const Parallel& parallel) {
+  clear_unused(b.d_w_down, b.rank, b.dim, b.slots, parallel);
+  for_groups(b.slots, [&](const Group& group) {
+    float* kept = scratch<1>(size_t(group.places * b.rank));
+    for_blocks(b.slots, group, parallel,
+               [&](const Block& block, const Block& local) { cache_backward(b, block, local, kept); });
+    const Gradient gradients[] = {{kept, b.x, false, b.rank, b.dim, b.d_w_down}};
+    add_gradients(gradients, b.slots, group, parallel);
   });
 }
 

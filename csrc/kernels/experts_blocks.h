@@ -95,80 +95,45 @@ inline void gather_slots(const Block& block, const ExpertSlots& slots, ExpertRow
   gather(block, depth, [&](int i) { return rows.data + slots.order[block.first + i] * rows.row; }, panels);
 }
 
+// The same 16 floats, added.
+VOT_INLINE void add_16(const float* from, float* to, int count) {
+  for (int c = 0; c < 16; c += LANES) {
+    if (count >= c + LANES) store(to + c, load(to + c) + load(from + c));
+    else if (count > c) store_part(to + c, load_part(to + c, count - c) + load_part(from + c, count - c), count - c);
+  }
+}
+
 // Copies between a strip [rows][PANEL] and the transposed matrix [rows][places] at `matrix`.
 inline void read_strip(const float* matrix, int64_t places, int rows, int count, float* strip) {
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < count; c += 16) copy_16(matrix + r * places + c, strip + r * PANEL + c, count - c);
 }
-inline void write_strip(const float* strip, int rows, int count, float* matrix, int64_t places) {
+inline void write_strip(const float* strip, int rows, int count, float* matrix, int64_t places, bool add = false) {
   for (int r = 0; r < rows; r++)
-    for (int c = 0; c < count; c += 16) copy_16(strip + r * PANEL + c, matrix + r * places + c, count - c);
+    for (int c = 0; c < count; c += 16)
+      (add ? add_16 : copy_16)(strip + r * PANEL + c, matrix + r * places + c, count - c);
 }
 
 // row_of(i)[0 .. rows) = column i of a strip [rows][PANEL], for the first `count` columns.
 template <class RowOf>
-VOT_INLINE void scatter_strip(const float* strip, int rows, int count, const RowOf& row_of) {
+VOT_INLINE void scatter_strip(const float* strip, int rows, int count, bool add, const RowOf& row_of) {
   alignas(64) float turned[16 * 16];
   for (int r = 0; r < rows; r += 16)
     for (int c = 0; c < count; c += 16) {
       transpose_16x16(strip + r * PANEL + c, PANEL, turned, 16);
-      for (int i = 0; i < least(16, count - c); i++) copy_16(turned + i * 16, row_of(c + i) + r, rows - r);
+      for (int i = 0; i < least(16, count - c); i++)
+        (add ? add_16 : copy_16)(turned + i * 16, row_of(c + i) + r, rows - r);
     }
 }
 
 // out[slot][row .. row + rows) = the columns of strips[p][STRIP][PANEL] of the block's panels.
 inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* strips, int row, int rows, int dim,
-                          float* out) {
+                          float* out, bool add = false) {
   for (int p = 0; p < block.panels; p++) {
     const int32_t* slot = slots.order + block.first + p * block.width;
-    scatter_strip(strips + p * STRIP * PANEL, rows, block.filled(p),
+    scatter_strip(strips + p * STRIP * PANEL, rows, block.filled(p), add,
                   [&](int i) { return out + int64_t(slot[i]) * dim + row; });
   }
-}
-
-// A matrix that will be read soon: `next` brings one of `parts` equal parts of it into the cache at each call.
-class Ahead {
- public:
-  Ahead(Left a, int rows, int depth, int parts)
-      : data_(a.data), lines_(a.row == 1 ? depth : rows), length_(a.row == 1 ? rows : depth),
-        stride_(a.row == 1 ? a.column : a.row), part_((lines_ + parts - 1) / parts) {}
-  VOT_INLINE void next() {
-    for (const int end = least(lines_, line_ + part_); line_ < end; line_++)
-      for (int i = 0; i < length_; i += 16) __builtin_prefetch(data_ + line_ * stride_ + i, 0, 3);
-  }
-
- private:
-  const float* data_;
-  int lines_, length_;  // numbers that lie side by side, and how many
-  ptrdiff_t stride_;
-  int part_, line_ = 0;
-};
-
-// Panels [depth][PANEL] of a product, or its sums [rows][PANEL], `stride` floats apart.
-struct Panels {
-  const float* data;
-  int64_t stride;
-};
-struct Sums {
-  float* data;
-  int64_t stride;
-};
-
-// sums of each panel = A[rows x depth] . panel in the first width(panel) columns. `coming` is read next.
-template <class Width>
-void multiply_panels(int panels, const Width& width, int rows, Left a, int depth, Panels right, Sums sums, Old old,
-                     Ahead coming) {
-  for (int p = 0; p < panels; p++)
-    for (int c = 0; c < width(p); c += TILE_COLUMNS)
-      for (int r = 0; r < rows; r += TILE_ROWS) {
-        //coming.next();
-        multiply(least(TILE_ROWS, rows - r), least(TILE_COLUMNS, width(p) - c), a.below(r), 
-                 Right{right.data + p * right.stride + c, PANEL}, depth,
-                 {sums.data + p * sums.stride + r * PANEL + c, PANEL}, old);
-      }
-}
-VOT_INLINE int tiles(int rows, int columns) {
-  return (rows + TILE_ROWS - 1) / TILE_ROWS * ((columns + TILE_COLUMNS - 1) / TILE_COLUMNS);
 }
 
 // packed[rows][DEPTH] = A[rows x depth] whose columns lie side by side.
@@ -186,26 +151,20 @@ inline void pack(Left a, int rows, int depth, float* packed) {
     }
 }
 
-// strips[p][STRIP][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block and the first STRIP rows
-// of those that W has. More rows follow in W: they are asked for meanwhile.
+// strips[p][STRIP][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block.
 inline void product(const Block& block, Left w, int rows, int depth, const float* panels, float* strips,
                     Old old = Old::CLEAR) {
-  const int now = least(STRIP, rows);
-  const auto width = [&](int p) { return int(round_up(block.filled(p), UNIT)); };
   alignas(64) float packed[STRIP * DEPTH];
   for (int k = 0; k == 0 || k < depth; k += DEPTH, old = Old::KEEP) {
-    const int part = least(DEPTH, depth - k), after = k + DEPTH;
-    const auto from = [&](int row, int column) { return Left{w.data + row * w.row + column * w.column, w.row, w.column}; };
-    const int parts = block.panels * tiles(now, block.width);
-    const Ahead coming = after < depth ? Ahead(from(0, after), now, least(DEPTH, depth - after), parts)
-                                       : Ahead(from(STRIP, 0), most(0, least(STRIP, rows - STRIP)), part, parts);
-    Left a = from(0, k);
+    const int part = least(DEPTH, depth - k);
+    Left a = {w.data + k * w.column, w.row, w.column};
     if (w.row == 1 && w.column != 1) {
-      pack(a, now, part, packed);
+      pack(a, rows, part, packed);
       a = {packed, DEPTH, 1};
     }
-    multiply_panels(block.panels, width, now, a, part, {panels + k * PANEL, panel_size(depth)},
-                    {strips, STRIP * PANEL}, old, coming);
+    for (int p = 0; p < block.panels; p++)
+      multiply(rows, int(round_up(block.filled(p), UNIT)), a, {panels + p * panel_size(depth) + k * PANEL, PANEL}, part,
+               {strips + p * STRIP * PANEL, PANEL}, old);
   }
 }
 

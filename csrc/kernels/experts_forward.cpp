@@ -15,7 +15,7 @@ void activate(const float* gate, const float* value, int rows, int count, float*
 }
 
 void forward_block(const ExpertsForward& f, const Block& block) {
-  const bool cached = f.cache.data != nullptr;
+  const bool cached = f.rank > 0;
   const int gate_depth = cached ? f.rank : f.dim;
   float* x = scratch(size_t(panels_size(f.dim) + panels_size(f.hidden) + panels_size(f.rank) + 2 * STRIPS_SIZE));
   float *hidden = x + panels_size(f.dim), *cache = hidden + panels_size(f.hidden);
@@ -25,8 +25,8 @@ void forward_block(const ExpertsForward& f, const Block& block) {
 
   const Left w_gate = of_expert(f.w_gate, block.expert), w_value = of_expert(f.w_value, block.expert);
   for_strips(f.hidden, [&](int r, int rows) {
-    product(block, w_gate.below(r), f.hidden - r, gate_depth, cached ? cache : x, gate);
-    product(block, w_value.below(r), f.hidden - r, f.dim, x, value);
+    product(block, w_gate.below(r), rows, gate_depth, cached ? cache : x, gate);
+    product(block, w_value.below(r), rows, f.dim, x, value);
     for (int p = 0; p < block.panels; p++) {
       const int count = block.filled(p), strip = p * STRIP * PANEL;
       activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL);
@@ -40,7 +40,7 @@ void forward_block(const ExpertsForward& f, const Block& block) {
 
   const Left w_out = of_expert(f.w_out, block.expert);
   for_strips(f.dim, [&](int r, int rows) {
-    product(block, w_out.below(r), f.dim - r, f.hidden, hidden, gate);
+    product(block, w_out.below(r), rows, f.hidden, hidden, gate);
     scatter_slots(block, f.slots, gate, r, rows, f.dim, f.out);
   });
 }

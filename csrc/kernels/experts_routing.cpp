@@ -67,7 +67,7 @@ void select_panel(const AoeSelect& a, int64_t first) {
   for (int e = 0; e < a.experts; e++) {
     float* cache = caches + e * cache_size;
     const Left w = of_expert(a.w_down, e);
-    for_strips(a.rank, [&](int r, int) { product(block, w.below(r), a.rank - r, a.dim, x, cache + r * PANEL); });
+    for_strips(a.rank, [&](int r, int rows) { product(block, w.below(r), rows, a.dim, x, cache + r * PANEL); });
     norms_of(cache, a.rank, width, norms + e * PANEL);
   }
   for (int i = 0; i < count; i++) {

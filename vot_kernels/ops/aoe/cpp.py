@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from vot_kernels.ops.parts.experts.cpp import (
+    bodies_backward,
+    caches_backward,
+    combine,
     expert_outputs,
     group_slots,
-    hidden_backward,
-    input_backward,
     select_experts,
-    weight_gradient,
-    weight_gradient_of_slots,
 )
 from vot_kernels.ops.parts.experts.slots import (
     Experts,
@@ -36,7 +35,9 @@ def forward(
     kept = (None, value if save else None)
     w_out = experts.w_o.transpose(1, 2)
     y = expert_outputs(x, cache, experts.w_up, experts.w_p, w_out, slots, weights, kept)
-    return y, Saved(norms, indices, weights, cache if save else cache.new_empty(0, cache.shape[1]), value, slots)
+    return y, Saved(
+        norms, indices, weights, cache if save else cache.new_empty(0, cache.shape[1]), value, slots
+    )
 
 
 def backward(
@@ -52,20 +53,18 @@ def backward(
     norms, indices, weights, cache, value, slots = saved
     d_y = torch.zeros_like(x) if d_y is None else d_y
     d_experts = Experts(*(torch.empty_like(w, memory_format=torch.contiguous_format) for w in experts))
-    w_out = experts.w_o.transpose(1, 2)
-    d_gate, d_value, weighted, d_mix = hidden_backward(d_y, w_out, (cache, experts.w_up), value, weights, slots)
-    weight_gradient(weighted, d_y, slots, d_experts.w_o)
-    weight_gradient(d_value, x, slots, d_experts.w_p)
-    weight_gradient_of_slots(d_gate, cache, slots, d_experts.w_up)
+    matrices = (experts.w_up, experts.w_p, experts.w_o.transpose(1, 2))
+    d_matrices = (d_experts.w_up, d_experts.w_p, d_experts.w_o.transpose(1, 2))
+    rows, d_cache, d_mix = bodies_backward(d_y, x, None, cache, value, matrices, d_matrices, slots, weights)
+    assert d_cache is not None
     if d_weights is not None:
         d_mix += d_weights
     dense = weighting != "topk_softmax" or d_norms is not None
-    scale = None if dense else over_norm(softmax_backward(weights, d_mix), norms.gather(1, indices))
-    d_x, d_cache = input_backward(
-        d_gate, d_value, experts.w_up, experts.w_p, slots, x.shape[0], (cache, experts.w_down, scale)
-    )
-    assert d_cache is not None
-    weight_gradient(d_cache, x, slots, d_experts.w_down)
+    if not dense:
+        scale = over_norm(softmax_backward(weights, d_mix), norms.gather(1, indices))
+        d_cache.addcmul_(cache, scale.view(-1, 1))
+    caches_backward(d_cache, x, experts.w_down, slots, rows, d_experts.w_down)
+    d_x = combine(rows, slots, x.shape[0], None)
     if dense:  # the norms of all experts have gradients, not only those of the selected ones
         scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
         more_x, more_down = norms_backward(x, experts.w_down, scale, x.dtype)

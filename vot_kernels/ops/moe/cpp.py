@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.parts.experts.cpp import (
-    expert_outputs,
-    group_slots,
-    hidden_backward,
-    input_backward,
-    weight_gradient,
-)
+from vot_kernels.ops.parts.experts.cpp import bodies_backward, combine, expert_outputs, group_slots
 from vot_kernels.ops.parts.experts.slots import Slots
 
 
@@ -20,7 +14,8 @@ def forward(
     slots = group_slots(topk_idx, w_down.shape[0])
     projected = x.new_empty(slots.order.shape[0] if save else 0, w_gate_up.shape[1])
     kept = _halves(projected) if save else (None, None)
-    y = expert_outputs(x, None, *w_gate_up.chunk(2, dim=1), w_down, slots, topk_weights, kept)
+    w_gate, w_up = w_gate_up.chunk(2, dim=1)
+    y = expert_outputs(x, None, w_gate, w_up, w_down, slots, topk_weights, kept)
     return y, projected, slots
 
 
@@ -34,13 +29,15 @@ def backward(
     slots: Slots,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x, d_w_gate_up, d_w_down and d_topk_weights."""
+    d_w_gate_up, d_w_down = (
+        torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_gate_up, w_down)
+    )
     gate, value = _halves(projected)
-    d_gate, d_value, weighted, d_weights = hidden_backward(d_y, w_down, gate, value, topk_weights, slots)
-    d_x, _ = input_backward(d_gate, d_value, *w_gate_up.chunk(2, dim=1), slots, x.shape[0])
-    d_w_gate_up, d_w_down = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_gate_up, w_down))
-    weight_gradient(weighted, d_y, slots, d_w_down.transpose(1, 2))
-    for d_projected, d_w in zip((d_gate, d_value), d_w_gate_up.chunk(2, dim=1), strict=True):
-        weight_gradient(d_projected, x, slots, d_w)
+    w_gate, w_up = w_gate_up.chunk(2, dim=1)
+    d_w_gate, d_w_up = d_w_gate_up.chunk(2, dim=1)
+    matrices, d_matrices = (w_gate, w_up, w_down), (d_w_gate, d_w_up, d_w_down)
+    rows, _, d_weights = bodies_backward(d_y, x, gate, None, value, matrices, d_matrices, slots, topk_weights)
+    d_x = combine(rows, slots, x.shape[0], None)
     return d_x, d_w_gate_up, d_w_down, d_weights.to(topk_weights.dtype)
 
 

@@ -78,89 +78,52 @@ def combine(rows: Tensor, slots: Slots, tokens: int, weights: Tensor | None) -> 
     return out
 
 
-def hidden_backward(
+def bodies_backward(
     d_y: Tensor,
-    w_out: Tensor,
-    gate: Tensor | tuple[Tensor, Tensor],
+    x: Tensor,
+    gate: Tensor | None,
+    cache: Tensor | None,
     value: Tensor,
-    weights: Tensor,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    d_matrices: tuple[Tensor, Tensor, Tensor],
     slots: Slots,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients through y of `expert_outputs`.
+    weights: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients through `expert_outputs`.
 
     Args:
-        d_y: `[tokens, dim]`, any strides.
-        w_out: `[experts, dim, hidden]`, any strides.
-        gate: that of the forward; or its cache and w_gate, from which it is computed again.
-        value: that of the forward.
-        weights: `[tokens, top_k]`.
+        d_y, x: `[tokens, dim]`, any strides.
+        gate: what the forward kept of it; None where there is a cache, from which it is computed again.
+        cache: that of the forward.
+        value: what the forward kept of it.
+        matrices: w_gate, w_value and w_out of the forward.
+        d_matrices: where their gradients are written to, 0 for experts without places. Those of w_gate and w_value
+            have rows, and that of w_out has rows or columns, whose numbers lie side by side.
         slots: those of the forward.
+        weights: `[tokens, top_k]`.
 
     Returns:
-        d_gate, d_value, and weight · SiLU(gate) · value, each `[slots, hidden]`, transposed; d_weights
-        `[tokens, top_k]`, 0 for the slots of no expert.
+        d_x `[slots, dim]` of every slot, without what comes through a cache; d_cache `[slots, rank]` or None; and
+        d_weights `[tokens, top_k]`, 0 for the slots of no expert.
     """
-    cache, w_gate = gate if isinstance(gate, tuple) else (None, None)
-    saved = None if isinstance(gate, tuple) else gate
-    d_gate, d_value, weighted = (torch.empty_like(value) for _ in range(3))
-    d_weights = value.new_zeros(weights.shape)
-    kernels().experts_hidden_backward(
-        *(_rows(d_y), cache, w_gate, w_out, saved, value, weights.float().contiguous()),
-        *(slots.order, slots.offsets, slots.top_k),
-        *(d_gate, d_value, weighted, d_weights),
-    )
-    return d_gate, d_value, weighted, d_weights
-
-
-def input_backward(
-    d_gate: Tensor,
-    d_value: Tensor,
-    w_gate: Tensor,
-    w_value: Tensor,
-    slots: Slots,
-    tokens: int,
-    cached: tuple[Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x `[tokens, dim]` and of the cache `[slots, rank]`, transposed, or None without one.
-
-    Args:
-        d_gate, d_value: `[slots, hidden]`, transposed.
-        w_gate, w_value: those of the forward.
-        slots: those of the forward.
-        tokens: how many.
-        cached: cache `[slots, rank]` = x W_downᵀ, w_down `[experts, rank, dim]`, and scale `[slots]` or None: to the
-            gradient of a cache is added scale times that cache.
-    """
-    cache, w_down, scale = (None, None, None) if cached is None else cached
-    rows = d_value.new_empty(d_value.shape[0], w_value.shape[2])
+    d_x = x.new_empty(slots.order.shape[0], x.shape[1])
     d_cache = None if cache is None else torch.empty_like(cache)
-    grouping = (slots.order, slots.offsets, slots.top_k)
-    kernels().experts_input_backward(
-        d_gate, d_value, cache, scale, w_gate, w_value, w_down, *grouping, rows, d_cache
+    d_weights = x.new_zeros(weights.shape)
+    d_w_gate, d_w_value, d_w_out = d_matrices
+    kernels().experts_backward(
+        *(_rows(d_y), _rows(x), cache, *matrices, gate, value, weights.float().contiguous()),
+        *(slots.order, slots.offsets, slots.top_k),
+        *(d_x, d_cache, d_weights, d_w_gate, d_w_value, d_w_out.transpose(1, 2)),
     )
-    return combine(rows, slots, tokens, None), d_cache
+    return d_x, d_cache, d_weights
 
 
-def weight_gradient(left: Tensor, right: Tensor, slots: Slots, out: Tensor) -> None:
-    """out[e] = sum over the places of expert e of leftᵀ right, in ascending order; 0 for experts without places.
-
-    Args:
-        left: `[slots, rows]`, transposed.
-        right: `[tokens, columns]`, any strides; its rows are those of the slots' tokens.
-        slots: the places of each expert.
-        out: `[experts, rows, columns]`; one of the last two dimensions has the stride 1.
-    """
-    _weight_gradient(left, right, False, slots, out)
-
-
-def weight_gradient_of_slots(left: Tensor, right: Tensor, slots: Slots, out: Tensor) -> None:
-    """As `weight_gradient`, with right `[slots, columns]`."""
-    _weight_gradient(left, right, True, slots, out)
-
-
-def _weight_gradient(left: Tensor, right: Tensor, by_slot: bool, slots: Slots, out: Tensor) -> None:
+def caches_backward(
+    d_cache: Tensor, x: Tensor, w_down: Tensor, slots: Slots, d_x: Tensor, d_w_down: Tensor
+) -> None:
+    """Gradients of cache = x W_downᵀ of each slot: that of x is added to d_x `[slots, dim]`, the other written."""
     grouping = (slots.order, slots.offsets, slots.top_k)
-    kernels().experts_weight_gradient(left, _rows(right), by_slot, *grouping, out)
+    kernels().experts_cache_backward(d_cache, _rows(x), w_down, *grouping, d_x, d_w_down)
 
 
 def _rows(x: Tensor) -> Tensor:
