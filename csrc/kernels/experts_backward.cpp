@@ -78,37 +78,30 @@ void hidden_backward(const ExpertsBackward& b, const Block& block, const Block& 
 
 void body_backward(const ExpertsBackward& b, const Block& block, const Block& local, const HiddenGradients& kept) {
   const bool cached = b.rank > 0;
-  float* d_gate = scratch(size_t(2 * panels_size(b.hidden) + STRIPS_SIZE));
-  float *d_value = d_gate + panels_size(b.hidden), *strips = d_value + panels_size(b.hidden);
+  float* d_gate = scratch(size_t(2 * panels_size(b.hidden)));
+  float* d_value = d_gate + panels_size(b.hidden);
   hidden_backward(b, block, local, kept, d_gate, d_value);
 
+  float* sums = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank)));
   const Left w_gate = transposed(of_expert(b.w_gate, block.expert));
-  const Left w_value = transposed(of_expert(b.w_value, block.expert));
-  for_strips(b.dim, [&](int r, int rows) {
-    product(block, w_value.below(r), rows, b.hidden, d_value, strips);
-    if (!cached) product(block, w_gate.below(r), rows, b.hidden, d_gate, strips, Old::KEEP);
-    scatter_slots(block, b.slots, strips, r, rows, b.dim, b.d_x);
-  });
-  if (cached)
-    for_strips(b.rank, [&](int r, int rows) {
-      product(block, w_gate.below(r), rows, b.hidden, d_gate, strips);
-      scatter_slots(block, b.slots, strips, r, rows, b.rank, b.d_cache);
-    });
+  whole_product(block, transposed(of_expert(b.w_value, block.expert)), b.dim, b.hidden, d_value, sums);
+  if (!cached) whole_product(block, w_gate, b.dim, b.hidden, d_gate, sums, Old::KEEP);
+  scatter_slots(block, b.slots, sums, b.dim, b.d_x);
+  if (!cached) return;
+  whole_product(block, w_gate, b.rank, b.hidden, d_gate, sums);
+  scatter_slots(block, b.slots, sums, b.rank, b.d_cache);
 }
 
 // Adds to d_x, and leaves d_cache transposed for the group.
 void cache_backward(const ExpertsCacheBackward& b, const Block& block, const Block& local, float* kept) {
-  float* d_cache = scratch(size_t(panels_size(b.rank) + STRIPS_SIZE));
-  float* strips = d_cache + panels_size(b.rank);
+  float* d_cache = scratch(size_t(panels_size(b.rank) + panels_size(b.dim)));
+  float* sums = d_cache + panels_size(b.rank);
   gather_slots(block, b.slots, b.d_cache, b.rank, d_cache);
   for (int p = 0; p < block.panels; p++)
     write_strip(d_cache + p * panel_size(b.rank), b.rank, block.filled(p), local.transposed(kept, b.rank, p),
                 local.places);
-  const Left w_down = transposed(of_expert(b.w_down, block.expert));
-  for_strips(b.dim, [&](int r, int rows) {
-    product(block, w_down.below(r), rows, b.rank, d_cache, strips);
-    scatter_slots(block, b.slots, strips, r, rows, b.dim, b.d_x, /*add=*/true);
-  });
+  whole_product(block, transposed(of_expert(b.w_down, block.expert)), b.dim, b.rank, d_cache, sums);
+  scatter_slots(block, b.slots, sums, b.dim, b.d_x, /*add=*/true);
 }
 
 // body(block, the block in its group) for the blocks of a group.

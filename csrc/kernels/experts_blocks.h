@@ -114,25 +114,26 @@ inline void write_strip(const float* strip, int rows, int count, float* matrix, 
       (add ? add_16 : copy_16)(strip + r * PANEL + c, matrix + r * places + c, count - c);
 }
 
-// row_of(i)[0 .. rows) = column i of a strip [rows][PANEL], for the first `count` columns.
+// row_of(i)[0 .. rows) = column i of a panel [rows][PANEL], for the first `count` columns. Rows are written one after the
+// other: they are far apart.
 template <class RowOf>
-VOT_INLINE void scatter_strip(const float* strip, int rows, int count, bool add, const RowOf& row_of) {
+VOT_INLINE void scatter_panel(const float* panel, int rows, int count, bool add, const RowOf& row_of) {
   alignas(64) float turned[16 * 16];
-  for (int r = 0; r < rows; r += 16)
-    for (int c = 0; c < count; c += 16) {
-      transpose_16x16(strip + r * PANEL + c, PANEL, turned, 16);
+  for (int c = 0; c < count; c += 16)
+    for (int r = 0; r < rows; r += 16) {
+      transpose_16x16(panel + r * PANEL + c, PANEL, turned, 16);
       for (int i = 0; i < least(16, count - c); i++)
         (add ? add_16 : copy_16)(turned + i * 16, row_of(c + i) + r, rows - r);
     }
 }
 
-// out[slot][row .. row + rows) = the columns of strips[p][STRIP][PANEL] of the block's panels.
-inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* strips, int row, int rows, int dim,
-                          float* out, bool add = false) {
+// out[slot] = the columns of panels[p][width][PANEL] of the block.
+inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* panels, int width, float* out,
+                          bool add = false) {
   for (int p = 0; p < block.panels; p++) {
     const int32_t* slot = slots.order + block.first + p * block.width;
-    scatter_strip(strips + p * STRIP * PANEL, rows, block.filled(p), add,
-                  [&](int i) { return out + int64_t(slot[i]) * dim + row; });
+    scatter_panel(panels + p * panel_size(width), width, block.filled(p), add,
+                  [&](int i) { return out + int64_t(slot[i]) * width; });
   }
 }
 
@@ -151,9 +152,9 @@ inline void pack(Left a, int rows, int depth, float* packed) {
     }
 }
 
-// strips[p][STRIP][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block.
-inline void product(const Block& block, Left w, int rows, int depth, const float* panels, float* strips,
-                    Old old = Old::CLEAR) {
+// sums[p][rows][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block, `stride` numbers apart.
+inline void product(const Block& block, Left w, int rows, int depth, const float* panels, float* sums,
+                    int64_t stride = STRIP * PANEL, Old old = Old::CLEAR) {
   alignas(64) float packed[STRIP * DEPTH];
   for (int k = 0; k == 0 || k < depth; k += DEPTH, old = Old::KEEP) {
     const int part = least(DEPTH, depth - k);
@@ -164,7 +165,7 @@ inline void product(const Block& block, Left w, int rows, int depth, const float
     }
     for (int p = 0; p < block.panels; p++)
       multiply(rows, int(round_up(block.filled(p), UNIT)), a, {panels + p * panel_size(depth) + k * PANEL, PANEL}, part,
-               {strips + p * STRIP * PANEL, PANEL}, old);
+               {sums + p * stride, PANEL}, old);
   }
 }
 
@@ -174,6 +175,14 @@ VOT_INLINE void for_strips(int rows, const Body& body) {
   for (int r = 0; r < rows; r += STRIP) body(r, least(STRIP, rows - r));
 }
 constexpr int64_t STRIPS_SIZE = BLOCK / PANEL * STRIP * PANEL;  // floats of a strip of every panel
+
+// out[p][width][PANEL] (+)= W[width x depth] . panels[p][depth][PANEL], all of it.
+inline void whole_product(const Block& block, Left w, int width, int depth, const float* panels, float* out,
+                          Old old = Old::CLEAR) {
+  for_strips(width, [&](int r, int rows) {
+    product(block, w.below(r), rows, depth, panels, out + r * PANEL, panel_size(width), old);
+  });
+}
 
 VOT_INLINE Vec sigmoid(Vec x) {
   // The exponent is limited to what exp2 takes. NaN stays NaN.

@@ -98,7 +98,7 @@ inline void write_rectangle(const Gradient& g, const Rectangle& at, const float*
     const float* panel = sums + c * GRADIENT_ROWS;
     float* to = out + c * g.out.column;
     if (g.out.column == 1) write_strip(panel, at.rows, columns, to, g.out.row, add);
-    else scatter_strip(panel, at.rows, columns, add, [&](int i) { return to + i * g.out.column; });
+    else scatter_panel(panel, at.rows, columns, add, [&](int i) { return to + i * g.out.column; });
   }
 }
 
