@@ -65,8 +65,6 @@ def test_auto_passes_over_a_backend_that_is_no_faster(op):
     narrow, wide = torch.zeros(8, 256), torch.zeros(8, 512)
     assert select(op, "auto", narrow) == "cpp" and select(op, "auto", wide) == "torch"
     assert select(op, "cpp", wide) == "cpp"
-    with pytest.raises(ValueError, match="width 512, above 256, it is no faster"):
-        select(op, "auto", wide.to("meta"))
 
 
 def test_backends_stand_in_order_of_preference():
