@@ -1,6 +1,7 @@
 // Every entry point of the kernels, and the table of them that each instruction set has.
 #pragma once
 #include "dense_residual.h"
+#include "experts.h"
 #include "group_states.h"
 #include "linear_attention.h"
 #include "pack_patches.h"
@@ -13,6 +14,12 @@
 #define VOT_KERNELS(X)                                  \
   X(dense_residual_forward, DenseResidualForward)       \
   X(dense_residual_backward, DenseResidualBackward)     \
+  X(aoe_select, AoeSelect)                              \
+  X(experts_group, ExpertsGroup)                        \
+  X(experts_forward, ExpertsForward)                    \
+  X(experts_combine, ExpertsCombine)                    \
+  X(experts_backward, ExpertsBackward)                  \
+  X(experts_cache_backward, ExpertsCacheBackward)       \
   X(group_states, GroupStates)                          \
   X(far_states, FarStates)                              \
   X(linear_attention_forward, LinearAttentionForward)   \

@@ -60,7 +60,7 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
 }
 
 template <int R, int C>
-VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
+inline void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
   Vec sums[R][C] = {};
   multiply_add<R, C>(a, b, depth, sums);
   // The old numbers come last: the error of a sum over many products is that of sums over few, and of their number.

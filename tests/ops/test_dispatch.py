@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.marks import cpp
 from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.ops import launch as _launch
 from vot_kernels.ops.dispatch import BACKENDS, describe_backends, load, select
@@ -57,6 +58,14 @@ def test_a_gpu_that_is_not_there_is_not_called_old(monkeypatch):
     monkeypatch.setattr(_launch, "_HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_not_triton(GPU) == []
+
+
+@cpp
+@pytest.mark.parametrize("op", ["aoe", "moe"])
+def test_auto_passes_over_a_backend_that_is_no_faster(op):
+    narrow, wide = torch.zeros(8, 256), torch.zeros(8, 512)
+    assert select(op, "auto", narrow) == "cpp" and select(op, "auto", wide) == "torch"
+    assert select(op, "cpp", wide) == "cpp"
 
 
 def test_backends_stand_in_order_of_preference():

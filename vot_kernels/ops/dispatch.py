@@ -112,6 +112,14 @@ def _compiled(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _compiled_experts(inputs: Inputs) -> list[str]:
+    """C++: single precision, on the CPU, where the library is there."""
+    reasons = [] if inputs.dtype == torch.float32 else [f"dtype {inputs.dtype} is not float32"]
+    if (problem := why_not_cpp(inputs.device.type)) is not None:
+        reasons.append(problem)
+    return reasons
+
+
 def _compiled_pixels(inputs: Inputs) -> list[str]:
     problem = why_not_cpp(inputs.device.type)
     return _pixels(inputs) + ([] if problem is None else [problem])
@@ -134,6 +142,13 @@ def _compiled_linear_attention(inputs: Inputs) -> list[str]:
     return reasons
 
 
+def _wide_tokens(inputs: Inputs) -> list[str]:
+    """Where the products of experts are large, those of PyTorch are as fast."""
+    if inputs.head_dim is None or inputs.head_dim <= 256:
+        return []
+    return [f"with tokens of width {inputs.head_dim}, above 256, it is no faster than torch"]
+
+
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference for the steps of a whole stream is hybrid_attention(causal="group")']
 
@@ -152,13 +167,16 @@ for _op in (
     CAPABILITIES[_op]["triton"] = _attention_kernel
 CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
-    CAPABILITIES[_op]["triton"] = _kernel
+    CAPABILITIES[_op] |= {"triton": _kernel, "cpp": _compiled_experts}
 for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
     CAPABILITIES[_op]["cpp"] = _compiled
 for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
     CAPABILITIES[_op]["cpp"] = _compiled_attention
 CAPABILITIES["linear_attention"]["cpp"] = _compiled_linear_attention
 CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "reference": _pixels}
+
+# Why "auto" passes over a backend that can serve a call: a later one is as fast, as measured.
+PASSED_OVER: dict[str, dict[str, Predicate]] = {op: {"cpp": _wide_tokens} for op in ("aoe", "moe")}
 
 
 def select(
@@ -185,6 +203,8 @@ def select(
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)
+        if backend == "auto" and (passes_over := PASSED_OVER.get(op, {}).get(name)):
+            reasons = reasons + passes_over(inputs)
         interpreted = name == "triton" and tensor.device.type == "cpu"
         if not reasons and not (interpreted and backend == "auto"):
             return name

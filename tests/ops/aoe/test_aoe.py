@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.aoe import AoEAux, aoe, op, reference
 from vot_kernels.ops.aoe import torch as module
 from vot_kernels.ops.parts.experts import slots as _experts
@@ -22,15 +24,20 @@ def outputs(y, aux):
     return y, aux.norms, aux.weights, aux.balance_loss[None]
 
 
-def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=outputs, run=aoe):
+ON = pytest.mark.parametrize("backend", COMPUTING)
+
+
+def check_parity(
+    inputs, top_k, weighting="topk_softmax", bias=None, outputs=outputs, run=aoe, backend="torch"
+):
     """Check the parity rule: the reference gets the backend's own choice before anything is compared."""
     with torch.no_grad():
-        _, aux = aoe(*inputs, top_k, weighting=weighting, bias=bias, return_aux=True, backend="torch")
+        _, aux = aoe(*inputs, top_k, weighting=weighting, bias=bias, return_aux=True, backend=backend)
     check_selection(*inputs[:2], aux.norms, aux.indices, bias)
 
     def tested(*tensors):
         return outputs(
-            *run(*tensors, top_k, weighting=weighting, bias=bias, return_aux=True, backend="torch")
+            *run(*tensors, top_k, weighting=weighting, bias=bias, return_aux=True, backend=backend)
         )
 
     def oracle(*tensors):
@@ -40,17 +47,36 @@ def check_parity(inputs, top_k, weighting="topk_softmax", bias=None, outputs=out
     check_against_reference(tested, oracle, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_outputs_and_gradients_match_the_reference(dtype, weighting, top_k):
     check_parity(make_experts(dtype=dtype), top_k, weighting, bias=make_tensor(6, seed=9))
 
 
+@ON
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_gradients_of_y_alone(weighting):
-    """Under topk_softmax this takes the sparse path, which the test above never does."""
-    check_parity(make_experts(), 2, weighting, outputs=lambda y, aux: (y,))
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_outputs_and_gradients_match_the_reference_in_float32(weighting, top_k, backend):
+    check_parity(make_experts(), top_k, weighting, bias=make_tensor(6, seed=9), backend=backend)
+
+
+@ON
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradients_of_y_alone(weighting, backend):
+    """Under topk_softmax this takes the sparse path, which the tests above never do."""
+    check_parity(make_experts(), 2, weighting, outputs=lambda y, aux: (y,), backend=backend)
+
+
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    inputs = [x.requires_grad_() for x in make_experts(tokens=600, dim=70, rank=20, hidden=50)]
+
+    def results():
+        y, aux = aoe(*inputs, 2, return_aux=True, backend="cpp")
+        return y, aux.norms, aux.indices, aux.weights, *torch.autograd.grad(y.square().sum(), inputs)
+
+    assert differing(results) == []
 
 
 @pytest.mark.parametrize(
@@ -64,13 +90,16 @@ def test_gradients_of_y_alone(weighting):
         {"rank": 1},
         {"hidden": 1},
         {"tokens": 257, "experts": 16, "top_k": 5},
+        {"tokens": 600, "experts": 2, "rank": 70, "hidden": 90, "dim": 50, "top_k": 1},
     ],
 )
+@ON
 @pytest.mark.parametrize("aux", [False, True])
-def test_shapes(shape, aux):
+def test_shapes(shape, aux, backend):
     shape = dict(shape)
     top_k = shape.pop("top_k", 2)
-    check_parity(make_experts(**shape), top_k, outputs=outputs if aux else lambda y, _: (y,))
+    checked = outputs if aux else lambda y, _: (y,)
+    check_parity(make_experts(**shape), top_k, outputs=checked, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -88,14 +117,14 @@ def test_selection_follows_the_exact_norms(dtype):
     assert (exact.gather(1, aux.indices) >= ranked[:, top_k - 1, None] * (1 - 1e-5)).all()
 
 
-def test_ties_go_to_the_lowest_id():
+@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
+def test_ties_go_to_the_lowest_id(backend):
     x, w_down, *rest = make_experts(experts=5)
     w_down = w_down[[0, 1, 1, 0, 1]]
-    for backend in ("torch", "reference"):
-        _, aux = aoe(x, w_down, *rest, 4, return_aux=True, backend=backend)
-        first_larger = aux.norms[:, 0] > aux.norms[:, 1]
-        expected = torch.where(first_larger[:, None], torch.tensor([0, 3, 1, 2]), torch.tensor([1, 2, 4, 0]))
-        assert torch.equal(aux.indices, expected)
+    _, aux = aoe(x, w_down, *rest, 4, return_aux=True, backend=backend)
+    first_larger = aux.norms[:, 0] > aux.norms[:, 1]
+    expected = torch.where(first_larger[:, None], torch.tensor([0, 3, 1, 2]), torch.tensor([1, 2, 4, 0]))
+    assert torch.equal(aux.indices, expected)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -126,10 +155,13 @@ def test_gradcheck(weighting, top_k):
     assert torch.autograd.gradcheck(lambda *tensors: aoe(*tensors, top_k, weighting=weighting), inputs)
 
 
+@ON
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("output", ["norms", "weights", "balance_loss"])
-def test_each_differentiable_output_alone(output):
-    check_parity(make_experts(), 2, outputs=lambda y, aux: (getattr(aux, output)[None],))
-    check_parity(make_experts(), 2, "softmax_topk", outputs=lambda y, aux: (getattr(aux, output)[None],))
+def test_each_differentiable_output_alone(output, weighting, backend):
+    check_parity(
+        make_experts(), 2, weighting, outputs=lambda y, aux: (getattr(aux, output)[None],), backend=backend
+    )
 
 
 def test_load_counts_tokens_and_has_no_gradient():
@@ -140,24 +172,27 @@ def test_load_counts_tokens_and_has_no_gradient():
     assert not aux.load.requires_grad and not aux.indices.requires_grad
 
 
-def test_only_selected_experts_get_gradient():
+@ON
+def test_only_selected_experts_get_gradient(backend):
     inputs = [x.requires_grad_() for x in make_experts(tokens=40)]
     bias = torch.tensor([0.0, 0, 0, -1e6, 0, -1e6])
-    for weight in torch.autograd.grad(aoe(*inputs, 2, bias=bias).square().sum(), inputs[1:]):
+    for weight in torch.autograd.grad(aoe(*inputs, 2, bias=bias, backend=backend).square().sum(), inputs[1:]):
         assert (weight[[3, 5]] == 0).all()
         assert all((weight[i] != 0).any() for i in (0, 1, 2, 4))
 
 
-def test_all_tokens_to_one_expert():
-    check_parity(make_experts(), 1, bias=torch.tensor([0.0, 0, 1e6, 0, 0, 0]))
+@ON
+def test_all_tokens_to_one_expert(backend):
+    check_parity(make_experts(), 1, bias=torch.tensor([0.0, 0, 1e6, 0, 0, 0]), backend=backend)
 
 
+@ON
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting):
+def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting, backend):
     inputs = make_experts(tokens=6)
     inputs[0][2:4] = 0
     inputs = [x.requires_grad_() for x in inputs]
-    y, aux = aoe(*inputs, 3, weighting=weighting, return_aux=True)
+    y, aux = aoe(*inputs, 3, weighting=weighting, return_aux=True, backend=backend)
     assert (y[2:4] == 0).all()
     assert torch.equal(aux.indices[2:4], torch.tensor([[0, 1, 2]] * 2))
     loss = y.square().sum() + aux.balance_loss + aux.weights.square().sum()
@@ -165,42 +200,54 @@ def test_zero_rows_select_the_first_experts_and_have_finite_gradients(weighting)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e19, 1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_whose_squares_leave_float32(scale, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float32, "torch"),
+        (torch.bfloat16, "torch"),
+        pytest.param(torch.float32, "cpp", marks=cpp),
+        (torch.float32, "reference"),
+        (torch.bfloat16, "reference"),
+    ],
+)
+def test_norms_whose_squares_leave_float32(scale, dtype, backend):
     """They are among rows of ordinary size. W_up and W_p compensate for the scale, so that no product overflows."""
     inputs = make_experts(dtype=dtype)
     inputs[0][1::2] *= scale
     for weight in inputs[2:4]:
         weight *= min(1.0, 1 / scale)
-    check_parity(inputs, 2, outputs=lambda y, aux: (y,))
-    for backend in ("torch", "reference"):
-        y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)
-        check_selection(*inputs[:2], aux.norms, aux.indices)
-        assert y.isfinite().all() and (aux.norms > 0).all()
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        gradients = torch.autograd.grad(aoe(*leaves, 2, backend=backend).sum(), leaves)
-        assert all(gradient.isfinite().all() for gradient in gradients)
+    if backend != "reference":
+        check_parity(inputs, 2, outputs=lambda y, aux: (y,), backend=backend)
+    y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)
+    check_selection(*inputs[:2], aux.norms, aux.indices)
+    assert y.isfinite().all() and (aux.norms > 0).all()
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    gradients = torch.autograd.grad(aoe(*leaves, 2, backend=backend).sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_tokens_of_no_width():
+@ON
+def test_tokens_of_no_width(backend):
     shapes = ((5, 0), (3, 4, 0), (3, 7, 4), (3, 7, 0), (3, 7, 0))
     inputs = [torch.zeros(shape, requires_grad=True) for shape in shapes]
-    y, aux = aoe(*inputs, 2, return_aux=True, backend="torch")
+    y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)
     assert y.shape == (5, 0) and (aux.norms == 0).all()
     gradients = torch.autograd.grad(y.sum() + aux.balance_loss, inputs)
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_non_contiguous_inputs():
+@ON
+def test_non_contiguous_inputs(backend):
     inputs = make_experts()
     strided = [
         inputs[0].T.contiguous().T,
         *(w.transpose(1, 2).contiguous().transpose(1, 2) for w in inputs[1:]),
     ]
     assert not any(x.is_contiguous() for x in strided)
-    check_parity(strided, 2)
+    check_parity(strided, 2, backend=backend)
     expanded = inputs[0][:1].expand(9, -1)
-    torch.testing.assert_close(aoe(expanded, *inputs[1:], 2), aoe(expanded.contiguous(), *inputs[1:], 2))
+    found, expected = (aoe(x, *inputs[1:], 2, backend=backend) for x in (expanded, expanded.contiguous()))
+    torch.testing.assert_close(found, expected)
 
 
 def test_blocks_of_any_size_give_the_same(monkeypatch):
@@ -217,7 +264,8 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_memory_is_bounded_by_the_selected_experts():
+@ON
+def test_memory_is_bounded_by_the_selected_experts(backend):
     """Neither the blocks nor what is kept for the backward grow with tokens * experts * rank."""
     tokens, experts, rank, hidden, top_k = 4096, 32, 64, 8, 2
     x, *weights = make_experts(tokens, 16, experts, rank, hidden)
@@ -225,9 +273,10 @@ def test_memory_is_bounded_by_the_selected_experts():
     assert max(cache.numel() for _, cache in blocks) <= _experts.BLOCK_ELEMENTS["cpu"]
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
-        aoe(x.requires_grad_(), *weights, top_k)
+        aoe(x.requires_grad_(), *weights, top_k, backend=backend)
     kept = sum(t.nbytes for t in saved.values()) - sum(w.nbytes for w in weights)
-    per_token = 4 * 16 + 4 * top_k * (hidden + rank) + 4 * experts + top_k * (8 + 4 + 4)
+    slot = 8 + 4 + 4 + (0 if backend == "torch" else 4)  # index, weight, order and place
+    per_token = 4 * 16 + 4 * top_k * (hidden + rank) + 4 * experts + top_k * slot
     assert tokens * 4 * experts * rank > 10 * kept  # what a kept cache would cost
     assert kept <= tokens * per_token + 4 * (experts + 1)
 
@@ -255,19 +304,22 @@ def test_a_token_does_not_depend_on_the_others():
     torch.testing.assert_close(aoe(poisoned, *inputs[1:], 2)[:20], together[:20], rtol=1e-12, atol=1e-13)
 
 
+@ON
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("tokens", [0, 9])
-def test_opcheck(weighting, tokens):
-    inputs = make_experts(tokens=tokens, dtype=torch.bfloat16)
-    torch.library.opcheck(op._aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, "torch"))
+def test_opcheck(weighting, tokens, backend):
+    dtype = torch.bfloat16 if backend == "torch" else torch.float32
+    inputs = make_experts(tokens=tokens, dtype=dtype)
+    torch.library.opcheck(op._aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, backend))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op._aoe_fwd, (*inputs, None, 2, weighting, True, "torch"))
+    torch.library.opcheck(op._aoe_fwd, (*inputs, None, 2, weighting, True, backend))
 
 
-def test_opcheck_backward():
+@ON
+def test_opcheck_backward(backend):
     inputs = make_experts()
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)
-    y, norms, indices, weights, *saved = op._aoe_fwd(*inputs, None, 2, "topk_softmax", True, "torch")
+    y, norms, indices, weights, *saved = op._aoe_fwd(*inputs, None, 2, "topk_softmax", True, backend)
     for grads in (
         (y, None, None),
         (y, norms, weights),
@@ -275,15 +327,16 @@ def test_opcheck_backward():
         (y[:1].expand_as(y), None, None),
     ):
         for weighting in WEIGHTINGS:
-            arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, "torch")
+            arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, backend)
             torch.library.opcheck(op._aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_one_compiled_graph_for_any_number_of_tokens():
+@ON
+def test_one_compiled_graph_for_any_number_of_tokens(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(*inputs):
-        y, aux = aoe(*inputs, 2, return_aux=True)
+        y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)
         return y.square().sum() + aux.balance_loss
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)

@@ -1,8 +1,12 @@
 """A mixture of experts against its reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from tests.marks import COMPUTING, cpp
+from tests.threads import differing
 from vot_kernels.ops.moe import moe, op
 from vot_kernels.ops.moe.reference import moe as reference
 from vot_kernels.testing import ToleranceError, check_against_reference, make_moe
@@ -17,10 +21,21 @@ def check(inputs, run=moe):
     check_against_reference(with_ids(run), with_ids(reference), (x, w_gate_up, w_down, weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.fixture(params=COMPUTING)
+def on(request):
+    """`moe` on each backend."""
+    return partial(moe, backend=request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_outputs_and_gradients_match_the_reference(top_k, dtype):
     check(make_moe(top_k=top_k, dtype=dtype))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_outputs_and_gradients_match_the_reference_in_float32(on, top_k):
+    check(make_moe(top_k=top_k), on)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +48,31 @@ def test_outputs_and_gradients_match_the_reference(top_k, dtype):
         {"hidden": 1},
         {"tokens": 257, "experts": 16, "top_k": 5},
         {"top_k": 0},
+        {"tokens": 700, "experts": 2, "top_k": 1, "dim": 70, "hidden": 130},
     ],
 )
-def test_shapes(shape):
-    check(make_moe(**shape))
+def test_shapes(on, shape):
+    check(make_moe(**shape), on)
+
+
+@cpp
+def test_one_expert_with_more_places_than_a_group():
+    """The gradient of its weights is a sum over groups, and other experts have few places or none."""
+    x, a, b, idx, w = make_moe(tokens=4500, dim=20, experts=4, hidden=17, top_k=2)
+    idx[:, 0], idx[:, 1] = 1, torch.where(torch.arange(4500) % 100 == 0, 3, -1)
+    check((x, a, b, idx, w), partial(moe, backend="cpp"))
+
+
+@cpp
+def test_any_number_of_threads_gives_the_same_bits():
+    x, a, b, idx, w = make_moe(tokens=600, dim=70, hidden=50)
+    leaves = [t.requires_grad_() for t in (x, a, b, w)]
+
+    def results():
+        y = moe(x, a, b, idx, w, backend="cpp")
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    assert differing(results) == []
 
 
 def test_gradcheck():
@@ -45,86 +81,96 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, a, b, w: moe(x, a, b, idx, w, backend="torch"), leaves)
 
 
-def test_ids_of_no_expert_add_nothing():
+def test_ids_of_no_expert_add_nothing(on):
     """These are the ids of another rank's experts, and -1."""
     x, a, b, idx, w = make_moe()
     idx = idx.to(torch.int32)
     idx[::3, 0], idx[1::3, 1] = 6, -1
-    check((x, a, b, idx, w))
+    check((x, a, b, idx, w), on)
     idx[:] = 99
-    assert (moe(x, a, b, idx, w) == 0).all()
+    assert (on(x, a, b, idx, w) == 0).all()
 
 
-def test_one_expert_twice_counts_twice():
+def test_one_expert_twice_counts_twice(on):
     x, a, b, idx, w = make_moe()
     idx[:, 1] = idx[:, 0]
-    check((x, a, b, idx, w))
+    check((x, a, b, idx, w), on)
 
 
 def test_weights_of_another_dtype_and_non_contiguous_inputs():
-    x, a, b, idx, w = make_moe(dtype=torch.bfloat16)
+    check_strided(torch.bfloat16, moe)
+
+
+def test_non_contiguous_inputs(on):
+    check_strided(torch.float32, on)
+
+
+def check_strided(dtype, run):
+    x, a, b, idx, w = make_moe(dtype=dtype)
     idx, w = (t.repeat(1, 2)[:, :2] for t in (idx, w.float()))
     strided = (x.T.contiguous().T, a.transpose(1, 2).contiguous().transpose(1, 2), b, idx, w)
     assert not strided[0].is_contiguous() and not idx.is_contiguous()
-    check(strided)
+    check(strided, run)
 
 
-def test_experts_without_tokens_get_zero_gradients():
+def test_experts_without_tokens_get_zero_gradients(on):
     x, a, b, idx, w = make_moe()
     idx[:] = torch.tensor([1, 4])
     leaves = [t.requires_grad_() for t in (x, a, b, w)]
-    grads = torch.autograd.grad(moe(x, a, b, idx, w).square().sum(), leaves)
+    grads = torch.autograd.grad(on(x, a, b, idx, w).square().sum(), leaves)
     for grad in grads[1:3]:
         assert (grad[[0, 2, 3, 5]] == 0).all() and (grad[[1, 4]] != 0).any()
 
 
-def test_a_token_does_not_depend_on_the_others():
+def test_a_token_does_not_depend_on_the_others(on):
     x, a, b, idx, w = make_moe()
-    y = moe(x, a, b, idx, w)
+    y = on(x, a, b, idx, w)
     poisoned = x.clone()
     poisoned[7] = float("nan")
-    found = moe(poisoned, a, b, idx, w)
+    found = on(poisoned, a, b, idx, w)
     assert found[7].isnan().all()
     kept = torch.arange(33) != 7
     torch.testing.assert_close(found[kept], y[kept])
 
 
-def test_repeats_bitwise():
+def test_repeats_bitwise(on):
     x, a, b, idx, w = make_moe(tokens=200)
     leaves = [t.requires_grad_() for t in (x, a, b, w)]
 
     def run():
-        y = moe(x, a, b, idx, w)
+        y = on(x, a, b, idx, w)
         return y, *torch.autograd.grad(y.square().sum(), leaves)
 
     assert all(torch.equal(p, q) for p, q in zip(run(), run(), strict=True))
 
 
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("tokens", [0, 9])
 @pytest.mark.parametrize("save", [False, True])
-def test_opcheck(save, tokens):
+def test_opcheck(save, tokens, backend):
     x, a, b, idx, w = make_moe(tokens=tokens)
     if save:
         x, a, b, w = (t.requires_grad_() for t in (x, a, b, w))
-    torch.library.opcheck(op._moe_fwd, (x, a, b, idx, w, save, "torch"))
+    torch.library.opcheck(op._moe_fwd, (x, a, b, idx, w, save, backend))
 
 
-def test_opcheck_backward():
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_opcheck_backward(backend):
     x, a, b, idx, w = make_moe()
-    y, *saved = op._moe_fwd(x, a, b, idx, w, True, "torch")
-    arguments = (y, x, a, b, w, *saved, "torch")
+    y, *saved = op._moe_fwd(x, a, b, idx, w, True, backend)
+    arguments = (y, x, a, b, w, *saved, backend)
     torch.library.opcheck(op._moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_one_compiled_graph_for_any_number_of_tokens():
+def test_one_compiled_graph_for_any_number_of_tokens(on):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, backend=counter, fullgraph=True)
+    compiled = torch.compile(on, backend=counter, fullgraph=True)
     for tokens in (5, 64, 17):
         x, a, b, idx, w = make_moe(tokens=tokens)
         for t in (x, idx, w):
             torch._dynamo.mark_dynamic(t, 0)
         leaves = [t.requires_grad_() for t in (x, a, b, w)]
-        results = [f(x, a, b, idx, w) for f in (moe, compiled)]
+        results = [f(x, a, b, idx, w) for f in (on, compiled)]
         grads = [torch.autograd.grad(y.square().sum(), leaves) for y in results]
         torch.testing.assert_close(results, results[:1] * 2)
         torch.testing.assert_close(grads[1], grads[0])

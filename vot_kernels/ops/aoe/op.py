@@ -102,7 +102,7 @@ def aoe(
             norms, then the selected entries; they do not sum to 1).
         bias: `[experts]`, added to the norms for the selection alone; it gets no gradient.
         return_aux: also return an `AoEAux`.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         y `[tokens, dim]` in the dtype of `x`, or (y, AoEAux).
@@ -181,7 +181,7 @@ def _(
         x.new_empty(saved, rank),
         x.new_empty(saved, w_p.shape[1]),
         x.new_empty(slots, dtype=torch.int32),
-        x.new_empty(slots if backend == "triton" else 0, dtype=torch.int32),
+        x.new_empty(slots if backend != "torch" else 0, dtype=torch.int32),
         x.new_empty(experts + 1, dtype=torch.int32),
     )
 

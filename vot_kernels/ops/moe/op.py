@@ -31,7 +31,7 @@ def moe(
         topk_idx: int32 or int64 `[tokens, k]`, the experts of each token. An id that is not from 0 to experts - 1
             adds nothing; with experts spread over ranks, such an id belongs to another rank.
         topk_weights: `[tokens, k]`, their weights in any floating dtype, used unchanged.
-        backend: "auto", "triton", "torch" or "reference". "torch" reads the experts' loads on the host.
+        backend: "auto", "triton", "cpp", "torch" or "reference". "torch" reads the experts' loads on the host.
 
     Returns:
         `[tokens, dim]` in the dtype of `x`, summed in float32 or wider in the order of the choices,
@@ -67,7 +67,8 @@ def _moe_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y and what the backward reads: (projected, order, places, offsets), the last three as in `Slots`.
 
-    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places; it has no rows unless `save` is true.
+    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places ("cpp": its halves, transposed); it has no
+    rows unless `save`.is true.
     """
     with torch.autocast(x.device.type, enabled=False):
         y, projected, slots = load("moe", backend).forward(x, w_gate_up, w_down, topk_idx, topk_weights, save)
@@ -89,7 +90,7 @@ def _(
         x.new_empty(x.shape),
         x.new_empty(slots if save else 0, w_gate_up.shape[1]),
         x.new_empty(slots, dtype=torch.int32),
-        x.new_empty(slots if backend == "triton" else 0, dtype=torch.int32),
+        x.new_empty(slots if backend != "torch" else 0, dtype=torch.int32),
         x.new_empty(w_down.shape[0] + 1, dtype=torch.int32),
     )
 
