@@ -22,6 +22,7 @@ namespace VOT_ISA {
 namespace {
 
 constexpr float SCALE = 4294967296.f;  // of phi(k): Z would be subnormal without it, and 1 / Z infinite
+constexpr float LEAST = 0x1p-110f;     // a sum of scaled weights below it is 0: gradients would overflow
 constexpr int OWN_ROWS = 16;           // rows that see others one by one are taken so many at a time, and skip the rest
 constexpr int MOST_WIDTH = 256;
 
@@ -274,7 +275,7 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
       }
       const auto normalise = [&](int r, const float* z) {
         float* row = own_out + r * shape.padded;
-        const float total = dot(own_q + r * shape.padded, z, shape.padded), inverse = total == 0 ? 0 : 1 / total;
+        const float total = dot(own_q + r * shape.padded, z, shape.padded), inverse = total < LEAST ? 0 : 1 / total;
         scale_row(row, shape.padded, inverse);
         problem.inverse[(at + r) * in.heads + task.queries.first + h] = inverse;
       };

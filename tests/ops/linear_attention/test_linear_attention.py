@@ -261,19 +261,11 @@ def test_tiles_of_long_segments(causal):
 @cpp
 @given(st.lists(st.integers(0, 140), max_size=4), st.integers(1, 40), st.sampled_from(MAPS), st.booleans())
 def test_any_lengths_and_head_dim(lengths, head_dim, name, causal):
-    """Against backend torch in float64, with views of one product and NaN in the slack."""
+    """Views of one product, with NaN in the slack."""
     layout, tokens = PackedLayout.from_lengths(lengths), sum(lengths)
     qkv = make_tensor(tokens + 2, 8, head_dim)
     qkv[tokens:] = torch.nan
-    inputs = [x.requires_grad_() for x in (qkv[:, :4], qkv[:, 4:6], qkv[:, 6:])]
-    grad = make_tensor(tokens + 2, 4, head_dim, seed=1)
-    found = []
-    for backend, dtype in (("cpp", torch.float32), ("torch", torch.float64)):
-        same = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = linear_attention(*same, layout, feature_map=name, causal=causal, backend=backend)
-        found.append((out, *torch.autograd.grad(out, same, grad.to(dtype))))
-    for actual, exact in zip(*found, strict=True):
-        assert max_error(actual, exact) <= 2e-5 * max(1.0, float(exact.detach().abs().max()))
+    check(layout, (qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]), "cpp", feature_map=name, causal=causal)
 
 
 @cpp
