@@ -26,6 +26,7 @@ from tests.integrations.tiny import (
     qwen2_5_vl,
     spread,
 )
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.integrations import attention, patching, transformers
 from vot_kernels.integrations.attention import NAME, attention_forward
 from vot_kernels.testing import make_tensor
@@ -371,7 +372,7 @@ def test_the_report():
         "kind": "Qwen2_5_VLVisionAttention",
         "before": "sdpa",
         "after": "flash_attn_varlen_func",
-        "backend": "torch",
+        "backend": "cpp" if why_not_cpp("cpu") is None else "torch",
         "reason": "",
         "note": "",
     }

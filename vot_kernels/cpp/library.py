@@ -63,6 +63,8 @@ def library() -> Library:
     """Look for the library and load it: once in a process, whatever comes of it. Never raises."""
     if sys.platform != "linux":
         return Library(None, f"the C++ kernels are for Linux, this is {sys.platform}")
+    if not paths.source_folder().is_dir():
+        return Library(None, "this copy of the package has no C++ sources")
     folders = (paths.build_folder(), paths.package_folder())
     for folder in folders:
         if (folder / paths.library_name()).is_file():

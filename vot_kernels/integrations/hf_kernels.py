@@ -26,7 +26,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "cuda": {"type": "cuda", "archs": ["8.0+PTX"]},  # Triton compiles for the GPU that is there, from 8.0 on
     "cpu": {"type": "cpu"},
 }
-_PARTS = ("packing.py", "files.py", "ops", "tuning")
+# The C++ kernels are compiled by their user, so a folder for all machines has what looks for them, and no sources.
+_PARTS = ("packing.py", "files.py", "ops", "tuning", "cpp/__init__.py", "cpp/paths.py", "cpp/library.py")
 _IMPORT = re.compile(r"^(\s*)from vot_kernels((?:\.\w+)*) import ", re.MULTILINE)
 _OPS = '"vot_kernels::'
 
