@@ -253,7 +253,8 @@ def _in_turns(runners: list["Runner"], timer: Timer, rules: Rules) -> dict[str, 
         running = [runners[0]]
         functions = [_announced(r, column, running) for r in runners for column in r.columns()]
         try:
-            seconds = iter(time_in_turns(functions, timer, rules.rounds or _rounds(runners, rules)))
+            rounds = rules.rounds or _rounds(runners, rules)
+            seconds = iter(time_in_turns(functions, timer, rounds, _warmups(runners, rules)))
             break
         except FAILURES as error:
             outcomes[running[0].provider.name] = failure(running[0].provider, error)
@@ -289,6 +290,11 @@ def _rounds(runners: Sequence["Runner"], rules: Rules) -> int:
     """Return the rounds that the slowest runner can do in its time; all do equally many, so they stay in turns."""
     slowest = max(runner.seconds for runner in runners)
     return int(min(50, max(3, rules.seconds_per_provider / max(slowest, 1e-6))))
+
+
+def _warmups(runners: Sequence["Runner"], rules: Rules) -> int:
+    """Return 1, but 0 where one turn takes too long; every runner has run twice already."""
+    return int(max(runner.seconds for runner in runners) <= rules.seconds_per_provider)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -96,7 +96,7 @@ def _cpu() -> Iterator[Workload]:
         ("4k-d64", hybrid((4 * K,)), TRAINING, TRAINING),
         ("2k-d64", hybrid((2 * K,)), TRAINING, FORWARD),
         ("1k-d64", hybrid((K,)), FORWARD, FORWARD),
-        ("16k-d64", hybrid((16 * K,)), FORWARD, ()),
+        ("16k-d64", hybrid((16 * K,)), FORWARD, FORWARD),
         ("images-8k-d64", hybrid(qwen_vl(8 * K)), TRAINING, ()),
         ("4k-gqa-d64", hybrid((4 * K,), kv_heads=2), TRAINING, ()),
     )

@@ -21,7 +21,7 @@ def workloads(device: str) -> Iterator[Workload]:
     cuda = device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     inputs = {
-        "images": images(64, 64 if cuda else 16),
+        "images": images(64, 64) if cuda else images(32, 16),
         "clip": ((32, 32, 32),) if cuda else ((32, 12, 16),),
     }
     for name, sizes in inputs.items():

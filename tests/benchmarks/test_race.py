@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,6 +365,12 @@ def test_rounds_follow_the_slowest(seconds, rounds):
             self.seconds = seconds
 
     assert race_module._rounds([Timed(s) for s in seconds], Rules()) == rounds
+
+
+@pytest.mark.parametrize(("seconds", "warmups"), [([0.1, 1.9], 1), ([0.1, 2.1], 0)])
+def test_slow_runners_are_not_warmed_up_again(seconds, warmups):
+    runners = [SimpleNamespace(seconds=s) for s in seconds]
+    assert race_module._warmups(runners, Rules(seconds_per_provider=2.0)) == warmups
 
 
 def test_verification_is_remembered_for_directions_with_the_same_results():
