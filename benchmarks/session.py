@@ -17,6 +17,7 @@ from benchmarks.core import Outcome, Provider, Work, Workload, anonymous
 from benchmarks.providers import providers_of
 from benchmarks.race import Rules, race
 from benchmarks.timing import measure_ceilings
+from vot_kernels.cpp.library import library
 from vot_kernels.files import atomic_write
 
 if TYPE_CHECKING:  # other programs use the rest of this file without pytest
@@ -138,7 +139,8 @@ def race_facts(workload: Workload, direction: str, provider: Provider) -> dict[s
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return name, capability and sizes of a GPU, or the processor, its threads and the cores they are pinned to."""
+    """Return name, capability and sizes of a GPU; or the processor, its threads, the cores they are pinned to, and
+    the instruction set of the C++ kernels, None without these kernels."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -155,6 +157,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "pinned_to": _pinned_cores(),
+        "cpp_isa": library().isa or None,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
 

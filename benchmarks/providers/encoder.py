@@ -114,6 +114,14 @@ def _no_kernel(problem: Encoder, dtype: torch.dtype, device: torch.device, direc
     )
 
 
+def _refuses(
+    backend: str, problem: Encoder, dtype: torch.dtype, device: torch.device, direction: str
+) -> str | None:
+    """Every op must be served by this backend."""
+    backends = describe_backends(device, dtype)
+    return "; ".join(dict.fromkeys(why for op in problem.ops for why in backends[op][backend])) or None
+
+
 def _cannot_pad(problem: Encoder, dtype: torch.dtype, device: torch.device, direction: str) -> str | None:
     if problem.attention != "softmax":
         return "padding can be masked exactly in exact softmax attention alone"
@@ -144,12 +152,16 @@ PROVIDERS = (
         ours=True,
         **_common,
     ),
-    Provider(
-        "vot-kernels torch",
-        run=partial(_packed, partial(served_by, "torch")),
-        prepare=_layout,
-        ours=True,
-        **_common,
+    *(
+        Provider(
+            f"vot-kernels {backend}",
+            run=partial(_packed, partial(served_by, backend)),
+            prepare=_layout,
+            refuses=partial(_refuses, backend),
+            ours=True,
+            **_common,
+        )
+        for backend in ("cpp", "torch")
     ),
     Provider("padded batch SDPA", run=_padded, prepare=_padding, refuses=_cannot_pad, **_common),
     Provider("one by one", run=_one_by_one, refuses=_single, **_common),

@@ -224,7 +224,7 @@ PROVIDERS: tuple[Provider, ...] = (
             ours=True,
         )
         for suite, run in (("aoe", _ours_aoe), ("moe", _ours_moe))
-        for backend in ("triton", "torch")
+        for backend in ("triton", "cpp", "torch")
     ),
     Provider("masked loop", ("aoe",), masked_aoe),
     Provider("masked loop", ("moe",), masked_moe),

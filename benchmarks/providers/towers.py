@@ -52,7 +52,7 @@ PROVIDERS = (
             ours=True,
             **_common,
         )
-        for backend in ("triton", "torch")
+        for backend in ("triton", "cpp", "torch")
     ),
     *(Provider(name, run=partial(_unpatched, name), **_common) for name in ("sdpa", "eager")),
     Provider(

@@ -121,12 +121,17 @@ def _rates(row: Row, seconds: float) -> tuple[str, str, str]:
     """Return TFLOP/s, GB/s and the floor's share of the time."""
     if row.instead:
         return NOTHING, NOTHING, NOTHING
-    floor = floor_s(row)
     return (
         number(row.flops / seconds / 1e12) if row.flops else NOTHING,
         number(row.bytes / seconds / 1e9),
-        NOTHING if floor is None else percent(floor / seconds),
+        of_the_floor(row),
     )
+
+
+def of_the_floor(row: Row) -> str:
+    """Return the least time at the measured ceilings as a share of the time taken."""
+    floor = floor_s(row)
+    return NOTHING if floor is None else percent(floor / median(row.whole_s))
 
 
 def ratio_text(row: Row, ours: Row | None) -> str:
@@ -184,6 +189,8 @@ def device_name(section: Section) -> str:
     if device.get("threads"):
         pinned = " pinned to as many cores" if device.get("pinned_to") else ""
         details.append(("1 thread" if device["threads"] == 1 else f"{device['threads']} threads") + pinned)
+    if device.get("cpp_isa"):
+        details.append(f"C++ kernels for {device['cpp_isa']}")
     return ", ".join([str(device["name"]), *details])
 
 
@@ -200,16 +207,21 @@ def captions(section: Section) -> list[list[str]]:
 
 def _caption(run: Run) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in run.versions.items() if value and name != "utc")
-    ceilings = [] if run.copy_bytes_per_s is None else [f"copy {number(run.copy_bytes_per_s / 1e9)} GB/s"]
-    ceilings += [
-        f"{dtype} matrix product {number(flops / 1e12)} TFLOP/s"
-        for dtype, flops in run.matmul_flops_per_s.items()
-    ]
     commit = f", commit {run.commit[:12]}" if run.commit else ""
     return [
         f"{'Complete' if run.complete else 'Partial'} run: {run.command}"
         + ("" if run.complete else " (interrupted: what is missing below was not reached)"),
         f"{run.versions.get('utc') or 'date unknown'}, {run.file}{commit}",
         versions,
-        f"measured ceilings: {', '.join(ceilings) or 'none'}",
+        f"measured ceilings: {ceilings(run) or 'none'}",
     ]
+
+
+def ceilings(run: Run) -> str:
+    """Return the rates that the machine reached in a copy and in matrix products, empty if none was measured."""
+    copy = [] if run.copy_bytes_per_s is None else [f"copy {number(run.copy_bytes_per_s / 1e9)} GB/s"]
+    products = [
+        f"{dtype} matrix product {number(flops / 1e12)} TFLOP/s"
+        for dtype, flops in run.matmul_flops_per_s.items()
+    ]
+    return ", ".join(copy + products)

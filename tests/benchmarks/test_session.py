@@ -12,6 +12,7 @@ from benchmarks.core import Outcome, Provider, Status, Workload
 from benchmarks.problems.attention import Attention
 from benchmarks.race import Rules
 from benchmarks.session import Session, describe_device, race_facts, versions
+from vot_kernels.cpp.library import library
 
 WORKLOAD = Workload("hybrid", "w", Attention("packed_attention", (8,), 1, 1, 4), torch.float32, "cpu")
 GOOD, BAD = (Provider(name, ("hybrid",), lambda *_: None, instead="x") for name in ("good", "bad"))
@@ -128,6 +129,7 @@ def test_the_machine_is_described_but_not_named(run):
     assert not re.search(rf"\b{re.escape(platform.node())}\b", text)
     device = described["vot_kernels"]["device"]
     assert device["type"] == "cpu" and device["name"] and device["threads"] == torch.get_num_threads()
+    assert device["cpp_isa"] == (library().isa or None)
     assert described["vot_kernels"]["versions"]["torch"] == torch.__version__
     assert set(described["commit_info"]) == {"id", "time", "dirty"}
 

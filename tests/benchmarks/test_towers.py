@@ -11,6 +11,8 @@ from benchmarks.providers import providers_of
 from benchmarks.race import Rules, race
 from benchmarks.verify import verify
 from benchmarks.workloads.towers import images, workloads
+from tests.marks import cpp
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.integrations import attention
 from vot_kernels.testing import ToleranceError
 
@@ -20,7 +22,9 @@ PROVIDERS = {p.name: p for p in providers_of("towers")}
 
 
 @pytest.mark.parametrize("problem", SMALL.values(), ids=SMALL)
-@pytest.mark.parametrize("name", ["vot-kernels torch", "sdpa", "eager"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("vot-kernels cpp", marks=cpp), "vot-kernels torch", "sdpa", "eager"]
+)
 def test_providers_agree_with_the_oracle(name, problem):
     assert PROVIDERS[name].refuses(problem, torch.float32, CPU, "both") is None
     verify(PROVIDERS[name], problem, torch.float32, CPU, gradients=True)
@@ -31,6 +35,7 @@ def test_what_cannot_run_here_says_why():
         name: p.refuses(SMALL["clip-siglip2-d64"], torch.float32, CPU, "both")
         for name, p in PROVIDERS.items()
     }
+    assert bool(refused.pop("vot-kernels cpp")) == bool(why_not_cpp("cpu"))
     assert {name for name, why in refused.items() if why} == {"vot-kernels triton", "flash_attention_2"}
 
 
@@ -91,7 +96,8 @@ def test_workloads_cover_the_head_sizes_on_images_and_on_a_clip(device):
         assert config.hidden_size // heads == problem.head_dim
         assert f"{problem.layers} layer" in problem.describe() and problem.layers <= 2
         frames = [t for t, _, _ in problem.sizes]
-        assert frames == [1] * 64 if name.startswith("images") else frames == [32]
+        count = 32 if device == "cpu" else 64
+        assert frames == [1] * count if name.startswith("images") else frames == [32]
         assert workload.dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
         assert workload.directions == ("forward", "both")
 
