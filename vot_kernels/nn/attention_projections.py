@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from vot_kernels.nn.rotary import rotate
+from vot_kernels.nn.rotary import RotaryEmbedding, rotate
 from vot_kernels.ops.checks import check_layout, check_tensor
 from vot_kernels.packing import PackedLayout
 
@@ -65,12 +66,27 @@ class AttentionProjections(nn.Module):
         check_layout("x", x, layout)
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if type(self.rotary) is RotaryEmbedding and position_embeddings is None:
+            norms = self._joint_norms(x.device)
+            if norms is not None:
+                return *self.rotary(q, k, layout, norms), v
         q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = rotate(q, k, position_embeddings)
         elif self.rotary is not None:
             q, k = self.rotary(q, k, layout)
         return q, k, v
+
+    def _joint_norms(self, device: torch.device) -> tuple[nn.RMSNorm, nn.RMSNorm] | None:
+        """Return the norms of q and k where one op applies them and rotates; None where that is no gain.
+
+        On a GPU PyTorch has a kernel for the norm, and that op has none.
+        """
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if device.type != "cpu" or type(q_norm) is not nn.RMSNorm or type(k_norm) is not nn.RMSNorm:
+            return None
+        whole = q_norm.weight is not None and k_norm.weight is not None and q_norm.eps is not None
+        return (q_norm, k_norm) if whole and q_norm.eps == k_norm.eps else None
 
     def extra_repr(self) -> str:
         """Return the sizes of the heads."""

@@ -19,9 +19,28 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.theta = theta
 
-    def forward(self, q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-        """Rotate q `[tokens, heads, head_dim]` and k `[tokens, kv_heads, head_dim]`; shapes stay the same."""
-        return rope_qk_norm(q, k, layout.positions, theta=self.theta)
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        layout: PackedLayout,
+        norms: tuple[nn.RMSNorm, nn.RMSNorm] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate q `[tokens, heads, head_dim]` and k `[tokens, kv_heads, head_dim]`; shapes stay the same.
+
+        `norms` of q and k over head_dim, with weights and one eps, are applied before, in the same pass.
+        """
+        if norms is None:
+            return rope_qk_norm(q, k, layout.positions, theta=self.theta)
+        return rope_qk_norm(
+            q,
+            k,
+            layout.positions,
+            q_weight=norms[0].weight,
+            k_weight=norms[1].weight,
+            theta=self.theta,
+            eps=norms[0].eps or 0.0,
+        )
 
 
 def positions_per_call(q: Tensor, k: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
