@@ -243,7 +243,7 @@ class VotEncoder(VotEncoderPreTrainedModel):
         )
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose the backend of the attention: "auto" (the default), "triton", "torch" or "reference".
+        """Choose the backend of the attention: "auto" (the default), or a name of `BACKENDS`.
 
         It depends on the machine, so it is not part of the configuration and is not saved.
 
