@@ -16,6 +16,7 @@ from benchmarks.problems.experts import CLEAR, AoE, MoE
 from benchmarks.providers import experts, experts_peers, providers_of
 from benchmarks.verify import verify, verify_on
 from benchmarks.workloads import experts as workloads_experts
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.nn.autonomy_of_experts import matched_hidden
 from vot_kernels.ops.moe.reference import moe
 from vot_kernels.testing import ToleranceError, make_tensor
@@ -239,12 +240,15 @@ def test_compiled_reference_agrees_and_refuses_many_experts(monkeypatch):
 
 def test_ours_serves_both_suites():
     providers = [p for p in providers_of("moe") if p.ours]
-    assert [p.name for p in providers] == ["vot-kernels triton", "vot-kernels torch"]
+    assert [p.name for p in providers] == [f"vot-kernels {name}" for name in ("triton", "cpp", "torch")]
     for problem in (SMALL_AOE, SMALL_MOE):
         triton = named("vot-kernels triton", problem.op)
         assert "float64" in triton.refuses(problem, torch.float64, CPU, "forward")
-    assert providers[1].refuses(SMALL_MOE, torch.float32, CPU, "forward") is None
-    verify_on(providers[1], SMALL_MOE, SMALL_MOE.inputs(torch.float32, CPU), gradients=True)
+    computing = [p for p in providers if p.refuses(SMALL_MOE, torch.float32, CPU, "forward") is None]
+    assert [p.name for p in computing][-1] == "vot-kernels torch"
+    assert ("vot-kernels cpp" in [p.name for p in computing]) == (why_not_cpp("cpu") is None)
+    for provider in computing:
+        verify_on(provider, SMALL_MOE, SMALL_MOE.inputs(torch.float32, CPU), gradients=True)
     context = named("equal-parameter MoE (vot-kernels)", "aoe")
     assert context.refuses(context.solves(SMALL_AOE), torch.float32, CPU, "forward") is None
     assert context.instead and context.solves(SMALL_AOE) == SMALL_AOE.plain()
