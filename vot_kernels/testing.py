@@ -219,13 +219,13 @@ def assert_close_to_exact(
     Raises:
         ToleranceError: shapes differ, or the error is too large or not a number.
     """
-    _assert_within(actual, exact, max_error(same_dtype, exact), roundings, floor, name)
+    assert_within(actual, exact, max_error(same_dtype, exact), roundings, floor, name)
 
 
-def _assert_within(
+def assert_within(
     actual: Tensor, exact: Tensor, plain_error: float, roundings: float | None, floor: float, name: str
 ) -> None:
-    """The tolerance rule, given the error of plain PyTorch in the dtype of `actual`."""
+    """The tolerance rule of `assert_close_to_exact`, given the error of plain PyTorch in the dtype of `actual`."""
     error, allowed = max_error(actual, exact), 2 * plain_error
     if roundings is None:
         roundings = 16.0 if actual.dtype == torch.float64 else 4.0
@@ -287,7 +287,7 @@ def check_against_reference(
             nearby = max(errors[i] for errors in other_errors)
             if a.dtype == torch.float64:
                 nearby *= _FLOAT64_PER_FLOAT32
-            _assert_within(a, c, max(max_error(b, c), nearby), roundings, floor, label)
+            assert_within(a, c, max(max_error(b, c), nearby), roundings, floor, label)
 
 
 def _errors_nearby(
@@ -300,14 +300,15 @@ def _errors_nearby(
     found = []
     narrow = [x.float() if x is not None and x.dtype == torch.float64 else x for x in inputs]
     for seed in range(8):
-        moved = [None if x is None else _move_by_roundings(x.detach(), seed) for x in narrow]
+        moved = [None if x is None else move_by_roundings(x.detach(), seed) for x in narrow]
         doubles = [None if x is None else x.double() for x in moved]
         low, exact = (_run_with_gradients(reference, xs, gradients) for xs in (moved, doubles))
         found.append([max_error(a, b) for a, b in zip(low[0] + low[1], exact[0] + exact[1], strict=True)])
     return found
 
 
-def _move_by_roundings(x: Tensor, seed: int) -> Tensor:
+def move_by_roundings(x: Tensor, seed: int) -> Tensor:
+    """Return x with every number moved by about two roundings; zeros, infinities, NaN and signs stay."""
     noise = make_tensor(*x.shape, seed=2000 + seed, dtype=torch.float64, device=x.device)
     return (x.double() * (1 + 2 * torch.finfo(x.dtype).eps * noise)).to(x.dtype)
 

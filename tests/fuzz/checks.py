@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.calls import Call, Draw
-from vot_kernels.testing import _move_by_roundings
+from vot_kernels.testing import move_by_roundings
 
 PASSES = ("values", "strided", "slack", "inference", "autocast")
 
@@ -59,7 +59,7 @@ def errors_nearby(call: Call) -> list[list[float]]:
     found = []
     wide = all(x is None or x.dtype == torch.float64 for x in call.tensors)
     for seed in range(8):
-        moved = [None if x is None else _move_by_roundings(x, seed) for x in call.tensors]
+        moved = [None if x is None else move_by_roundings(x, seed) for x in call.tensors]
         doubles = [None if x is None else x.double() for x in (call.tensors if wide else moved)]
         low, exact = (run_with_gradients(lambda x, _: call.exact(x), xs) for xs in (moved, doubles))
         found.append([distance(a, b) for a, b in zip(low[0] + low[1], exact[0] + exact[1], strict=True)])
