@@ -1,6 +1,6 @@
 """`python -m tests.seeds --seeds 0-19 tests/ops`: the tests under other random numbers, threads and CPU instructions.
 
-Each seed is two runs of pytest, as in `make test`, in one of six environments. A finished run is written to a
+Each seed is two runs of pytest, as in `make test`, in one of twelve environments. A finished run is written to a
 file at once and not repeated: interrupt at any time, and delete the file (or a line of it) to run again.
 """
 
@@ -12,13 +12,14 @@ import sys
 from itertools import product
 from pathlib import Path
 
+THREADS = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
+INSTRUCTIONS = [{}, {"VOT_CPU_ISA": "avx2"}]  # of the C++ kernels; the first is the best there is
+CAPABILITIES = [{}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}]  # of PyTorch
 ENVIRONMENTS = [
-    {"OMP_NUM_THREADS": threads} | capability
-    for threads, capability in product(
-        ("1", "2"), ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"})
-    )
+    THREADS[i % 2] | INSTRUCTIONS[i // 2 % 2] | CAPABILITIES[i % 3]  # neighbours differ, and no two are equal
+    for i in range(12)
 ]
-CHOSEN_HERE = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "VOT_TEST_SEED", "TRITON_INTERPRET")
+CHOSEN_HERE = ("OMP_NUM_THREADS", "VOT_CPU_ISA", "ATEN_CPU_CAPABILITY", "VOT_TEST_SEED", "TRITON_INTERPRET")
 
 
 def seeds(text: str) -> list[int]:
@@ -28,7 +29,7 @@ def seeds(text: str) -> list[int]:
 
 
 def environment(seed: int, interpreted: bool) -> dict[str, str]:
-    """Return what a run adds to the environment; six seeds in a row cover all of ENVIRONMENTS."""
+    """Return what a run adds to the environment; twelve seeds in a row cover all of ENVIRONMENTS."""
     added = {"VOT_TEST_SEED": str(seed)} | ENVIRONMENTS[seed % len(ENVIRONMENTS)]
     return added | ({"TRITON_INTERPRET": "1"} if interpreted else {})
 

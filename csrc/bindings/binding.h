@@ -20,9 +20,16 @@ template <class T = void>
 const T* in(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
+
+// Asks the system for large pages where a result is so large that it lies in new ones.
+void prefer_large_pages(void* data, int64_t bytes);
+
+// Of a result that was just allocated.
 template <class T = void>
 T* out(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
+  void* data = x.mutable_data_ptr();
+  prefer_large_pages(data, x.numel() * int64_t(x.element_size()));
+  return static_cast<T*>(data);
 }
 
 inline std::vector<const void*> ins(const std::vector<Tensor>& tensors) {

@@ -34,7 +34,6 @@ void add_features(const GroupStates& problem, const float* features, int64_t beg
 }
 
 // The states of rows [begin, end) of a block of heads.
-template <class T>
 void sum_rows(const GroupStates& problem, int64_t begin, int64_t end, Heads keys, Heads heads, float* states) {
   const int repeats = heads.count / keys.count;
   const int64_t width = round_up(problem.width, LANES), head_dim = round_up(problem.head_dim, LANES);
@@ -45,9 +44,9 @@ void sum_rows(const GroupStates& problem, int64_t begin, int64_t end, Heads keys
   if (begin == end) std::memset(states, 0, size_t(keys.count * size) * sizeof(float));
   for (int64_t at = begin; at < end; at += BLOCK_ROWS) {
     const int rows = int(least<int64_t>(BLOCK_ROWS, end - at));
-    load_features<T>(problem.map, problem.features, at, rows, heads, problem.width, features, problem.scale,
-                     problem.weights, problem.heads);
-    load_values<T>(problem.values, at, rows, heads, problem.head_dim, values);
+    load_features(problem.dtype, problem.map, problem.features, at, rows, heads, problem.width, features, problem.scale,
+                  problem.weights, problem.heads);
+    load_values(problem.dtype, problem.values, at, rows, heads, problem.head_dim, values);
     for (int h = 0; h < heads.count; h++) {
       const float* own = features + h * BLOCK_ROWS * width;
       const Right right{values + h * BLOCK_ROWS * head_dim, head_dim};
@@ -70,7 +69,6 @@ int64_t group_of(const Cut& cut, int64_t part) {
   return low;
 }
 
-template <class T>
 void sum_part(const Cut& cut, int64_t task) {
   const GroupStates& problem = cut.problem;
   const int64_t part = task / cut.heads.blocks(), block = task % cut.heads.blocks(), group = group_of(cut, part);
@@ -78,7 +76,7 @@ void sum_part(const Cut& cut, int64_t task) {
   const int64_t place = part - cut.first[group], parts = cut.first[group + 1] - cut.first[group];
   const Heads keys = cut.heads.keys(block);
   float* states = parts == 1 ? problem.states + group * cut.size : cut.partials + (cut.partial[group] + place) * cut.size;
-  sum_rows<T>(problem, begin + rows * place / parts, begin + rows * (place + 1) / parts, keys, cut.heads.queries(block),
+  sum_rows(problem, begin + rows * place / parts, begin + rows * (place + 1) / parts, keys, cut.heads.queries(block),
               states + keys.first * (cut.size / problem.kv_heads));
 }
 
@@ -133,9 +131,7 @@ void group_states(const GroupStates& problem, const Parallel& parallel) {
   float* partials = count ? scratch<2>(size_t(count * size)) : nullptr;
   const HeadCut heads(problem.heads, problem.kv_heads, most(problem.width, problem.head_dim));
   const Cut cut{problem, heads, size, first, partial, partials};
-  with_type(problem.dtype, [&](auto zero) {
-    parallel(first[problem.groups] * heads.blocks(), [&](int64_t task) { sum_part<decltype(zero)>(cut, task); });
-  });
+  parallel(first[problem.groups] * heads.blocks(), [&](int64_t task) { sum_part(cut, task); });
   if (!count) return;
   const int64_t blocks = (size + SCAN_NUMBERS - 1) / SCAN_NUMBERS;
   parallel(problem.groups * blocks, [&](int64_t task) {

@@ -1,7 +1,8 @@
 // Rows of a few heads, taken together: a row of [tokens, heads, width] is read and written as it lies, all heads of it
 // before the next, because the rows of one head alone lie too far apart for a processor to fetch them ahead.
 //
-// In scratch memory they are [head][BLOCK_ROWS][width] floats, each row padded with zeros to whole vectors.
+// In scratch memory they are [head][BLOCK_ROWS][width] floats, each row padded with zeros to whole vectors. The type of
+// the numbers is known here alone, so that the kernels are compiled once for all types.
 #pragma once
 #include "feature_map.h"
 
@@ -35,36 +36,42 @@ struct HeadCut {
 };
 
 // phi of `rows` rows from `begin` on, times `scale` and a weight per row and head, `weights` [tokens, all_heads] or null.
-template <class T>
-void load_features(FeatureMap map, const Rows& from, int64_t begin, int rows, Heads heads, int width, float* to,
-                   float scale = 1, const float* weights = nullptr, int all_heads = 0) {
+VOT_NOINLINE inline void load_features(Dtype dtype, FeatureMap map, const Rows& from, int64_t begin, int rows, Heads heads,
+                                       int width, float* to, float scale = 1, const float* weights = nullptr,
+                                       int all_heads = 0) {
   const int64_t padded = round_up(width, LANES);
-  for (int r = 0; r < rows; r++)
-    for (int h = 0; h < heads.count; h++) {
-      float* out = to + (h * BLOCK_ROWS + r) * padded;
-      feature_row(map, from.at<T>(begin + r, heads.first + h), width, out);
-      const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
-      if (weight != 1) scale_row(out, padded, weight);
-    }
+  with_type(dtype, [&](auto zero) {
+    for (int r = 0; r < rows; r++)
+      for (int h = 0; h < heads.count; h++) {
+        float* out = to + (h * BLOCK_ROWS + r) * padded;
+        feature_row(map, from.at<decltype(zero)>(begin + r, heads.first + h), width, out);
+        const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
+        if (weight != 1) scale_row(out, padded, weight);
+      }
+  });
 }
 
-template <class T>
-void load_values(const Rows& from, int64_t begin, int rows, Heads heads, int width, float* to) {
+VOT_NOINLINE inline void load_values(Dtype dtype, const Rows& from, int64_t begin, int rows, Heads heads, int width,
+                                     float* to) {
   const int64_t padded = round_up(width, LANES);
-  for (int r = 0; r < rows; r++)
-    for (int h = 0; h < heads.count; h++)
-      copy_row(from.at<T>(begin + r, heads.first + h), width, to + (h * BLOCK_ROWS + r) * padded);
+  with_type(dtype, [&](auto zero) {
+    for (int r = 0; r < rows; r++)
+      for (int h = 0; h < heads.count; h++)
+        copy_row(from.at<decltype(zero)>(begin + r, heads.first + h), width, to + (h * BLOCK_ROWS + r) * padded);
+  });
 }
 
-template <class T>
-void store_values(const float* from, int64_t begin, int rows, Heads heads, int width, const MutableRows& to) {
+VOT_NOINLINE inline void store_values(Dtype dtype, const float* from, int64_t begin, int rows, Heads heads, int width,
+                                      const MutableRows& to) {
   const int64_t padded = round_up(width, LANES);
-  for (int r = 0; r < rows; r++)
-    for (int h = 0; h < heads.count; h++) {
-      const float* row = from + (h * BLOCK_ROWS + r) * padded;
-      T* out = to.at<T>(begin + r, heads.first + h);
-      for_vectors(width, [&](int c, int count) { store_of(out, load(row + c), c, count); });
-    }
+  with_type(dtype, [&](auto zero) {
+    for (int r = 0; r < rows; r++)
+      for (int h = 0; h < heads.count; h++) {
+        const float* row = from + (h * BLOCK_ROWS + r) * padded;
+        auto* out = to.at<decltype(zero)>(begin + r, heads.first + h);
+        for_vectors(width, [&](int c, int count) { store_of(out, load(row + c), c, count); });
+      }
+  });
 }
 
 }  // namespace VOT_ISA

@@ -244,7 +244,6 @@ struct Task {
   float* head(float* blocks, int head) const { return blocks + head * block_numbers(); }
 };
 
-template <class T>
 void forward_tile(const LinearAttentionForward& problem, const Task& task) {
   const LinearAttention& in = task.inputs;
   const Shape& shape = task.shape;
@@ -256,10 +255,10 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
   Beyond beyond(shape, keys, in.causal, task.slot, false, memory);
   for (int64_t at = task.tile.begin; at < task.tile.end; at += BLOCK_ROWS) {
     const int rows = task.rows(at);
-    load_features<T>(in.map, in.q, at, rows, task.queries, shape.width, q);
+    load_features(in.dtype, in.map, in.q, at, rows, task.queries, shape.width, q);
     if (task.own) {
-      load_features<T>(in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
-      load_values<T>(in.v, at, rows, task.keys, shape.width, v);
+      load_features(in.dtype, in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
+      load_values(in.dtype, in.v, at, rows, task.keys, shape.width, v);
     }
     for (int h = 0; h < heads; h++) {
       const int key = h / task.repeats;
@@ -281,7 +280,7 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
       };
       for_normalisers(shape, rows, beyond.total(key), task.own ? own_k : nullptr, task.seen, normalise);
     }
-    store_values<T>(out, at, rows, task.queries, shape.width, problem.out);
+    store_values(in.dtype, out, at, rows, task.queries, shape.width, problem.out);
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++)
       beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
@@ -290,7 +289,6 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
 }
 
 // dq of a tile, -do.o of its rows, and where other tiles need it the state of its gradients, dS.
-template <class T>
 void queries_backward(const LinearAttentionBackward& problem, const Task& task, float* last, float* parts) {
   const LinearAttention& in = task.inputs;
   const Shape& shape = task.shape;
@@ -306,11 +304,11 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
   Beyond beyond(shape, keys, in.causal, task.slot, true, memory);
   for (int64_t at = task.tile.begin; at < task.tile.end; at += BLOCK_ROWS) {
     const int rows = task.rows(at);
-    load_features<T>(in.map, in.q, at, rows, task.queries, shape.width, q);
-    load_values<T>(problem.d_out, at, rows, task.queries, shape.width, d_out);
+    load_features(in.dtype, in.map, in.q, at, rows, task.queries, shape.width, q);
+    load_values(in.dtype, problem.d_out, at, rows, task.queries, shape.width, d_out);
     if (task.own) {
-      load_features<T>(in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
-      load_values<T>(in.v, at, rows, task.keys, shape.width, v);
+      load_features(in.dtype, in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
+      load_values(in.dtype, in.v, at, rows, task.keys, shape.width, v);
     }
     for (int h = 0; h < heads; h++) {
       const int key = h / task.repeats;
@@ -341,7 +339,7 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
         add_to_state(shape, rows, own_q, own_d_out, own_last, parts + task.state + key * shape.size,
                      totals + key * shape.padded, at == task.tile.begin && h % task.repeats == 0 ? Old::CLEAR : Old::KEEP);
     }
-    store_values<T>(dq, at, rows, task.queries, shape.width, problem.dq);
+    store_values(in.dtype, dq, at, rows, task.queries, shape.width, problem.dq);
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++) {
       beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
@@ -354,7 +352,6 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
 }
 
 // dk and dv of a tile.
-template <class T>
 void keys_backward(const LinearAttentionBackward& problem, const Task& task, const float* last) {
   const LinearAttention& in = task.inputs;
   const Shape& shape = task.shape;
@@ -372,11 +369,11 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
   for (int64_t i = 0; i < blocks; i++) {  // a carried state comes from the end
     const int64_t at = task.tile.begin + (blocks - 1 - i) * BLOCK_ROWS;
     const int rows = task.rows(at);
-    load_features<T>(in.map, in.k, at, rows, task.keys, shape.width, k);
-    load_values<T>(in.v, at, rows, task.keys, shape.width, v);
+    load_features(in.dtype, in.map, in.k, at, rows, task.keys, shape.width, k);
+    load_values(in.dtype, in.v, at, rows, task.keys, shape.width, v);
     if (task.own) {
-      load_features<T>(in.map, in.q, at, rows, task.queries, shape.width, q, 1, problem.inverse, in.heads);
-      load_values<T>(problem.d_out, at, rows, task.queries, shape.width, d_out);
+      load_features(in.dtype, in.map, in.q, at, rows, task.queries, shape.width, q, 1, problem.inverse, in.heads);
+      load_values(in.dtype, problem.d_out, at, rows, task.queries, shape.width, d_out);
       for (int h = 0; h < heads; h++)
         for (int r = 0; r < BLOCK_ROWS; r++)
           lasts[h * BLOCK_ROWS + r] = r < rows ? last[(at + r) * in.heads + task.queries.first + h] : 0;
@@ -408,8 +405,8 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
         scale_row(own_dv + r * shape.padded, shape.padded, SCALE);
       }
     }
-    store_values<T>(dk, at, rows, task.keys, shape.width, problem.dk);
-    store_values<T>(dv, at, rows, task.keys, shape.width, problem.dv);
+    store_values(in.dtype, dk, at, rows, task.keys, shape.width, problem.dk);
+    store_values(in.dtype, dv, at, rows, task.keys, shape.width, problem.dv);
     if (!in.causal || at == task.tile.begin) continue;
     for (int h = 0; h < heads; h++) {
       const Old old = beyond.any || h % task.repeats ? Old::KEEP : Old::CLEAR;
@@ -455,10 +452,12 @@ const float* key_states(const LinearAttention& in, const Plan& plan, const Paral
   return sums_of(in, plan, rows.states, false, parallel);
 }
 
-template <class T>
 void clear_slack(const LinearAttention& inputs, int heads, const MutableRows& rows) {
-  for (int64_t i = inputs.bounds[inputs.segments]; i < inputs.tokens; i++)
-    for (int h = 0; h < heads; h++) std::memset(rows.at<T>(i, h), 0, size_t(inputs.head_dim) * sizeof(T));
+  with_type(inputs.dtype, [&](auto zero) {
+    for (int64_t i = inputs.bounds[inputs.segments]; i < inputs.tokens; i++)
+      for (int h = 0; h < heads; h++)
+        std::memset(rows.at<decltype(zero)>(i, h), 0, size_t(inputs.head_dim) * sizeof(zero));
+  });
 }
 
 }  // namespace
@@ -468,12 +467,9 @@ void linear_attention_forward(const LinearAttentionForward& problem, const Paral
   const Plan plan = make_plan(in);
   const HeadCut cut(in.heads, in.kv_heads, in.head_dim);
   const float* states = key_states(in, plan, parallel);
-  with_type(in.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    parallel(plan.num_tiles * cut.blocks(),
-             [&](int64_t number) { forward_tile<T>(problem, Task(in, plan, cut, states, number)); });
-    clear_slack<T>(in, in.heads, problem.out);
-  });
+  parallel(plan.num_tiles * cut.blocks(),
+           [&](int64_t number) { forward_tile(problem, Task(in, plan, cut, states, number)); });
+  clear_slack(in, in.heads, problem.out);
   for (int64_t i = int64_t(in.bounds[in.segments]) * in.heads; i < in.tokens * in.heads; i++) problem.inverse[i] = 0;
 }
 
@@ -482,18 +478,15 @@ void linear_attention_backward(const LinearAttentionBackward& problem, const Par
   const Plan plan = make_plan(in);
   const HeadCut cut(in.heads, in.kv_heads, in.head_dim);
   float* last = scratch<6>(size_t(in.tokens * in.heads));
-  with_type(in.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t tasks = plan.num_tiles * cut.blocks();
-    const float* states = key_states(in, plan, parallel);
-    float* parts = new_states(in, plan);
-    parallel(tasks, [&](int64_t i) { queries_backward<T>(problem, Task(in, plan, cut, states, i), last, parts); });
-    states = sums_of(in, plan, parts, true, parallel);
-    parallel(tasks, [&](int64_t i) { keys_backward<T>(problem, Task(in, plan, cut, states, i), last); });
-    clear_slack<T>(in, in.heads, problem.dq);
-    clear_slack<T>(in, in.kv_heads, problem.dk);
-    clear_slack<T>(in, in.kv_heads, problem.dv);
-  });
+  const int64_t tasks = plan.num_tiles * cut.blocks();
+  const float* states = key_states(in, plan, parallel);
+  float* parts = new_states(in, plan);
+  parallel(tasks, [&](int64_t i) { queries_backward(problem, Task(in, plan, cut, states, i), last, parts); });
+  states = sums_of(in, plan, parts, true, parallel);
+  parallel(tasks, [&](int64_t i) { keys_backward(problem, Task(in, plan, cut, states, i), last); });
+  clear_slack(in, in.heads, problem.dq);
+  clear_slack(in, in.kv_heads, problem.dk);
+  clear_slack(in, in.kv_heads, problem.dv);
 }
 
 }  // namespace VOT_ISA

@@ -56,6 +56,12 @@ VOT_INLINE IntVec lane_numbers() {
   return numbers;
 }
 
+#if defined(__aarch64__)
+typedef __fp16 Binary16;  // g++ has _Float16 there from version 13 on
+#else
+typedef _Float16 Binary16;
+#endif
+
 VOT_INLINE float to_float(float x) { return x; }
 VOT_INLINE float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
@@ -64,7 +70,7 @@ VOT_INLINE float to_float(bf16 x) {
   return result;
 }
 VOT_INLINE float to_float(f16 x) {
-  _Float16 half;
+  Binary16 half;
   std::memcpy(&half, &x.bits, 2);
   return float(half);
 }
@@ -76,7 +82,7 @@ VOT_INLINE void put(bf16* to, float x) {
   to->bits = x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
 }
 VOT_INLINE void put(f16* to, float x) {
-  const _Float16 half = _Float16(x);
+  const Binary16 half = Binary16(x);
   std::memcpy(&to->bits, &half, 2);
 }
 

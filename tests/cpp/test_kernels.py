@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.marks import cpp
 from vot_kernels.cpp import build, paths
 from vot_kernels.cpp.library import library
 from vot_kernels.ops.dispatch import CAPABILITIES, FUNCTIONS, _no_cpp_kernel
+from vot_kernels.ops.pack_patches import pack_patches
 
 ROOT = Path(__file__).parents[2]
 CHECKS = sorted((ROOT / "tests" / "csrc").glob("*.cpp"))
@@ -84,3 +86,26 @@ def test_the_ops_on_the_other_instruction_sets():
         environment = os.environ | {"VOT_CPU_ISA": isa}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+def flags_of_memory_at(address: int) -> list[str]:
+    """What the system says of the mapping that has this address."""
+    found, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    return flags
+
+
+@cpp
+def test_a_large_result_asks_for_large_pages():
+    """The system takes longer to clear small pages than the kernel to fill them."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("the system has no large pages to ask for")
+    image = torch.arange(3 * 3456 * 3456, dtype=torch.int32).to(torch.uint8).view(3, 3456, 3456)
+    patches, _ = pack_patches([image], 16, backend="cpp")
+    assert "hg" in flags_of_memory_at(patches.data_ptr() + patches.numel() // 2)
+    assert "hg" not in flags_of_memory_at(image.data_ptr() + image.numel() // 2)
+    assert torch.equal(patches, pack_patches([image], 16, backend="torch")[0])
