@@ -1,5 +1,6 @@
 """Near and far groups, and the tensors that every backend takes, except the reference."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,11 @@ class Geometry(NamedTuple):
         lags = [lag for lag in self.lags if lag is not None]
         counts = self.host_segment_groups.diff()
         return bool(lags) and counts.numel() > 0 and int(counts.max()) > min(lags)
+
+    def needs_far(self, beta: Tensor | None) -> bool:
+        """`has_far`, unless the weights are known to be 0; those on a GPU are not read."""
+        known = beta is not None and beta.device.type == "cpu"
+        return self.has_far and not (known and bool((beta == -math.inf).all()))
 
     def key_ranges(self) -> KeyRanges:
         """The near keys of each row, as the kernels take them."""
