@@ -84,8 +84,9 @@ class Geometry(NamedTuple):
 
     def needs_far(self, beta: Tensor | None) -> bool:
         """`has_far`, unless the weights are known to be 0; those on a GPU are not read."""
-        known = beta is not None and beta.device.type == "cpu"
-        return self.has_far and not (known and bool((beta == -math.inf).all()))
+        if beta is None or beta.device.type != "cpu":
+            return self.has_far
+        return self.has_far and bool((beta != -math.inf).any())
 
     def key_ranges(self) -> KeyRanges:
         """The near keys of each row, as the kernels take them."""
