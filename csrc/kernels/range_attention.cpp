@@ -10,7 +10,7 @@ namespace {
 constexpr int ROWS = 48;                // of a block of scores
 constexpr int KEYS = 128;               // of a block of scores
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
-constexpr int RUN_ROWS = 32;            // rows of one range that are rather a block of their own
+constexpr int RUN_ROWS = 12;            // rows of one range that are rather a block of their own
 constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
 

@@ -20,11 +20,12 @@ struct FarRows {
   int width;
 };
 
-// What a forward or a rows task does. The bits of a row do not depend on how its segment is cut into tasks, because
-// blocks of keys are counted from the first key of the segment.
+// What a forward or a rows task does: rows of a piece, a run of rows that see no key in common with others. The bits of
+// a row do not depend on how its piece is cut into tasks, because blocks of keys are counted from the first key of the
+// piece.
 struct RowsTask {
-  int32_t begin, end;  // rows, all of one segment
-  int32_t first_key;   // of the segment
+  int32_t begin, end;  // rows, all of one piece
+  int32_t first_key;   // of the piece
 };
 
 struct RangeForward {

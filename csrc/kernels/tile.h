@@ -59,19 +59,21 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
   }
 }
 
+// Inlined and unrolled, so that neither sums nor arguments pass through memory.
 template <int R, int C>
-inline void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
+VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
   Vec sums[R][C] = {};
   multiply_add<R, C>(a, b, depth, sums);
+  const auto each = [&](const auto& visit) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) visit(sums[r][c], out.data + r * out.row + c * LANES, r);
+  };
   // The old numbers come last: the error of a sum over many products is that of sums over few, and of their number.
-  for (int r = 0; r < R; r++) {
-    float* row = out.data + r * out.row;
-    for (int c = 0; c < C; c++) {
-      if (old == Old::KEEP) sums[r][c] += load(row + c * LANES);
-      if (old == Old::SCALE) sums[r][c] += splat(scales[r]) * load(row + c * LANES);
-      store(row + c * LANES, sums[r][c]);
-    }
-  }
+  if (old == Old::KEEP) each([](Vec& sum, const float* place, int) { sum += load(place); });
+  if (old == Old::SCALE) each([&](Vec& sum, const float* place, int r) { sum += splat(scales[r]) * load(place); });
+  each([](Vec sum, float* place, int) { store(place, sum); });
 }
 
 template <int N>

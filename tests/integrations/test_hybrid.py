@@ -9,6 +9,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import vot_kernels
 from tests.integrations.tiny import VISION_LANGUAGE, image_and_text, qwen2, qwen2_5_vl, qwen3_vl, spread
+from tests.marks import COMPUTING
 from vot_kernels import PackedLayout, packed_attention
 from vot_kernels.integrations import attention
 from vot_kernels.integrations.hybrid import FAR_WEIGHT
@@ -19,13 +20,14 @@ GRID = torch.tensor([[3, 8, 8], [1, 4, 4], [2, 8, 12], [3, 2, 4]])  # a clip, an
 WEIGHTS = ["blocks.0.attn.far_weight", "blocks.1.attn.far_weight"]
 
 
-@pytest.fixture
-def on_torch(monkeypatch):
-    """PyTorch's backend, whose bits these tests compare; the C++ kernels sum in another order for another op."""
+@pytest.fixture(params=COMPUTING)
+def backend(request, monkeypatch):
+    """What "auto" takes, for tests that compare bits of different ops."""
     for op in ("flash_attn_varlen_func", "hybrid_attention"):
-        monkeypatch.setitem(
-            dispatch.CAPABILITIES[op], "cpp", lambda _: ["this test is about PyTorch's backend"]
-        )
+        if request.param == "torch":
+            monkeypatch.setitem(
+                dispatch.CAPABILITIES[op], "cpp", lambda _: ["this test is about PyTorch's backend"]
+            )
 
 
 def tower(kind: str) -> nn.Module:
@@ -53,7 +55,7 @@ def frame_encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", VISION_LANGUAGE)
-def test_the_start_is_exact_bit_for_bit(kind, on_torch):
+def test_the_start_is_exact_bit_for_bit(kind, backend):
     model = tower(kind)
     with torch.no_grad():
         stock = seen(model)
@@ -68,7 +70,7 @@ def test_the_start_is_exact_bit_for_bit(kind, on_torch):
     assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
 
 
-def test_the_start_is_exact_bit_for_bit_for_any_mix_of_small_frames(on_torch):
+def test_the_start_is_exact_bit_for_bit_for_any_mix_of_small_frames(backend):
     exact, hybrid = tower("qwen3_vl"), tower("qwen3_vl")
     vot_kernels.patch(exact)
     vot_kernels.patch(hybrid, attention="hybrid", window=0, far="zero")
@@ -132,7 +134,7 @@ def test_window_none_is_softmax_attention_over_the_clip(monkeypatch):
     assert len(calls) == 2
 
 
-def test_without_a_far_part_it_has_no_parameters_and_stays_exact(on_torch):
+def test_without_a_far_part_it_has_no_parameters_and_stays_exact(backend):
     model = tower("qwen3_vl")
     with torch.no_grad():
         with vot_kernels.patched(model):
@@ -142,7 +144,7 @@ def test_without_a_far_part_it_has_no_parameters_and_stays_exact(on_torch):
             assert not set(WEIGHTS) & set(model.state_dict())
 
 
-def test_frames_per_row_of_an_image_encoder(on_torch):
+def test_frames_per_row_of_an_image_encoder(backend):
     model, frames = frame_encoder(), make_tensor(6, 3, 24, 24)
     with torch.no_grad():
         with vot_kernels.patched(model):

@@ -125,9 +125,9 @@ def patch(
 
     With attention="hybrid" the attention of vision towers becomes `hybrid_attention` of the frames of a clip: softmax
     to the frames in `window`, linear to the others, with a weight per head that is learned. In a tower that attends
-    within frames alone (Qwen-VL) window=0 and far="zero" at first compute what attention="exact" does, on PyTorch's
-    backend bit for bit; training opens the view to the other frames. In one that attends within whole clips a window is
-    cheaper and another function. Modules whose rows are no frames (the language model) stay exact. The weights are
+    within frames alone (Qwen-VL) window=0 and far="zero" at first compute what attention="exact" does, on CPUs bit for
+    bit; training opens the view to the other frames. In one that attends within whole clips a window is cheaper and
+    another function. Modules whose rows are no frames (the language model) stay exact. The weights are
     parameters `far_weight` of the attention modules: they train, and are saved, as all others. Load them by
     `model.load_state_dict` after patching.
 

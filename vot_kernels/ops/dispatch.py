@@ -6,6 +6,7 @@ its predicate to `CAPABILITIES`; nothing else changes here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -212,6 +213,7 @@ def select(
     raise ValueError(f"No backend can serve {op} for these inputs: {', '.join(refusals)}.")
 
 
+@cache
 def load(op: str, backend: str) -> ModuleType:
     """Import and return the module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`."""
     if backend not in BACKENDS:

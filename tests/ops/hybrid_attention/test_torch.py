@@ -6,8 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.marks import COMPUTING
 from vot_kernels import PackedLayout, flash_attn_varlen_func, hybrid_attention, packed_attention
-from vot_kernels.ops.hybrid_attention import torch as hybrid_torch
+from vot_kernels.ops.dispatch import load
 from vot_kernels.ops.hybrid_attention.geometry import Geometry
 from vot_kernels.ops.hybrid_attention.torch import make_plan
 from vot_kernels.testing import make_tensor, shifted
@@ -159,12 +160,15 @@ def clips_of_frames(numbers: np.random.Generator) -> tuple[list[int], list[int]]
     return bounds, [0, *np.cumsum(np.concatenate(clips)).tolist()]
 
 
+@pytest.mark.parametrize("backend", COMPUTING)
 @pytest.mark.parametrize("causal", [None, "group", "token"])
-def test_without_far_weight_frames_are_segments_of_exact_attention_bit_for_bit(causal):
+def test_without_far_weight_frames_are_segments_of_exact_attention_bit_for_bit(causal, backend):
     numbers = np.random.default_rng(shifted(0))
     for index in range(50):
         clips, frames = clips_of_frames(numbers)
         heads, kv_heads, head_dim, dtype = SHAPES[index % len(SHAPES)]
+        if backend == "cpp" and dtype == torch.float64:  # which it refuses
+            dtype = torch.float16
         sizes = [heads, kv_heads, kv_heads]
         qkv = make_tensor(frames[-1], sum(sizes), head_dim, seed=index, dtype=dtype).split(sizes, 1)
         bounds = torch.tensor(frames, dtype=torch.int32)
@@ -173,30 +177,31 @@ def test_without_far_weight_frames_are_segments_of_exact_attention_bit_for_bit(c
             PackedLayout.from_cu_seqlens(frames),
             causal=causal == "token",
             return_lse=True,
-            backend="torch",
+            backend=backend,
         )
         flash, flash_lse, _ = flash_attn_varlen_func(
-            *qkv, bounds, bounds, 0, 0, causal=causal == "token", return_attn_probs=True, backend="torch"
+            *qkv, bounds, bounds, 0, 0, causal=causal == "token", return_attn_probs=True, backend=backend
         )
         assert torch.equal(exact[0], flash) and torch.equal(exact[1], flash_lse.t())
         for far in ({"beta": torch.full((heads,), -torch.inf)}, {"far_weight": torch.eye(heads)[0]}):
             layout = PackedLayout.from_cu_seqlens(clips, frames)
-            options = {"window": 0, "causal": causal, "return_lse": True, "backend": "torch"}
+            options = {"window": 0, "causal": causal, "return_lse": True, "backend": backend}
             found = hybrid_attention(*qkv, layout, **options, **far)
             some = slice("far_weight" in far, None)  # the first head sees far tokens, and its results differ
             for a, b in zip(found, exact, strict=True):
                 assert torch.equal(a[:, some], b[:, some]), (index, clips, frames, dtype)
 
 
-def test_a_far_part_of_no_weight_is_not_computed(monkeypatch):
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_a_far_part_of_no_weight_is_not_computed(backend, monkeypatch):
     q, k, v = make_tensor(3, 40, 2, 8).requires_grad_()
     layout, off = (
         PackedLayout.from_lengths([40], group_size=8),
         torch.full((2,), -torch.inf, requires_grad=True),
     )
-    monkeypatch.setattr(hybrid_torch, "group_states", None)
+    monkeypatch.setattr(load("hybrid_attention", backend), "group_states", None)
     for window in (0, 1):
-        out = hybrid_attention(q, k, v, layout, window=window, beta=off, backend="torch")
+        out = hybrid_attention(q, k, v, layout, window=window, beta=off, backend=backend)
         assert (torch.autograd.grad(out.sum(), off)[0] == 0).all()
     with pytest.raises(TypeError, match="NoneType"):
-        hybrid_attention(q, k, v, layout, window=0, beta=torch.tensor([-torch.inf, -1.0]), backend="torch")
+        hybrid_attention(q, k, v, layout, window=0, beta=torch.tensor([-torch.inf, -1.0]), backend=backend)

@@ -145,7 +145,7 @@ def flash_attn_varlen_func(
             raise TypeError(f"{name} must be int32, got {bounds.dtype}.")
         check_device("q", q, **{name: bounds})
         readable = bounds.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and bounds.shape[0] and bounds[0] != 0:
+        if readable and bounds.shape[0] and bounds.numpy()[0] != 0:
             raise ValueError(
                 f"{name} must begin with 0, because it holds cumulative lengths, got {int(bounds[0])}."
             )

@@ -25,21 +25,23 @@ _FEW_ROWS, _MOST_NUMBERS = 8, 2**20
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Output and lse, float32 `[tokens, heads]`."""
-    if _shares_states(inputs, geometry):
+    needs_far = geometry.needs_far(inputs.beta)
+    if needs_far and _shares_states(inputs, geometry):
         return composition.forward(inputs, geometry, options)
     plan = _plan(inputs, geometry)
-    far = _far_rows(inputs, geometry, options) if geometry.has_far else None
+    far = _far_rows(inputs, geometry, options) if needs_far else None
     return range_attention_forward(*inputs[:3], plan, options.scale, far)
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
     """Gradients of the inputs that were given. The far states are made again instead of kept."""
     inputs, out, lse = saved
-    if _shares_states(inputs, geometry):
+    needs_far = geometry.needs_far(inputs.beta)
+    if needs_far and _shares_states(inputs, geometry):
         return composition.backward(saved, grads, geometry, options)
     q, k, v, beta, q_features, k_features = inputs
     plan = _plan(inputs, geometry)
-    if not geometry.has_far:
+    if not needs_far:
         near = range_attention_backward(*grads, out, lse, q, k, v, plan, options.scale)
         unused = (None if x is None else torch.zeros_like(x) for x in (beta, q_features, k_features))
         return Inputs(*near, *unused)
@@ -63,7 +65,7 @@ def _shares_states(inputs: Inputs, geometry: Geometry) -> bool:
     groups, tokens = geometry.host_cu_groups.shape[0] - 1, int(geometry.host_cu_groups[-1])
     width = (inputs.q if inputs.q_features is None else inputs.q_features).shape[2]
     numbers = groups * inputs.v.shape[1] * inputs.v.shape[2] * width
-    return tokens <= _FEW_ROWS * groups and numbers > _MOST_NUMBERS and geometry.has_far
+    return tokens <= _FEW_ROWS * groups and numbers > _MOST_NUMBERS
 
 
 def _plan(inputs: Inputs, geometry: Geometry) -> Plan:

@@ -1,5 +1,6 @@
 """Near and far groups, and the tensors that every backend takes, except the reference."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +80,13 @@ class Geometry(NamedTuple):
     def has_far(self) -> bool:
         """Whether any group is far from another one of its segment."""
         lags = [lag for lag in self.lags if lag is not None]
-        counts = self.host_segment_groups.diff()
-        return bool(lags) and counts.numel() > 0 and int(counts.max()) > min(lags)
+        return bool(lags) and int(np.diff(self.host_segment_groups.numpy()).max(initial=0)) > min(lags)
+
+    def needs_far(self, beta: Tensor | None) -> bool:
+        """`has_far`, unless the weights are known to be 0; those on a GPU are not read."""
+        if beta is None or beta.device.type != "cpu":
+            return self.has_far
+        return self.has_far and bool((beta != -math.inf).any())
 
     def key_ranges(self) -> KeyRanges:
         """The near keys of each row, as the kernels take them."""

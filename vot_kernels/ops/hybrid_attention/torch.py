@@ -98,10 +98,8 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
 
 def _plan(inputs: Inputs, geometry: Geometry) -> "Plan":
     """The plan of a packing for these tensors; without a far part if its weights are known to be 0."""
-    plan, beta = make_plan(geometry, row_width(*inputs[:3])), inputs.beta
-    if beta is not None and beta.device.type == "cpu" and bool((beta == -math.inf).all()):
-        return replace(plan, far=None, pairs=())
-    return plan
+    plan = make_plan(geometry, row_width(*inputs[:3]))
+    return plan if geometry.needs_far(inputs.beta) else replace(plan, far=None, pairs=())
 
 
 def _cut(x: Inputs, heads: slice, kv_heads: slice) -> Inputs:

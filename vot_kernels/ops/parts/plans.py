@@ -59,6 +59,8 @@ class _Arguments:
 
 
 def _contents(value: Any) -> Any:
+    if value is None or type(value) is int:  # most of them are
+        return value
     if isinstance(value, tuple):
         return tuple(map(_contents, value))
     if isinstance(value, Tensor):

@@ -266,8 +266,9 @@ def _make_plan(
     low, high = groups.key_ranges(left, right, tokens_left, tokens_right)
     pairs = rows[-1] * heads // (4 * threads) if threads > 1 else _MOST_ROWS
     at_once = int(np.clip(pairs, _LEAST_ROWS, _MOST_ROWS)) * kv_heads // heads
-    owner, begin, end = _cut(rows, -(-np.diff(rows) // max(1, at_once)))
-    row_tasks = np.stack([begin, end, keys[owner]], axis=1)
+    pieces = _pieces(rows, low, high)
+    owner, begin, end = _cut(pieces, -(-np.diff(pieces) // max(1, at_once)))
+    row_tasks = np.stack([begin, end, low[pieces[owner]]], axis=1)
     counts = np.clip(-(-np.diff(keys) // _PART_KEYS), 1, _MOST_PARTS)
     owner, begin, end = _cut(keys, counts, _KEY_BLOCK)
     part = np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -284,6 +285,16 @@ def _make_plan(
         int(counts.max(initial=1)),
         bool((low < high).all()),
     )
+
+
+def _pieces(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Bounds of the segments of rows, and of their parts that see no key in common.
+
+    What rows see decides them alone. So a row has the same bits in any op that shows it, and those that see keys with
+    it, the same keys: groups that see no other one are as good as segments.
+    """
+    apart = (low[1:] >= high[:-1]) & (high[:-1] > low[:-1])
+    return np.union1d(rows, 1 + np.flatnonzero(apart))
 
 
 def _cut(bounds: np.ndarray, counts: np.ndarray, step: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ plain kernels run: descriptors need aligned inputs and sm_90.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,9 +62,9 @@ class KeyRanges:
     tokens_right: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # the kernels take no strides for them
-            if isinstance(x := getattr(self, field.name), Tensor):
-                object.__setattr__(self, field.name, x.contiguous())
+        for name, x in vars(self).items():  # the kernels take no strides for them
+            if isinstance(x, Tensor) and not x.is_contiguous():
+                object.__setattr__(self, name, x.contiguous())
 
     @classmethod
     def of_segments(
