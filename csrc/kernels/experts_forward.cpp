@@ -31,7 +31,7 @@ void forward_block(const ExpertsForward& f, const Block& block) {
       const int count = block.filled(p), strip = p * STRIP * PANEL;
       activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL);
       const auto keep = [&](const float* from, float* to) {
-        if (to) write_strip(from + strip, rows, count, block.transposed(to, f.hidden, p) + r * block.places, block.places);
+        if (to) copy_rows(from + strip, PANEL, rows, count, block.in_panel(to, f.hidden, p) + r * count, count);
       };
       keep(gate, f.gate);
       keep(value, f.value);
