@@ -71,7 +71,7 @@ VOT_INLINE Gradient gradient(PlaceRows left, PlaceRows right, ExpertGradients ou
 }
 
 // A rectangle of an expert's gradient is a task.
-constexpr int GRADIENT_ROWS = 16 * STRIP, GRADIENT_COLUMNS = 4 * PANEL;
+constexpr int GRADIENT_ROWS = 16 * STRIP, GRADIENT_COLUMNS = 8 * PANEL;
 struct Rectangle {
   int expert, row, rows, column, columns;
 };
@@ -102,17 +102,21 @@ inline void rectangle_gradient(const Gradient& g, const ExpertSlots& slots, cons
   const Part part = part_of(slots, group, at.expert);
   float* right = scratch(size_t(GRADIENT_COLUMNS) * DEPTH);
   alignas(64) float left[DEPTH * STRIP];
+  const float *left_rows[DEPTH], *right_rows[DEPTH];
   for (int64_t k = 0; k < part.places; k += DEPTH) {
     const int depth = int(least<int64_t>(DEPTH, part.places - k));
+    for (int i = 0; i < depth; i++) {
+      left_rows[i] = g.left.at(slots, group, part.first + k + i) + at.row;
+      right_rows[i] = g.right.at(slots, group, part.first + k + i) + at.column;
+    }
     // to[depth][width] = some columns of the rows.
-    const auto bring = [&](const PlaceRows& rows, int column, int columns, float* to, int width) {
-      for (int i = 0; i < depth; i++)
-        copy_rows(rows.at(slots, group, part.first + k + i) + column, 0, 1, columns, to + i * width, 0);
+    const auto bring = [&](const float* const* rows, int column, int columns, float* to, int width) {
+      for (int i = 0; i < depth; i++) copy_rows(rows[i] + column, 0, 1, columns, to + i * width, 0);
     };
     for (int c = 0; c < at.columns; c += PANEL)
-      bring(g.right, at.column + c, least(PANEL, at.columns - c), right + c * DEPTH, PANEL);
+      bring(right_rows, c, least(PANEL, at.columns - c), right + c * DEPTH, PANEL);
     for_strips(at.rows, [&](int r, int rows) {
-      bring(g.left, at.row + r, rows, left, STRIP);
+      bring(left_rows, r, rows, left, STRIP);
       float* out = g.out + at.expert * g.expert + (at.row + r) * g.row + at.column;
       for (int c = 0; c < at.columns; c += PANEL)
         outer_products(left, rows, right + c * DEPTH, least(PANEL, at.columns - c), depth, {out + c, g.row},
