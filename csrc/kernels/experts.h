@@ -22,8 +22,8 @@ struct ExpertSlots {
   int experts, top_k;
 };
 
-// Where numbers of an expert's places lie "transposed", the matrix [rows][its places] of expert e begins at
-// data[offsets[e] * rows]. There is no padding.
+// Where numbers lie "in panels" [rows], those of the places p to before q, a panel, are the matrix [rows][q - p] at
+// data[p * rows]. Which places make a panel depends on the offsets alone; there is no padding.
 
 // Writes order, places and offsets of `Slots`; the slots that no expert has come last in the order.
 struct ExpertsGroup {
@@ -58,7 +58,7 @@ struct ExpertsForward {
   ExpertSlots slots;
   int dim, rank, hidden;
   float* out;             // [slots][dim]
-  float *gate, *value;    // transposed [hidden], each null where nobody reads it
+  float *gate, *value;    // in panels [hidden], each null where nobody reads it
 };
 
 // out[t] = sum over the slots of token t, in their order, of weight * row. A slot whose place is -1 adds nothing.
@@ -85,7 +85,7 @@ struct ExpertsBackward {
   ExpertRows d_y, x;     // [tokens][dim]
   ExpertRows cache;      // [slots][rank], from which the gate is computed again
   ExpertMatrices w_gate, w_value, w_out;  // as in ExpertsForward
-  const float *gate, *value;  // transposed [hidden]; there is no gate where there is a cache
+  const float *gate, *value;  // in panels [hidden]; there is no gate where there is a cache
   const float* weights;       // [slots]
   ExpertSlots slots;
   int dim, rank, hidden;

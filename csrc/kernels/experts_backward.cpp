@@ -5,7 +5,7 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-// What the gradients of the weights need of a group, each transposed, [hidden].
+// What the gradients of the weights need, a row [hidden] for each place of a group.
 struct HiddenGradients {
   float *d_gate, *d_value, *weighted;
 };
@@ -36,9 +36,9 @@ void hidden_strip_backward(const HiddenStrips& s, int rows, int count) {
   }
 }
 
-// Fills the panels d_gate and d_value [hidden], and the group's matrices.
-void hidden_backward(const ExpertsBackward& b, const Block& block, const Block& local, const HiddenGradients& kept,
-                     float* d_gate, float* d_value) {
+// Fills the panels d_gate and d_value [hidden], and the block's rows of `kept`.
+void hidden_backward(const ExpertsBackward& b, const Block& block, const HiddenGradients& kept, float* d_gate,
+                     float* d_value) {
   const bool cached = b.rank > 0;
   float* d_y = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL));
   float *cache = d_y + panels_size(b.dim), *d_hidden = cache + panels_size(b.rank), *gates = d_hidden + STRIPS_SIZE;
@@ -56,11 +56,11 @@ void hidden_backward(const ExpertsBackward& b, const Block& block, const Block& 
     for (int p = 0; p < block.panels; p++) {
       const int count = block.filled(p);
       const auto saved = [&](const float* matrix, float* strip) {
-        const float* from = block.transposed(matrix, b.hidden, p) + r * block.places;
-        read_strip(from, block.places, rows, count, strip);
+        copy_rows(block.in_panel(matrix, b.hidden, p) + r * count, count, rows, count, strip, PANEL);
       };
       const auto keep = [&](const float* strip, float* matrix) {
-        write_strip(strip, rows, count, local.transposed(matrix, b.hidden, p) + r * local.places, local.places);
+        float* row = matrix + int64_t(p) * block.width * b.hidden + r;
+        scatter_panel(strip, rows, count, [&](int i) { return row + int64_t(i) * b.hidden; });
       };
       float *gate = gates + p * STRIP * PANEL, *weighted = d_hidden + p * STRIP * PANEL;
       const int64_t row = p * panel_size(b.hidden) + r * PANEL;
@@ -76,11 +76,11 @@ void hidden_backward(const ExpertsBackward& b, const Block& block, const Block& 
   for (int i = 0; i < block.count; i++) b.d_weights[slot[i]] = d_weights[i / block.width * PANEL + i % block.width];
 }
 
-void body_backward(const ExpertsBackward& b, const Block& block, const Block& local, const HiddenGradients& kept) {
+void body_backward(const ExpertsBackward& b, const Block& block, const HiddenGradients& kept) {
   const bool cached = b.rank > 0;
   float* d_gate = scratch(size_t(2 * panels_size(b.hidden)));
   float* d_value = d_gate + panels_size(b.hidden);
-  hidden_backward(b, block, local, kept, d_gate, d_value);
+  hidden_backward(b, block, kept, d_gate, d_value);
 
   float* sums = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank)));
   const Left w_gate = transposed(of_expert(b.w_gate, block.expert));
@@ -92,57 +92,46 @@ void body_backward(const ExpertsBackward& b, const Block& block, const Block& lo
   scatter_slots(block, b.slots, sums, b.rank, b.d_cache);
 }
 
-// Adds to d_x, and leaves d_cache transposed for the group.
-void cache_backward(const ExpertsCacheBackward& b, const Block& block, const Block& local, float* kept) {
+// Adds to d_x.
+void cache_backward(const ExpertsCacheBackward& b, const Block& block) {
   float* d_cache = scratch(size_t(panels_size(b.rank) + panels_size(b.dim)));
   float* sums = d_cache + panels_size(b.rank);
   gather_slots(block, b.slots, b.d_cache, b.rank, d_cache);
-  for (int p = 0; p < block.panels; p++)
-    write_strip(d_cache + p * panel_size(b.rank), b.rank, block.filled(p), local.transposed(kept, b.rank, p),
-                local.places);
   whole_product(block, transposed(of_expert(b.w_down, block.expert)), b.dim, b.rank, d_cache, sums);
-  scatter_slots(block, b.slots, sums, b.dim, b.d_x, /*add=*/true);
-}
-
-// body(block, the block in its group) for the blocks of a group.
-template <class Body>
-void for_blocks(const ExpertSlots& slots, const Group& group, const Parallel& parallel, const Body& body) {
-  parallel(group.blocks, [&](int64_t task) {
-    const Block block = find_block(slots, group.first_block + task);
-    body(block, in_group(slots, group, block));
-  });
+  scatter_slots</*ADD=*/true>(block, b.slots, sums, b.dim, b.d_x);
 }
 
 }  // namespace
 
 void experts_backward(const ExpertsBackward& b, const Parallel& parallel) {
   const bool cached = b.rank > 0;
-  const int gate_depth = cached ? b.rank : b.dim;
-  clear_unused(b.d_w_gate, b.hidden, gate_depth, b.slots, parallel);
+  const PlaceRows x = {b.x, b.dim, PlaceRows::TOKEN}, d_y = {b.d_y, b.dim, PlaceRows::TOKEN};
+  const PlaceRows gate_input = cached ? PlaceRows{b.cache, b.rank, PlaceRows::SLOT} : x;
+  clear_unused(b.d_w_gate, b.hidden, gate_input.width, b.slots, parallel);
   clear_unused(b.d_w_value, b.hidden, b.dim, b.slots, parallel);
   clear_unused(b.d_w_out, b.hidden, b.dim, b.slots, parallel);
   for_groups(b.slots, [&](const Group& group) {
     const int64_t size = group.places * b.hidden;
     float* memory = scratch<1>(size_t(3 * size));
-    const HiddenGradients kept = {memory, memory + size, memory + 2 * size};
-    for_blocks(b.slots, group, parallel,
-               [&](const Block& block, const Block& local) { body_backward(b, block, local, kept); });
-    const Gradient gradients[] = {
-        {kept.d_gate, cached ? b.cache : b.x, cached, b.hidden, gate_depth, b.d_w_gate},
-        {kept.d_value, b.x, false, b.hidden, b.dim, b.d_w_value},
-        {kept.weighted, b.d_y, false, b.hidden, b.dim, b.d_w_out},
-    };
+    const auto kept = [&](int64_t i) { return memory + i * size; };
+    parallel(group.blocks, [&](int64_t task) {
+      const Block block = find_block(b.slots, group.first_block + task);
+      const int64_t at = (block.first - group.first) * b.hidden;
+      body_backward(b, block, {kept(0) + at, kept(1) + at, kept(2) + at});
+    });
+    const auto rows = [&](int64_t i) { return PlaceRows{{kept(i), b.hidden}, b.hidden, PlaceRows::PLACE}; };
+    const Gradient gradients[] = {gradient(rows(0), gate_input, b.d_w_gate), gradient(rows(1), x, b.d_w_value),
+                                  gradient(rows(2), d_y, b.d_w_out)};
     add_gradients(gradients, b.slots, group, parallel);
   });
 }
 
 void experts_cache_backward(const ExpertsCacheBackward& b, const Parallel& parallel) {
   clear_unused(b.d_w_down, b.rank, b.dim, b.slots, parallel);
+  const Gradient gradients[] = {
+      gradient({b.d_cache, b.rank, PlaceRows::SLOT}, {b.x, b.dim, PlaceRows::TOKEN}, b.d_w_down)};
   for_groups(b.slots, [&](const Group& group) {
-    float* kept = scratch<1>(size_t(group.places * b.rank));
-    for_blocks(b.slots, group, parallel,
-               [&](const Block& block, const Block& local) { cache_backward(b, block, local, kept); });
-    const Gradient gradients[] = {{kept, b.x, false, b.rank, b.dim, b.d_w_down}};
+    parallel(group.blocks, [&](int64_t task) { cache_backward(b, find_block(b.slots, group.first_block + task)); });
     add_gradients(gradients, b.slots, group, parallel);
   });
 }

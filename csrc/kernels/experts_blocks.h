@@ -19,17 +19,15 @@ constexpr int DEPTH = 128;   // depth of a product at a time: so much of a panel
 // Successive places of one expert.
 struct Block {
   int expert;
-  int64_t first;   // place, of all
-  int64_t begin;   // place, of the expert's
-  int64_t places;  // of the expert
-  int count;       // places of the block
+  int64_t first;  // place
+  int count;      // places of the block
   int panels, width;
 
   int filled(int panel) const { return least(width, count - panel * width); }
-  // A transposed matrix of the expert, from the panel's first place on. The row stride is `places`.
+  // Numbers that lie in panels, from this one on: [rows][filled].
   template <class T>
-  T* transposed(T* data, int rows, int panel) const {
-    return data + (first - begin) * rows + begin + panel * width;
+  T* in_panel(T* data, int rows, int panel) const {
+    return data + (first + panel * width) * rows;
   }
 };
 
@@ -53,7 +51,7 @@ inline Block find_block(const ExpertSlots& slots, int64_t number) {
   const int64_t start = slots.offsets[expert], places = slots.offsets[expert + 1] - start;
   const int64_t size = even_part(places, BLOCK), begin = number * size;
   const int count = int(least(size, places - begin)), width = even_part(count, PANEL);
-  return {expert, start + begin, begin, places, count, (count + width - 1) / width, width};
+  return {expert, start + begin, count, (count + width - 1) / width, width};
 }
 
 VOT_INLINE Left of_expert(const ExpertMatrices& w, int expert) { return {w.data + expert * w.expert, w.row, w.column}; }
@@ -103,53 +101,37 @@ VOT_INLINE void add_16(const float* from, float* to, int count) {
   }
 }
 
-// Copies between a strip [rows][PANEL] and the transposed matrix [rows][places] at `matrix`.
-inline void read_strip(const float* matrix, int64_t places, int rows, int count, float* strip) {
+// to[rows][to_row] = from[rows][from_row], the first `columns` of each row, or added.
+template <bool ADD = false>
+VOT_INLINE void copy_rows(const float* from, int64_t from_row, int rows, int columns, float* to, int64_t to_row) {
   for (int r = 0; r < rows; r++)
-    for (int c = 0; c < count; c += 16) copy_16(matrix + r * places + c, strip + r * PANEL + c, count - c);
-}
-inline void write_strip(const float* strip, int rows, int count, float* matrix, int64_t places, bool add = false) {
-  for (int r = 0; r < rows; r++)
-    for (int c = 0; c < count; c += 16)
-      (add ? add_16 : copy_16)(strip + r * PANEL + c, matrix + r * places + c, count - c);
+    for (int c = 0; c < columns; c += 16) {
+      if (ADD) add_16(from + r * from_row + c, to + r * to_row + c, columns - c);
+      else copy_16(from + r * from_row + c, to + r * to_row + c, columns - c);
+    }
 }
 
 // row_of(i)[0 .. rows) = column i of a panel [rows][PANEL], for the first `count` columns. Rows are written one after the
 // other: they are far apart.
-template <class RowOf>
-VOT_INLINE void scatter_panel(const float* panel, int rows, int count, bool add, const RowOf& row_of) {
+template <bool ADD = false, class RowOf>
+VOT_INLINE void scatter_panel(const float* panel, int rows, int count, const RowOf& row_of) {
   alignas(64) float turned[16 * 16];
   for (int c = 0; c < count; c += 16)
     for (int r = 0; r < rows; r += 16) {
       transpose_16x16(panel + r * PANEL + c, PANEL, turned, 16);
       for (int i = 0; i < least(16, count - c); i++)
-        (add ? add_16 : copy_16)(turned + i * 16, row_of(c + i) + r, rows - r);
+        copy_rows<ADD>(turned + i * 16, 0, 1, least(16, rows - r), row_of(c + i) + r, 0);
     }
 }
 
-// out[slot] = the columns of panels[p][width][PANEL] of the block.
-inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* panels, int width, float* out,
-                          bool add = false) {
+// out[slot] = the columns of panels[p][width][PANEL] of the block, or added.
+template <bool ADD = false>
+inline void scatter_slots(const Block& block, const ExpertSlots& slots, const float* panels, int width, float* out) {
   for (int p = 0; p < block.panels; p++) {
     const int32_t* slot = slots.order + block.first + p * block.width;
-    scatter_panel(panels + p * panel_size(width), width, block.filled(p), add,
-                  [&](int i) { return out + int64_t(slot[i]) * width; });
+    scatter_panel<ADD>(panels + p * panel_size(width), width, block.filled(p),
+                       [&](int i) { return out + int64_t(slot[i]) * width; });
   }
-}
-
-// packed[rows][DEPTH] = A[rows x depth] whose columns lie side by side.
-inline void pack(Left a, int rows, int depth, float* packed) {
-  alignas(64) float square[16 * 16];
-  for (int k = 0; k < depth; k += 16)
-    for (int r = 0; r < rows; r += 16) {
-      const float* from = a.data + k * a.column + r;
-      if (depth - k >= 16 && rows - r >= 16) {
-        transpose_16x16(from, a.column, packed + r * DEPTH + k, DEPTH);
-      } else {
-        for (int i = 0; i < least(16, depth - k); i++) copy_16(from + i * a.column, square + i * 16, rows - r);
-        transpose_16x16(square, 16, packed + r * DEPTH + k, DEPTH);
-      }
-    }
 }
 
 // sums[p][rows][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block, `stride` numbers apart.
@@ -159,9 +141,9 @@ inline void product(const Block& block, Left w, int rows, int depth, const float
   for (int k = 0; k == 0 || k < depth; k += DEPTH, old = Old::KEEP) {
     const int part = least(DEPTH, depth - k);
     Left a = {w.data + k * w.column, w.row, w.column};
-    if (w.row == 1 && w.column != 1) {
-      pack(a, rows, part, packed);
-      a = {packed, DEPTH, 1};
+    if (w.row == 1 && w.column != 1) {  // the numbers of a column lie side by side: columns are brought together
+      copy_rows(a.data, a.column, part, rows, packed, STRIP);
+      a = {packed, 1, STRIP};
     }
     for (int p = 0; p < block.panels; p++)
       multiply(rows, int(round_up(block.filled(p), UNIT)), a, {panels + p * panel_size(depth) + k * PANEL, PANEL}, part,

@@ -1,5 +1,5 @@
 // The bodies of experts, and the sum over the experts of a token.
-#include "experts_blocks.h"
+#include "experts_few.h"
 
 namespace vot {
 namespace VOT_ISA {
@@ -31,7 +31,7 @@ void forward_block(const ExpertsForward& f, const Block& block) {
       const int count = block.filled(p), strip = p * STRIP * PANEL;
       activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL);
       const auto keep = [&](const float* from, float* to) {
-        if (to) write_strip(from + strip, rows, count, block.transposed(to, f.hidden, p) + r * block.places, block.places);
+        if (to) copy_rows(from + strip, PANEL, rows, count, block.in_panel(to, f.hidden, p) + r * count, count);
       };
       keep(gate, f.gate);
       keep(value, f.value);
@@ -43,26 +43,62 @@ void forward_block(const ExpertsForward& f, const Block& block) {
   scatter_slots(block, f.slots, out, f.dim, f.out);
 }
 
+// The same for a block of few places.
+void forward_few(const ExpertsForward& f, const Block& block) {
+  const int count = block.count, gate_depth = f.rank > 0 ? f.rank : f.dim;
+  float* x = scratch(size_t(count) * (2 * f.dim + f.rank + 2 * f.hidden + LANES));
+  float *cache = x + count * f.dim, *out = cache + count * f.rank, *gate = out + count * f.dim;
+  float* value = gate + count * f.hidden;
+  const int32_t* slot = f.slots.order + block.first;
+  for (int i = 0; i < count; i++) {
+    std::memcpy(x + i * f.dim, f.x.data + slot[i] / f.slots.top_k * f.x.row, sizeof(float) * f.dim);
+    if (f.rank > 0) std::memcpy(cache + i * f.rank, f.cache.data + slot[i] * f.cache.row, sizeof(float) * f.rank);
+  }
+  few_products(of_expert(f.w_gate, block.expert), f.hidden, gate_depth, f.rank > 0 ? cache : x, count, gate);
+  few_products(of_expert(f.w_value, block.expert), f.hidden, f.dim, x, count, value);
+  const auto keep = [&](const float* rows, float* to) {
+    for (int i = 0; to && i < count; i++)
+      for (int h = 0; h < f.hidden; h++) block.in_panel(to, f.hidden, 0)[h * count + i] = rows[i * f.hidden + h];
+  };
+  keep(gate, f.gate);
+  keep(value, f.value);
+  for (int c = 0; c < count * f.hidden; c += LANES) {  // the last vector may go beyond, into `value` or the memory's end
+    const Vec u = load(gate + c), hidden = u * sigmoid(u) * load(value + c);
+    store_part(gate + c, hidden, least(LANES, count * f.hidden - c));
+  }
+  few_products(of_expert(f.w_out, block.expert), f.dim, f.hidden, gate, count, out);
+  for (int i = 0; i < count; i++)
+    std::memcpy(f.out + int64_t(slot[i]) * f.dim, out + i * f.dim, sizeof(float) * f.dim);
+}
+
+bool reads_few(const ExpertsForward& f) {
+  return is_readable(f.w_gate, f.hidden) && is_readable(f.w_value, f.hidden) && is_readable(f.w_out, f.dim);
+}
+
 void combine_token(const ExpertsCombine& c, int64_t token) {
   const int64_t slot = token * c.top_k;
+  const auto sum_from = [&](int d, auto read) {
+    Vec total = {};
+    for (int j = 0; j < c.top_k; j++)
+      if (c.places[slot + j] >= 0)
+        total += splat(c.weights ? c.weights[slot + j] : 1.f) * read(c.rows + (slot + j) * c.dim + d);
+    return total;
+  };
   float* out = c.out + token * c.dim;
-  for (int d = 0; d < c.dim; d += 16) {
-    alignas(64) float sums[16] = {}, row[16] = {};
-    const int count = least(16, c.dim - d);
-    for (int j = 0; j < c.top_k; j++) {
-      if (c.places[slot + j] < 0) continue;
-      const Vec weight = splat(c.weights ? c.weights[slot + j] : 1.f);
-      copy_16(c.rows + (slot + j) * c.dim + d, row, count);
-      for (int i = 0; i < 16; i += LANES) store(sums + i, load(sums + i) + weight * load(row + i));
-    }
-    copy_16(sums, out + d, count);
-  }
+  int d = 0;
+  for (; d + LANES <= c.dim; d += LANES) store(out + d, sum_from(d, [](const float* from) { return load(from); }));
+  const int rest = c.dim - d;
+  if (rest) store_part(out + d, sum_from(d, [&](const float* from) { return load_part(from, rest); }), rest);
 }
 
 }  // namespace
 
 void experts_forward(const ExpertsForward& f, const Parallel& parallel) {
-  parallel(count_blocks(f.slots), [&](int64_t task) { forward_block(f, find_block(f.slots, task)); });
+  const bool few = reads_few(f);
+  parallel(count_blocks(f.slots), [&](int64_t task) {
+    const Block block = find_block(f.slots, task);
+    few && block.count <= FEW ? forward_few(f, block) : forward_block(f, block);
+  });
 }
 
 void experts_combine(const ExpertsCombine& c, const Parallel& parallel) {

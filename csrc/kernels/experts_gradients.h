@@ -1,6 +1,7 @@
 // Gradients of the experts' weights, and the groups of places that the backwards go through.
 //
 // What a group's blocks leave for the gradients of the weights lies in memory of the calling thread, which is bounded.
+// Gradients are summed in the tensors themselves, whose memory is touched as often as DEPTH places demand.
 // An expert with more places has its gradient summed over several groups.
 #pragma once
 #include "experts_blocks.h"
@@ -28,15 +29,6 @@ VOT_INLINE Part part_of(const ExpertSlots& slots, const Group& group, int expert
   return {first - group.first, most<int64_t>(0, least(end, group.first + group.places) - first), first > start};
 }
 
-// The block's place in a matrix that is transposed for the group alone.
-VOT_INLINE Block in_group(const ExpertSlots& slots, const Group& group, Block block) {
-  const Part part = part_of(slots, group, block.expert);
-  block.first -= group.first;
-  block.begin = block.first - part.first;
-  block.places = part.places;
-  return block;
-}
-
 // body(group) for all blocks, in groups that do not depend on the number of threads.
 template <class Body>
 void for_groups(const ExpertSlots& slots, const Body& body) {
@@ -54,71 +46,83 @@ void for_groups(const ExpertSlots& slots, const Body& body) {
   }
 }
 
-// out[r, c] of each expert = sum over its places of left[r] * right[c].
-struct Gradient {
-  const float* left;  // transposed for the group, [rows]
-  ExpertRows right;   // [tokens][columns], or [slots][columns]
-  bool by_slot;
-  int rows, columns;
-  ExpertGradients out;
+// A row for each place of a group, found by its number among these places, by its slot or by its token.
+struct PlaceRows {
+  ExpertRows rows;
+  int width;
+  enum { PLACE, SLOT, TOKEN } by;
+
+  const float* at(const ExpertSlots& slots, const Group& group, int64_t place) const {
+    if (by == PLACE) return rows.data + place * rows.row;
+    const int64_t slot = slots.order[group.first + place];
+    return rows.data + (by == SLOT ? slot : slot / slots.top_k) * rows.row;
+  }
 };
 
+// out[r, c] of each expert = sum over its places of left[r] * right[c]. The numbers of a row of `out` lie side by side.
+struct Gradient {
+  PlaceRows left, right;
+  float* out;
+  int64_t expert, row;
+};
+VOT_INLINE Gradient gradient(PlaceRows left, PlaceRows right, ExpertGradients out) {
+  if (out.column == 1) return {left, right, out.data, out.expert, out.row};
+  return {right, left, out.data, out.expert, out.column};
+}
+
 // A rectangle of an expert's gradient is a task.
-constexpr int GRADIENT_ROWS = 8 * STRIP, GRADIENT_PANELS = 4, GRADIENT_COLUMNS = GRADIENT_PANELS * PANEL;
+constexpr int GRADIENT_ROWS = 16 * STRIP, GRADIENT_COLUMNS = 8 * PANEL;
 struct Rectangle {
   int expert, row, rows, column, columns;
 };
-VOT_INLINE int rectangles_across(const Gradient& g) { return (g.columns + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS; }
+VOT_INLINE int rectangles_across(const Gradient& g) {
+  return (g.right.width + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;
+}
 VOT_INLINE int rectangles(const Gradient& g) {
-  return (g.rows + GRADIENT_ROWS - 1) / GRADIENT_ROWS * rectangles_across(g);
+  return (g.left.width + GRADIENT_ROWS - 1) / GRADIENT_ROWS * rectangles_across(g);
 }
 VOT_INLINE Rectangle rectangle(const Gradient& g, int expert, int number) {
   const int row = number / rectangles_across(g) * GRADIENT_ROWS, column = number % rectangles_across(g) * GRADIENT_COLUMNS;
-  return {expert, row, least(GRADIENT_ROWS, g.rows - row), column, least(GRADIENT_COLUMNS, g.columns - column)};
+  return {expert, row, least(GRADIENT_ROWS, g.left.width - row), column,
+          least(GRADIENT_COLUMNS, g.right.width - column)};
 }
 
-// panels[p][count][PANEL] = the rectangle's columns of the rows of some places; filled up with zeros.
-inline void copy_columns(const Gradient& g, const Rectangle& at, const int32_t* slots, int top_k, int count,
-                         float* panels) {
-  for (int i = 0; i < count; i++) {
-    const float* from = g.right.data + int64_t(g.by_slot ? slots[i] : slots[i] / top_k) * g.right.row + at.column;
-    for (int c = 0; c < at.columns; c += 16) {
-      float* to = panels + (c / PANEL * DEPTH + i) * PANEL + c % PANEL;
-      if (at.columns - c < 16) std::memset(to, 0, 16 * sizeof(float));
-      copy_16(from + c, to, at.columns - c);
-    }
-  }
-}
-
-// Writes sums[p][GRADIENT_ROWS][PANEL], or adds them.
-inline void write_rectangle(const Gradient& g, const Rectangle& at, const float* sums, bool add) {
-  float* out = g.out.data + at.expert * g.out.expert + at.row * g.out.row + at.column * g.out.column;
-  for (int c = 0; c < at.columns; c += PANEL) {
-    const int columns = least(PANEL, at.columns - c);
-    const float* panel = sums + c * GRADIENT_ROWS;
-    float* to = out + c * g.out.column;
-    if (g.out.column == 1) write_strip(panel, at.rows, columns, to, g.out.row, add);
-    else scatter_panel(panel, at.rows, columns, add, [&](int i) { return to + i * g.out.column; });
-  }
+// out[rows x columns] = left^T . right, or added. A vector never goes beyond the end of a row of `out`.
+inline void outer_products(const float* left, int rows, const float* right, int columns, int depth, Result out,
+                           bool add) {
+  if (columns % LANES == 0)
+    return multiply(rows, columns, {left, 1, STRIP}, {right, PANEL}, depth, out, add ? Old::KEEP : Old::CLEAR);
+  alignas(64) float sums[STRIP * PANEL];
+  multiply(rows, int(round_up(columns, UNIT)), {left, 1, STRIP}, {right, PANEL}, depth, {sums, PANEL});
+  if (add) copy_rows<true>(sums, PANEL, rows, columns, out.data, out.row);
+  else copy_rows(sums, PANEL, rows, columns, out.data, out.row);
 }
 
 inline void rectangle_gradient(const Gradient& g, const ExpertSlots& slots, const Group& group, const Rectangle& at) {
   const Part part = part_of(slots, group, at.expert);
-  const float* left = g.left + part.first * g.rows + at.row * part.places;
-  const int32_t* order = slots.order + group.first + part.first;
-  float* sums = scratch(size_t(GRADIENT_COLUMNS) * (GRADIENT_ROWS + DEPTH));
-  float* right = sums + GRADIENT_COLUMNS * GRADIENT_ROWS;
+  float* right = scratch(size_t(GRADIENT_COLUMNS) * DEPTH);
+  alignas(64) float left[DEPTH * STRIP];
+  const float *left_rows[DEPTH], *right_rows[DEPTH];
   for (int64_t k = 0; k < part.places; k += DEPTH) {
     const int depth = int(least<int64_t>(DEPTH, part.places - k));
-    copy_columns(g, at, order + k, slots.top_k, depth, right);
+    for (int i = 0; i < depth; i++) {
+      left_rows[i] = g.left.at(slots, group, part.first + k + i) + at.row;
+      right_rows[i] = g.right.at(slots, group, part.first + k + i) + at.column;
+    }
+    // to[depth][width] = some columns of the rows.
+    const auto bring = [&](const float* const* rows, int column, int columns, float* to, int width) {
+      for (int i = 0; i < depth; i++) copy_rows(rows[i] + column, 0, 1, columns, to + i * width, 0);
+    };
+    for (int c = 0; c < at.columns; c += PANEL)
+      bring(right_rows, c, least(PANEL, at.columns - c), right + c * DEPTH, PANEL);
     for_strips(at.rows, [&](int r, int rows) {
+      bring(left_rows, r, rows, left, STRIP);
+      float* out = g.out + at.expert * g.expert + (at.row + r) * g.row + at.column;
       for (int c = 0; c < at.columns; c += PANEL)
-        multiply(rows, int(round_up(least(PANEL, at.columns - c), UNIT)), {left + r * part.places + k, part.places, 1},
-                 {right + c * DEPTH, PANEL}, depth, {sums + c * GRADIENT_ROWS + r * PANEL, PANEL},
-                 k ? Old::KEEP : Old::CLEAR);
+        outer_products(left, rows, right + c * DEPTH, least(PANEL, at.columns - c), depth, {out + c, g.row},
+                       k || part.later);
     });
   }
-  write_rectangle(g, at, sums, part.later);
 }
 
 // Adds a group to gradients.

@@ -59,7 +59,7 @@ void mix(const float* norms, int experts, const int64_t* chosen, int top_k, bool
 
 void select_panel(const AoeSelect& a, int64_t first) {
   const int count = int(least<int64_t>(PANEL, a.tokens - first)), width = int(round_up(count, UNIT));
-  const Block block = {0, first, first, a.tokens, count, 1, width};
+  const Block block = {0, first, count, 1, width};
   const int64_t cache_size = int64_t(a.rank) * PANEL;
   float* x = scratch(size_t(panel_size(a.dim) + cache_size * a.experts + (PANEL + 1) * int64_t(a.experts)));
   float *caches = x + panel_size(a.dim), *norms = caches + cache_size * a.experts, *scores = norms + PANEL * a.experts;

@@ -28,7 +28,7 @@ from vot_kernels.ops.parts.experts.slots import (
 def forward(
     x: Tensor, experts: Experts, bias: Tensor | None, top_k: int, weighting: str, save: bool
 ) -> tuple[Tensor, Saved]:
-    """As `vot_kernels.ops.aoe.torch.forward`; the cache is in the order of slots, the value transposed."""
+    """As `vot_kernels.ops.aoe.torch.forward`; the cache is in the order of slots, the value in panels."""
     norms, indices, weights, cache = select_experts(x, experts.w_down, bias, top_k, weighting)
     slots = group_slots(indices, norms.shape[1])
     value = x.new_empty(cache.shape[0] if save else 0, experts.w_p.shape[1])

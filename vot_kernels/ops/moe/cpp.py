@@ -10,7 +10,7 @@ from vot_kernels.ops.parts.experts.slots import Slots
 def forward(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, topk_idx: Tensor, topk_weights: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Slots]:
-    """As `vot_kernels.ops.moe.torch.forward`; `projected` holds gate and value one after the other, transposed."""
+    """As `vot_kernels.ops.moe.torch.forward`; `projected` holds gate and value one after the other, in panels."""
     slots = group_slots(topk_idx, w_down.shape[0])
     projected = x.new_empty(slots.order.shape[0] if save else 0, w_gate_up.shape[1])
     kept = _halves(projected) if save else (None, None)

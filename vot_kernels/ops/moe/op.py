@@ -67,7 +67,7 @@ def _moe_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y and what the backward reads: (projected, order, places, offsets), the last three as in `Slots`.
 
-    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places ("cpp": its halves, transposed); it has no
+    `projected` `[slots, 2 * hidden]` = x W_gate_upᵀ in the order of places ("cpp": its halves, in panels); it has no
     rows unless `save`.is true.
     """
     with torch.autocast(x.device.type, enabled=False):

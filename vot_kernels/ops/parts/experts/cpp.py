@@ -1,7 +1,8 @@
 """Calls of the C++ kernels of experts. All numbers are float32.
 
-What the backward reads lies *transposed*: `[slots, width]` holds for each expert, from its first place on, the matrix
-`[width, its places]`. Rows that belong to slots lie in the order of the slots, not of the places.
+What the backward reads of hidden layers lies *in panels*: `[slots, width]` holds for each panel of up to 64 places of
+an expert, from its first place on, the matrix `[width, its places]`. Rows that belong to slots lie in the order of the
+slots, not of the places.
 """
 
 import torch
@@ -62,7 +63,7 @@ def expert_outputs(
             `[experts, dim, hidden]`, any strides.
         slots: which slot has which place.
         weights: `[tokens, top_k]`.
-        kept: where gate and value are written to, each `[slots, hidden]`, transposed; None for nowhere.
+        kept: where gate and value are written to, each `[slots, hidden]`, in panels; None for nowhere.
     """
     rows = x.new_empty(slots.order.shape[0], x.shape[1])
     grouping = (slots.order, slots.offsets, slots.top_k)

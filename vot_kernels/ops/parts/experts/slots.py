@@ -54,7 +54,7 @@ class Saved(NamedTuple):
     Attributes:
         norms, indices, weights: as in `vot_kernels.ops.aoe.AoEAux`.
         cache: `[slots, rank]`, C of the selected experts in the order of places ("cpp": of slots).
-        value: `[slots, hidden]`, x W_pᵀ in the order of places ("cpp": transposed, see `parts.experts.cpp`).
+        value: `[slots, hidden]`, x W_pᵀ in the order of places ("cpp": in panels, see `parts.experts.cpp`).
         slots: the slot at each place.
     """
 
