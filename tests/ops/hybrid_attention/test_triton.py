@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import interpreted
+from vot_kernels.cpp.library import why_not_cpp
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention import hybrid_attention, hybrid_attention_step, reference
 from vot_kernels.ops.packed_attention import packed_attention
@@ -311,12 +312,15 @@ def test_refusals_in_one_sentence(reason, changes, width):
         hybrid_attention(q, k, v, layout, backend="triton", **features)
     message = f"No backend can serve hybrid_attention for these inputs: triton ({reason})."
     assert str(caught.value) == message
+    following = select("hybrid_attention", "auto", q, features.get("q_features"))
+    assert following in ("cpp", "torch")
     out = hybrid_attention(q, k, v, layout, **features)
-    assert torch.equal(out, hybrid_attention(q, k, v, layout, backend="torch", **features))
+    assert torch.equal(out, hybrid_attention(q, k, v, layout, backend=following, **features))
 
 
 @interpreted
 @pytest.mark.parametrize("op", ["hybrid_attention", "packed_attention"])
 def test_auto_leaves_the_interpreter_to_tests(op):
     q = make_qkv(1)[0]
-    assert select(op, "triton", q) == "triton" and select(op, "auto", q) == "torch"
+    following = "torch" if why_not_cpp("cpu") else "cpp"
+    assert select(op, "triton", q) == "triton" and select(op, "auto", q) == following
