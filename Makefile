@@ -69,7 +69,7 @@ matrix/%:
 	@echo "== torch $*, in $(MATRIX)/$*"
 	@[ -e $(MATRIX)/$*/bin/python ] || { $(call new-venv,$(MATRIX)/$*); }
 	@$(PIP) install --upgrade $(if $(filter newest,$*),torch,torch==$*)
-	@$(PIP) install $(if $(filter 2.11.%,$*),"triton==3.6.*" "numpy==2.3.*",triton "$$(grep ^numpy== requirements.txt)") \
+	@$(PIP) install $(if $(filter 2.11.%,$*),"triton==3.6.*" "numpy==2.3.*","triton" "$$(grep ^numpy== requirements.txt)") \
 	    $$(grep -E '^(hypothesis|pytest|pytest-xdist|setuptools)==' requirements.txt)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@$(call both-runs,$(MATRIX)/$*/bin/python,$(OPS))

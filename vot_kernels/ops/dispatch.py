@@ -6,7 +6,7 @@ its predicate to `CAPABILITIES`; nothing else changes here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -216,12 +216,16 @@ def select(
     raise ValueError(f"No backend can serve {op} for these inputs: {', '.join(refusals)}.")
 
 
-@cache
+_LOADED: dict[tuple[str, str], ModuleType] = {}
+
+
 def load(op: str, backend: str) -> ModuleType:
     """Import and return the module of a backend that `select` chose, `vot_kernels/ops/<op>/<backend>.py`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-    return import_module(f".{op}.{backend}", __package__)
+    if (op, backend) not in _LOADED:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+        _LOADED[op, backend] = import_module(f".{op}.{backend}", __package__)  # its own lookup takes microseconds
+    return _LOADED[op, backend]
 
 
 def describe_backends(
