@@ -224,7 +224,9 @@ def load(op: str, backend: str) -> ModuleType:
     if (op, backend) not in _LOADED:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-        _LOADED[op, backend] = import_module(f".{op}.{backend}", __package__)  # its own lookup takes microseconds
+        _LOADED[op, backend] = import_module(
+            f".{op}.{backend}", __package__
+        )  # its own lookup takes microseconds
     return _LOADED[op, backend]
 
 
