@@ -107,7 +107,7 @@ clean:  ## remove .venv, caches and build outputs
 # torch comes first, so that nothing else chooses its version. The old stamp goes before anything changes:
 # an environment without one was interrupted, and pip cannot tell half of a package from a whole one, so it
 # is made anew. A Python without ensurepip (Debian's without python3-venv) gets pip from the one outside.
-$(REQUIREMENTS): requirements.txt requirements-data.txt
+$(REQUIREMENTS): requirements.txt requirements-data.txt requirements-torchvision.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vot-kernels needs Python 3.11 or later, \
 	$(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
 	@echo "Installing the pinned requirements into $(VENV): once, several minutes and 3 GB or more."
@@ -116,6 +116,7 @@ $(REQUIREMENTS): requirements.txt requirements-data.txt
 	$(PIP) install -r $(VENV)/torch.txt
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps -r requirements-data.txt
+	$(PIP) install --no-deps --target $(VENV)/torchvision -r requirements-torchvision.txt
 	@touch $@
 
 $(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py

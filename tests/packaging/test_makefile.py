@@ -34,9 +34,12 @@ case "$*" in *"$FAIL"*) exit 1 ;; esac
 """
 
 
+REQUIREMENTS = ("requirements.txt", "requirements-data.txt", "requirements-torchvision.txt")
+
+
 @pytest.fixture
 def clone(tmp_path):
-    for name in ("Makefile", "requirements.txt", "requirements-data.txt", "pyproject.toml", "setup.py"):
+    for name in ("Makefile", *REQUIREMENTS, "pyproject.toml", "setup.py"):
         date(shutil.copy(ROOT / name, tmp_path), seconds_ago=20)
     for name, source in (("python", PYTHON), ("old-python", OLD_PYTHON), ("pip", PIP)):
         (tmp_path / name).write_text(source)
@@ -62,6 +65,7 @@ FULL = [
     "pip install -r .venv/torch.txt",
     "pip install -r requirements.txt",
     "pip install --no-deps -r requirements-data.txt",
+    "pip install --no-deps --target .venv/torchvision -r requirements-torchvision.txt",
     "pip install --quiet --no-deps --no-build-isolation --editable .",
 ]
 
@@ -73,7 +77,7 @@ def test_torch_comes_first_and_the_second_run_does_nothing(clone):
     assert make(clone) == (0, [])
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-data.txt"])
+@pytest.mark.parametrize("name", REQUIREMENTS)
 def test_changed_requirements_are_installed_into_the_same_environment(clone, name):
     make(clone)
     touch(clone / name)
@@ -86,7 +90,7 @@ def test_changed_metadata_reinstalls_the_package_alone(clone):
     assert make(clone) == (0, FULL[-1:])
 
 
-@pytest.mark.parametrize("fail", ["torch.txt", "-r requirements.txt", "requirements-data.txt"])
+@pytest.mark.parametrize("fail", ["torch.txt", *(f"-r {name}" for name in REQUIREMENTS)])
 def test_an_interrupted_install_is_made_anew(clone, fail):
     status, calls = make(clone, fail=fail)
     assert status == 2 and fail in calls[-2]
