@@ -18,7 +18,7 @@ from benchmarks.report.tables import ceilings, device_name, is_partial, number, 
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "frames.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "frames.md", ROOT / "docs" / "cpu.md")
 """The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -30,6 +30,11 @@ SPEED_COLUMNS = ("workload", "ours", "of torch's rate", "the others take", "cont
 def cpu_table() -> str:
     """Return ours against each peer in the same run."""
     return _speed_table("cpu") or "No figures have been measured on a CPU yet.\n"
+
+
+def one_thread_table() -> str:
+    """Return the same with a single thread."""
+    return _speed_table("one-thread")
 
 
 def gpu_table() -> str:
@@ -207,6 +212,7 @@ def linearize_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
+    "one-thread": one_thread_table,
     "gpu": gpu_table,
     "perception": perception_table,
     "questions": question_table,
