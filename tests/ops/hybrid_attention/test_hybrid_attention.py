@@ -507,6 +507,24 @@ def test_any_packing(lengths, group_size, causal, window, name):
         assert max_error(a, b) < 1e-11
 
 
+@cpp
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 97]), min_size=1, max_size=4),
+    group_size=st.sampled_from([1, 3, 8, 16, 17]),
+    head_dim=st.integers(1, 80),
+    causal=st.sampled_from(CAUSAL),
+    window=st.one_of(st.none(), st.integers(0, 4)),
+    name=st.sampled_from(["softmax", "elu", "relu"]),
+)
+@settings(max_examples=25)
+def test_kernels_serve_any_packing(lengths, group_size, head_dim, causal, window, name):
+    layout = PackedLayout.from_lengths(lengths, group_size=group_size)
+    inputs = [*make_qkv(sum(lengths), 4, head_dim, kv_heads=2), BETA]
+    options = {"window": window, "causal": causal, "feature_map": name}
+    with uninitialized_is_nan():
+        check(layout, inputs, backend="cpp", **options)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("budget", [1, 100, 10**6])
 def test_matmul_path_equals_the_fused_kernel(monkeypatch, causal, budget):

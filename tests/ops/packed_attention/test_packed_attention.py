@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
@@ -15,6 +17,8 @@ from vot_kernels.testing import (
     make_qkv,
     make_tensor,
     max_error,
+    poison_segment,
+    spread,
     uninitialized_is_nan,
     with_slack,
 )
@@ -148,6 +152,59 @@ def test_the_bits_of_a_row_do_not_depend_on_the_batch(causal):
     alone = run((700,), slice(77, 777))
     for together, expected in zip(run((77, 700, 223), slice(0, 1000)), alone, strict=True):
         assert torch.equal(together[77:777], expected)
+
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 2, 5, 15, 16, 17, 31, 33, 63, 65, 97, 129]), min_size=1, max_size=4)
+
+
+@cpp
+@given(LENGTHS, st.integers(1, 90), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans())
+@settings(max_examples=25)
+def test_kernels_serve_any_packing(lengths, head_dim, kv_heads, causal, strided):
+    """With any remainder of rows, keys and columns, in numbers that lie one after the other or apart."""
+    inputs = make_qkv(sum(lengths), 4, head_dim, kv_heads=kv_heads)
+    inputs = [spread(x) for x in inputs] if strided else inputs
+    with uninitialized_is_nan():
+        check(PackedLayout.from_lengths(lengths), inputs, "cpp", causal=causal)
+
+
+@cpp
+@given(LENGTHS, st.integers(1, 90), st.booleans(), st.sampled_from([torch.nan, torch.inf]), st.data())
+@settings(max_examples=25)
+def test_kernels_keep_segments_apart(lengths, head_dim, causal, poison, data):
+    """NaN or infinity in one segment and in the rows past the last changes no bit of another, forward or backward."""
+    layout = PackedLayout.from_lengths(lengths)
+    chosen = data.draw(st.integers(0, len(lengths) - 1), label="poisoned segment")
+    begin, end = layout.host_cu_seqlens[chosen : chosen + 2].tolist()
+    inputs = [with_slack(x, 3, 0.0) for x in make_qkv(sum(lengths), 2, head_dim)]
+    poisoned = [with_slack(poison_segment(x, layout, chosen, poison)[:-3], 3, poison) for x in inputs]
+    grad = make_tensor(*inputs[0].shape)
+    clean, other = (
+        packed_with_gradients([x.requires_grad_() for x in some], layout, grad, causal)
+        for some in (inputs, poisoned)
+    )
+    for a, b in zip(clean, other, strict=True):
+        assert torch.equal(a[:begin], b[:begin]) and torch.equal(a[end:], b[end:])
+
+
+def packed_with_gradients(inputs, layout, grad, causal):
+    out, lse = packed_attention(*inputs, layout, causal=causal, return_lse=True, backend="cpp")
+    seen = lse[: layout.host_cu_seqlens[-1]]
+    return out, lse, *torch.autograd.grad((out * grad).sum() + (seen * seen.detach().cos()).sum(), inputs)
+
+
+@cpp
+@given(LENGTHS, st.integers(1, 90), st.booleans())
+@settings(max_examples=25)
+def test_kernels_give_the_gradient_of_lse_alone(lengths, head_dim, causal):
+    layout = PackedLayout.from_lengths(lengths)
+    check_against_reference(
+        lambda *qkv: packed_attention(*qkv, layout, causal=causal, return_lse=True, backend="cpp")[1:],
+        lambda *qkv: reference.packed_attention(*qkv, layout, causal=causal)[1:],
+        make_qkv(sum(lengths), 4, head_dim, kv_heads=2),
+        roundings=16.0,
+        names=["lse"],
+    )
 
 
 @cpp
