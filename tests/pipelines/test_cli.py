@@ -16,6 +16,8 @@ import vot_kernels
 from tests.processes import default_signals
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels import cli
+from vot_kernels.cli.answers import EVIDENCE_LINES
+from vot_kernels.cli.options import STEPS
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import save_mp4
 from vot_kernels.train.encoder.settings import EncoderTraining
@@ -171,13 +173,13 @@ def question() -> list[str]:
 def test_the_answer_comes_first_and_the_steps_on_demand(vot, scripted):
     code, out, err = vot("ask", *question())
     lines = out.splitlines()
-    assert code == 0 and lines[0].startswith("Answer: ") and len(lines) == 1 + cli.EVIDENCE_LINES
+    assert code == 0 and lines[0].startswith("Answer: ") and len(lines) == 1 + EVIDENCE_LINES
     assert " s: " in lines[1]
     assert [line.split(" …")[0] for line in err.splitlines()] == [
         "Loading the perception checkpoint",
         "Looking at the frames",
         "Loading the language model",
-        *(f"Reasoning: {step.replace('_', ' ')}" for step in cli.STEPS),
+        *(f"Reasoning: {step.replace('_', ' ')}" for step in STEPS),
     ]
     told = vot("ask", *question(), "-v")[1]
     assert told.startswith("Answer: ") and "1. Task definition" in told and "5. Verification" in told

@@ -1,0 +1,31 @@
+"""An answer as lines on the terminal."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vot_kernels.pipelines.video_qa import VideoAnswer
+
+EVIDENCE_LINES = 3  # shown without --verbose
+
+
+def print_answer(result: "VideoAnswer", picture: Path | None, verbose: bool) -> None:
+    """Print the answer, then a few lines of evidence, or with `verbose` the steps and all evidence."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(result.answer.headline(), markup=False, style="bold")
+    if result.answer.warning is None:
+        limit = None if verbose else EVIDENCE_LINES
+        for line in result.evidence_lines()[:limit]:
+            console.print(f"  {line}", markup=False)
+    elif result.answer.choice is None:
+        console.print("  With --anyway, vot ask guesses all the same.", style="dim")
+    if verbose:
+        for line in (result.clip.info.describe(), *result.answer.summary().splitlines()[:-1]):
+            console.print(line, markup=False, style="dim")
+    else:
+        for note in result.clip.info.warnings:
+            console.print(f"Note: {note}", markup=False)
+    if picture is not None and picture.exists():
+        console.print(f"Picture: {picture}", markup=False)

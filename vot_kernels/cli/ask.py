@@ -1,0 +1,142 @@
+"""`vot ask`: a question about a video, or a file of them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vot_kernels.cli.answers import print_answer
+from vot_kernels.cli.manners import answers_are_kept, when_interrupted
+from vot_kernels.cli.models import check_models, make_video_qa
+from vot_kernels.cli.options import PATH, STEPS, Checkpoint, Device, End, Fps, Llm, NumFrames, Start, Verbose
+from vot_kernels.extras import require
+from vot_kernels.files import atomic_write, check_output
+
+if TYPE_CHECKING:
+    from vot_kernels.pipelines.video_qa import VideoAnswer
+
+
+@when_interrupted(answers_are_kept)
+def ask(
+    video: Annotated[Path | None, typer.Argument(help="A video, an image or a GIF.", **PATH)] = None,
+    question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Answers to choose from, separated by '|' (default: proposed).")
+    ] = None,
+    fps: Fps = None,
+    num_frames: NumFrames = None,
+    start: Start = None,
+    end: End = None,
+    checkpoint: Checkpoint = None,
+    llm: Llm = None,
+    device: Device = "cpu",
+    skip: Annotated[
+        list[str] | None, typer.Option(help=f"Step to skip: {', '.join(STEPS)}; repeatable.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Guess about a clip that the checkpoint does not know, too.")
+    ] = False,
+    verbose: Verbose = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write all steps, prompts and replies to this JSON file.", **PATH)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write the frames with their tracklets to this PNG.", **PATH)
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='Answer every line {"video", "question", "candidates"?, "id"?} of this JSONL file.', **PATH
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --batch: JSONL of answers; what is answered in it is skipped, errors are tried again.",
+            **PATH,
+        ),
+    ] = None,
+) -> None:
+    """Answer a question about a video, with evidence (times in seconds, boxes as fractions of the frame)."""
+    require("vot ask", "video", "llm")
+    from vot_kernels.pipelines.batch import answer_batch, read_questions
+    from vot_kernels.pipelines.progress import steps
+    from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
+    from vot_kernels.reasoning.reasoning import check_candidates, check_question
+
+    sampling = Sampling(fps, num_frames, start, end)
+    if batch is not None:
+        if out is None or video is not None:
+            raise ValueError("--batch needs --out FILE and accepts no video and no question.")
+        read_questions(batch)
+        check_output(out)
+        check_models(checkpoint, llm, skip, device)
+        with steps() as step:
+            step("Loading the perception checkpoint")
+            video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+        answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
+        print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
+        if failed:
+            print("The same command tries the failed ones again.", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    if video is None or question is None:
+        raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
+    check_question(question)
+    given = check_candidates(_split_candidates(candidates))
+    for output, suffix in ((trace, ".json"), (picture, ".png")):
+        if output is not None:
+            check_output(output, suffix)
+    on_terminal = sys.stderr.isatty()
+    with steps(shown=not json_) as step:
+        if on_terminal:  # elsewhere a bad file is one line, and decoding is short
+            step(f"Reading {video.name}")
+        clip = sample_video(video, sampling, checkpoint_fps(checkpoint))
+        check_models(checkpoint, llm, skip, device)
+        step("Loading the perception checkpoint")
+        video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+        result = video_qa.ask(clip, question, given, report=step)
+    failures: list[str] = []
+    try:
+        failures = write_extras(result, trace, picture)
+    finally:
+        if json_:
+            print(json.dumps(as_json(result, trace, picture), ensure_ascii=False), flush=True)
+        else:
+            print_answer(result, picture, verbose)
+    if failures:
+        print(" ".join(failures), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _split_candidates(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [part.strip() for part in text.split("|")]
+
+
+def write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> list[str]:
+    """Write the trace and the picture; return what went wrong, a sentence each."""
+    failures = []
+    try:
+        if trace is not None:
+            with atomic_write(trace) as temporary:
+                temporary.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+    except OSError as error:
+        failures.append(f"The trace could not be written: {error}.")
+    try:
+        if picture is not None:
+            result.save_picture(picture)
+    except (OSError, ValueError) as error:
+        failures.append(f"The picture could not be written: {error}.")
+    return failures
+
+
+def as_json(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> dict[str, Any]:
+    files = {"trace_file": trace, "picture_file": picture}
+    return result.to_dict() | {
+        name: str(path) for name, path in files.items() if path is not None and path.exists()
+    }

@@ -1,0 +1,35 @@
+"""`vot eval`: one command per benchmark."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vot_kernels.cli.manners import answers_are_kept, when_interrupted
+from vot_kernels.cli.models import check_models
+from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm
+from vot_kernels.extras import require
+from vot_kernels.files import check_output
+
+eval_app = typer.Typer(help="Measure accuracy on held-out videos.", **GROUP)
+
+
+@eval_app.command("digitworld")
+@when_interrupted(answers_are_kept)
+def eval_digitworld(
+    out: Annotated[
+        Path, typer.Option(help="JSON file for the results; an unfinished run is resumed.", **PATH)
+    ],
+    videos: Annotated[int, typer.Option(help="Held-out videos, one question each.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
+    checkpoint: Checkpoint = None,
+    llm: Llm = None,
+    device: Device = "cpu",
+) -> None:
+    """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
+    require("vot eval digitworld", "video", "llm", "train")
+    check_output(out, ".json")
+    check_models(checkpoint, llm, None, device)
+    from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
+
+    print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm, device)))

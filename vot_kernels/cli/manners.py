@@ -1,0 +1,67 @@
+"""How every command ends: errors in one sentence, and Ctrl-C with a word on what is kept."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def when_interrupted(kept: Callable[[dict[str, Any]], str]) -> Callable[[Command], Command]:
+    """Handle Ctrl-C in a command: print what is kept, by its arguments, and how to continue, and exit with 130."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            try:
+                command(**given)
+            except KeyboardInterrupt:
+                print(f"Interrupted: {kept(given)}", file=sys.stderr)
+                raise typer.Exit(130) from None
+
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def nothing_is_kept(given: dict[str, Any]) -> str:
+    return "nothing was written; run the same command again."
+
+
+def checkpoints_are_kept(given: dict[str, Any]) -> str:
+    return f"the steps so far are kept in {given['out']}; the same command goes on from there."
+
+
+def answers_are_kept(given: dict[str, Any]) -> str:
+    if given.get("batch") is None and "videos" not in given:
+        return nothing_is_kept(given)
+    rows = given["out"].with_suffix(".rows.jsonl") if "videos" in given else given["out"]
+    return f"the answers so far are kept in {rows}; the same command goes on from there."
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Turn errors that a user can correct into one sentence on stderr; VOT_DEBUG=1 shows the traceback."""
+    try:
+        yield
+    except (typer.Abort, KeyboardInterrupt):
+        print(f"Interrupted: {nothing_is_kept({})}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error, of click or of the click inside typer
+            _fail(error.format_message())
+        if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("VOT_DEBUG"):
+            raise
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            _fail(f"{error.filename}: {error.strerror}.")  # not "[Errno 2] ..."
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

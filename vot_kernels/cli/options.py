@@ -1,0 +1,42 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+GROUP: dict[str, Any] = {"no_args_is_help": True, "context_settings": HELP}
+
+STEPS = ("task_definition", "tracking", "action_analysis", "ranking", "verification")
+
+
+def local_path(text: str | Path) -> Path:
+    """Return a path; refuse a URL, in which Path would drop a slash."""
+    if "://" in str(text):
+        raise typer.BadParameter(
+            f"'{text}' is a URL, but only local files are read and written: download it first."
+        )
+    return Path(text)
+
+
+PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
+
+Fps = Annotated[
+    float | None, typer.Option(help="Frames per second to look at (default: 8, at most 32 frames).")
+]
+NumFrames = Annotated[
+    int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
+]
+Start = Annotated[float | None, typer.Option(help="Begin at this time, in seconds.")]
+End = Annotated[float | None, typer.Option(help="End at this time, in seconds.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a perception checkpoint (default: the bundled DigitWorld one).", **PATH),
+]
+Llm = Annotated[
+    Path | None,
+    typer.Option(help="Folder of any Hugging Face causal LM (default: SmolLM2-135M-Instruct).", **PATH),
+]
+Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps …")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the five steps and all the evidence.")]
