@@ -23,7 +23,7 @@ def test_an_empty_step_hides_the_spinner_and_frees_stdout(monkeypatch):
         print("Answer: left")
         step("Reading")
         assert sys.stdout is not out
-    assert out.getvalue() == "Answer: left\n" and "Looking …" in terminal.getvalue()
+    assert out.getvalue() == "Answer: left\n" and "Reading …" in terminal.getvalue()
 
 
 def test_without_a_terminal_an_empty_step_is_no_line(capsys):

@@ -43,7 +43,10 @@ def steps(shown: bool = True) -> Iterator[Callable[[str], None]]:
         with console.status("Starting …") as status:
 
             def show(text: str) -> None:
-                status.update(f"{text} …")
-                (status.start if text else status.stop)()
+                if text:
+                    status.update(f"{text} …")
+                    status.start()
+                else:
+                    status.stop()
 
             yield show
