@@ -65,7 +65,7 @@ def ask(
     from vot_kernels.pipelines.batch import answer_batch, read_questions
     from vot_kernels.pipelines.progress import steps
     from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
-    from vot_kernels.reasoning.reasoning import check_candidates, check_question
+    from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
     sampling = Sampling(fps, num_frames, start, end)
     if batch is not None:
@@ -86,7 +86,7 @@ def ask(
     if video is None or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
-    given = check_candidates(_split_candidates(candidates))
+    given = split_candidates(candidates)
     for output, suffix in ((trace, ".json"), (picture, ".png")):
         if output is not None:
             check_output(output, suffix)
@@ -110,12 +110,6 @@ def ask(
     if failures:
         print(" ".join(failures), file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _split_candidates(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    return [part.strip() for part in text.split("|")]
 
 
 def write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> list[str]:
