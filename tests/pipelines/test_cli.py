@@ -61,7 +61,20 @@ def test_help_explains_units(vot, monkeypatch):
         (["frobnicate"], "No such command"),
         (["ask"], "Give a video and a question"),
         (["ask", "missing.mp4", "Who?"], "missing.mp4"),
-        (["ask", ".", "Who?"], "directory"),
+        (["ask", ".", "Who?"], "The folder '.' has no video and no image"),
+        (["ask", "CLIP", ".", "Who?"], "The folder '.' has no video"),
+        (["ask", "CLIP", "CLIP", "Who?", "--trace", "x.json"], "there are 2"),
+        (["ask", "CLIP", "CLIP", "Who?", "--checkpoint", "nowhere"], "nowhere"),
+        (["ask", "CLIP"], "Give a video and a question"),
+        (["ask", "CLIP", "Who?", "--batch", "q.jsonl", "--out", "a.jsonl"], "accepts no video"),
+        (["ask", "CLIP", "Who?", "--trace", "http://example.org/x.json"], "is a URL"),
+        (["ask", "CLIP", "Who?", "--picture", "http://example.org/x.png"], "is a URL"),
+        (["ask", "--batch", "s3://bucket/q.jsonl", "--out", "a.jsonl"], "is a URL"),
+        (["ask", "--batch", "q.jsonl", "--out", "s3://bucket/a.jsonl"], "is a URL"),
+        (["train", "perception", "--out", "s3://bucket/run"], "is a URL"),
+        (["train", "encoder", "--out", "run", "--teacher", "https://example.org/t"], "is a URL"),
+        (["eval", "digitworld", "--out", "https://example.org/x.json"], "is a URL"),
+        (["demo", "--out", "https://example.org/x"], "is a URL"),
         (["ask", __file__, "Who?"], "test_cli.py"),
         (["ask", "--fps", "x", "a.mp4", "Who?"], "--fps"),
         (["ask", "a.mp4", "Who?", "--skip", "nothing"], "a.mp4"),
@@ -212,6 +225,29 @@ def test_a_foreign_clip_is_named_and_left(vot, monkeypatch, tmp_path):
     monkeypatch.setattr(video_qa, "load_language_model", lambda path, device: ScriptedLanguageModel())
     out = vot("ask", str(tmp_path / "grey.mp4"), "What is moving?", "--candidates", "a|b", "--anyway")[1]
     assert "a guess: a" in out or "no answer" in out
+
+
+def test_several_videos_get_an_answer_each_in_order(vot, scripted, tmp_path):
+    clip, text, candidates = digitworld_clip()
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("b.mp4", "a.mp4", ".hidden.mp4"):
+        (folder / name).write_bytes(clip.read_bytes())
+    (folder / "a2.mp4").write_text("no video")
+    (folder / "notes.txt").write_text("no video")
+    words = ["ask", str(folder), str(clip), "missing.mp4", text, "--candidates", "|".join(candidates)]
+    code, out, err = vot(*words, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["video"]).name for row in rows] == ["a.mp4", "a2.mp4", "b.mp4", clip.name, "missing.mp4"]
+    assert ["error" in row for row in rows] == [False, True, False, False, True]
+    assert rows[0]["choice"] == rows[2]["choice"] == rows[3]["choice"] and rows[1]["question"] == text
+    assert code == 1 and err.splitlines()[-1] == "2 of 5 videos failed."
+    code, out, err = vot(*words)
+    headings = [line for line in out.splitlines() if line.endswith(".mp4:")]
+    assert code == 1 and headings == [f"{folder / 'a.mp4'}:", f"{folder / 'b.mp4'}:", f"{clip}:"]
+    assert out.count("Answer: ") == 3 and "a2.mp4" in err and "There is no file 'missing.mp4'." in err
+    (folder / "a2.mp4").unlink()
+    assert vot("ask", str(folder), text, "--candidates", "|".join(candidates))[0] == 0
 
 
 def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
