@@ -3,11 +3,13 @@
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +48,49 @@ def vot(monkeypatch, capsys):
 def test_help(vot, command):
     code, out, _ = vot(*command, "--help")
     assert code == 0 and "Usage" in out
+
+
+def commands() -> dict[str, Any]:
+    """Every command that can be run, by its words."""
+    from typer.main import get_command
+
+    from vot_kernels.cli.app import app
+
+    groups = dict(get_command(app).commands)
+    inner = {
+        f"{name} {sub}": c for name, g in groups.items() for sub, c in getattr(g, "commands", {}).items()
+    }
+    return {name: c for name, c in groups.items() if not hasattr(c, "commands")} | inner
+
+
+def test_every_command_has_examples_that_it_accepts(vot):
+    checked = 0
+    for name, command in commands().items():
+        title, *lines = command.epilog.split("\n\n")
+        assert title == "Examples:" and lines
+        for line in lines:
+            program, *words = shlex.split(line)
+            assert [program, *words[: len(name.split())]] == ["vot", *name.split()]
+            context = command.make_context(
+                name, words[len(name.split()) :]
+            )  # raises on what it does not accept
+            assert context.params
+            checked += 1
+    assert checked >= 10
+    out = " ".join(vot("ask", "--help")[1].split())
+    assert 'vot ask clips/ more.gif "What happens?" --json' in out
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("vot en", "encode"), ("vot ask --cand", "--candidates"), ("vot train lin", "linearize")],
+)
+def test_the_shell_completes_without_torch(words, offered):
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['vot']; from vot_kernels.cli import main; main()"
+    asked = {"_VOT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    run = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | asked}
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert done.stdout.split() == [offered] and done.stderr == ""
 
 
 def test_help_explains_units(vot, monkeypatch):
