@@ -15,6 +15,7 @@ EXTRAS = {
     },
     "train": {"sklearn": "scikit-learn", "scipy": "scipy", "rich": "rich"},
     "cli": {"typer": "typer", "rich": "rich"},
+    "web": {"gradio": "gradio", "starlette": "gradio"},
     "lmms": {"lmms_eval": "lmms_eval"},
 }
 

@@ -7,14 +7,14 @@ import typer
 
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
 from vot_kernels.cli.models import check_models
-from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm
+from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output
 
 eval_app = typer.Typer(help="Measure accuracy on held-out videos.", **GROUP)
 
 
-@eval_app.command("digitworld")
+@eval_app.command("digitworld", epilog=examples("vot eval digitworld --out results.json --videos 100"))
 @when_interrupted(answers_are_kept)
 def eval_digitworld(
     out: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from vot_kernels.cli.manners import checkpoints_are_kept, when_interrupted
-from vot_kernels.cli.options import GROUP, PATH, Device
+from vot_kernels.cli.options import GROUP, PATH, Device, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
@@ -16,7 +16,13 @@ from vot_kernels.train.perception.settings import PerceptionTraining
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
 
 
-@train_app.command("perception")
+@train_app.command(
+    "perception",
+    epilog=examples(
+        "vot train perception --out run",
+        "vot train perception --out run --attention softmax --steps 2000 --device cuda",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 def train_perception_command(
     out: Annotated[
@@ -60,7 +66,7 @@ def train_perception_command(
     print(run(out, settings, eval_clips, device))
 
 
-@train_app.command("linearize")
+@train_app.command("linearize", epilog=examples("vot train linearize runs/softmax/model --out runs/hybrid"))
 @when_interrupted(checkpoints_are_kept)
 def train_linearize_command(
     checkpoint: Annotated[
@@ -94,7 +100,13 @@ def train_linearize_command(
     print(run(out, checkpoint, settings, window, eval_clips, device))
 
 
-@train_app.command("encoder")
+@train_app.command(
+    "encoder",
+    epilog=examples(
+        "vot train encoder --out run",
+        f"vot train encoder --out run --teacher {RANDOM_TEACHER} --contrastive 0",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 def train_encoder_command(
     out: Annotated[
