@@ -38,6 +38,7 @@ class VotProcessor(ProcessorMixin):
         chat_template: of messages; None is `CHAT_TEMPLATE`.
         vocabulary: the words of the model's graph tokens: lists of labels, attributes, predicates and events.
         tokens_per_track: tokens of a tracklet; 0 for a model that reads no graphs.
+        num_frames: so many frames are taken evenly from a longer video; None takes all.
 
     Raises:
         ValueError: the tokenizer lacks a placeholder.
@@ -50,10 +51,12 @@ class VotProcessor(ProcessorMixin):
         chat_template: str | None = None,
         vocabulary: Mapping[str, Sequence[str]] | None = None,
         tokens_per_track: int = 0,
+        num_frames: int | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.vocabulary = {name: list(words) for name, words in (vocabulary or {}).items()}
         self.tokens_per_track = tokens_per_track
+        self.num_frames = num_frames
         self.image_token, self.video_token, self.graph_token = PLACEHOLDERS
         known = tokenizer.get_vocab()
         if missing := [token for token in PLACEHOLDERS if token not in known]:
@@ -61,7 +64,9 @@ class VotProcessor(ProcessorMixin):
         self.image_token_id, self.video_token_id, self.graph_token_id = (known[t] for t in PLACEHOLDERS)
 
     @classmethod
-    def for_model(cls, config: VotConfig, tokenizer: Any, **sizes: Any) -> "VotProcessor":
+    def for_model(
+        cls, config: VotConfig, tokenizer: Any, num_frames: int | None = None, **sizes: Any
+    ) -> "VotProcessor":
         """Return the processor of a model; `sizes` go to the image processor."""
         vision, graph = config.vision_config, config.graph_config
         image_processor = VotImageProcessor(
@@ -76,6 +81,7 @@ class VotProcessor(ProcessorMixin):
             tokenizer,
             vocabulary=words,
             tokens_per_track=0 if graph is None else graph.tokens_per_track,
+            num_frames=num_frames,
         )
 
     def __call__(
@@ -101,7 +107,7 @@ class VotProcessor(ProcessorMixin):
             video_metadata: one per video, an object or a dict with `fps` of the file and `frames_indices`, the frames
                 of the file that the video has (default: all); None where `videos` know their times or nobody does.
             audio: None, since the model hears nothing.
-            do_sample_frames: False, since every frame is taken.
+            do_sample_frames: False, since the processor's num_frames says what is taken.
             return_tensors: "pt" or None for token ids as lists; features are tensors in either case.
             text_options: options of the tokenizer, such as `padding`.
 
@@ -116,7 +122,9 @@ class VotProcessor(ProcessorMixin):
         if audio is not None:
             raise ValueError("The model hears nothing; audio must be None.")
         if do_sample_frames:
-            raise ValueError("do_sample_frames must be False: the frames that are given are all read.")
+            raise ValueError(
+                "do_sample_frames must be False; num_frames of the processor says what is taken."
+            )
         shown, features = self._features(images, videos, graphs, video_metadata)
         if text is None:
             return BatchFeature(features)
@@ -145,9 +153,9 @@ class VotProcessor(ProcessorMixin):
             known = _flat(metadata) or [None] * len(clips)
             if len(known) != len(clips):
                 raise ValueError(f"video_metadata must be one per video ({len(clips)}), got {len(known)}.")
-            times = [_times(clip, given) for clip, given in zip(clips, known, strict=True)]
-            rates = [_rate(seconds) for seconds in times]
-            packed = self.image_processor([getattr(clip, "frames", clip) for clip in clips], fps=rates)
+            pairs = [self._sampled(clip, given) for clip, given in zip(clips, known, strict=True)]
+            times = [seconds for _, seconds in pairs]
+            packed = self.image_processor([clip for clip, _ in pairs], fps=[_rate(t) for t in times])
             features["pixel_values_videos"] = packed["pixel_values"]
             features["video_grid_thw"], features["video_fps"] = packed["image_grid_thw"], packed["fps"]
             grids = packed["image_grid_thw"].tolist()
@@ -159,6 +167,14 @@ class VotProcessor(ProcessorMixin):
             features |= graph_tensors([scene.to_packed(words) for scene in scenes])
             shown[GRAPH] = [GRAPH * (self.tokens_per_track * len(scene.tracklets)) for scene in scenes]
         return shown, features
+
+    def _sampled(self, clip: Any, metadata: Any) -> tuple[Any, np.ndarray | None]:
+        """Return the frames that are taken, and their times, if known."""
+        frames, times = getattr(clip, "frames", clip), _times(clip, metadata)
+        if self.num_frames is None or len(frames) <= self.num_frames:
+            return frames, times
+        taken = np.linspace(0, len(frames) - 1, self.num_frames).round().astype(np.int64)
+        return frames[taken], None if times is None else times[taken]
 
     def _tokens(self, grid: Sequence[int]) -> int:
         return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
