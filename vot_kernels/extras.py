@@ -15,6 +15,7 @@ EXTRAS = {
     },
     "train": {"sklearn": "scikit-learn", "scipy": "scipy", "rich": "rich"},
     "cli": {"typer": "typer", "rich": "rich"},
+    "rl": {"peft": "peft"},
     "lmms": {"lmms_eval": "lmms_eval"},
 }
 

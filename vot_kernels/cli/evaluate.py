@@ -24,12 +24,30 @@ def eval_digitworld(
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
+    vlm: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a video-language checkpoint made by `vot train sft`.", **PATH),
+    ] = None,
+    language_model: Annotated[
+        bool,
+        typer.Option(
+            "--language-model/--no-language-model",
+            help="Whether the language model answers too, which takes most of the time.",
+        ),
+    ] = True,
     device: Device = "cpu",
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
     require("vot eval digitworld", "video", "llm", "train")
     check_output(out, ".json")
+    from vot_kernels.models.checkpoint import VLM, checkpoint_kind
+
     check_models(checkpoint, llm, None, device)
+    if vlm is not None:
+        checkpoint_kind(vlm, VLM)
     from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
 
-    print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm, device)))
+    result = evaluate_digitworld(
+        out, videos, seed, checkpoint, llm, device, vlm=vlm, language_model=language_model
+    )
+    print(format_table(result))

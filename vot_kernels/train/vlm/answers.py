@@ -34,15 +34,18 @@ def first_prompt(graph: STSG, question: str) -> str:
 def replies(model: Any, processor: VotProcessor, asked: Sequence[Asked]) -> Iterator[str]:
     """Yield the greedy reply to each question, in batches of eight."""
     for start in range(0, len(asked), _BATCH):
-        messages = [[{"role": "user", "content": _content(item)}] for item in asked[start : start + _BATCH]]
-        inputs = processor.apply_chat_template(
+        messages: Any = [
+            [{"role": "user", "content": _content(item)}] for item in asked[start : start + _BATCH]
+        ]
+        batch: Any = processor.apply_chat_template(
             messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-        ).to(model.device)
+        )
+        inputs = batch.to(model.device)
         new = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         yield from processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

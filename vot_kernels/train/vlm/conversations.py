@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -142,9 +142,8 @@ def _pieces(processor: VotProcessor, conversation: Conversation) -> list[tuple[s
     pieces = []
     for n, turn in enumerate(conversation.turns):
         parts = [*(shown(conversation) if n == 0 else []), {"type": "text", "text": turn.prompt}]
-        asked = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
+        message: Any = [{"role": "user", "content": parts}]
+        asked = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         pieces += [(asked if n == 0 else f"\n{asked}", False), (f"{turn.reply}{END}", True)]
     return pieces
 

@@ -33,7 +33,7 @@ PARTS = {
 }
 """The parts of the model and how the names of their parameters begin; "lora" are the adapters in the text."""
 
-NANO_TEXT = {
+NANO_TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
@@ -45,7 +45,7 @@ NANO_TEXT = {
 NUM_FRAMES = 4
 _VOCABULARY_SIZE = 640
 _TOKENIZER_EPISODES = 150
-_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 _LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -130,7 +130,7 @@ def _texts() -> Iterator[str]:
 def _nano_config(tokenizer: Any) -> Any:
     from transformers import LlamaConfig
 
-    tokens = {
+    tokens: dict[str, Any] = {
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -147,7 +147,7 @@ def add_lora(model: VotForConditionalGeneration, seed: int) -> Any:
     with imports_for("LoRA", "rl"):
         from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(target_modules=_LORA_LAYERS, **_LORA))  # type: ignore[arg-type]
+    return get_peft_model(model, LoraConfig(target_modules=_LORA_LAYERS, **_LORA))
 
 
 def train_only(model: nn.Module, parts: Iterable[str]) -> nn.ParameterDict:
