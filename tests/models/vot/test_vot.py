@@ -5,7 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 import vot_kernels
 from tests.models.vot.tiny import (
@@ -196,6 +203,14 @@ def _without_placeholders(tokenizer):
     return tokenizer
 
 
+def test_half_precision_reads_the_same(model, inputs):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    logits = half(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[real].float(), model(**inputs).logits[real], atol=0.1, rtol=0.1)
+
+
 # --- generation ---------------------------------------------------------------------------------------------
 
 
@@ -232,6 +247,9 @@ def test_placeholders_are_never_generated(processor):
         )  # wants to say <|image|>
     assert model(**batch).logits[0, -1].argmax() == model.config.image_token_id
     assert not (greedy(model, batch) == model.config.image_token_id).any()
+    own = GenerationConfig(max_new_tokens=3, do_sample=False)  # as trainers pass it
+    new = model.generate(**batch, generation_config=own)[:, batch["input_ids"].shape[1] :]
+    assert not (new == model.config.image_token_id).any()
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -328,6 +346,9 @@ def test_a_stream_needs_a_causal_encoder_and_single_frames(model, processor):
     one = processor(videos=[clip[:1]], text="<|video|>", return_tensors="pt")
     with pytest.raises(ValueError, match="causal"):
         model.stream(**one)
+    image = processor(images=[clip[0]], text="<|image|>", return_tensors="pt")
+    with pytest.raises(ValueError, match="16 image tokens, but the image features are 0"):
+        model.stream(image["input_ids"])
     two = processor(videos=[clip], text="<|video|>", return_tensors="pt")
     with pytest.raises(ValueError, match="one frame at a time"):
         model.stream(**two)

@@ -26,8 +26,8 @@ from vot_kernels.train.vlm.answers import Asked, replies
 from vot_kernels.train.vlm.conversations import ConversationBatches, encode, render
 from vot_kernels.train.vlm.stage import nats_per_token
 
-SHORT = ProjectorTraining(steps=4, batch_size=2, warmup=2)
-SHORT_SFT = SftTraining(steps=4, batch_size=2, warmup=2)
+SHORT = ProjectorTraining(steps=2, batch_size=2, warmup=2)
+SHORT_SFT = SftTraining(steps=2, batch_size=2, warmup=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,7 +182,7 @@ def test_other_parts_are_found(nano):
 @pytest.mark.parametrize("train, settings", [(train_projector, SHORT), (train_sft, SHORT_SFT)])
 def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, settings):
     results = []
-    for name, stops in (("whole", (None,)), ("parts", (2, None))):
+    for name, stops in (("whole", (None,)), ("parts", (1, None))):
         for stop in stops:
             model, processor = vlm.build_model("nano", perception, seed=0)
             train(tmp_path / name, model, processor, settings, stop_at=stop)
@@ -193,13 +193,13 @@ def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, sett
         train(tmp_path / "whole", other, processor, settings)
 
 
-@pytest.mark.fixed_seed  # twenty steps of training
+@pytest.mark.fixed_seed  # a few steps of training
 def test_training_lowers_the_loss(nano, tmp_path):
     model, processor = nano
-    batches = ConversationBatches(processor, describe, 0, 4)
+    batches = ConversationBatches(processor, describe, 0, 2)
     before = nats_per_token(model.eval(), batches, 1)
-    train_projector(tmp_path, model, processor, ProjectorTraining(steps=20, batch_size=2, warmup=2))
-    assert nats_per_token(model, batches, 1) < before - 1.0
+    train_projector(tmp_path, model, processor, ProjectorTraining(steps=12, batch_size=2, warmup=2))
+    assert nats_per_token(model, batches, 1) < before - 0.5
 
 
 def test_the_published_model_and_its_record(published, perception):

@@ -124,7 +124,7 @@ class VotModel(VotPreTrainedModel):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give input_ids or inputs_embeds; both are None.")
-            inputs_embeds = self.embed(input_ids, given)
+            inputs_embeds = self.embed(input_ids, self.features(given))
         elif any(value is not None for value in given.values()):
             raise ValueError(
                 "Images, videos and graphs need input_ids with their placeholders, not inputs_embeds."
@@ -137,18 +137,17 @@ class VotModel(VotPreTrainedModel):
             **kwargs,
         )
 
-    def embed(self, input_ids: Tensor, given: Mapping[str, Tensor | None]) -> Tensor:
-        """Return the embeddings of `input_ids`, features in the place of the placeholder tokens.
+    def embed(self, input_ids: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the embeddings of `input_ids`, with features in the place of the placeholder tokens.
 
         Args:
             input_ids: int64 `[batch, tokens]`.
-            given: the arguments of forward that hold images, videos and graphs.
+            features: `[features, text width]` of each kind that is given: "image", "video" or "graph".
 
         Raises:
             ValueError: the placeholders are not as many as the features.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        features = self.features(given)
         config = self.config
         tokens = {
             "image": config.image_token_id,
@@ -348,7 +347,7 @@ class VotForConditionalGeneration(VotPreTrainedModel, GenerationMixin):
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         video_fps: Tensor | None = None,
-        **_: Any,
+        attention_mask: Tensor | None = None,
     ) -> VotStream:
         """Read the next piece of one conversation: text, or one frame of a video and what stands around it.
 
@@ -362,17 +361,19 @@ class VotForConditionalGeneration(VotPreTrainedModel, GenerationMixin):
             pixel_values_videos: float `[patches, C * tp * p * p]`, the frame; None for text alone.
             video_grid_thw: int64 `[1, 3]`, (1, height, width) in patches.
             video_fps: float `[1]`, frames per second of the stream.
+            attention_mask: of ones, as the processor returns it; a stream has no padding.
 
         Raises:
             ValueError: the encoder is not causal, the piece has more than one frame, or its placeholders are not as
                 many as its features.
         """
         state = state or VotStream(input_ids[:, :0], DynamicCache(config=self.config.text_config))
-        encoder, features = state.encoder, None
+        encoder, features = state.encoder, {}
         if pixel_values_videos is not None and video_grid_thw is not None:
-            features, encoder = self._next_frame(pixel_values_videos, video_grid_thw, video_fps, encoder)
-        embeds = self.get_input_embeddings()(input_ids)
-        embeds = _put(embeds, input_ids == self.config.video_token_id, features, "video")
+            features["video"], encoder = self._next_frame(
+                pixel_values_videos, video_grid_thw, video_fps, encoder
+            )
+        embeds = self.model.embed(input_ids, features)
         outputs = self.model(inputs_embeds=embeds, past_key_values=state.past_key_values, use_cache=True)
         return VotStream(torch.cat([state.input_ids, input_ids], 1), outputs.past_key_values, encoder)
 

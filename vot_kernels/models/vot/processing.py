@@ -11,6 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.graph.tensors import graph_tensors
 from vot_kernels.models.vot.configuration import VotConfig
+from vot_kernels.models.vot.modeling import FEATURE_INPUTS
 from vot_kernels.scene_graph.graph import Vocabulary
 
 IMAGE, VIDEO, GRAPH = "<|image|>", "<|video|>", "<|graph|>"
@@ -135,8 +136,6 @@ class VotProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The names of the outputs."""
-        from vot_kernels.models.vot.modeling import FEATURE_INPUTS
-
         return [*self.tokenizer.model_input_names, *FEATURE_INPUTS]
 
     def _features(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,6 @@ from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.vlm.conversations import ConversationBatches
 from vot_kernels.train.vlm.model import check_trained, train_only
-
-
-class StageSettings(Protocol):
-    """What the settings of every stage have; see `vot_kernels.train.loop.Schedule`."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    seed: int
 
 
 def train_parts(
@@ -45,7 +33,7 @@ def train_parts(
         model: the video-language model, on its device; its other parameters stay as they are.
         parts: see `train_only`.
         batches: the conversations.
-        settings: a dataclass with the fields of `StageSettings`.
+        settings: a dataclass with the fields of `Schedule`, and weight_decay.
         save_every, stop_at, report: as in `run_steps`.
 
     Raises:
