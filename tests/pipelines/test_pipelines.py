@@ -290,13 +290,18 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "replies", scripted)
-        options = {"vlm": tmp_path / "vlm", "language_model": False}
+        options = {"vlm": tmp_path / "vlm", "only": ("vlm", "rules")}
         result = evaluation.evaluate_digitworld(tmp_path / "scripted.json", videos=3, **options)
     assert result["accuracy"]["vlm"]["all"] == pytest.approx(1 / 3)
     assert result["vlm_format"] == pytest.approx(2 / 3)
     assert result["settings"]["vlm"].startswith("vlm (") and "llm" not in result["settings"]
     table = evaluation.format_table(result)
     assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table
+    assert result["accuracy"].keys() == {"vlm", "rules", "rules_truth"}
+    with pytest.raises(ValueError, match="only must be some of vlm, llm, rules, blind, got eyes"):
+        evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("eyes",))
+    with pytest.raises(ValueError, match="its folder is not given"):
+        evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("vlm",))
     result = evaluation.evaluate_digitworld(tmp_path / "real.json", videos=2, **options)
     assert 0 <= result["accuracy"]["vlm"]["all"] <= 1 and result["seconds_per_question"].keys() == {"vlm"}
 

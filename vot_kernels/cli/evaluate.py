@@ -28,13 +28,10 @@ def eval_digitworld(
         Path | None,
         typer.Option(help="Folder of a video-language checkpoint made by `vot train sft`.", **PATH),
     ] = None,
-    language_model: Annotated[
-        bool,
-        typer.Option(
-            "--language-model/--no-language-model",
-            help="Whether the language model answers too, which takes most of the time.",
-        ),
-    ] = True,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="What answers, repeatable: vlm, llm, rules, blind (default: all)."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
@@ -45,9 +42,8 @@ def eval_digitworld(
     check_models(checkpoint, llm, None, device)
     if vlm is not None:
         checkpoint_kind(vlm, VLM)
-    from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
+    from vot_kernels.pipelines.evaluation import GROUPS, evaluate_digitworld, format_table
 
-    result = evaluate_digitworld(
-        out, videos, seed, checkpoint, llm, device, vlm=vlm, language_model=language_model
-    )
+    answering = only or GROUPS
+    result = evaluate_digitworld(out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering)
     print(format_table(result))

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ SYSTEMS = {
     "rules": "rules on the seen STSG",
     "rules_truth": "rules on the true STSG",
 }
+GROUPS = ("vlm", "llm", "rules", "blind")
+"""The systems by what they need: a video-language model, a language model, the rules, nothing of the clip."""
 LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 _TRAIN_QUESTIONS = 1400
 _CRF = 23
@@ -52,7 +54,7 @@ def evaluate_digitworld(
     device: str = "cpu",
     *,
     vlm: str | os.PathLike[str] | None = None,
-    language_model: bool = True,
+    only: Collection[str] = GROUPS,
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
@@ -63,7 +65,7 @@ def evaluate_digitworld(
 
     Args:
         vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
-        language_model: False leaves out the rows of the language model, which take most of the time.
+        only: the `GROUPS` that answer; the language model takes most of the time, then the blind baselines.
 
     Returns:
         The contents of `out`: settings (number, size and rate of the frames, codec and decoder, on all of which scores
@@ -72,16 +74,18 @@ def evaluate_digitworld(
     """
     target = Path(out)
     check_output(target, ".json")
+    check_groups(only, vlm)
     asked = generate_questions("test", videos, seed=seed)
     perception, processor = load_perception(checkpoint, device)
-    model = load_language_model(llm, device) if language_model else None
-    reader = None if vlm is None else _Reader(Path(vlm), device)
+    model = load_language_model(llm, device) if "llm" in only else None
+    reader = _Reader(Path(vlm), device) if vlm is not None and "vlm" in only else None
     settings = {
         "videos": videos,
         "seed": seed,
         "checkpoint": perception.config.name_or_path,
         **({} if model is None else {"llm": model.name}),
         **({} if reader is None else {"vlm": reader.name}),
+        **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
         **_looked_at(asked),
     }
     rows_file = target.with_suffix(".rows.jsonl")
@@ -92,12 +96,25 @@ def evaluate_digitworld(
         for item in track(asked[len(rows) :], "Asking", done=len(rows)):
             frames = h264_roundtrip(item.episode.frames(), _CRF)
             (seen,) = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
-            rows.append(_answer(model, reader, item, frames, seen))
+            rows.append(_answer(model, reader, "rules" in only, item, frames, seen))
             append(rows[-1])
-    result = {"settings": settings, **_summarise(asked, rows, seed)}
+    result = {"settings": settings, **_summarise(asked, rows, seed, "blind" in only)}
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def check_groups(only: Collection[str], vlm: str | os.PathLike[str] | None) -> None:
+    """Refuse groups that do not exist, none at all, or the video-language model alone without its folder.
+
+    Raises:
+        ValueError: says which.
+    """
+    unknown = [group for group in only if group not in GROUPS]
+    if unknown or not only:
+        raise ValueError(f"only must be some of {', '.join(GROUPS)}, got {', '.join(only) or 'none'}.")
+    if vlm is None and set(only) == {"vlm"}:
+        raise ValueError("The video-language model answers alone, but its folder is not given.")
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -161,15 +178,16 @@ class _Reader:
 def _answer(
     model: LanguageModel | None,
     reader: _Reader | None,
+    rules: bool,
     item: AskedEpisode,
     frames: np.ndarray,
     seen: Detection,
 ) -> dict[str, Any]:
     question = item.question
-    answers = {
-        "rules": answer_by_rules(question, seen.stsg),
-        "rules_truth": answer_by_rules(question, item.episode.stsg),
-    }
+    answers: dict[str, str] = {}
+    if rules:
+        answers["rules"] = answer_by_rules(question, seen.stsg)
+        answers["rules_truth"] = answer_by_rules(question, item.episode.stsg)
     row: dict[str, Any] = {"episode": item.episode.name, "question": asdict(question), "answers": answers}
     seconds: dict[str, float] = {}
     if model is not None:
@@ -207,14 +225,17 @@ def _think(
     }
 
 
-def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+def _summarise(
+    asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], seed: int, blind: bool
+) -> dict[str, Any]:
     questions = [item.question for item in asked]
     systems = [name for name in SYSTEMS if name in rows[0]["answers"]]
     answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in systems}
-    train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
-    graphs = [STSG.from_dict(row["stsg"]) for row in rows]
-    blind = baseline_answers(train, questions, graphs, seed=seed)
-    answers |= {name: blind[name] for name in BASELINES}
+    if blind:
+        train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
+        graphs = [STSG.from_dict(row["stsg"]) for row in rows]
+        guesses = baseline_answers(train, questions, graphs, seed=seed)
+        answers |= {name: guesses[name] for name in BASELINES}
     result: dict[str, Any] = {
         "accuracy": {name: accuracy_by_kind(questions, given) for name, given in answers.items()}
     }
