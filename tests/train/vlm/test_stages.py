@@ -1,12 +1,13 @@
 """The stages of the video-language model: what they train, what they learn from, bit-equal resuming, the record."""
 
+import copy
 import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from tests.models.vot.tiny import tiny_tokenizer
 from vot_kernels.data.digitworld import generate_episode
@@ -142,11 +143,12 @@ def test_a_frozen_language_model_and_adapters(perception, tmp_path):
     )
     folder = tmp_path / "language"
     language = LlamaForCausalLM(text)
-    language.save_pretrained(folder)
+    copy.deepcopy(language).half().save_pretrained(folder)  # as SmolLM2 is kept
     tokenizer.save_pretrained(folder)
     model, processor = vlm.build_model("smollm2", perception, 0, folder)
     weights = language.get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight, weights)
+    assert torch.equal(model.get_input_embeddings().weight, weights.half().float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     settings = dataclasses.replace(SHORT, language_model="smollm2")
     before = parameters(model)
     train_projector(tmp_path / "a", model, processor, settings, stop_at=2)
@@ -209,6 +211,9 @@ def test_the_published_model_and_its_record(published, perception):
     assert record["trained"] == ["projector", "graph", "text"]
     assert "vot train projector" in record["command"]
     model, processor = vlm.load_vlm(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    stored = AutoModelForImageTextToText.from_pretrained(folder)
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert processor.num_frames == vlm.NUM_FRAMES and processor.chat_template
     episode = generate_episode("test", 0)
     (reply,) = replies(model, processor, [Asked(render(episode), episode.stsg, "Who?", None)])

@@ -235,7 +235,8 @@ class VotForConditionalGeneration(VotPreTrainedModel, GenerationMixin):
         Args:
             config: must have the configurations of the two; the vocabulary may be larger.
             encoder: with weights to copy; None leaves new ones.
-            language_model: a causal language model with weights to copy; None leaves new ones.
+            language_model: a causal language model with weights to copy, whose vocabulary is made as large as the
+                configuration's; None leaves new ones.
         """
         model = cls(config)
         if encoder is not None:
