@@ -11,6 +11,7 @@ pytest.importorskip("trl", reason="reinforcement learning needs trl: pip install
 datasets = pytest.importorskip("datasets", reason="trl needs datasets")
 
 
+@pytest.mark.fixed_seed  # a step of training
 def test_grpo_reads_the_frames(tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
