@@ -16,6 +16,7 @@ EXTRAS = {
     "train": {"sklearn": "scikit-learn", "scipy": "scipy", "rich": "rich"},
     "cli": {"typer": "typer", "rich": "rich"},
     "web": {"gradio": "gradio", "starlette": "gradio"},
+    "rl": {"peft": "peft"},
     "lmms": {"lmms_eval": "lmms_eval"},
 }
 

@@ -32,6 +32,7 @@ BELONGS = {
     "vot_kernels.pipelines.web": ("web",),
     "vot_kernels.reasoning": ("llm",),
     "vot_kernels.train": ("train",),
+    "vot_kernels.train.vlm": ("train", "rl"),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGE_OF = {module: package for modules in EXTRAS.values() for module, package in modules.items()}

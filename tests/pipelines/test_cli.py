@@ -144,6 +144,10 @@ def test_help_explains_units(vot, monkeypatch):
         (["train", "perception", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "encoder", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "linearize", "nowhere", "--out", "run", "--device", "toaster"], "toaster"),
+        (["train", "projector", "--out", "CLIP"], "is a file"),
+        (["train", "projector", "--out", "run", "--checkpoint", "nowhere"], "nowhere"),
+        (["train", "sft", "nowhere", "--out", "run"], "nowhere is not a video-language checkpoint"),
+        (["eval", "digitworld", "--out", "x.json", "--vlm", "nowhere"], "nowhere is not a video-language"),
         (["demo", "--out", "CLIP"], "is a file"),
         (["ask", "--batch", "q.jsonl"], "--out"),
         (["ask", "CLIP", "Who?", "--num-frames", "0"], "num_frames"),
@@ -326,6 +330,7 @@ def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
         ),
         (["train", "perception", "--out", "run"], "vot_kernels.train.perception.run.run", "kept in run"),
         (["train", "encoder", "--out", "run"], "vot_kernels.train.encoder.run.run", "kept in run"),
+        (["train", "projector", "--out", "run"], "vot_kernels.train.projector.run.run", "kept in run"),
         (
             ["eval", "digitworld", "--out", "r.json"],
             "vot_kernels.pipelines.evaluation.evaluate_digitworld",

@@ -24,12 +24,26 @@ def eval_digitworld(
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
+    vlm: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a video-language checkpoint made by `vot train sft`.", **PATH),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="What answers, repeatable: vlm, llm, rules, blind (default: all)."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
     require("vot eval digitworld", "video", "llm", "train")
     check_output(out, ".json")
-    check_models(checkpoint, llm, None, device)
-    from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
+    from vot_kernels.models.checkpoint import VLM, checkpoint_kind
 
-    print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm, device)))
+    check_models(checkpoint, llm, None, device)
+    if vlm is not None:
+        checkpoint_kind(vlm, VLM)
+    from vot_kernels.pipelines.evaluation import GROUPS, evaluate_digitworld, format_table
+
+    answering = only or GROUPS
+    result = evaluate_digitworld(out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering)
+    print(format_table(result))
