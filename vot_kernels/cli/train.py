@@ -201,7 +201,7 @@ def train_projector_command(
     print(run(out, settings, perception, text, eval_clips, device))
 
 
-@train_app.command("sft", epilog=examples("vot train sft --out runs/sft"))
+@train_app.command("sft", epilog=examples("vot train sft runs/projector/model --out runs/sft"))
 @when_interrupted(checkpoints_are_kept)
 def train_sft_command(
     checkpoint: Annotated[
