@@ -1,0 +1,6 @@
+"""The ops and modules over several ranks: attention on the rows of each, experts spread over them."""
+
+from vot_kernels.distributed.attention import hybrid_attention, linear_attention, packed_attention
+from vot_kernels.distributed.sharding import shard
+
+__all__ = ["hybrid_attention", "linear_attention", "packed_attention", "shard"]
