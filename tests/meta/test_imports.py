@@ -25,6 +25,7 @@ ALLOWED = {
     "ops": OPS,
     "nn": NN,
     "models": MODELS,
+    "distributed": MODELS | {"models"},
     "integrations": TOP | {"pipelines"},
     "data": DATA,
     "train": TOP,
