@@ -212,7 +212,9 @@ def _without_placeholders(tokenizer):
 
 def test_half_precision_reads_the_same(model, inputs):
     half = copy.deepcopy(model).to(torch.bfloat16)
-    half.set_attn_implementation("eager")  # PyTorch's kernel refuses bfloat16 on CPUs without vector instructions
+    half.set_attn_implementation(
+        "eager"
+    )  # PyTorch's kernel refuses bfloat16 on CPUs without vector instructions
     logits = half(**inputs).logits
     assert logits.dtype == torch.bfloat16
     real = inputs["attention_mask"].bool()
