@@ -57,7 +57,8 @@ def test_the_search_for_wide_instructions_can_find_some():
 def compile_driver(sanitizer: str, isa: str, checks: list[Path]) -> Path:
     """The checks of tests/csrc with the kernels. Objects are kept for the next run of the tests."""
     folder = paths.build_folder() / "sanitizers" / sanitizer
-    options = ("-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    # Unoptimised: compiling takes longer than running.
+    options = ("-O0", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     own = (f"-DVOT_ISA={isa}", *build.ISAS[isa], *options)
     units = build.kernel_units([isa], options) + [build.Unit(path, isa, own) for path in checks]
     objects = build.compile_units(units, folder)
