@@ -1,5 +1,6 @@
 """The command line: help explains units, mistakes are one sentence on stderr and exit code 2."""
 
+import inspect
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,19 @@ def test_every_command_has_examples_that_it_accepts(vot):
     assert checked >= 10
     out = " ".join(vot("ask", "--help")[1].split())
     assert 'vot ask clips/ more.gif "What happens?" --json' in out
+
+
+def test_every_path_refuses_a_url():
+    from vot_kernels.cli.options import local_path
+
+    checked = 0
+    for name, command in commands().items():
+        for parameter in inspect.signature(command.callback).parameters.values():
+            given, option = typing.get_args(parameter.annotation)[:2]
+            if given is Path or Path in typing.get_args(given):
+                assert option.parser is local_path, (name, parameter.name)
+                checked += 1
+    assert checked >= 18
 
 
 @pytest.mark.parametrize(
