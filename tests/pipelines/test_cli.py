@@ -494,7 +494,10 @@ def test_info(vot):
     assert json.loads(out)["model"]["parameters"] <= 1_500_000
 
 
-def test_encode(vot, tmp_path):
-    code, out, err = vot("encode", str(digitworld_clip()[0]), "--out", str(tmp_path / "e.safetensors"))
+def test_encode_takes_files_and_folders(vot, tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "one.mp4").write_bytes(digitworld_clip()[0].read_bytes())
+    words = ["encode", str(tmp_path / "clips"), str(digitworld_clip()[0])]
+    code, out, err = vot(*words, "--out", str(tmp_path / "e.safetensors"))
     assert code == 0 and out.strip() == str(tmp_path / "e.safetensors")
-    assert "1024 tokens" in " ".join(err.split())
+    assert " ".join(err.split()).count("1024 tokens") == 2 and "one.mp4" in err
