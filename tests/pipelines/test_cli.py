@@ -1,5 +1,6 @@
 """The command line: help explains units, mistakes are one sentence on stderr and exit code 2."""
 
+import inspect
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,19 @@ def test_every_command_has_examples_that_it_accepts(vot):
     assert checked >= 10
     out = " ".join(vot("ask", "--help")[1].split())
     assert 'vot ask clips/ more.gif "What happens?" --json' in out
+
+
+def test_every_path_refuses_a_url():
+    from vot_kernels.cli.options import local_path
+
+    checked = 0
+    for name, command in commands().items():
+        for parameter in inspect.signature(command.callback).parameters.values():
+            given, option = typing.get_args(parameter.annotation)[:2]
+            if given is Path or Path in typing.get_args(given):
+                assert option.parser is local_path, (name, parameter.name)
+                checked += 1
+    assert checked >= 18
 
 
 @pytest.mark.parametrize(
@@ -479,7 +494,10 @@ def test_info(vot):
     assert json.loads(out)["model"]["parameters"] <= 1_500_000
 
 
-def test_encode(vot, tmp_path):
-    code, out, err = vot("encode", str(digitworld_clip()[0]), "--out", str(tmp_path / "e.safetensors"))
+def test_encode_takes_files_and_folders(vot, tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "one.mp4").write_bytes(digitworld_clip()[0].read_bytes())
+    words = ["encode", str(tmp_path / "clips"), str(digitworld_clip()[0])]
+    code, out, err = vot(*words, "--out", str(tmp_path / "e.safetensors"))
     assert code == 0 and out.strip() == str(tmp_path / "e.safetensors")
-    assert "1024 tokens" in " ".join(err.split())
+    assert " ".join(err.split()).count("1024 tokens") == 2 and "one.mp4" in err
