@@ -164,16 +164,17 @@ def vlm_table() -> str:
     """Return the accuracy of our video-language model on held-out questions, from `vot eval digitworld --vlm`."""
     result = _read(RESULTS / "digitworld-vlm.json")
     settings, seconds = result["settings"], result["seconds_per_question"]["vlm"]
+    records = {name: _read(RESULTS / f"digitworld-vlm-{name}.json") for name in ("projector", "sft")}
     stages = [
-        f"{name} for {record['settings']['steps']} steps of {record['settings']['batch_size']} clips"
-        for name in ("projector", "sft")
-        if (record := _read(RESULTS / f"digitworld-vlm-{name}.json"))
+        f"{name} for {record.get('steps_done', record['settings']['steps'])} steps of "
+        f"{record['settings']['batch_size']} clips"
+        for name, record in records.items()
     ]
     note = (
-        f"`vot eval digitworld --videos {settings['videos']} --vlm runs/sft/model --only vlm --only rules`: per cent right; "
-        f"{100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The model is "
-        f"nano, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on two cores that had other "
-        f"work too: {seconds:.1f}."
+        f"`vot eval digitworld --videos {settings['videos']} --vlm runs/sft/model --only vlm --only rules`: per cent "
+        f"right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The "
+        f"model is nano, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on two cores that "
+        f"had other work too: {seconds:.1f}."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 
