@@ -18,7 +18,7 @@ from benchmarks.report.tables import ceilings, device_name, is_partial, number, 
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "frames.md", ROOT / "docs" / "cpu.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vlm.md")))
 """The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -148,17 +148,7 @@ def perception_table() -> str:
 
 def question_table() -> str:
     """Return the accuracy on held-out questions, from `vot eval digitworld`."""
-    from vot_kernels.pipelines.evaluation import SYSTEMS
-
     result = _read(RESULTS / "digitworld-questions.json")
-    columns = ["motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next", "flip", "all"]
-    rows = [
-        [
-            SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}"),
-            *(f"{100 * accuracy[c]:.0f}" for c in columns),
-        ]
-        for name, accuracy in result["accuracy"].items()
-    ]
     settings, fixed, broke = result["settings"], *(result["verification"][key] for key in ("fixed", "broke"))
     seconds = result["seconds_per_question"]
     note = (
@@ -167,7 +157,40 @@ def question_table() -> str:
         f"Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with VoT, "
         f"{seconds['direct']:.1f} direct."
     )
-    return table(["answered by", *(c.replace("_", " ") for c in columns)], rows) + f"\n{note}\n"
+    return _accuracy_table(result) + f"\n{note}\n"
+
+
+def vlm_table() -> str:
+    """Return the accuracy of our video-language model on held-out questions, from `vot eval digitworld --vlm`."""
+    result = _read(RESULTS / "digitworld-vlm.json")
+    settings, seconds = result["settings"], result["seconds_per_question"]["vlm"]
+    records = {name: _read(RESULTS / f"digitworld-vlm-{name}.json") for name in ("projector", "sft")}
+    stages = [
+        f"{name} for {record.get('steps_done', record['settings']['steps'])} steps of "
+        f"{record['settings']['batch_size']} clips"
+        for name, record in records.items()
+    ]
+    note = (
+        f"`vot eval digitworld --videos {settings['videos']} --vlm runs/sft/model --only vlm --only rules`: per cent "
+        f"right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The "
+        f"model is nano, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on two cores that "
+        f"had other work too: {seconds:.1f}."
+    )
+    return _accuracy_table(result) + f"\n{note}\n"
+
+
+def _accuracy_table(result: Any) -> str:
+    from vot_kernels.pipelines.evaluation import SYSTEMS
+
+    columns = ["motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next", "flip", "all"]
+    rows = [
+        [
+            SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}"),
+            *(f"{100 * accuracy[c]:.0f}" for c in columns),
+        ]
+        for name, accuracy in result["accuracy"].items()
+    ]
+    return table(["answered by", *(c.replace("_", " ") for c in columns)], rows)
 
 
 def temporal_context_table() -> str:
@@ -216,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu_table,
     "perception": perception_table,
     "questions": question_table,
+    "vlm": vlm_table,
     "temporal-context": temporal_context_table,
     "linearize": linearize_table,
 }

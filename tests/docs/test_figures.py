@@ -25,6 +25,7 @@ def test_an_edited_figure_is_noticed():
 
 def test_an_unknown_table_is_refused():
     with pytest.raises(
-        ValueError, match="'speed'.*cpu, one-thread, gpu, perception, questions, temporal-context, linearize"
+        ValueError,
+        match="'speed'.*cpu, one-thread, gpu, perception, questions, vlm, temporal-context, linearize",
     ):
         render("<!-- table: speed -->\n<!-- end -->")
