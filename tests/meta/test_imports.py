@@ -37,7 +37,20 @@ ALLOWED = {
 }
 REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references
 # These serve users who have torch and numpy alone; a launcher imports its kernels when it needs them.
-LEAN = {"", "packing", "files", "extras", "scene_graph", "tuning", "testing", "cpp", "ops", "nn", "info"}
+LEAN = {
+    "",
+    "packing",
+    "files",
+    "extras",
+    "scene_graph",
+    "tuning",
+    "testing",
+    "cpp",
+    "ops",
+    "nn",
+    "info",
+    "distributed",
+}
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
     *("transformers", "safetensors", "tokenizers", "gguf", "huggingface_hub"),

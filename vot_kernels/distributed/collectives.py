@@ -74,11 +74,11 @@ def reduce_scatter(rows: Tensor, group: ProcessGroup, what: str) -> Tensor:
     return found
 
 
-def all_reduce(x: Tensor, group: ProcessGroup, what: str) -> Tensor:
-    """The sum of `x` over the ranks."""
+def all_reduce(x: Tensor, group: ProcessGroup, what: str, how: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of `x` over the ranks, or what else `how` makes of it."""
     total = x.clone(memory_format=torch.contiguous_format)
     with _partners(group, what):
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, how, group=group)
     return total
 
 

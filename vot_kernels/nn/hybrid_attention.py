@@ -1,6 +1,7 @@
 """Multi-head self-attention over packed tokens on the hybrid attention op."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class HybridAttention(AttentionProjections):
     Attributes:
         beta: `[num_heads]`, the log weight of far tokens, or None.
         far_weight: `[num_heads]`, the weight of far tokens, or None. A negative one counts as its size.
+        spread: the op in place of `vot_kernels.hybrid_attention` where rows are spread over ranks, else None; see
+            `vot_kernels.distributed.context_parallel`.
 
     Raises:
         ValueError: sizes do not divide each other, `far_init` is negative, or an option is unknown.
@@ -80,6 +83,7 @@ class HybridAttention(AttentionProjections):
         self.far_weight = None if self.far_init is None else nn.Parameter(torch.empty(num_heads))
         self.beta_init = None if window is None or far_init is not None else beta_init
         self.beta = None if self.beta_init is None else nn.Parameter(torch.empty(num_heads))
+        self.spread: Callable[..., Tensor] | None = None
         self.reset_parameters()
 
     @classmethod
@@ -247,7 +251,8 @@ class HybridAttention(AttentionProjections):
                 is rotated with dimension i + head_dim / 2.
         """
         q, k, v = self.project(x, layout, position_embeddings)
-        out = hybrid_attention(
+        op: Callable[..., Tensor] = self.spread or hybrid_attention
+        out = op(
             q,
             k,
             v,

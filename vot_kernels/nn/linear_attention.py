@@ -1,6 +1,6 @@
 """Multi-head self-attention over packed tokens on the linear attention op."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class LinearAttention(AttentionProjections):
     Attributes:
         decay_logit: `[num_heads]`, whose sigmoid is the decay: a parameter if learned, a saved buffer if fixed, else
             None.
+        spread: the op in place of `vot_kernels.linear_attention` where rows are spread over ranks, else None; see
+            `vot_kernels.distributed.context_parallel`.
 
     Raises:
         ValueError: options do not fit together, or a decay is out of range.
@@ -80,6 +82,7 @@ class LinearAttention(AttentionProjections):
         if decay is None and decay_init is not None:
             raise ValueError('decay_init needs decay="fixed" or "learned", got decay=None.')
         self.feature_map, self.backend, self.decay, self.decay_init = feature_map, backend, decay, decay_init
+        self.spread: Callable[..., Tensor] | None = None
         if decay == "learned":
             self.decay_logit = nn.Parameter(torch.empty(num_heads))
         else:
@@ -104,7 +107,8 @@ class LinearAttention(AttentionProjections):
     ) -> Tensor:
         """Map tokens `[tokens, dim]` to `[tokens, dim]`; `position_embeddings` as for `HybridAttention`."""
         q, k, v = self.project(x, layout, position_embeddings)
-        out = linear_attention(
+        op: Callable[..., Tensor] = self.spread or linear_attention
+        out = op(
             q,
             k,
             v,

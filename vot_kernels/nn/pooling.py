@@ -1,5 +1,7 @@
 """Pooling of packed tokens into one vector per segment."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,10 @@ class PackedAttentionPooling(nn.Module):
         dim: width of the tokens and of the pooled vector; a multiple of `num_heads`.
         num_heads: independent weightings, each pooling its share of the values.
 
+    Attributes:
+        reduce: where the tokens of a segment are spread over ranks, what gives (x, largest) the sum of x over the ranks
+            or the largest; see `vot_kernels.distributed.context_parallel`.
+
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
     """
@@ -25,6 +31,7 @@ class PackedAttentionPooling(nn.Module):
         self.score = nn.Linear(dim, num_heads, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
+        self.reduce: Callable[[Tensor, bool], Tensor] | None = None
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """Pool `[tokens, dim]` to `[segments, dim]`; an empty segment gives zero."""
@@ -37,9 +44,12 @@ class PackedAttentionPooling(nn.Module):
         index = owner[:, None].expand(-1, heads)
         top = score.new_full((segments, heads), -torch.inf)
         top = top.scatter_reduce(0, index, score.detach(), "amax")
+        top = top if self.reduce is None else self.reduce(top, True)
         weight = (score - top[owner]).exp()
         total = weight.new_zeros(segments, heads).index_add(0, owner, weight)
+        total = total if self.reduce is None else self.reduce(total, False)
         weight = weight / total[owner]
         value = self.value(x).unflatten(-1, (heads, -1)) * weight[..., None].to(x.dtype)
         pooled = value.new_zeros(segments, *value.shape[1:]).index_add(0, owner, value)
+        pooled = pooled if self.reduce is None else self.reduce(pooled, False)
         return self.out(pooled.flatten(1))
