@@ -22,7 +22,7 @@ BELONGS = {
     "vot_kernels.data.video": ("video",),
     "vot_kernels.data.video.progress": ("video", "cli"),
     "vot_kernels.integrations": ("llm",),
-    "vot_kernels.integrations.lmms_eval": ("llm", "lmms"),
+    "vot_kernels.pipelines.lmms_eval": ("llm", "lmms"),
     "vot_kernels.models": ("llm",),
     "vot_kernels.models.graph": (),
     "vot_kernels.models.perception.loss": ("train",),
@@ -31,6 +31,7 @@ BELONGS = {
     "vot_kernels.pipelines.progress": ("cli",),
     "vot_kernels.reasoning": ("llm",),
     "vot_kernels.train": ("train",),
+    "vot_kernels.watching": ("video", "llm"),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGE_OF = {module: package for modules in EXTRAS.values() for module, package in modules.items()}

@@ -30,7 +30,8 @@ def make_video_qa(
 
     check_models(checkpoint, llm, skip, device)
     switches = Switches(**{name: False for name in skip or ()})
-    from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_language_model, load_perception
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model
+    from vot_kernels.watching.protocols import DeferredModel
 
     model = DeferredModel(lambda: load_language_model(llm, device))
-    return VideoQA(*load_perception(checkpoint, device), model, switches, anyway=anyway)
+    return VideoQA(load_eyes(checkpoint, device), model, switches, anyway=anyway)

@@ -15,11 +15,12 @@ from vot_kernels.data.digitworld.rules import answer_by_rules
 from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
-from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
+from vot_kernels.pipelines.video_qa import load_language_model, load_perception
 from vot_kernels.reasoning.llm import LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.types import Switches
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.watching.perception import domain_warning
 
 SYSTEMS = {
     "vot": "language model + VoT",

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,32 @@ from vot_kernels.data.video import VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.watching.perception import PerceptionEyes
+from vot_kernels.watching.protocols import Eyes, Reader, Sight, as_reader
 
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """An answer, and the clip and the scene graph that it comes from."""
+    """An answer, and the clip and the sight of it that it comes from."""
 
     answer: Answer
     clip: VideoClip
-    detection: Detection
+    sight: Sight
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the answer with its trace, a description of the clip, and the scene graph, as plain data."""
+        """Return the answer with its trace, what the clip is, who saw it and the scene graph, as plain data."""
         return {
             "video": os.fspath(self.clip.info.path),
             "looked_at": self.clip.info.describe(),
             **self.answer.to_dict(),
-            "in_domain": self.detection.in_domain,
-            "stsg": self.detection.stsg.to_dict(),
+            "in_domain": self.sight.in_domain,
+            "eyes": self.sight.to_dict(),
+            "stsg": self.sight.stsg.to_dict(),
         }
 
     def evidence_lines(self, limit: int | None = None) -> list[str]:
@@ -54,7 +55,7 @@ class VideoAnswer:
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
         title = f"{self.answer.question} {self.answer.text}"
-        stsg = self.detection.stsg if self.answer.warning is None else None
+        stsg = self.sight.stsg if self.answer.warning is None else None
         return save_contact_sheet(path, self.clip, stsg, title=title)
 
 
@@ -74,62 +75,41 @@ def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
     return [*lines[:limit], f"… and {len(lines) - limit} more {name}"]
 
 
-@dataclass(frozen=True)
-class DeferredModel:
-    """A language model that is loaded on first use: a clip outside of the domain needs none.
-
-    Attributes:
-        load: returns the model.
-    """
-
-    load: Callable[[], LanguageModel]
-
-
 class VideoQA:
-    """Reads the scene graph of a video with a perception checkpoint, and reasons about it with a language model.
+    """Answers questions about videos: eyes see the scene graph of a clip, and a reader reasons about it.
 
     Args:
-        perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
-        llm: the language model, any `generate(prompt) -> str`, or a `DeferredModel`.
+        eyes: what sees the graph; see `load_eyes`.
+        reader: what reasons, a `Reader`, a language model or any `generate(prompt) -> str`.
         switches: which of the five steps run.
-        anyway: also reason about a clip that the checkpoint does not know; otherwise such a clip gets no answer.
+        anyway: also reason about a clip that the eyes do not know; otherwise such a clip gets no answer.
+
+    Raises:
+        TypeError: `reader` is none of these.
     """
 
     def __init__(
         self,
-        perception: VotPerceptionModel,
-        processor: VotImageProcessor,
-        llm: LanguageModel | Callable[[str], str] | DeferredModel,
+        eyes: Eyes,
+        reader: Reader | LanguageModel | Callable[[str], str],
         switches: Switches | None = None,
         *,
         anyway: bool = False,
     ):
-        self.perception, self.processor = perception, processor
+        self.eyes, self.reader = eyes, as_reader(reader)
         self.switches, self.anyway = switches or Switches(), anyway
-        self._llm = llm
-        if not isinstance(llm, DeferredModel):
-            self.reasoning  # noqa: B018  an unusable model is refused now
-
-    @cached_property
-    def reasoning(self) -> VideoOfThought:
-        """The five steps, with the language model loaded."""
-        llm = self._llm.load() if isinstance(self._llm, DeferredModel) else self._llm
-        return VideoOfThought(llm, self.switches)
 
     def see(
         self,
         video: str | os.PathLike[str] | VideoClip,
         sampling: Sampling | None = None,
         progress: bool = False,
-    ) -> tuple[VideoClip, Detection]:
-        """Decode a file, unless it is already a clip, and read its scene graph."""
+    ) -> tuple[VideoClip, Sight]:
+        """Decode a file, unless it is already a clip, and see its scene graph."""
         clip = video
         if not isinstance(clip, VideoClip):
-            clip = sample_video(clip, sampling or Sampling(), self.perception.config.fps, progress)
-        checkpoint = self.perception.config.name_or_path or "an unnamed checkpoint"
-        source = f"{Path(clip.info.path).name} seen by {checkpoint}"
-        (detection,) = detect(self.perception, self.processor, [clip.frames], [clip.times], source)
-        return clip, detection
+            clip = sample_video(clip, sampling or Sampling(), self.eyes.fps, progress)
+        return clip, self.eyes.see(clip)
 
     def ask(
         self,
@@ -144,44 +124,43 @@ class VideoQA:
 
         `report` is called with the name of the current activity.
         """
-        if report is not None:
-            report("Looking at the frames")
-        clip, detection = self.see(video, sampling, progress)
-        return VideoAnswer(self.answer(question, candidates, detection, report), clip, detection)
+        question, given = check_question(question), check_candidates(candidates)
+        report = report or (lambda activity: None)
+        report("Looking at the frames")
+        clip, sight = self.see(video, sampling, progress)
+        if sight.warning is not None and not self.anyway:
+            return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
+        report("Loading the language model")
+        reasoning = VideoOfThought(self.reader.about(clip), self.switches)
+        answer = reasoning.run(
+            question,
+            given,
+            sight.stsg,
+            domain_warning=sight.warning,
+            report=lambda step: report(f"Reasoning: {step.replace('_', ' ')}"),
+        )
+        return VideoAnswer(answer, clip, sight)
 
-    def answer(
-        self,
-        question: str,
-        candidates: Sequence[str] | None,
-        detection: Detection,
-        report: Callable[[str], None] | None = None,
-    ) -> Answer:
-        """Answer a question about a scene graph that was read earlier."""
-        warning = domain_warning(detection)
-        if warning is not None and not self.anyway:
-            return Answer(
-                question=check_question(question),
-                text=outside(warning),
-                choice=None,
-                choice_before=None,
-                confidence=0.0,
-                decided_by="none",
-                verification="abstained",
-                evidence=Evidence(),
-                trace=(),
-                candidates=check_candidates(candidates),
-                warning=warning,
-                switches=self.switches,
-            )
-        if report is not None:
-            report("Loading the language model")
-        reasoning = self.reasoning
+    def _refusal(self, question: str, candidates: tuple[str, ...] | None, warning: str) -> Answer:
+        return Answer(
+            question=question,
+            text=outside(warning),
+            choice=None,
+            choice_before=None,
+            confidence=0.0,
+            decided_by="none",
+            verification="abstained",
+            evidence=Evidence(),
+            trace=(),
+            candidates=candidates,
+            warning=warning,
+            switches=self.switches,
+        )
 
-        def begun(step: str) -> None:
-            if report is not None:
-                report(f"Reasoning: {step.replace('_', ' ')}")
 
-        return reasoning.run(question, candidates, detection.stsg, domain_warning=warning, report=begun)
+def load_eyes(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> PerceptionEyes:
+    """Load a perception checkpoint as eyes. Arguments and errors as in `load_perception`."""
+    return PerceptionEyes(*load_perception(path, device))
 
 
 def load_perception(
@@ -203,13 +182,3 @@ def load_perception(
 def load_language_model(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> LanguageModel:
     """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
     return load_smollm2(device=device) if path is None else HFLanguageModel(path, device=device)
-
-
-def domain_warning(detection: Detection) -> str | None:
-    """Return why the answer should not be trusted if the clip does not resemble the training clips, else None."""
-    if detection.in_domain:
-        return None
-    return (
-        f"its features lie {detection.domain_distance:.0f} from those of the training clips, "
-        f"the limit is {detection.domain_threshold:.0f}"
-    )

@@ -75,6 +75,19 @@ class GenerateOnlyModel:
         raise ScoreUnavailable(f"The model '{self.name}' only generates text; it gives no likelihoods.")
 
 
+def as_language_model(model: LanguageModel | Callable[[str], str]) -> LanguageModel:
+    """Return a language model as it is, and any `generate(prompt) -> str` as one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if not callable(model):
+        raise TypeError(f"llm must be a LanguageModel or a function of a prompt, got {type(model).__name__}.")
+    return GenerateOnlyModel(model)
+
+
 class HFLanguageModel:
     """A local Hugging Face causal language model, decoded greedily.
 

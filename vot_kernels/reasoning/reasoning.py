@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vot_kernels.reasoning import prompts, steps
-from vot_kernels.reasoning.llm import GenerateOnlyModel, LanguageModel
+from vot_kernels.reasoning.llm import LanguageModel, as_language_model
 from vot_kernels.reasoning.names import find_tracklets, fold
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -52,17 +52,11 @@ class VideoOfThought:
         *,
         graph_style: prompts.GraphStyle = "sentences",
     ) -> None:
-        if not isinstance(llm, LanguageModel):
-            if not callable(llm):
-                raise TypeError(
-                    f"llm must be a LanguageModel or a function of a prompt, got {type(llm).__name__}."
-                )
-            llm = GenerateOnlyModel(llm)
         if graph_style not in prompts.GRAPH_STYLES:
             raise ValueError(
                 f"graph_style must be one of {', '.join(prompts.GRAPH_STYLES)}, got '{graph_style}'."
             )
-        self.llm = llm
+        self.llm = as_language_model(llm)
         self.switches = switches or Switches()
         self.graph_style = graph_style
 

@@ -2,7 +2,7 @@
 
 lmms-eval finds the models by the entry-point group `lmms_eval.models`: `vot_kernels_qa`, the video question answering
 of `vot ask`, and `vot_kernels_vlm`, any vision-language model of transformers on the attention of this package. The
-command `python -m vot_kernels.integrations.lmms_eval OUT` writes the task `digitworld`, with the questions of
+command `python -m vot_kernels.pipelines.lmms_eval OUT` writes the task `digitworld`, with the questions of
 `vot eval digitworld`, into a folder for its option `--include_path`.
 
 Source: lmms-eval 0.7, `models/registry_v2.py` and `api/model.py`.
@@ -23,6 +23,7 @@ from vot_kernels.data.video import load_video
 from vot_kernels.extras import imports_for
 from vot_kernels.files import new_folder
 from vot_kernels.pipelines import video_qa
+from vot_kernels.watching.protocols import DeferredModel
 
 TASK = """\
 task: digitworld
@@ -32,10 +33,10 @@ dataset_kwargs:
     test: {questions}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function vot_kernels.integrations.lmms_eval.doc_to_visual
-doc_to_text: !function vot_kernels.integrations.lmms_eval.doc_to_text
+doc_to_visual: !function vot_kernels.pipelines.lmms_eval.doc_to_visual
+doc_to_text: !function vot_kernels.pipelines.lmms_eval.doc_to_text
 doc_to_target: answer
-process_results: !function vot_kernels.integrations.lmms_eval.process_results
+process_results: !function vot_kernels.pipelines.lmms_eval.process_results
 generation_kwargs:
   max_new_tokens: 16
 metric_list:
@@ -50,7 +51,7 @@ def manifests() -> list[Any]:
     with imports_for("Evaluation with lmms-eval", "lmms"):
         from lmms_eval.models.registry_v2 import ModelManifest
 
-    here = "vot_kernels.integrations.lmms_eval"
+    here = "vot_kernels.pipelines.lmms_eval"
     return [
         ModelManifest("vot_kernels_qa", simple_class_path=f"{here}.VideoQAModel"),
         ModelManifest("vot_kernels_vlm", simple_class_path=f"{here}.PatchedModel"),
@@ -89,10 +90,8 @@ def _video_qa_model() -> type:
             max_batch_size: int | None = None,
         ) -> None:
             super().__init__()
-            language_model = video_qa.DeferredModel(partial(video_qa.load_language_model, llm, device))
-            self._qa = video_qa.VideoQA(
-                *video_qa.load_perception(checkpoint, device), language_model, anyway=True
-            )
+            language_model = DeferredModel(partial(video_qa.load_language_model, llm, device))
+            self._qa = video_qa.VideoQA(video_qa.load_eyes(checkpoint, device), language_model, anyway=True)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             """The answers; a document with "candidates" gets one of them."""
@@ -260,7 +259,7 @@ def write_task(out: str | os.PathLike[str], videos: int = 300, seed: int = 0) ->
 def main() -> int:
     """The command; an error is one sentence on stderr and the exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m vot_kernels.integrations.lmms_eval",
+        prog="python -m vot_kernels.pipelines.lmms_eval",
         description="Write DigitWorld as a task of lmms-eval.",
     )
     parser.add_argument("out", type=Path, help="the folder to write, which must not exist or be empty")

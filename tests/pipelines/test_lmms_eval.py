@@ -11,9 +11,9 @@ import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.digitworld.question_sets import generate_questions
-from vot_kernels.integrations import lmms_eval as adapter
 from vot_kernels.integrations import patching
 from vot_kernels.pipelines import evaluation, video_qa
+from vot_kernels.pipelines import lmms_eval as adapter
 
 ROOT = Path(__file__).parents[2]
 VIDEOS = 7
