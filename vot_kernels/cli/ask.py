@@ -9,13 +9,27 @@ import typer
 
 from vot_kernels.cli.answers import print_answer
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
-from vot_kernels.cli.models import check_models, make_video_qa
-from vot_kernels.cli.options import PATH, STEPS, Checkpoint, Device, End, Fps, Llm, NumFrames, Start, Verbose
+from vot_kernels.cli.models import Models
+from vot_kernels.cli.options import (
+    PATH,
+    STEPS,
+    Checkpoint,
+    Device,
+    Dtype,
+    End,
+    Fps,
+    Llm,
+    NumFrames,
+    Start,
+    Verbose,
+    Vlm,
+)
 from vot_kernels.extras import require
 from vot_kernels.files import atomic_write, check_output
 
 if TYPE_CHECKING:
-    from vot_kernels.pipelines.video_qa import VideoAnswer
+    from vot_kernels.data.video import VideoClip
+    from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
 
 
 @when_interrupted(answers_are_kept)
@@ -31,7 +45,9 @@ def ask(
     end: End = None,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
+    vlm: Vlm = None,
     device: Device = "cpu",
+    dtype: Dtype = "auto",
     skip: Annotated[
         list[str] | None, typer.Option(help=f"Step to skip: {', '.join(STEPS)}; repeatable.")
     ] = None,
@@ -64,19 +80,20 @@ def ask(
     require("vot ask", "video", "llm")
     from vot_kernels.pipelines.batch import answer_batch, read_questions
     from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
+    from vot_kernels.pipelines.sampling import Sampling, sample_video
     from vot_kernels.reasoning.reasoning import check_candidates, check_question
 
     sampling = Sampling(fps, num_frames, start, end)
+    models = Models(checkpoint, llm, vlm, device, dtype, tuple(skip or ()), anyway)
     if batch is not None:
         if out is None or video is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
         read_questions(batch)
         check_output(out)
-        check_models(checkpoint, llm, skip, device)
+        models.check()
         with steps() as step:
-            step("Loading the perception checkpoint")
-            video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+            step(models.loading)
+            video_qa = models.load()
         answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
         print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
         if failed:
@@ -94,10 +111,11 @@ def ask(
     with steps(shown=not json_) as step:
         if on_terminal:  # elsewhere a bad file is one line, and decoding is short
             step(f"Reading {video.name}")
-        clip = sample_video(video, sampling, checkpoint_fps(checkpoint))
-        check_models(checkpoint, llm, skip, device)
-        step("Loading the perception checkpoint")
-        video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+        clip = sample_video(video, sampling, models.fps)
+        models.check()
+        step(models.loading)
+        video_qa = models.load()
+        _print_estimate(video_qa, clip, verbose)
         result = video_qa.ask(clip, question, given, report=step)
     failures: list[str] = []
     try:
@@ -106,10 +124,17 @@ def ask(
         if json_:
             print(json.dumps(as_json(result, trace, picture), ensure_ascii=False), flush=True)
         else:
-            print_answer(result, picture, verbose)
+            print_answer(result, picture, verbose, video_qa.kernels)
     if failures:
         print(" ".join(failures), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> None:
+    """Say on stderr what a long run will take; with `verbose`, what any run will."""
+    estimate = video_qa.estimate(clip)
+    if estimate is not None and (verbose or estimate.long):
+        print(estimate, file=sys.stderr)
 
 
 def _split_candidates(text: str | None) -> list[str] | None:

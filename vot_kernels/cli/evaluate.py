@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
-from vot_kernels.cli.models import check_models
+from vot_kernels.cli.models import Models
 from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm
 from vot_kernels.extras import require
 from vot_kernels.files import check_output
@@ -29,7 +29,7 @@ def eval_digitworld(
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
     require("vot eval digitworld", "video", "llm", "train")
     check_output(out, ".json")
-    check_models(checkpoint, llm, None, device)
+    Models(checkpoint, llm, device=device).check()
     from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
 
     print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm, device)))

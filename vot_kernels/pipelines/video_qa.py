@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vot_kernels.data.video import VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
@@ -15,8 +15,13 @@ from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_tran
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.watching.loading import load_video_language_model
 from vot_kernels.watching.perception import PerceptionEyes
-from vot_kernels.watching.protocols import Eyes, Reader, Sight, as_reader
+from vot_kernels.watching.protocols import DeferredModel, Eyes, Reader, Sight, as_reader
+from vot_kernels.watching.written import WrittenGraph
+
+if TYPE_CHECKING:
+    from vot_kernels.watching.cost import Estimate
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,17 @@ class VideoQA:
     ):
         self.eyes, self.reader = eyes, as_reader(reader)
         self.switches, self.anyway = switches or Switches(), anyway
+        self._last: tuple[VideoClip, Sight] | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What of other people's models runs on this package, a text for each."""
+        texts = (getattr(part, "kernels", "") for part in (self.eyes, self.reader))
+        return tuple(text for text in texts if text)
+
+    def estimate(self, clip: VideoClip) -> "Estimate | None":
+        """Return what a question about `clip` takes, None if the reader does not look at it."""
+        return self.reader.estimate(clip) if hasattr(self.reader, "estimate") else None
 
     def see(
         self,
@@ -105,11 +121,13 @@ class VideoQA:
         sampling: Sampling | None = None,
         progress: bool = False,
     ) -> tuple[VideoClip, Sight]:
-        """Decode a file, unless it is already a clip, and see its scene graph."""
+        """Decode a file, unless it is already a clip, and see its scene graph; a clip is not seen twice in a row."""
         clip = video
         if not isinstance(clip, VideoClip):
             clip = sample_video(clip, sampling or Sampling(), self.eyes.fps, progress)
-        return clip, self.eyes.see(clip)
+        if self._last is None or self._last[0] is not clip:
+            self._last = clip, self.eyes.see(clip)
+        return self._last
 
     def ask(
         self,
@@ -161,6 +179,43 @@ class VideoQA:
 def load_eyes(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> PerceptionEyes:
     """Load a perception checkpoint as eyes. Arguments and errors as in `load_perception`."""
     return PerceptionEyes(*load_perception(path, device))
+
+
+def load_video_qa(
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    llm: str | os.PathLike[str] | None = None,
+    vlm: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    switches: Switches | None = None,
+    anyway: bool = False,
+) -> VideoQA:
+    """Load whatever answers questions about videos.
+
+    Args:
+        checkpoint: folder of a perception checkpoint, which sees the graph; the bundled one for None, unless there is
+            another model with eyes.
+        llm: folder of a language model, which reads the graph; SmolLM2-135M-Instruct for None. It is loaded when it is
+            needed.
+        vlm: folder of a video-language model of transformers instead, which reads the graph and sees the clip itself.
+            Without a checkpoint it also writes the graph.
+        device: where the models run.
+        dtype: of the weights of other people's models but the `llm`, "auto" for that of the files.
+        switches, anyway: as in `VideoQA`.
+
+    Raises:
+        ValueError: a folder does not hold what it should, or there are two language models.
+        ImportError: a model needs a package that is not installed.
+    """
+    if llm is not None and vlm is not None:
+        raise ValueError("Give one language model: an llm, which reads text alone, or a vlm.")
+    if vlm is None:
+        reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
+        return VideoQA(load_eyes(checkpoint, device), reader, switches, anyway=anyway)
+    model = load_video_language_model(vlm, device, dtype)
+    eyes = WrittenGraph(model, model.name) if checkpoint is None else load_eyes(checkpoint, device)
+    return VideoQA(eyes, model, switches, anyway=anyway)
 
 
 def load_perception(

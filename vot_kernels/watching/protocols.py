@@ -13,6 +13,9 @@ from vot_kernels.reasoning.types import ModelCall, plain
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.text import ParseIssue
 
+VIDEO_LANGUAGE_FPS = 2.0  # what most video-language models were trained on
+"""Frames per second that a video-language model is shown by default."""
+
 
 @dataclass(frozen=True)
 class Sight:

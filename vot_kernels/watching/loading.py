@@ -1,0 +1,168 @@
+"""Models of transformers from local folders: safetensors alone, no code from the folder, our kernels where they fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vot_kernels.extras import imports_for, require
+from vot_kernels.reasoning.llm import LanguageModelError, check_model_folder, quiet_transformers
+
+if TYPE_CHECKING:
+    from vot_kernels.watching.video_language import VideoLanguageModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+class Loaded(NamedTuple):
+    """A model from a folder.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        processor: what was saved with it.
+        kernels: what of it runs on this package, for people.
+    """
+
+    model: Any
+    processor: Any
+    kernels: str
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what is not in `DTYPES`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"A dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def check_video_language_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse, without importing a model, a folder that cannot hold a video-language model and its processor.
+
+    Raises:
+        LanguageModelError: it holds no model in safetensors, or no processor.
+        ImportError: its video processor needs a package that is not installed.
+    """
+    folder = Path(path)
+    check_model_folder(folder)
+    found = [name for name in _PROCESSOR_FILES if (folder / name).is_file()]
+    if not found:
+        raise LanguageModelError(
+            f"'{folder}' has no processor for videos or images ({', '.join(_PROCESSOR_FILES)}); "
+            "pass a model that reads text alone with --llm."
+        )
+    if any("video_processor" in _read_json(folder / name) for name in found) or found[-1].startswith("video"):
+        require("A model for videos", "vlm")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise LanguageModelError(f"'{path}' cannot be read as JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def load_video_language_model(
+    path: str | os.PathLike[str], device: str = "cpu", dtype: str = "auto"
+) -> VideoLanguageModel:
+    """Load a local image- or video-text-to-text model of transformers, on the kernels of this package.
+
+    Args:
+        path: a folder with config.json, safetensors, a processor and its chat template.
+        device: where it runs.
+        dtype: of the weights, one of `DTYPES`; "auto" is that of the files.
+
+    Raises:
+        LanguageModelError: the folder does not hold such a model.
+        ValueError: an unknown dtype.
+        ImportError: its video processor needs a package that is not installed.
+    """
+    check_dtype(dtype)
+    check_video_language_folder(path)
+    with imports_for("A video-language model", "llm"):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+    from vot_kernels.watching.video_language import VideoLanguageModel
+
+    folder = Path(path).expanduser()
+    loaded = load_patched(folder, AutoModelForImageTextToText, AutoProcessor, device, dtype, _kind_problem)
+    return VideoLanguageModel(loaded.model, loaded.processor, folder.resolve().name, kernels=loaded.kernels)
+
+
+def load_patched(
+    folder: Path,
+    model_class: Any,
+    processor_class: Any,
+    device: str,
+    dtype: str,
+    problem: Callable[[Any, Path], str],
+) -> Loaded:
+    """Load a model of one of transformers' Auto classes with its processor, and patch it.
+
+    Args:
+        folder: where it lies.
+        model_class, processor_class: the Auto classes.
+        device, dtype: as in `load_video_language_model`.
+        problem: says what is wrong with a config that `model_class` does not know; "" if it is another problem.
+
+    Raises:
+        LanguageModelError: the folder does not hold such a model, or not all of its weights.
+    """
+    from transformers import AutoConfig
+
+    with quiet_transformers(), _one_sentence(folder):
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        if reason := problem(config, folder):
+            raise LanguageModelError(reason)
+        processor = processor_class.from_pretrained(folder, **_LOCAL)
+        model, report = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise LanguageModelError(
+                f"'{folder}' does not hold all weights that its config.json describes: {missing[0]} is one of "
+                f"{len(missing)} that are missing."
+            )
+        model = model.to(device).eval()
+    return Loaded(model, processor, patched_as_far_as_possible(model))
+
+
+def patched_as_far_as_possible(model: Any) -> str:
+    """Patch a model with the kernels of this package, and return what became of it, for people."""
+    from vot_kernels.integrations.patching import patch
+
+    try:
+        return str(patch(model))
+    except ValueError as error:
+        return f"Nothing runs on the kernels of vot-kernels: {error}"
+
+
+def _kind_problem(config: Any, folder: Path) -> str:
+    """Return why the model of a config does not read images or videos, "" if it does."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return ""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return f"'{folder}' is a model for text alone ({config.model_type}); pass it with --llm instead of --vlm."
+    return f"'{folder}' is not a model that answers about images or videos; it is of the type '{config.model_type}'."
+
+
+@contextmanager
+def _one_sentence(folder: Path) -> Iterator[None]:
+    """Turn the errors of transformers about broken folders, which have many types, into one sentence."""
+    try:
+        yield
+    except LanguageModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise LanguageModelError(f"'{folder}' cannot be loaded: {reason}") from error
