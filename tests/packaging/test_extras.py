@@ -33,6 +33,7 @@ BELONGS = {
     "vot_kernels.reasoning": ("llm",),
     "vot_kernels.train": ("train",),
     "vot_kernels.watching": ("video", "llm"),
+    "vot_kernels.watching.tracking": ("vlm",),
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PACKAGE_OF = {module: package for modules in EXTRAS.values() for module, package in modules.items()}

@@ -33,14 +33,12 @@ def vot(monkeypatch, capfd):
 def test_the_whole_command(vot, folder_of, family, tmp_path, monkeypatch):
     watched = []
     init = video_language.ClipLanguageModel.__init__
-    monkeypatch.setattr(
-        video_language.ClipLanguageModel,
-        "__init__",
-        lambda self, model, processor, clip, *rest: (
-            init(self, model, processor, clip, *rest),
-            watched.append((clip, self)),
-        )[0],
-    )
+
+    def watching(self, whole, clip):
+        init(self, whole, clip)
+        watched.append((clip, self))
+
+    monkeypatch.setattr(video_language.ClipLanguageModel, "__init__", watching)
     trace, picture = tmp_path / "trace.json", tmp_path / "sheet.png"
     code, out, err = vot(
         *("ask", natural_clip(), QUESTION, "--candidates", "bicycles|a train", "--vlm", folder_of(family)),

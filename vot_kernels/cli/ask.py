@@ -14,12 +14,14 @@ from vot_kernels.cli.options import (
     PATH,
     STEPS,
     Checkpoint,
+    Detector,
     Device,
     Dtype,
     End,
     Fps,
     Llm,
     NumFrames,
+    Objects,
     Start,
     Verbose,
     Vlm,
@@ -46,6 +48,8 @@ def ask(
     checkpoint: Checkpoint = None,
     llm: Llm = None,
     vlm: Vlm = None,
+    detector: Detector = None,
+    objects: Objects = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     skip: Annotated[
@@ -84,7 +88,8 @@ def ask(
     from vot_kernels.reasoning.reasoning import check_candidates, check_question
 
     sampling = Sampling(fps, num_frames, start, end)
-    models = Models(checkpoint, llm, vlm, device, dtype, tuple(skip or ()), anyway)
+    wanted = tuple(_split(objects) or ())
+    models = Models(checkpoint, llm, vlm, detector, wanted, device, dtype, tuple(skip or ()), anyway)
     if batch is not None:
         if out is None or video is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
@@ -103,7 +108,7 @@ def ask(
     if video is None or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
-    given = check_candidates(_split_candidates(candidates))
+    given = check_candidates(_split(candidates))
     for output, suffix in ((trace, ".json"), (picture, ".png")):
         if output is not None:
             check_output(output, suffix)
@@ -137,7 +142,7 @@ def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> No
         print(estimate, file=sys.stderr)
 
 
-def _split_candidates(text: str | None) -> list[str] | None:
+def _split(text: str | None) -> list[str] | None:
     if text is None:
         return None
     return [part.strip() for part in text.split("|")]

@@ -17,6 +17,8 @@ class Models:
     checkpoint: Path | None = None
     llm: Path | None = None
     vlm: Path | None = None
+    detector: Path | None = None
+    objects: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "auto"
     skip: tuple[str, ...] = ()
@@ -27,18 +29,23 @@ class Models:
         """Frames per second that the models want."""
         from vot_kernels.pipelines.sampling import wanted_fps
 
-        return wanted_fps(self.checkpoint, self.vlm)
+        return wanted_fps(self.checkpoint, self.vlm, self.detector)
 
     @property
     def loading(self) -> str:
         """What a user waits for while they are loaded."""
-        return f"Loading the {'video-language model' if self.vlm else 'perception checkpoint'}"
+        eyes = "detector" if self.detector else "perception checkpoint"
+        return f"Loading the {'video-language model' if self.vlm else eyes}"
 
     def check(self) -> None:
         """Find whatever can be wrong with the options before a model is imported."""
         from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
         from vot_kernels.reasoning.llm import check_model_folder
-        from vot_kernels.watching.loading import check_dtype, check_video_language_folder
+        from vot_kernels.watching.loading import (
+            check_detector_folder,
+            check_dtype,
+            check_video_language_folder,
+        )
 
         unknown = sorted(set(self.skip) - set(STEPS))
         if unknown:
@@ -47,14 +54,20 @@ class Models:
             raise ValueError(
                 "Give --llm, which reads text alone, or --vlm, which also sees the video, not both."
             )
+        if self.checkpoint is not None and self.detector is not None:
+            raise ValueError("Give --checkpoint or --detector to see the scene graph with, not both.")
+        if self.objects and self.detector is None:
+            raise ValueError("--objects says what a detector looks for; give --detector PATH with it.")
         check_device(self.device)
         check_dtype(self.dtype)
-        if self.checkpoint is not None or self.vlm is None:
+        if self.checkpoint is not None or (self.vlm is None and self.detector is None):
             checkpoint_folder(self.checkpoint)
         if self.llm is not None:
             check_model_folder(self.llm)
         if self.vlm is not None:
             check_video_language_folder(self.vlm)
+        if self.detector is not None:
+            check_detector_folder(self.detector)
 
     def load(self) -> "VideoQA":
         """Load them."""
@@ -68,6 +81,8 @@ class Models:
             checkpoint=self.checkpoint,
             llm=self.llm,
             vlm=self.vlm,
+            detector=self.detector,
+            objects=self.objects,
             device=self.device,
             dtype=self.dtype,
             switches=switches,

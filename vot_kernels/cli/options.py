@@ -24,7 +24,9 @@ PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
 
 Fps = Annotated[
     float | None,
-    typer.Option(help="Frames per second to look at (default: 8, with --vlm 2; at most 32 frames)."),
+    typer.Option(
+        help="Frames per second to look at (default: 8, with --vlm 2, with --detector 4; at most 32 frames)."
+    ),
 ]
 NumFrames = Annotated[
     int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
@@ -47,8 +49,19 @@ Vlm = Annotated[
         **PATH,
     ),
 ]
+Detector = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of an object detector of transformers, which sees the scene graph instead.", **PATH
+    ),
+]
+Objects = Annotated[
+    str | None,
+    typer.Option(help="What the detector looks for, separated by '|'; a zero-shot detector needs it."),
+]
 Dtype = Annotated[
-    str, typer.Option(help="Numbers of the --vlm: auto (as in its files), float32, bfloat16 or float16.")
+    str,
+    typer.Option(help="Numbers of --vlm and --detector: auto (as in the files), float32, bfloat16, float16."),
 ]
 Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps …")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the five steps and all the evidence.")]

@@ -15,9 +15,11 @@ from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_tran
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.watching.detector import load_detector
 from vot_kernels.watching.loading import load_video_language_model
 from vot_kernels.watching.perception import PerceptionEyes
 from vot_kernels.watching.protocols import DeferredModel, Eyes, Reader, Sight, as_reader
+from vot_kernels.watching.video_language import VideoLanguageModel
 from vot_kernels.watching.written import WrittenGraph
 
 if TYPE_CHECKING:
@@ -108,8 +110,8 @@ class VideoQA:
     @property
     def kernels(self) -> tuple[str, ...]:
         """What of other people's models runs on this package, a text for each."""
-        texts = (getattr(part, "kernels", "") for part in (self.eyes, self.reader))
-        return tuple(text for text in texts if text)
+        found = (getattr(part, "kernels", None) for part in (self.eyes, self.reader))
+        return tuple(str(kernels) for kernels in found if kernels is not None)
 
     def estimate(self, clip: VideoClip) -> "Estimate | None":
         """Return what a question about `clip` takes, None if the reader does not look at it."""
@@ -186,6 +188,8 @@ def load_video_qa(
     checkpoint: str | os.PathLike[str] | None = None,
     llm: str | os.PathLike[str] | None = None,
     vlm: str | os.PathLike[str] | None = None,
+    detector: str | os.PathLike[str] | None = None,
+    objects: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
     switches: Switches | None = None,
@@ -199,23 +203,32 @@ def load_video_qa(
         llm: folder of a language model, which reads the graph; SmolLM2-135M-Instruct for None. It is loaded when it is
             needed.
         vlm: folder of a video-language model of transformers instead, which reads the graph and sees the clip itself.
-            Without a checkpoint it also writes the graph.
+            Without a checkpoint and a detector it also writes the graph.
+        detector: folder of an object detector of transformers, which sees the graph instead of a checkpoint.
+        objects: the labels that the detector looks for; see `vot_kernels.watching.detector.DetectorEyes`.
         device: where the models run.
         dtype: of the weights of other people's models but the `llm`, "auto" for that of the files.
         switches, anyway: as in `VideoQA`.
 
     Raises:
-        ValueError: a folder does not hold what it should, or there are two language models.
+        ValueError: a folder does not hold what it should, or there are two language models, or two pairs of eyes.
         ImportError: a model needs a package that is not installed.
     """
     if llm is not None and vlm is not None:
         raise ValueError("Give one language model: an llm, which reads text alone, or a vlm.")
-    if vlm is None:
-        reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
-        return VideoQA(load_eyes(checkpoint, device), reader, switches, anyway=anyway)
-    model = load_video_language_model(vlm, device, dtype)
-    eyes = WrittenGraph(model, model.name) if checkpoint is None else load_eyes(checkpoint, device)
-    return VideoQA(eyes, model, switches, anyway=anyway)
+    if checkpoint is not None and detector is not None:
+        raise ValueError("Give one pair of eyes: a checkpoint or a detector.")
+    reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
+    if vlm is not None:
+        reader = load_video_language_model(vlm, device, dtype)
+    eyes: Eyes
+    if detector is not None:
+        eyes = load_detector(detector, objects, device, dtype)
+    elif isinstance(reader, VideoLanguageModel) and checkpoint is None:
+        eyes = WrittenGraph(reader, reader.name)
+    else:
+        eyes = load_eyes(checkpoint, device)
+    return VideoQA(eyes, reader, switches, anyway=anyway)
 
 
 def load_perception(

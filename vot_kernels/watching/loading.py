@@ -13,6 +13,7 @@ from vot_kernels.extras import imports_for, require
 from vot_kernels.reasoning.llm import LanguageModelError, check_model_folder, quiet_transformers
 
 if TYPE_CHECKING:
+    from vot_kernels.watching.kernels import Kernels
     from vot_kernels.watching.video_language import VideoLanguageModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,12 +27,12 @@ class Loaded(NamedTuple):
     Attributes:
         model: in evaluation mode, on its device.
         processor: what was saved with it.
-        kernels: what of it runs on this package, for people.
+        kernels: runs it, and tells what of it is on this package.
     """
 
     model: Any
     processor: Any
-    kernels: str
+    kernels: Kernels
 
 
 def check_dtype(name: str) -> None:
@@ -63,6 +64,18 @@ def check_video_language_folder(path: str | os.PathLike[str]) -> None:
         require("A model for videos", "vlm")
 
 
+def check_detector_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse, without importing a model, a folder that cannot hold a detector and its processor.
+
+    Raises:
+        LanguageModelError: it holds no model in safetensors, or no processor for images.
+    """
+    folder = Path(path)
+    check_model_folder(folder)
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise LanguageModelError(f"'{folder}' has no processor for images (preprocessor_config.json).")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -89,39 +102,33 @@ def load_video_language_model(
     check_dtype(dtype)
     check_video_language_folder(path)
     with imports_for("A video-language model", "llm"):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        import transformers  # noqa: F401
     from vot_kernels.watching.video_language import VideoLanguageModel
 
     folder = Path(path).expanduser()
-    loaded = load_patched(folder, AutoModelForImageTextToText, AutoProcessor, device, dtype, _kind_problem)
+    loaded = load_patched(folder, device, dtype, _video_language_classes)
     return VideoLanguageModel(loaded.model, loaded.processor, folder.resolve().name, kernels=loaded.kernels)
 
 
 def load_patched(
-    folder: Path,
-    model_class: Any,
-    processor_class: Any,
-    device: str,
-    dtype: str,
-    problem: Callable[[Any, Path], str],
+    folder: Path, device: str, dtype: str, classes: Callable[[Any, Path], tuple[Any, Any]]
 ) -> Loaded:
     """Load a model of one of transformers' Auto classes with its processor, and patch it.
 
     Args:
         folder: where it lies.
-        model_class, processor_class: the Auto classes.
         device, dtype: as in `load_video_language_model`.
-        problem: says what is wrong with a config that `model_class` does not know; "" if it is another problem.
+        classes: returns the Auto classes of model and processor for a config, and raises a `LanguageModelError` for a
+            config that is of no use.
 
     Raises:
         LanguageModelError: the folder does not hold such a model, or not all of its weights.
     """
     from transformers import AutoConfig
 
-    with quiet_transformers(), _one_sentence(folder):
+    with quiet_transformers(), one_sentence(folder):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
-        if reason := problem(config, folder):
-            raise LanguageModelError(reason)
+        model_class, processor_class = classes(config, folder)
         processor = processor_class.from_pretrained(folder, **_LOCAL)
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
@@ -132,32 +139,28 @@ def load_patched(
                 f"{len(missing)} that are missing."
             )
         model = model.to(device).eval()
-    return Loaded(model, processor, patched_as_far_as_possible(model))
+    from vot_kernels.watching.kernels import Kernels
+
+    return Loaded(model, processor, Kernels(model))
 
 
-def patched_as_far_as_possible(model: Any) -> str:
-    """Patch a model with the kernels of this package, and return what became of it, for people."""
-    from vot_kernels.integrations.patching import patch
-
-    try:
-        return str(patch(model))
-    except ValueError as error:
-        return f"Nothing runs on the kernels of vot-kernels: {error}"
-
-
-def _kind_problem(config: Any, folder: Path) -> str:
-    """Return why the model of a config does not read images or videos, "" if it does."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def _video_language_classes(config: Any, folder: Path) -> tuple[Any, Any]:
+    """Return the Auto classes of a model that reads images or videos; a LanguageModelError for any other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     if type(config) in AutoModelForImageTextToText._model_mapping:
-        return ""
+        return AutoModelForImageTextToText, AutoProcessor
     if type(config) in AutoModelForCausalLM._model_mapping:
-        return f"'{folder}' is a model for text alone ({config.model_type}); pass it with --llm instead of --vlm."
-    return f"'{folder}' is not a model that answers about images or videos; it is of the type '{config.model_type}'."
+        raise LanguageModelError(
+            f"'{folder}' is a model for text alone ({config.model_type}); pass it with --llm instead of --vlm."
+        )
+    raise LanguageModelError(
+        f"'{folder}' is not a model that answers about images or videos; it is of the type '{config.model_type}'."
+    )
 
 
 @contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
+def one_sentence(folder: Path) -> Iterator[None]:
     """Turn the errors of transformers about broken folders, which have many types, into one sentence."""
     try:
         yield

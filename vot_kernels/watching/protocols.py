@@ -15,6 +15,8 @@ from vot_kernels.scene_graph.text import ParseIssue
 
 VIDEO_LANGUAGE_FPS = 2.0  # what most video-language models were trained on
 """Frames per second that a video-language model is shown by default."""
+DETECTOR_FPS = 4.0  # objects still overlap from frame to frame
+"""Frames per second that a detector is shown by default."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ from vot_kernels.reasoning.llm import (
 )
 from vot_kernels.watching.cost import Estimate, estimate
 from vot_kernels.watching.frames import check_all_seen, media, times_in_words
+from vot_kernels.watching.kernels import Kernels
+from vot_kernels.watching.memory import enough_memory
 
 _NOT_FOR_THE_MODEL = ("video_metadata",)
 
@@ -32,7 +33,7 @@ class VideoLanguageModel:
         model: a model with `generate`, as `AutoModelForImageTextToText` returns it.
         processor: its processor, with a chat template.
         name: name of the model in traces.
-        kernels: what of the model runs on this package, for people.
+        kernels: the model on the kernels of this package; None leaves it as it is.
         max_batch: largest number of sequences in one forward pass, which bounds memory.
 
     Raises:
@@ -40,7 +41,13 @@ class VideoLanguageModel:
     """
 
     def __init__(
-        self, model: nn.Module, processor: Any, name: str, *, kernels: str = "", max_batch: int = 8
+        self,
+        model: nn.Module,
+        processor: Any,
+        name: str,
+        *,
+        kernels: Kernels | None = None,
+        max_batch: int = 8,
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise LanguageModelError(
@@ -60,7 +67,7 @@ class VideoLanguageModel:
         """
         if self._last is None or self._last[0] is not clip:
             self._last = None  # its cache goes before the next one comes
-            self._last = clip, ClipLanguageModel(self.model, self.processor, clip, self.name, self.max_batch)
+            self._last = clip, ClipLanguageModel(self, clip)
         return self._last[1]
 
     def estimate(self, clip: VideoClip) -> Estimate:
@@ -70,11 +77,18 @@ class VideoLanguageModel:
 
 
 class TextOfVideoLanguageModel(HFLanguageModel):
-    """A video-language model that is shown no video; arguments as in `VideoLanguageModel`."""
+    """A video-language model that is shown no video."""
 
-    def __init__(self, model: Any, processor: Any, name: str, max_batch: int) -> None:
-        super().__init__(model, processor.tokenizer, device=str(model.device), name=name, max_batch=max_batch)
-        self.processor = processor
+    def __init__(self, whole: VideoLanguageModel) -> None:
+        model: Any = whole.model
+        super().__init__(
+            model,
+            whole.processor.tokenizer,
+            device=str(model.device),
+            name=whole.name,
+            max_batch=whole.max_batch,
+        )
+        self.processor = whole.processor
 
     def _chat(self, text: str) -> str:
         return self._chat_of([{"type": "text", "text": text}])
@@ -84,11 +98,11 @@ class TextOfVideoLanguageModel(HFLanguageModel):
         return self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
-        with _enough_memory(self.name):
+        with enough_memory(self.name):
             return super().generate_batch(prompts, max_new_tokens=max_new_tokens)
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
-        with _enough_memory(self.name):
+        with enough_memory(self.name):
             return super().score(prompt, continuations)
 
 
@@ -102,16 +116,21 @@ class ClipLanguageModel(TextOfVideoLanguageModel):
         inputs: what the processor made of the clip and of the beginning of the prompt.
     """
 
-    def __init__(self, model: Any, processor: Any, clip: VideoClip, name: str, max_batch: int) -> None:
-        super().__init__(model, processor, name, max_batch)
-        self.blind = TextOfVideoLanguageModel(model, processor, name, max_batch)
-        given = media(clip, processor)
+    def __init__(self, whole: VideoLanguageModel, clip: VideoClip) -> None:
+        super().__init__(whole)
+        self.blind = TextOfVideoLanguageModel(whole)
+        self._run = whole.kernels.run if whole.kernels else self.model
+        given = media(clip, self.processor)
         text = self._chat_of([*given.content, {"type": "text", "text": times_in_words(clip) + SLOT}])
         head, slot, self._tail = text.partition(SLOT)
         if not slot:
-            raise LanguageModelError(f"The chat template of '{name}' leaves out the text of the message.")
-        self.inputs = _processed(processor, head, given.arguments, name)
-        check_all_seen(self.inputs, given, processor, visual_tokens(model, processor), name)
+            raise LanguageModelError(
+                f"The chat template of '{self.name}' leaves out the text of the message."
+            )
+        self.inputs = _processed(self.processor, head, given.arguments, self.name)
+        check_all_seen(
+            self.inputs, given, self.processor, visual_tokens(self.model, self.processor), self.name
+        )
         self._head: list[int] = self.inputs["input_ids"][0].tolist()
         self._check_length(len(self._head))
 
@@ -136,7 +155,7 @@ class ClipLanguageModel(TextOfVideoLanguageModel):
                 options[key] = value.to(self.model.device, dtype)
         try:
             with torch.inference_mode():
-                cache = self.model(**options, use_cache=True, logits_to_keep=1).past_key_values
+                cache = self._run(**options, use_cache=True, logits_to_keep=1).past_key_values
         except (
             ValueError
         ) as error:  # the model found that features and tokens of the clip do not fit together
@@ -215,25 +234,3 @@ def visual_tokens(model: Any, processor: Any) -> set[int]:
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     found = {getattr(owner, name, None) for owner in (model.config, processor) for name in names}
     return {id for id in found if isinstance(id, int)}
-
-
-@contextmanager
-def _enough_memory(name: str) -> Iterator[None]:
-    """Turn running out of memory into one sentence that says what to lower."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if (
-            not isinstance(error, RuntimeError)
-            or isinstance(error, torch.OutOfMemoryError)
-            or _ran_out(error)
-        ):
-            raise LanguageModelError(
-                f"The memory is too small for '{name}' and this clip; lower --num-frames, or the size of the numbers "
-                "with --dtype bfloat16."
-            ) from error
-        raise
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in ("allocate memory", "out of memory"))
