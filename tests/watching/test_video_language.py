@@ -262,6 +262,15 @@ class TestWhatIsDroppedIsRefused:
             made.about(clip)
 
 
+def test_a_model_that_can_think_aloud_is_told_not_to(folder_of, clip, capfd):
+    made = load_video_language_model(folder_of("qwen3_5"))
+    told = "{% if enable_thinking is defined and not enable_thinking %}<quiet>{% else %}<aloud>{% endif %}"
+    assert "<aloud>" not in made.about(clip)._chat("What?")
+    made.processor.chat_template += told
+    assert made.about(VideoClip(clip.frames, clip.times, clip.info))._chat("What?").endswith("<quiet>")
+    assert "Kwargs" not in capfd.readouterr().err
+
+
 def test_a_processor_without_template_or_eyes_is_refused(folder_of):
     made = load_video_language_model(folder_of("qwen2_5_vl"))
     made.processor.video_processor = made.processor.image_processor = None

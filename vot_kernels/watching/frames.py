@@ -28,11 +28,17 @@ class Media:
 
 def media(clip: VideoClip, processor: Any) -> Media:
     """Return a clip as one video; as images if the processor takes no video; a picture as one image."""
-    video = getattr(processor, "video_processor", None) is not None
+    video = takes_videos(processor)
     image = getattr(processor, "image_processor", None) is not None
     if image and (len(clip.frames) == 1 or not video):
         return _as_images(clip)
     return _as_video(clip)
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor has a part for videos, or a token for them and no separate part."""
+    own_part = hasattr(processor, "video_processor")
+    return processor.video_processor is not None if own_part else hasattr(processor, "video_token")
 
 
 def _as_images(clip: VideoClip) -> Media:
@@ -52,7 +58,6 @@ def _as_video(clip: VideoClip) -> Media:
         "videos": [clip.frames],
         "video_metadata": [metadata(clip)],
         "do_sample_frames": False,  # they are sampled already
-        "input_data_format": "channels_last",
     }
     return Media([{"type": "video"}], arguments, len(clip.frames))
 
@@ -98,7 +103,8 @@ def check_all_seen(inputs: Any, given: Media, processor: Any, visual_tokens: set
     seen = _frames_in(inputs, given, processor)
     if seen is not None and seen != given.frames:
         raise LanguageModelError(
-            f"The processor of '{name}' was given {given.frames} frames and passed {seen} on to the model."
+            f"The processor of '{name}' was given {given.frames} frames and passed {seen} on to the model; "
+            f"show it as many with --num-frames {seen}."
         )
 
 
@@ -108,7 +114,8 @@ def _frames_in(inputs: Any, given: Media, processor: Any) -> int | None:
         return len(inputs["image_grid_thw"]) if "image_grid_thw" in inputs else None
     if "video_grid_thw" in inputs:
         steps = int(inputs["video_grid_thw"][0][0])
-        patch = int(getattr(processor.video_processor, "temporal_patch_size", None) or 1)
+        part = getattr(processor, "video_processor", processor.image_processor)
+        patch = int(getattr(part, "temporal_patch_size", None) or 1)
         return given.frames if steps == -(-given.frames // patch) else steps * patch
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
     if pixels is None:

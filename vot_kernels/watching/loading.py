@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,6 +128,8 @@ def load_patched(
     """
     from transformers import AutoConfig
 
+    if find_spec("vot_kernels.models.vot") is not None:  # makes our own model known to the Auto classes
+        import_module("vot_kernels.models.vot")
     with quiet_transformers(), one_sentence(folder):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model_class, processor_class = classes(config, folder)

@@ -19,7 +19,7 @@ from vot_kernels.reasoning.llm import (
     mean_likelihoods,
 )
 from vot_kernels.watching.cost import Estimate, estimate
-from vot_kernels.watching.frames import check_all_seen, media, times_in_words
+from vot_kernels.watching.frames import check_all_seen, media, takes_videos, times_in_words
 from vot_kernels.watching.kernels import Kernels
 from vot_kernels.watching.memory import enough_memory
 
@@ -53,7 +53,7 @@ class VideoLanguageModel:
             raise LanguageModelError(
                 f"The processor of '{name}' has no chat template, which says where the video belongs in a prompt."
             )
-        if not any(getattr(processor, part, None) for part in ("video_processor", "image_processor")):
+        if not takes_videos(processor) and getattr(processor, "image_processor", None) is None:
             raise LanguageModelError(f"The processor of '{name}' has a part for neither videos nor images.")
         self.model, self.processor, self.name = model, processor, name
         self.kernels, self.max_batch = kernels, max_batch
@@ -95,7 +95,10 @@ class TextOfVideoLanguageModel(HFLanguageModel):
 
     def _chat_of(self, content: list[dict[str, str]]) -> str:
         message = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        if "enable_thinking" in str(self.processor.chat_template):
+            options["enable_thinking"] = False  # replies are too short to think aloud in
+        return self.processor.apply_chat_template(message, **options)
 
     def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         with enough_memory(self.name):
