@@ -79,10 +79,12 @@ def estimate(model: Any, inputs: Any, visual_tokens: int) -> Estimate:
 
 def _tower_parameters(model: Any) -> int:
     """Parameters of the part that looks at pixels."""
-    towers = [
-        m for m in model.modules() if getattr(m, "main_input_name", "") == "pixel_values" and m is not model
-    ]
-    return sum(p.numel() for p in towers[0].parameters()) if towers else 0
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return 0
+    found = (m for m in model.modules() if isinstance(getattr(m, "config", None), type(vision)))
+    tower = next(found, None)  # its own modules have such a config, too, and come after it
+    return sum(p.numel() for p in tower.parameters()) if tower is not None else 0
 
 
 def _patches(model: Any, inputs: Any) -> int:
