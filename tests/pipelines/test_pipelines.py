@@ -157,6 +157,16 @@ def test_a_decoded_clip_is_asked_about_like_its_file(video_qa, answered):
     assert again.answer.choice == answered.answer.choice
 
 
+def test_a_file_that_changed_is_seen_anew(video_qa, tmp_path):
+    path = tmp_path / "clip.mp4"
+    shutil.copy(digitworld_clip()[0], path)
+    first, sight = video_qa.see(path)
+    assert video_qa.see(path) == (first, sight) and video_qa.see(path)[0] is first
+    assert video_qa.see(path, Sampling(num_frames=4))[0] is not first
+    save_mp4(path, np.zeros((4, 64, 64, 3), np.uint8), 8)
+    assert len(video_qa.see(path)[0].frames) == 4
+
+
 def test_encode_writes_what_the_encoder_says(tmp_path):
     clip = digitworld_clip()[0]
     save_mp4(tmp_path / "small.mp4", np.zeros((4, 40, 48, 3), np.uint8), 8)

@@ -112,7 +112,10 @@ def test_what_verbose_prints(vot, folder_of):
     assert code == 0 and "modules replaced" not in out and "Estimate" not in err  # it takes no time
 
 
-def test_a_batch_is_resumed(vot, folder_of, tmp_path):
+def test_a_batch_is_resumed(vot, folder_of, tmp_path, monkeypatch):
+    """Questions about one file in a row share its frames and its graph."""
+    seen, see = [], written.WrittenGraph.see
+    monkeypatch.setattr(written.WrittenGraph, "see", lambda self, clip: seen.append(clip) or see(self, clip))
     lines = [{"video": str(natural_clip()), "question": f"Is it {word}?"} for word in ("red", "blue")]
     lines.append({"video": "missing.mp4", "question": "What?"})
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -123,7 +126,7 @@ def test_a_batch_is_resumed(vot, folder_of, tmp_path):
     assert [row.get("model") for row in rows] == ["smolvlm2", "smolvlm2", None]
     assert all("wrote the graph" in row["eyes"]["name"] for row in rows[:2])
     code, _, err = vot(*words, "--vlm", folder_of("smolvlm2"))
-    assert "0 answered, 2 already" in err
+    assert "0 answered, 2 already" in err and len(seen) == 1
 
 
 def test_without_a_model_for_it_a_foreign_clip_gets_a_refusal_and_what_to_pass(vot):

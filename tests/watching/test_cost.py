@@ -6,7 +6,7 @@ import torch
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import load_video
 from vot_kernels.watching import cost
-from vot_kernels.watching.cost import NEW_TOKENS, READ_TOKENS, Estimate
+from vot_kernels.watching.cost import NEW_TOKENS, PROMPT_TOKENS, READ_TOKENS, Estimate
 from vot_kernels.watching.loading import load_video_language_model
 
 
@@ -26,13 +26,14 @@ def test_it_is_what_one_counts(folder_of, clip, family, tower, patches, monkeypa
     found, seen = reader.estimate(clip), reader.about(clip)
     whole = sum(p.numel() for p in reader.model.parameters())
     looking = sum(p.numel() for p in getattr(reader.model.model, tower).parameters())
-    read = len(seen._head) + READ_TOKENS
+    head = len(seen._head)
+    read, kept = head + READ_TOKENS, head + 4 * (head + PROMPT_TOKENS)  # four prompts at once
     assert (found.parameters, found.weight_bytes, found.visual_tokens) == (
         whole,
         4 * whole,
         seen.visual_tokens,
     )
-    assert found.cache_bytes == read * 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 heads of 8, 4 bytes
+    assert found.cache_bytes == kept * 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 heads of 8, 4 bytes
     assert found.flop == 2 * (whole - looking) * read + 2 * looking * patches
     assert found.seconds == pytest.approx(found.flop / 1e9 + NEW_TOKENS * 4 * whole / 1e8)
 

@@ -136,6 +136,32 @@ def test_without_torchvision_it_says_what_to_install(folder, monkeypatch):
         load_video_language_model(folder)
 
 
+def test_what_loading_itself_lacks_is_one_sentence(folder, monkeypatch):
+    """Older folders do not say that their processor needs torchvision, and a model may be too large to load at all."""
+    import transformers
+
+    def raises(error):
+        def load(*_, **__):
+            raise error
+
+        return load
+
+    with monkeypatch.context() as small:
+        error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        small.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", raises(error))
+        with pytest.raises(LanguageModelError, match="too small for 'broken'; lower"):
+            load_video_language_model(folder)
+    edit(folder / PROCESSOR, video_processor=None)
+    sentence = "\nQwen2VLVideoProcessor requires the Torchvision library but it was not found.\nRead on"
+    with monkeypatch.context() as missing:
+        missing.setattr(transformers.AutoProcessor, "from_pretrained", raises(ImportError(sentence)))
+        with pytest.raises(LanguageModelError, match="cannot be loaded: Qwen2VL.* not found.$"):
+            load_video_language_model(folder)
+        missing.setitem(sys.modules, "torchvision", None)
+        with pytest.raises(ImportError, match=r"pip install 'vot-kernels\[vlm\]'"):
+            load_video_language_model(folder)
+
+
 def test_a_folder_that_is_no_detector(folder, tmp_path):
     with pytest.raises(LanguageModelError, match="not an object detector.*qwen2_5_vl"):
         load_detector(folder)

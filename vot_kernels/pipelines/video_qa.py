@@ -105,7 +105,8 @@ class VideoQA:
     ):
         self.eyes, self.reader = eyes, as_reader(reader)
         self.switches, self.anyway = switches or Switches(), anyway
-        self._last: tuple[VideoClip, Sight] | None = None
+        self._file: tuple[Any, VideoClip] | None = None
+        self._seen: tuple[VideoClip, Sight] | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -123,13 +124,22 @@ class VideoQA:
         sampling: Sampling | None = None,
         progress: bool = False,
     ) -> tuple[VideoClip, Sight]:
-        """Decode a file, unless it is already a clip, and see its scene graph; a clip is not seen twice in a row."""
+        """Decode a file, unless it is already a clip, and see its scene graph.
+
+        The last clip and its graph are kept, for the next question about the same file or clip.
+        """
         clip = video
         if not isinstance(clip, VideoClip):
-            clip = sample_video(clip, sampling or Sampling(), self.eyes.fps, progress)
-        if self._last is None or self._last[0] is not clip:
-            self._last = clip, self.eyes.see(clip)
-        return self._last
+            clip = self._decoded(Path(clip), sampling or Sampling(), progress)
+        if self._seen is None or self._seen[0] is not clip:
+            self._seen = clip, self.eyes.see(clip)
+        return self._seen
+
+    def _decoded(self, path: Path, sampling: Sampling, progress: bool) -> VideoClip:
+        key = path, sampling, path.stat().st_mtime_ns if path.exists() else 0
+        if self._file is None or self._file[0] != key:
+            self._file = key, sample_video(path, sampling, self.eyes.fps, progress)
+        return self._file[1]
 
     def ask(
         self,

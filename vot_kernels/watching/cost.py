@@ -14,6 +14,8 @@ NEW_TOKENS = 800
 """Tokens that a question makes a model write: a graph, an analysis, proposals and ratings."""
 READ_TOKENS = 3000
 """Tokens of prompts besides the clip that it reads for one question."""
+PROMPT_TOKENS = 600
+"""Tokens of one such prompt."""
 LONG = 20.0
 """Seconds from which on a run is long."""
 
@@ -24,7 +26,7 @@ class Estimate:
 
     Attributes:
         parameters: of the whole model.
-        weight_bytes, cache_bytes: of the weights, and of the keys and values of the clip and the prompts.
+        weight_bytes, cache_bytes: of the weights, and of the keys and values of the clip and of prompts about it.
         visual_tokens: tokens of the prompt that stand for the clip.
         flop: floating-point operations to read the clip and the prompts.
         flop_per_s, bytes_per_s: measured rates of a matrix product and of reading memory.
@@ -58,22 +60,24 @@ class Estimate:
         )
 
 
-def estimate(model: Any, inputs: Any, visual_tokens: int) -> Estimate:
+def estimate(model: Any, inputs: Any, visual_tokens: int, batch: int) -> Estimate:
     """Estimate what a question about a clip takes.
 
     Args:
         model: a model for images or videos and text.
         inputs: what its processor made of the clip and the beginning of the prompt.
         visual_tokens: how many tokens of `inputs["input_ids"]` stand for the clip.
+        batch: prompts that are computed at once, each with keys and values of its own.
     """
     parameters = sum(p.numel() for p in model.parameters())
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     tower = _tower_parameters(model)
-    prompt = inputs["input_ids"].shape[1] + READ_TOKENS
-    flop = 2.0 * (parameters - tower) * prompt + 2.0 * tower * _patches(model, inputs)
+    head = inputs["input_ids"].shape[1]
+    flop = 2.0 * (parameters - tower) * (head + READ_TOKENS) + 2.0 * tower * _patches(model, inputs)
     weight = next(model.parameters())
     flop_per_s, bytes_per_s = _rates(str(weight.device), str(weight.dtype).removeprefix("torch."))
-    cache_bytes = prompt * _cache_width(model.config) * weight.element_size()
+    kept = head + batch * (head + PROMPT_TOKENS)  # the clip once, and once in each prompt
+    cache_bytes = kept * _cache_width(model.config) * weight.element_size()
     return Estimate(parameters, weight_bytes, cache_bytes, visual_tokens, flop, flop_per_s, bytes_per_s)
 
 

@@ -62,7 +62,9 @@ def check_video_language_folder(path: str | os.PathLike[str]) -> None:
             f"'{folder}' has no processor for videos or images ({', '.join(_PROCESSOR_FILES)}); "
             "pass a model that reads text alone with --llm."
         )
-    if any("video_processor" in _read_json(folder / name) for name in found) or found[-1].startswith("video"):
+    if any(_read_json(folder / name).get("video_processor") for name in found) or found[-1].startswith(
+        "video"
+    ):
         require("A model for videos", "vlm")
 
 
@@ -128,9 +130,12 @@ def load_patched(
     """
     from transformers import AutoConfig
 
+    from vot_kernels.watching.kernels import Kernels
+    from vot_kernels.watching.memory import enough_memory
+
     if find_spec("vot_kernels.models.vot") is not None:  # makes our own model known to the Auto classes
         import_module("vot_kernels.models.vot")
-    with quiet_transformers(), one_sentence(folder):
+    with quiet_transformers(), one_sentence(folder), enough_memory(folder.name):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model_class, processor_class = classes(config, folder)
         processor = processor_class.from_pretrained(folder, **_LOCAL)
@@ -143,8 +148,6 @@ def load_patched(
                 f"{len(missing)} that are missing."
             )
         model = model.to(device).eval()
-    from vot_kernels.watching.kernels import Kernels
-
     return Loaded(model, processor, Kernels(model))
 
 
@@ -171,5 +174,9 @@ def one_sentence(folder: Path) -> Iterator[None]:
     except LanguageModelError:
         raise
     except Exception as error:
+        if isinstance(
+            error, ImportError
+        ):  # of transformers: some files do not say that they need torchvision
+            require("A model for videos", "vlm")
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise LanguageModelError(f"'{folder}' cannot be loaded: {reason}") from error

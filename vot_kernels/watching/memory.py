@@ -16,7 +16,7 @@ def enough_memory(name: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise LanguageModelError(
-                f"The memory is too small for '{name}' and this clip; lower --num-frames, or the size of the numbers "
-                "with --dtype bfloat16."
+                f"The memory is too small for '{name}'; lower --num-frames, or the size of the numbers with "
+                "--dtype bfloat16."
             ) from error
         raise

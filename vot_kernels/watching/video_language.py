@@ -47,7 +47,7 @@ class VideoLanguageModel:
         name: str,
         *,
         kernels: Kernels | None = None,
-        max_batch: int = 8,
+        max_batch: int = 4,
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise LanguageModelError(
@@ -73,7 +73,7 @@ class VideoLanguageModel:
     def estimate(self, clip: VideoClip) -> Estimate:
         """Return what answering a question about `clip` takes; errors as in `about`."""
         read = self.about(clip)
-        return estimate(self.model, read.inputs, read.visual_tokens)
+        return estimate(self.model, read.inputs, read.visual_tokens, self.max_batch)
 
 
 class TextOfVideoLanguageModel(HFLanguageModel):
