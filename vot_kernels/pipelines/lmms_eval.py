@@ -23,6 +23,7 @@ from vot_kernels.data.video import load_video
 from vot_kernels.extras import imports_for
 from vot_kernels.files import new_folder
 from vot_kernels.pipelines import video_qa
+from vot_kernels.watching.frames import metadata
 from vot_kernels.watching.protocols import DeferredModel
 
 TASK = """\
@@ -170,27 +171,31 @@ def _patched_model() -> type:
             self, context: str, options: dict, to_visual: Any, doc_id: Any, task: str, split: str
         ) -> str:
             visuals = [self._see(each) for each in to_visual(self.task_dict[task][split][doc_id])]
-            content = [*({"type": kind} for kind, _ in visuals), {"type": "text", "text": context}]
+            content = [*({"type": kind} for kind, *_ in visuals), {"type": "text", "text": context}]
             prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            media: dict[str, list[Any]] = {}
-            for kind, pixels in visuals:
+            media: dict[str, Any] = {}
+            for kind, pixels, times in visuals:
                 media.setdefault(f"{kind}s", []).append(pixels)
+                if times is not None:
+                    media.setdefault("video_metadata", []).append(times)
             if "videos" in media:
-                media["do_sample_frames"] = False  # type: ignore[assignment]  # they are sampled already
+                media["do_sample_frames"] = False  # they are sampled already
             inputs = self.processor(text=[prompt], return_tensors="pt", **media).to(self.model.device)
             longest = int(options.get("max_new_tokens", 64))
             tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=longest)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             return self.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
 
-        def _see(self, visual: Any) -> tuple[str, Any]:
-            """ "image" or "video", and its pixels; a file of one frame is an image."""
+        def _see(self, visual: Any) -> tuple[str, Any, dict[str, Any] | None]:
+            """ "image" or "video", its pixels, and when a video's frames are; a file of one frame is an image."""
             if not isinstance(visual, (str, os.PathLike)):
-                return "image", visual
-            frames = load_video(visual, num_frames=self.num_frames).frames
-            return ("image", frames[0]) if len(frames) == 1 else ("video", frames)
+                return "image", visual, None
+            clip = load_video(visual, num_frames=self.num_frames)
+            if len(clip.frames) == 1:
+                return "image", clip.frames[0], None
+            return "video", clip.frames, metadata(clip)
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             """Not there: raises NotImplementedError."""

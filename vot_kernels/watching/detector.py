@@ -14,6 +14,7 @@ from vot_kernels.reasoning.llm import LanguageModelError
 from vot_kernels.scene_graph.events import GEOMETRIC_EVENTS, with_geometric_events
 from vot_kernels.scene_graph.graph import STSG, Box, Vocabulary
 from vot_kernels.scene_graph.relations import GEOMETRIC_PREDICATES, with_geometric_relations
+from vot_kernels.scene_graph.text import printable
 from vot_kernels.watching.kernels import Kernels
 from vot_kernels.watching.loading import check_detector_folder, check_dtype, load_patched
 from vot_kernels.watching.memory import enough_memory
@@ -100,7 +101,9 @@ class DetectorEyes:
             sides = result["boxes"].float().cpu() / torch.tensor([width, height, width, height])
             boxes = (Box(*corners) for corners in sides.clamp(0, 1).tolist())
             items = zip(boxes, result["scores"].tolist(), map(self._wanted, labels), strict=True)
-            yield [Found(box, score, label) for box, score, label in items if label and box.area > 0]
+            yield [
+                Found(box, score, printable(label)) for box, score, label in items if label and box.area > 0
+            ]
 
     def _boxes(self, output: Any, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
         options: dict[str, Any] = {"threshold": self.sure, "target_sizes": sizes}

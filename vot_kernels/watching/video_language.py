@@ -17,6 +17,7 @@ from vot_kernels.reasoning.llm import (
     LanguageModelError,
     Prefix,
     mean_likelihoods,
+    quiet_transformers,
 )
 from vot_kernels.watching.cost import Estimate, estimate
 from vot_kernels.watching.frames import check_all_seen, media, takes_videos, times_in_words
@@ -226,7 +227,8 @@ def _processed(processor: Any, text: str, arguments: dict[str, Any], name: str) 
     begun = processor.tokenizer.bos_token
     special = not (begun and text.startswith(begun))
     try:
-        return processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
+        with quiet_transformers():
+            return processor(text=[text], return_tensors="pt", add_special_tokens=special, **arguments)
     except (ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LanguageModelError(f"The processor of '{name}' cannot read the clip: {reason}") from error
