@@ -18,7 +18,7 @@ def test_report_of_this_machine():
     report = info.collect()
     assert report["vot_kernels"]["version"] == __version__
     assert report["packages"]["torch"] == torch.__version__
-    assert set(report["extras"]) == {"video", "llm", "train", "cli", "lmms"}
+    assert set(report["extras"]) == {"video", "llm", "train", "cli", "vlm", "lmms"}
     assert report["extras"]["video"]["av"].count(".") >= 1
     assert bool(report["gpus"]) == torch.cuda.is_available() == (report["no_gpu"] is None)
     assert report["cpp"]["problem"] == library().problem and report["cpp"]["isa"] == library().isa
