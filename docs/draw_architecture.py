@@ -22,6 +22,7 @@ LABELS = {
     "data": "video, DigitWorld",
     "models": "encoder, perception, graph",
     "integrations": "other people's models",
+    "distributed": "several ranks",
     "nn": "modules",
     "ops": "one folder per op",
     "cpp": "compiles and loads csrc/",

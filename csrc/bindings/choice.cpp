@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../kernels/tiles.h"
+
 // The build defines VOT_ISAS(X) as X(isa) for each instruction set that was compiled, the best one first.
 namespace vot {
 
@@ -20,10 +22,11 @@ bool runs(const char* isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                     __builtin_cpu_supports("bmi2");
   if (!std::strcmp(isa, "avx2")) return avx2;
-  if (!std::strcmp(isa, "avx512"))
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(isa, "avx512")) return avx512;
+  if (!std::strcmp(isa, "amx")) return avx512 && may_use_tiles();
 #endif
   return !std::strcmp(isa, "generic");
 }

@@ -1,5 +1,6 @@
 #include "range_attention.h"
 
+#include "range_products.h"
 #include "scratch.h"
 #include "space.h"
 
@@ -7,27 +8,26 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-constexpr int ROWS = 48;                // of a block of scores
-constexpr int KEYS = 128;               // of a block of scores
-constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int RUN_ROWS = 12;            // rows of one range that are rather a block of their own
 constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
 
-// Adds the scores of R rows to their sums: scores[r] becomes 2^(score - pivot) for `vectors` vectors of each row.
+// Adds the scores of R rows, times `factor`, to their sums: put(r, j, weight) gets the vector 2^(factor score - pivot)
+// for each of `vectors` vectors of row r.
 //
 // The pivot follows the largest score so far lazily: it moves when a score exceeds it by more than LAZY, and then
 // decays[r] says by how much what was summed before shrinks. NaN compares false and so passes into the sums.
-template <int R>
-VOT_INLINE void exponentials(float* scores, int vectors, float* pivots, float* sums, float* decays) {
+template <int R, class Put>
+VOT_INLINE void exponentials(const float* scores, int vectors, Vec factor, float* pivots, float* sums, float* decays,
+                             const Put& put) {
   Vec largest[R], pivot[R], total[R];
   for (int r = 0; r < R; r++) largest[r] = load(scores + r * SCORES_ROW);
   for (int j = 1; j < vectors; j++)
     for (int r = 0; r < R; r++) largest[r] = greater_of(load(scores + r * SCORES_ROW + j * LANES), largest[r]);
   for (int r = 0; r < R; r++) {
     decays[r] = 1;
-    if (__builtin_expect(any_greater(largest[r], splat(pivots[r] + LAZY)), 0)) {
-      const float raised = most(pivots[r], greatest(largest[r]));
+    if (__builtin_expect(any_greater(largest[r] * factor, splat(pivots[r] + LAZY)), 0)) {
+      const float raised = most(pivots[r], greatest(largest[r] * factor));
       decays[r] = exp2f(pivots[r] - raised);
       pivots[r] = raised;
     }
@@ -36,10 +36,9 @@ VOT_INLINE void exponentials(float* scores, int vectors, float* pivots, float* s
   }
   for (int j = 0; j < vectors; j++)
     for (int r = 0; r < R; r++) {
-      float* score = scores + r * SCORES_ROW + j * LANES;
-      const Vec weight = exp2(load(score) - pivot[r]);
+      const Vec weight = exp2(load(scores + r * SCORES_ROW + j * LANES) * factor - pivot[r]);
       total[r] += weight;
-      store(score, weight);
+      put(r, j, weight);
     }
   for (int r = 0; r < R; r++) store(sums + r * LANES, total[r]);
 }
@@ -56,8 +55,11 @@ VOT_INLINE void hide(float* scores, int vectors, int64_t first, int64_t low, int
 }
 
 // The attention of the rows of a task over one key head. Rows are (token, head) pairs of the heads that share it, token
-// by token, so that along them neither end of the range falls.
+// by token, so that along them neither end of the range falls. `Products` multiplies them with keys and values.
+template <class Products>
 class Forward {
+  static constexpr int ROWS = Products::ROWS;  // of a block of scores
+
  public:
   Forward(const RangeForward& problem, const RowsTask& task, int kv_head)
       : p_(problem),
@@ -66,7 +68,8 @@ class Forward {
         repeats_(problem.heads / problem.kv_heads),
         rows_((task.end - task.begin) * repeats_),
         depth_(problem.head_dim),
-        columns_(int(round_up(problem.head_dim, LANES))) {
+        columns_(int(round_up(problem.head_dim, LANES))),
+        products_(problem, kv_head, rows_) {
     Space space;
     divide(space);
     space = {scratch(size_t(space.taken))};
@@ -78,7 +81,7 @@ class Forward {
     const int64_t low = p_.low[task_.begin], high = p_.high[task_.end - 1];
     for (int64_t key = task_.first_key + (low - task_.first_key) / KEYS * KEYS; key < high; key += KEYS) {
       const int count = int(least<int64_t>(KEYS, high - key));
-      read_keys(key, count);
+      products_.read_keys(key, count);
       for (int i = 0; i < rows_;) {
         const int next = block_end(i);
         prefetch(key + KEYS + i * KEYS / rows_, least(high, key + KEYS + next * KEYS / rows_));
@@ -93,12 +96,10 @@ class Forward {
  private:
   void divide(Space& space) {
     const int64_t width = p_.far.states ? round_up(p_.far.width, LANES) : 0;
-    queries_ = space.take(rows_ * columns_);
+    products_.divide(space);
     outputs_ = space.take(rows_ * columns_);
     sums_ = space.take(rows_ * LANES);
     pivots_ = space.take(rows_);
-    keys_ = space.take(KEYS / PANEL * panel_size(depth_));
-    values_ = space.take(KEYS * columns_);
     scores_ = space.take(ROWS * most<int64_t>(SCORES_ROW, width));
     decays_ = space.take(ROWS);
     far_ = space.take(p_.far.states ? ROWS * state_row(depth_) : 0);
@@ -116,20 +117,14 @@ class Forward {
     return run < end && run - row >= RUN_ROWS ? run : end;
   }
 
-  // Scores are found in powers of two.
   void begin() {
     for (int i = 0; i < rows_; i++) {
       if (i + AHEAD < rows_) prefetch_row(p_.q, token(i + AHEAD), head(i + AHEAD), depth_);
-      read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
+      products_.read_query(i, token(i), head(i));
       pivots_[i] = -INF;
     }
     std::memset(outputs_, 0, sizeof(float) * size_t(rows_ * columns_));
     std::memset(sums_, 0, sizeof(float) * size_t(rows_ * LANES));
-  }
-
-  void read_keys(int64_t key, int count) {
-    read_transposed(p_.k, key, count, kv_head_, depth_, keys_);
-    for (int i = 0; i < count; i++) read_row(p_.v, key + i, kv_head_, depth_, 1, values_ + i * columns_);
   }
 
   // Keys of the next block, a few for each block of rows: many at once would wait for each other.
@@ -146,19 +141,20 @@ class Forward {
     const int begin = int(most<int64_t>(p_.low[first] - key, 0)), end = int(least<int64_t>(p_.high[last] - key, count));
     if (begin >= end) return;
     const int start = begin / LANES * LANES, stop = int(round_up(end, LANES)), vectors = (stop - start) / LANES;
-    const Left queries = {queries_ + row * columns_, columns_, 1};
-    multiply_panels(rows, start, stop, queries, keys_, depth_, Result{scores_, SCORES_ROW});
+    products_.scores(row, rows, start, stop, scores_);
     float* scores = scores_ + start;
     if (key + start < p_.low[last] || key + stop > p_.high[first])
       for (int i = 0; i < rows; i++)
         hide(scores + i * SCORES_ROW, vectors, key + start, p_.low[token(row + i)], p_.high[token(row + i)]);
+    const auto weigh = [&](auto count, int i) {
+      const auto put = [&](int r, int j, Vec weight) { products_.put_weight(scores_, i + r, start + j * LANES, weight); };
+      exponentials<decltype(count)::value>(scores + i * SCORES_ROW, vectors, products_.factor(), pivots_ + row + i,
+                                           sums_ + (row + i) * LANES, decays_ + i, put);
+    };
     int i = 0;
-    for (; i + 4 <= rows; i += 4)
-      exponentials<4>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
-    for (; i < rows; i++)
-      exponentials<1>(scores + i * SCORES_ROW, vectors, pivots_ + row + i, sums_ + (row + i) * LANES, decays_ + i);
-    multiply(rows, columns_, Left{scores_ + begin, SCORES_ROW, 1}, Right{values_ + begin * columns_, columns_},
-             end - begin, Result{outputs_ + row * columns_, columns_}, Old::SCALE, decays_);
+    for (; i + 4 <= rows; i += 4) weigh(Number<4>{}, i);
+    for (; i < rows; i++) weigh(Number<1>{}, i);
+    products_.add_values(rows, begin, end, scores_, outputs_ + row * columns_, decays_);
   }
 
   void add_far() {
@@ -210,15 +206,26 @@ class Forward {
   const RangeForward& p_;
   const RowsTask& task_;
   const int kv_head_, repeats_, rows_, depth_, columns_;  // columns: head_dim in whole vectors
-  float *queries_, *outputs_, *sums_, *pivots_, *keys_, *values_, *scores_, *decays_, *far_;
+  Products products_;
+  float *outputs_, *sums_, *pivots_, *scores_, *decays_, *far_;
 };
+
+template <class Products>
+void forward(const RangeForward& problem, const Parallel& parallel) {
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
+    Forward<Products>(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  });
+}
 
 }  // namespace
 
 void range_attention_forward(const RangeForward& problem, const Parallel& parallel) {
-  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
-    Forward(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
-  });
+#ifdef __AMX_BF16__
+  const auto is_bf16 = [](const HeadRows& rows) { return rows.dtype == Dtype::BF16; };
+  if (is_bf16(problem.q) && is_bf16(problem.k) && is_bf16(problem.v) && is_bf16(problem.out))
+    return forward<TileProducts>(problem, parallel);
+#endif
+  forward<FloatProducts>(problem, parallel);
 }
 
 }  // namespace VOT_ISA

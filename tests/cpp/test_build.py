@@ -128,7 +128,7 @@ def test_no_torch(monkeypatch, compiler, tmp_path):
 
 
 def test_an_unknown_instruction_set(tmp_path, capsys):
-    with pytest.raises(ValueError, match="must be one of avx512, avx2, generic, got 'sse'"):
+    with pytest.raises(ValueError, match="must be one of amx, avx512, avx2, generic, got 'sse'"):
         build.build(tmp_path, ["sse"])
     with pytest.raises(SystemExit):
         main(["--isa", "sse"])
@@ -136,13 +136,19 @@ def test_an_unknown_instruction_set(tmp_path, capsys):
 
 def test_the_instruction_sets_of_a_processor(monkeypatch):
     avx512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    amx = {"amx_tile", "amx_bf16", "avx512_bf16"}
     for flags, isas in (
+        (avx512 | amx | {"avx2", "fma"}, ("amx", "avx2")),
         (avx512 | {"avx2", "fma"}, ("avx512", "avx2")),
         ({"avx2", "fma"}, ("avx2",)),
         (set(), ("generic",)),
     ):
         monkeypatch.setattr(build, "_processor_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(build, "_takes", lambda options: True)
         assert build.default_isas() == isas
+    monkeypatch.setattr(build, "_processor_flags", lambda: avx512 | amx | {"avx2", "fma"})
+    monkeypatch.setattr(build, "_takes", lambda options: "-mamx-tile" not in options)  # as g++ 10
+    assert build.default_isas() == ("avx512", "avx2")
 
 
 def test_two_processes_build_once(compiler, tmp_path):

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <thread>
 
+#include "../../csrc/kernels/tiles.h"
+
 namespace vot {
 namespace VOT_ISA {
 namespace {
@@ -48,4 +50,9 @@ int check_all(int seeds) {
 }  // namespace VOT_ISA
 }  // namespace vot
 
-int main(int, char** arguments) { return vot::VOT_ISA::check_all(std::atoi(arguments[1])); }
+int main(int, char** arguments) {
+#ifdef __AMX_BF16__
+  if (!vot::may_use_tiles()) return 2;
+#endif
+  return vot::VOT_ISA::check_all(std::atoi(arguments[1]));
+}

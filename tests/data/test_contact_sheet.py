@@ -144,9 +144,9 @@ def test_title_and_odd_text_do_not_break_the_sheet(tmp_path):
 
 def test_colours_follow_the_attributes_and_never_clash():
     tracks = [moving(1, f"o{i}", attributes=a) for i, a in enumerate([("red",), ("red",), (), ("blue",)], 1)]
-    colours = contact_sheet._colours(tracks)
+    colours = contact_sheet.track_colours(tracks)
     assert colours[0] == RED and colours[3] == BLUE and len(set(colours)) == 4
-    assert len(contact_sheet._colours([moving(1)] * 60)) == 60
+    assert len(contact_sheet.track_colours([moving(1)] * 60)) == 60
 
 
 def test_labels_do_not_cover_one_another(monkeypatch, tmp_path):

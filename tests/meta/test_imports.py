@@ -25,6 +25,7 @@ ALLOWED = {
     "ops": OPS,
     "nn": NN,
     "models": MODELS,
+    "distributed": MODELS | {"models"},
     "integrations": TOP,
     "data": DATA,
     "train": TOP,
@@ -42,7 +43,7 @@ LEAN = {"", "packing", "files", "extras", "scene_graph", "tuning", "testing", "c
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
     *("transformers", "safetensors", "tokenizers", "gguf", "huggingface_hub"),
-    *("typer", "click", "rich", "hypothesis", "pytest", "triton"),
+    *("typer", "click", "rich", "gradio", "hypothesis", "pytest", "triton"),
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NOT_IN_KERNELS = ("torch.nn", "torch.autograd", "os")

@@ -30,8 +30,10 @@ BELONGS = {
     "vot_kernels.pipelines": ("video", "llm"),
     "vot_kernels.pipelines.evaluation": ("train",),
     "vot_kernels.pipelines.progress": ("cli",),
+    "vot_kernels.pipelines.web": ("web",),
     "vot_kernels.reasoning": ("llm",),
     "vot_kernels.train": ("train",),
+    "vot_kernels.train.vlm": ("train", "rl"),
     "vot_kernels.watching": ("video", "llm"),
     "vot_kernels.watching.tracking": ("vlm",),
 }
@@ -135,13 +137,16 @@ def test_a_missing_package_of_no_extra_is_not_hidden(monkeypatch):
         (["eval", "digitworld", "--out", "a.json"], "video,llm,train"),
         (["info", "--model", "nano"], "llm"),
         (["demo"], "video,llm"),
+        (["demo", "--web"], "video,llm,web"),
     ],
 )
 def test_every_command_says_what_to_install_after_cli_alone(words, extras, monkeypatch, capsys):
     """None in sys.modules makes a package look as if it were not installed."""
     from vot_kernels import cli
 
-    for module in set().union(*(EXTRAS[extra] for extra in ("video", "llm", "train"))) - set(EXTRAS["cli"]):
+    for module in set().union(*(EXTRAS[extra] for extra in ("video", "llm", "train", "web"))) - set(
+        EXTRAS["cli"]
+    ):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(sys, "argv", ["vot", *words])
     with pytest.raises(SystemExit) as ended:

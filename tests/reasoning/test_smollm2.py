@@ -11,6 +11,7 @@ import pytest
 from vot_kernels.reasoning import HFLanguageModel, LanguageModelError, smollm2
 from vot_kernels.reasoning.smollm2 import (
     FILES,
+    convert_gguf,
     default_cache_dir,
     download_gguf,
     ensure_smollm2,
@@ -143,6 +144,84 @@ def test_an_uninstalled_package_has_no_weights(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     assert installed_gguf() is None
+
+
+def tiny_gguf(path: Path) -> None:
+    """Write a Llama model of random weights with two layers, grouped keys and a byte-level vocabulary."""
+    import numpy as np
+    from gguf import GGUFWriter
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "at", "Ġat"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(2)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a t", "Ġ at"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    for n in range(2):
+        kinds = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32)}
+        kinds |= {"attn_v": (16, 32), "attn_output": (32, 32), "ffn_gate": (48, 32)}
+        kinds |= {"ffn_up": (48, 32), "ffn_down": (32, 48)}
+        shapes |= {f"blk.{n}.{kind}": shape for kind, shape in kinds.items()}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape).astype(np.float16)  # what fp16 keeps as it is
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_conversion_agrees_with_the_reader_of_transformers(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model")
+    options = {"dtype": torch.float32, "local_files_only": True}
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", **options)
+    assert {name: value.tolist() for name, value in ours.state_dict().items()} == {
+        name: value.tolist() for name, value in theirs.state_dict().items()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    ids = tokenizer("cat at 12:30<|im_end|>")["input_ids"]
+    assert (
+        ids
+        == AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")("cat at 12:30<|im_end|>")[
+            "input_ids"
+        ]
+    )
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        *("c", "at", "Ġat", "Ġ", "1", "2", ":", "3", "0"),
+        "<|im_end|>",
+    ]
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    assert [getattr(tokenizer, role) for role in roles] == [
+        *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>")
+    ]
+    text = torch.tensor([ids])
+    with torch.inference_mode():
+        assert torch.equal(ours(text).logits, theirs(text).logits)
 
 
 @pytest.fixture(scope="session")

@@ -11,22 +11,33 @@ from vot_kernels.cli.encode import encode
 from vot_kernels.cli.evaluate import eval_app
 from vot_kernels.cli.info import info
 from vot_kernels.cli.manners import one_sentence_errors
-from vot_kernels.cli.options import HELP
+from vot_kernels.cli.options import HELP, examples
 from vot_kernels.cli.train import train_app
 
 app = typer.Typer(
     no_args_is_help=True,
     context_settings=HELP,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Ask questions about videos, encode them, and train and evaluate the models that do it.",
 )
-app.command()(ask)
-app.command()(encode)
+app.command(
+    epilog=examples(
+        'vot ask clip.mp4 "Which digit does the red digit hit first?" --candidates "the blue digit|the white digit"',
+        'vot ask clips/ more.gif "What happens?" --json',
+        'vot ask clip.mp4 "What happens?" --picture tracks.png --trace trace.json -v',
+        "vot ask --batch questions.jsonl --out answers.jsonl",
+    )
+)(ask)
+app.command(
+    epilog=examples(
+        "vot encode a.mp4 b.png --out embeddings.safetensors",
+        "vot encode clips/ --num-frames 8 --out embeddings.safetensors",
+    )
+)(encode)
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
-app.command()(info)
-app.command()(demo)
+app.command(epilog=examples("vot info", "vot info --model base --json"))(info)
+app.command(epilog=examples("vot demo --out pictures", "vot demo --web --port 8000"))(demo)
 
 
 def _print_version(asked: bool) -> None:

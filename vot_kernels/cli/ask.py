@@ -1,7 +1,8 @@
-"""`vot ask`: a question about a video, or a file of them."""
+"""`vot ask`: a question about videos, or a file of questions."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ from vot_kernels.cli.options import (
 )
 from vot_kernels.extras import require
 from vot_kernels.files import atomic_write, check_output
+from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 
 if TYPE_CHECKING:
     from vot_kernels.data.video import VideoClip
@@ -36,8 +38,14 @@ if TYPE_CHECKING:
 
 @when_interrupted(answers_are_kept)
 def ask(
-    video: Annotated[Path | None, typer.Argument(help="A video, an image or a GIF.", **PATH)] = None,
-    question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Videos, images or GIFs, and folders of them: one answer each, in order.",
+            **PATH | {"metavar": "VIDEO..."},
+        ),
+    ] = None,
+    question: Annotated[str | None, typer.Argument(help="A question about each.")] = None,
     candidates: Annotated[
         str | None, typer.Option(help="Answers to choose from, separated by '|' (default: proposed).")
     ] = None,
@@ -59,7 +67,9 @@ def ask(
         bool, typer.Option("--anyway", help="Guess about a clip that the checkpoint does not know, too.")
     ] = False,
     verbose: Verbose = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each video, a line each.")
+    ] = False,
     trace: Annotated[
         Path | None, typer.Option(help="Write all steps, prompts and replies to this JSON file.", **PATH)
     ] = None,
@@ -80,18 +90,18 @@ def ask(
         ),
     ] = None,
 ) -> None:
-    """Answer a question about a video, with evidence (times in seconds, boxes as fractions of the frame)."""
+    """Answer a question about videos, with evidence (times in seconds, boxes as fractions of the frame)."""
     require("vot ask", "video", "llm")
     from vot_kernels.pipelines.batch import answer_batch, read_questions
     from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import Sampling, sample_video
-    from vot_kernels.reasoning.reasoning import check_candidates, check_question
+    from vot_kernels.pipelines.sampling import Sampling, find_clips, sample_video
+    from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
     sampling = Sampling(fps, num_frames, start, end)
-    wanted = tuple(_split(objects) or ())
+    wanted = split_candidates(objects) or ()
     models = Models(checkpoint, llm, vlm, detector, wanted, device, dtype, tuple(skip or ()), anyway)
     if batch is not None:
-        if out is None or video is not None:
+        if out is None or video or question is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
         read_questions(batch)
         check_output(out)
@@ -105,34 +115,76 @@ def ask(
             print("The same command tries the failed ones again.", file=sys.stderr)
             raise typer.Exit(1)
         return
-    if video is None or question is None:
+    if not video or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
-    given = check_candidates(_split(candidates))
+    given = split_candidates(candidates)
     for output, suffix in ((trace, ".json"), (picture, ".png")):
         if output is not None:
             check_output(output, suffix)
-    on_terminal = sys.stderr.isatty()
+    paths = find_clips(video)
+    alone = len(paths) == 1
+    if not alone and (trace or picture):
+        raise ValueError(f"--trace and --picture are for one video, but there are {len(paths)}.")
+    failed = 0
     with steps(shown=not json_) as step:
-        if on_terminal:  # elsewhere a bad file is one line, and decoding is short
-            step(f"Reading {video.name}")
-        clip = sample_video(video, sampling, models.fps)
+        clips: Sequence[Path | VideoClip] = paths
+        if alone:  # one bad file is reported before anything is loaded
+            if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
+                step(f"Reading {paths[0].name}")
+            clips = [sample_video(paths[0], sampling, models.fps)]
         models.check()
         step(models.loading)
         video_qa = models.load()
-        _print_estimate(video_qa, clip, verbose)
-        result = video_qa.ask(clip, question, given, report=step)
+        if not isinstance(clips[0], Path):
+            _print_estimate(video_qa, clips[0], verbose)
+        for path, clip in zip(paths, clips, strict=True):
+            failure = None
+            try:
+                result = video_qa.ask(clip, question, given, sampling, report=step)
+            except CORRECTABLE as error:
+                if alone:
+                    raise
+                failure = sentence(error)
+            step("")
+            if failure is None:
+                failure = _print_result(
+                    result, json_, verbose, trace, picture, None if alone else path, video_qa.kernels
+                )
+            elif json_:
+                _print_json({"video": str(path), "question": question, "error": failure})
+            if failure:
+                failed += 1
+                print(failure, file=sys.stderr)
+    if failed:
+        if not alone:
+            print(f"{failed} of {len(paths)} videos failed.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _print_result(
+    result: "VideoAnswer",
+    json_: bool,
+    verbose: bool,
+    trace: Path | None,
+    picture: Path | None,
+    heading: Path | None,
+    kernels: Sequence[str],
+) -> str:
+    """Print an answer and write its files, below the name of its video if there is a `heading`; return what failed."""
     failures: list[str] = []
     try:
         failures = write_extras(result, trace, picture)
     finally:
         if json_:
-            print(json.dumps(as_json(result, trace, picture), ensure_ascii=False), flush=True)
+            _print_json(as_json(result, trace, picture))
         else:
-            print_answer(result, picture, verbose, video_qa.kernels)
-    if failures:
-        print(" ".join(failures), file=sys.stderr)
-        raise typer.Exit(1)
+            if heading is not None:
+                print(f"{heading}:", flush=True)
+            print_answer(result, picture, verbose, kernels)
+            if heading is not None:
+                print(flush=True)
+    return " ".join(failures)
 
 
 def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> None:
@@ -140,12 +192,6 @@ def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> No
     estimate = video_qa.estimate(clip)
     if estimate is not None and (verbose or estimate.long):
         print(estimate, file=sys.stderr)
-
-
-def _split(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    return [part.strip() for part in text.split("|")]
 
 
 def write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> list[str]:
@@ -170,3 +216,7 @@ def as_json(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> 
     return result.to_dict() | {
         name: str(path) for name, path in files.items() if path is not None and path.exists()
     }
+
+
+def _print_json(row: dict[str, Any]) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)

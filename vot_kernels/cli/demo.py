@@ -1,7 +1,8 @@
-"""`vot demo`: questions about two clips."""
+"""`vot demo`: questions about two clips, here or on a web page."""
 
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,29 +13,69 @@ from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
 
 
-@when_interrupted(lambda given: f"the pictures and traces that are done are in {given['out']}.")
+def _done(given: dict[str, Any]) -> str:
+    if given["web"]:
+        return "the page is closed; nothing was written."
+    return f"the pictures and traces that are done are in {given['out']}."
+
+
+@when_interrupted(_done)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and traces.", **PATH)] = Path(
         "demo-output"
     ),
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Serve a web page, to this machine alone, where you ask the questions."),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="With --web: the port (default: the first free one from 7860 on).", min=1, max=65535
+        ),
+    ] = None,
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
     """Ask about a DigitWorld clip, which the checkpoint knows, and a natural clip, which it does not."""
-    require("vot demo", "video", "llm")
-    from vot_kernels.pipelines.demo import run_demo
-    from vot_kernels.pipelines.progress import steps
+    if port is not None and not web:
+        raise ValueError("--port is the port of the web page: give --web, too.")
+    require("vot demo --web" if web else "vot demo", "video", "llm", *(["web"] if web else []))
     from vot_kernels.pipelines.sampling import check_device
 
     check_device(device)
-    check_output_folder(out)
-    results = []
-    try:
-        with steps() as step:
-            for item in run_demo(out, step, device):
-                results.append(item)
-    finally:
-        for result, picture in results:
+    if web:
+        _serve(port, device)
+    else:
+        check_output_folder(out)
+        _print_answers(out, device, verbose)
+
+
+def _print_answers(out: Path, device: str, verbose: bool) -> None:
+    from vot_kernels.pipelines.demo import run_demo
+    from vot_kernels.pipelines.progress import steps
+
+    with steps() as step:
+        for result, picture in run_demo(out, step, device):
+            step("")
             print(f"{result.clip.info.path}: {result.answer.question}")
             print_answer(result, picture, verbose)
-            print()
+            print(flush=True)
+
+
+def _serve(port: int | None, device: str) -> None:
+    from vot_kernels.pipelines.demo import demo_questions
+    from vot_kernels.pipelines.progress import steps
+
+    with steps() as step:
+        step("Loading the perception checkpoint")
+        from vot_kernels.pipelines.web import build, load, served
+
+        page = build(load(device), demo_questions())
+    with served(page, port) as address:
+        print(f"{address} answers questions until Ctrl-C.", flush=True)
+        _forever()
+
+
+def _forever() -> None:
+    threading.Event().wait()

@@ -13,7 +13,12 @@ from vot_kernels.extras import require
 
 @when_interrupted(nothing_is_kept)
 def encode(
-    videos: Annotated[list[Path], typer.Argument(help="Videos, images or GIFs of any sizes.", **PATH)],
+    videos: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Videos, images or GIFs of any sizes, and folders of them.", **PATH | {"metavar": "VIDEO..."}
+        ),
+    ],
     out: Annotated[
         Path, typer.Option(help="safetensors file to write: one pooled vector and all tokens each.", **PATH)
     ],
@@ -33,9 +38,11 @@ def encode(
     """Encode videos with the packed encoder and write their embeddings."""
     require("vot encode", "video", "llm")
     from vot_kernels.pipelines.encode import encode_videos
-    from vot_kernels.pipelines.sampling import Sampling, check_device
+    from vot_kernels.pipelines.sampling import Sampling, check_device, find_clips
 
     check_device(device)
-    for line in encode_videos(videos, out, checkpoint, Sampling(fps, num_frames, start, end), device):
+    for line in encode_videos(
+        find_clips(videos), out, checkpoint, Sampling(fps, num_frames, start, end), device
+    ):
         print(line, file=sys.stderr)
     print(out)

@@ -7,14 +7,14 @@ import typer
 
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
 from vot_kernels.cli.models import Models
-from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm
+from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output
 
 eval_app = typer.Typer(help="Measure accuracy on held-out videos.", **GROUP)
 
 
-@eval_app.command("digitworld")
+@eval_app.command("digitworld", epilog=examples("vot eval digitworld --out results.json --videos 100"))
 @when_interrupted(answers_are_kept)
 def eval_digitworld(
     out: Annotated[
@@ -24,12 +24,26 @@ def eval_digitworld(
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
+    vlm: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a video-language checkpoint made by `vot train sft`.", **PATH),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="What answers, repeatable: vlm, llm, rules, blind (default: all)."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
     require("vot eval digitworld", "video", "llm", "train")
     check_output(out, ".json")
-    Models(checkpoint, llm, device=device).check()
-    from vot_kernels.pipelines.evaluation import evaluate_digitworld, format_table
+    from vot_kernels.models.checkpoint import VLM, checkpoint_kind
 
-    print(format_table(evaluate_digitworld(out, videos, seed, checkpoint, llm, device)))
+    Models(checkpoint, llm, device=device).check()
+    if vlm is not None:
+        checkpoint_kind(vlm, VLM)
+    from vot_kernels.pipelines.evaluation import GROUPS, evaluate_digitworld, format_table
+
+    answering = only or GROUPS
+    result = evaluate_digitworld(out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering)
+    print(format_table(result))

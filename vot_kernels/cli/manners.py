@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import typer
 
+from vot_kernels.pipelines.errors import CORRECTABLE, sentence
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -54,14 +56,12 @@ def one_sentence_errors() -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error, of click or of the click inside typer
-            _fail(error.format_message())
-        if not isinstance(error, (ValueError, OSError, ImportError)) or os.environ.get("VOT_DEBUG"):
+            _fail(" ".join(error.format_message().split()))
+        if not isinstance(error, CORRECTABLE) or os.environ.get("VOT_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.strerror and error.filename is not None:
-            _fail(f"{error.filename}: {error.strerror}.")  # not "[Errno 2] ..."
-        _fail(str(error) or type(error).__name__)
+        _fail(sentence(error))
 
 
 def _fail(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.exit(2)

@@ -11,6 +11,11 @@ GROUP: dict[str, Any] = {"no_args_is_help": True, "context_settings": HELP}
 STEPS = ("task_definition", "tracking", "action_analysis", "ranking", "verification")
 
 
+def examples(*lines: str) -> str:
+    """Return the end of a help page, for `epilog`; typer keeps lines apart that a blank line separates."""
+    return "\n\n".join(["Examples:", *lines])
+
+
 def local_path(text: str | Path) -> Path:
     """Return a path; refuse a URL, in which Path would drop a slash."""
     if "://" in str(text):

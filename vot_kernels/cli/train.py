@@ -6,17 +6,25 @@ from typing import Annotated, Literal
 import typer
 
 from vot_kernels.cli.manners import checkpoints_are_kept, when_interrupted
-from vot_kernels.cli.options import GROUP, PATH, Device
+from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.perception.settings import PerceptionTraining
+from vot_kernels.train.projector.settings import ProjectorTraining
+from vot_kernels.train.sft.settings import SftTraining
 
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
 
 
-@train_app.command("perception")
+@train_app.command(
+    "perception",
+    epilog=examples(
+        "vot train perception --out run",
+        "vot train perception --out run --attention softmax --steps 2000 --device cuda",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 def train_perception_command(
     out: Annotated[
@@ -60,7 +68,7 @@ def train_perception_command(
     print(run(out, settings, eval_clips, device))
 
 
-@train_app.command("linearize")
+@train_app.command("linearize", epilog=examples("vot train linearize runs/softmax/model --out runs/hybrid"))
 @when_interrupted(checkpoints_are_kept)
 def train_linearize_command(
     checkpoint: Annotated[
@@ -94,7 +102,13 @@ def train_linearize_command(
     print(run(out, checkpoint, settings, window, eval_clips, device))
 
 
-@train_app.command("encoder")
+@train_app.command(
+    "encoder",
+    epilog=examples(
+        "vot train encoder --out run",
+        f"vot train encoder --out run --teacher {RANDOM_TEACHER} --contrastive 0",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 def train_encoder_command(
     out: Annotated[
@@ -143,3 +157,82 @@ def train_encoder_command(
     from vot_kernels.train.encoder.run import run
 
     print(run(out, settings, folder, eval_clips, device))
+
+
+@train_app.command("projector", epilog=examples("vot train projector --out runs/projector"))
+@when_interrupted(checkpoints_are_kept)
+def train_projector_command(
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
+    ],
+    language_model: Annotated[
+        Literal["nano", "smollm2"],
+        typer.Option(help="nano is new and is trained too; SmolLM2-135M-Instruct stays as it is."),
+    ] = ProjectorTraining.language_model,
+    checkpoint: Checkpoint = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = ProjectorTraining.steps,
+    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = ProjectorTraining.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate.")
+    ] = ProjectorTraining.learning_rate,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = ProjectorTraining.seed,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 64,
+    device: Device = "cpu",
+) -> None:
+    """Align clips and scene graphs with a language model: it learns to write captions and graphs."""
+    require("vot train projector", "video", "llm", "train")
+    from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
+
+    settings = ProjectorTraining(
+        language_model=language_model,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    check_device(device)
+    perception = checkpoint_folder(checkpoint)
+    check_output_folder(out)
+    from vot_kernels.reasoning.smollm2 import ensure_smollm2
+    from vot_kernels.train.projector.run import run
+
+    text = ensure_smollm2() if language_model == "smollm2" else None
+    print(run(out, settings, perception, text, eval_clips, device))
+
+
+@train_app.command("sft", epilog=examples("vot train sft runs/projector/model --out runs/sft"))
+@when_interrupted(checkpoints_are_kept)
+def train_sft_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage projector.", **PATH)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
+    ],
+    text: Annotated[
+        Literal["all", "lora"],
+        typer.Option(help="What of the language model is trained: all of it, or adapters."),
+    ] = SftTraining.text,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = SftTraining.steps,
+    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = SftTraining.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = SftTraining.learning_rate,
+    seed: Annotated[int, typer.Option(help="Seed of adapters and data.")] = SftTraining.seed,
+    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 56,
+    device: Device = "cpu",
+) -> None:
+    """Teach a video-language model to answer with Video-of-Thought traces made from ground truth."""
+    require("vot train sft", "video", "llm", "train", *(("rl",) if text == "lora" else ()))
+    from vot_kernels.models.checkpoint import VLM, checkpoint_kind
+    from vot_kernels.pipelines.sampling import check_device
+
+    settings = SftTraining(
+        text=text, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
+    check_device(device)
+    checkpoint_kind(checkpoint, VLM)
+    check_output_folder(out)
+    from vot_kernels.train.sft.run import run
+
+    print(run(out, checkpoint, settings, eval_clips, device))

@@ -23,10 +23,19 @@ from vot_kernels.cpp import paths
 from vot_kernels.files import atomic_write
 
 # Instruction sets and their options, the best one first. "generic" is whatever every processor of its kind has.
+_AVX512 = ("-march=skylake-avx512", "-mprefer-vector-width=512")
+_AVX512_FLAGS = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 ISAS = {
-    "avx512": ("-march=skylake-avx512", "-mprefer-vector-width=512"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512": _AVX512,
     "avx2": ("-march=x86-64-v3",),
     "generic": (),
+}
+# What a processor must have for them, as Linux calls it.
+_NEEDED = {
+    "amx": {*_AVX512_FLAGS, "avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512": _AVX512_FLAGS,
+    "avx2": {"avx2", "fma"},
 }
 _COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = (
@@ -56,15 +65,26 @@ class Unit:
 
 
 def default_isas() -> tuple[str, ...]:
-    """What this machine runs: AVX2, and AVX-512 where it is there; elsewhere "generic"."""
+    """The best that this machine runs and AVX2, to compare with; elsewhere "generic"."""
     flags = _processor_flags()
-    known = {"avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma"}}
-    return tuple(isa for isa, needed in known.items() if needed <= flags) or ("generic",)
+    runs = [isa for isa in ISAS if isa in _NEEDED and _NEEDED[isa] <= flags and _takes(ISAS[isa])]
+    return tuple(dict.fromkeys([*runs[:1], *runs[-1:]])) or ("generic",)
 
 
 def portable_isas() -> tuple[str, ...]:
     """What a library for every processor of this kind has."""
-    return tuple(ISAS) if platform.machine().lower() in ("x86_64", "amd64") else ("generic",)
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("generic",)
+    return tuple(isa for isa, options in ISAS.items() if _takes(options))
+
+
+def _takes(options: Sequence[str]) -> bool:
+    """Whether the compiler knows the options: those of AMX are younger than C++17."""
+    try:
+        run([*find_compiler(), *options, "-E", "-x", "c++", os.devnull])
+    except CannotBuild:
+        return not options
+    return True
 
 
 def build(folder: Path | None = None, isas: Sequence[str] | None = None) -> Path:

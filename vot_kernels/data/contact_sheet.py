@@ -69,19 +69,29 @@ def save_contact_sheet(
         ValueError: a wrong file name, no frames, or a scene graph with another number of frames.
     """
     target = Path(path)
-    _check(target, clip, stsg, columns, max_frames)
-    shown = _choose(len(clip.frames), stsg.events if stsg else (), max_frames)
-    sheet = _Sheet.plan(clip, stsg, shown, columns, title)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"A contact sheet is a PNG, so its name must end in '.png', got '{target}'.")
+    image = contact_sheet(clip, stsg, title=title, columns=columns, max_frames=max_frames)
     with atomic_write(target) as temporary:
-        sheet.draw().save(temporary, format="PNG", optimize=True)
+        image.save(temporary, format="PNG", optimize=True)
     return target
 
 
-def _check(
-    target: Path, clip: "VideoClip", stsg: "STSG | None", columns: int | None, max_frames: int
-) -> None:
-    if target.suffix.lower() != ".png":
-        raise ValueError(f"A contact sheet is a PNG, so its name must end in '.png', got '{target}'.")
+def contact_sheet(
+    clip: "VideoClip",
+    stsg: "STSG | None",
+    *,
+    title: str | None = None,
+    columns: int | None = None,
+    max_frames: int = 16,
+) -> Image.Image:
+    """Return what `save_contact_sheet` writes, as an RGB image of Pillow."""
+    _check(clip, stsg, columns, max_frames)
+    shown = _choose(len(clip.frames), stsg.events if stsg else (), max_frames)
+    return _Sheet.plan(clip, stsg, shown, columns, title).draw()
+
+
+def _check(clip: "VideoClip", stsg: "STSG | None", columns: int | None, max_frames: int) -> None:
     for name, value in (("columns", columns), ("max_frames", max_frames)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}.")
@@ -111,7 +121,7 @@ def _choose(count: int, events: "Sequence[Event]", most: int) -> list[int]:
     return sorted(spread)
 
 
-def _colours(tracklets: "Sequence[Tracklet]") -> list[str]:
+def track_colours(tracklets: "Sequence[Tracklet]") -> list[str]:
     """Return one colour per track: the one that its attributes name if it is free, else the next free one."""
     colours = [
         next((_NAMED_COLOURS[a] for a in t.attributes if a in _NAMED_COLOURS), None) for t in tracklets
@@ -170,7 +180,7 @@ class _Sheet:
             columns = min(near, key=lambda n: (-len(shown) % n, abs(n - ideal)))  # fewest empty cells
         columns = max(1, min(columns, len(shown)))
         tracklets = tuple(stsg.tracklets) if stsg else ()
-        colours = _colours(tracklets)
+        colours = track_colours(tracklets)
         legend = [f"{t.id}  {t.name}  ({_extent(t, clip)})" for t in tracklets]
         inner = columns * (cell[0] + _GAP) - _GAP
         widest = max((_font(14).getlength(text) for text in legend), default=0) + 44

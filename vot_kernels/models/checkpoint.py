@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-PERCEPTION, ENCODER = "vot_perception", "vot_encoder"
-_NAMES = {PERCEPTION: "a perception checkpoint", ENCODER: "an encoder checkpoint"}
+PERCEPTION, ENCODER, VLM = "vot_perception", "vot_encoder", "vot"
+_NAMES = {
+    PERCEPTION: "a perception checkpoint",
+    ENCODER: "an encoder checkpoint",
+    VLM: "a video-language checkpoint",
+}
 _FILES = ("config.json", "model.safetensors")
 
 Model = TypeVar("Model", bound="PreTrainedModel")
@@ -18,7 +22,7 @@ Module = TypeVar("Module", bound="nn.Module")
 
 
 def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
-    """Return the kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`.
+    """Return the kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`, `VLM`.
 
     Raises:
         FileNotFoundError: the folder lacks a file that every checkpoint has.

@@ -1,5 +1,6 @@
 """A feed-forward layer whose experts select themselves."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ class AutonomyOfExperts(nn.Module):
 
     Attributes:
         selection_bias: float32 buffer `[num_experts]`, added to the norms for selection only; it is saved.
+        spread: the op in place of `vot_kernels.aoe` where the experts are spread over ranks, else None; see
+            `vot_kernels.distributed.expert_parallel`.
 
     Raises:
         ValueError: sizes or options do not fit together.
@@ -116,6 +119,7 @@ class AutonomyOfExperts(nn.Module):
         self.w_p = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w_o = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.shared = SwiGLU(dim, shared_hidden) if shared_hidden else None
+        self.spread: Callable[..., Tensor | tuple[Tensor, AoEAux]] | None = None
         self.register_buffer("selection_bias", torch.zeros(num_experts))
         self.reset_parameters()
 
@@ -143,7 +147,8 @@ class AutonomyOfExperts(nn.Module):
             x: `[..., dim]`.
             return_aux: return (y, `AoEAux`), whose tensors have one row per token.
         """
-        y, aux = aoe(
+        op: Callable[..., Tensor | tuple[Tensor, AoEAux]] = self.spread or aoe
+        result = op(
             x.reshape(-1, x.shape[-1]),
             self.w_down,
             self.w_up,
@@ -152,12 +157,12 @@ class AutonomyOfExperts(nn.Module):
             self.top_k,
             weighting=self.weighting,
             bias=self.selection_bias,
-            return_aux=True,
+            return_aux=return_aux,
             backend=self.backend,
         )
-        y = y.view(x.shape)
+        y = (result[0] if isinstance(result, tuple) else result).view(x.shape)
         y = y if self.shared is None else y + self.shared(x)
-        return (y, aux) if return_aux else y
+        return (y, result[1]) if isinstance(result, tuple) else y
 
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor) -> None:
@@ -172,7 +177,7 @@ class AutonomyOfExperts(nn.Module):
         Raises:
             ValueError: `load` has another shape.
         """
-        check_tensor("load", load, [self.w_down.shape[0]])
+        check_tensor("load", load, [self.selection_bias.shape[0]])
         self.selection_bias.add_(torch.sign(load.mean() - load), alpha=self.bias_rate)
 
     def extra_repr(self) -> str:

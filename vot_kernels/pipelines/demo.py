@@ -13,21 +13,25 @@ if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoAnswer
 
 
-def run_demo(
-    out: Path, report: Callable[[str], None], device: str = "cpu"
-) -> Iterator[tuple["VideoAnswer", Path]]:
-    """Answer a question about each clip and write a picture and a trace each into `out`.
+def demo_questions() -> list[tuple[Path, str, tuple[str, ...]]]:
+    """Return the bundled clips, each with a question and its candidates.
 
     If the package that holds the natural clip is not installed, one line on stderr says so.
     """
-    path, question, candidates = digitworld_clip()
-    questions = [(path, question, list(candidates))]
+    questions = [digitworld_clip()]
     try:
-        questions.append(
-            (natural_clip(), "What is moving through the street?", ["bicycles", "a train", "a dog"])
-        )
+        bicycles = natural_clip()
+        questions.append((bicycles, "What is moving through the street?", ("bicycles", "a train", "a dog")))
     except FileNotFoundError as error:
         print(f"The second clip of the demo is left out. {error}", file=sys.stderr)
+    return questions
+
+
+def run_demo(
+    out: Path, report: Callable[[str], None], device: str = "cpu"
+) -> Iterator[tuple["VideoAnswer", Path]]:
+    """Answer a question about each clip and write a picture and a trace each into `out`."""
+    questions = demo_questions()
     clips = [sample_video(path, Sampling(), checkpoint_fps()) for path, _, _ in questions]
     report("Loading the perception checkpoint")
     from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model

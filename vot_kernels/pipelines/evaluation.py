@@ -2,17 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
-from vot_kernels.data.digitworld.questions import KINDS
+from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
+from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
+from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.video_qa import load_language_model, load_perception
@@ -20,15 +25,22 @@ from vot_kernels.reasoning.llm import LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.types import Switches
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.checkpoint import fingerprint
+from vot_kernels.train.vlm.answers import Asked, replies
+from vot_kernels.train.vlm.conversations import Clip
+from vot_kernels.train.vlm.model import load_vlm
 from vot_kernels.watching.perception import domain_warning
 
 SYSTEMS = {
+    "vlm": "our VLM",
     "vot": "language model + VoT",
     "vot_unverified": "the same, before verification",
     "direct": "language model direct",
     "rules": "rules on the seen STSG",
     "rules_truth": "rules on the true STSG",
 }
+GROUPS = ("vlm", "llm", "rules", "blind")
+"""The systems by what they need: a video-language model, a language model, the rules, nothing of the clip."""
 LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 _TRAIN_QUESTIONS = 1400
 _CRF = 23
@@ -41,12 +53,20 @@ def evaluate_digitworld(
     checkpoint: str | os.PathLike[str] | None = None,
     llm: str | os.PathLike[str] | None = None,
     device: str = "cpu",
+    *,
+    vlm: str | os.PathLike[str] | None = None,
+    only: Collection[str] = GROUPS,
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
     Each answer is at once appended to a file named like `out` with the suffix .rows.jsonl, from which an interrupted
     run is resumed. "Language model direct" reads the whole graph and takes the most likely candidate. "Before
-    verification" shows what step 5 fixed and broke.
+    verification" shows what step 5 fixed and broke. "Our VLM" reads frames, the tokens of the seen graph and its events
+    as text, and writes its thought and answer; what is no candidate counts as wrong.
+
+    Args:
+        vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
+        only: the `GROUPS` that answer; the language model takes most of the time, then the blind baselines.
 
     Returns:
         The contents of `out`: settings (number, size and rate of the frames, codec and decoder, on all of which scores
@@ -55,14 +75,18 @@ def evaluate_digitworld(
     """
     target = Path(out)
     check_output(target, ".json")
+    check_groups(only, vlm)
     asked = generate_questions("test", videos, seed=seed)
     perception, processor = load_perception(checkpoint, device)
-    model = load_language_model(llm, device)
+    model = load_language_model(llm, device) if "llm" in only else None
+    reader = _Reader(Path(vlm), device) if vlm is not None and "vlm" in only else None
     settings = {
         "videos": videos,
         "seed": seed,
         "checkpoint": perception.config.name_or_path,
-        "llm": model.name,
+        **({} if model is None else {"llm": model.name}),
+        **({} if reader is None else {"vlm": reader.name}),
+        **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
         **_looked_at(asked),
     }
     rows_file = target.with_suffix(".rows.jsonl")
@@ -73,12 +97,25 @@ def evaluate_digitworld(
         for item in track(asked[len(rows) :], "Asking", done=len(rows)):
             frames = h264_roundtrip(item.episode.frames(), _CRF)
             (seen,) = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
-            rows.append(_answer(model, item, seen))
+            rows.append(_answer(model, reader, "rules" in only, item, frames, seen))
             append(rows[-1])
-    result = {"settings": settings, **_summarise(asked, rows, seed)}
+    result = {"settings": settings, **_summarise(asked, rows, seed, "blind" in only)}
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def check_groups(only: Collection[str], vlm: str | os.PathLike[str] | None) -> None:
+    """Refuse groups that do not exist, none at all, or the video-language model alone without its folder.
+
+    Raises:
+        ValueError: says which.
+    """
+    unknown = [group for group in only if group not in GROUPS]
+    if unknown or not only:
+        raise ValueError(f"only must be some of {', '.join(GROUPS)}, got {', '.join(only) or 'none'}.")
+    if vlm is None and set(only) == {"vlm"}:
+        raise ValueError("The video-language model answers alone, but its folder is not given.")
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -90,14 +127,17 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append([title, *(f"{100 * accuracy[c]:.0f}" if c in accuracy else "–" for c in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
     names = [
         name for name in LOOKED_AT if name in result["settings"]
     ]  # results of an older version lack them
     looked = "; ".join(f"{name.replace('_', ' ')} {result['settings'][name]}" for name in names)
-    notes = [f"Verification fixed {fixed} answers and broke {broke}."] + [f"Looked at: {looked}."] * bool(
-        looked
-    )
+    notes = [f"Looked at: {looked}."] * bool(looked)
+    if "vlm_format" in result:
+        share = f"{100 * result['vlm_format']:.0f}"
+        notes.insert(0, f"Of our VLM's replies {share} per cent are a thought and an answer.")
+    if "verification" in result:
+        fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
+        notes.insert(0, f"Verification fixed {fixed} answers and broke {broke}.")
     return "\n".join([*rows, *notes])
 
 
@@ -119,51 +159,108 @@ def _span(values: Iterable[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
 
 
-def _answer(model: LanguageModel, item: AskedEpisode, seen: Detection) -> dict[str, Any]:
+class _Reader:
+    """A video-language model that answers from frames and the seen graph."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        model, self.processor = load_vlm(folder)
+        self.model = on_device(model, device)
+        self.name = f"{folder.name} ({fingerprint(model)})"
+
+    def answer(self, item: AskedEpisode, frames: np.ndarray, seen: Detection) -> dict[str, Any]:
+        start = time.perf_counter()
+        question = item.question
+        asked = Asked(Clip(frames, item.episode.times), seen.stsg, question.text, question.candidates)
+        (reply,) = replies(self.model, self.processor, [asked])
+        read = read_reply(reply)
+        return {"reply": reply, "answer": read[1] if read else "", "seconds": time.perf_counter() - start}
+
+
+def _answer(
+    model: LanguageModel | None,
+    reader: _Reader | None,
+    rules: bool,
+    item: AskedEpisode,
+    frames: np.ndarray,
+    seen: Detection,
+) -> dict[str, Any]:
+    question = item.question
+    answers: dict[str, str] = {}
+    if rules:
+        answers["rules"] = answer_by_rules(question, seen.stsg)
+        answers["rules_truth"] = answer_by_rules(question, item.episode.stsg)
+    row: dict[str, Any] = {"episode": item.episode.name, "question": asdict(question), "answers": answers}
+    seconds: dict[str, float] = {}
+    if model is not None:
+        row |= _think(model, item, seen, answers, seconds)
+    if reader is not None:
+        read = reader.answer(item, frames, seen)
+        answers["vlm"], seconds["vlm"] = read["answer"], read["seconds"]
+        row["reply"] = read["reply"]
+    return {**row, "in_domain": seen.in_domain, "seconds": seconds, "stsg": seen.stsg.to_dict()}
+
+
+def _think(
+    model: LanguageModel,
+    item: AskedEpisode,
+    seen: Detection,
+    answers: dict[str, str],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Answer with the language model, with and without the five steps; return what verification did."""
     question, warning = item.question, domain_warning(seen)
     vot = VideoOfThought(model).run(question.text, question.candidates, seen.stsg, domain_warning=warning)
     direct = VideoOfThought(model, Switches.all_off()).run(
         question.text, question.candidates, seen.stsg, domain_warning=warning
     )
+    answers |= {
+        "vot": vot.choice or "",
+        "vot_unverified": vot.choice_before or "",
+        "direct": direct.choice or "",
+    }
+    seconds |= {"vot": vot.seconds, "direct": direct.seconds}
     return {
-        "episode": item.episode.name,
-        "question": asdict(question),
-        "answers": {
-            "vot": vot.choice or "",
-            "vot_unverified": vot.choice_before or "",
-            "direct": direct.choice or "",
-            "rules": answer_by_rules(question, seen.stsg),
-            "rules_truth": answer_by_rules(question, item.episode.stsg),
-        },
         "decided_by": vot.decided_by,
         "verification": vot.verification,
         "confidence": vot.confidence,
-        "in_domain": seen.in_domain,
-        "seconds": {"vot": vot.seconds, "direct": direct.seconds},
-        "stsg": seen.stsg.to_dict(),
     }
 
 
-def _summarise(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+def _summarise(
+    asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]], seed: int, blind: bool
+) -> dict[str, Any]:
     questions = [item.question for item in asked]
-    answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in SYSTEMS}
-    train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
-    graphs = [STSG.from_dict(row["stsg"]) for row in rows]
-    blind = baseline_answers(train, questions, graphs, seed=seed)
-    answers |= {name: blind[name] for name in BASELINES}
+    systems = [name for name in SYSTEMS if name in rows[0]["answers"]]
+    answers: dict[str, list[str]] = {name: [row["answers"][name] for row in rows] for name in systems}
+    if blind:
+        train = [item.question for item in generate_questions("train", _TRAIN_QUESTIONS, seed=seed)]
+        graphs = [STSG.from_dict(row["stsg"]) for row in rows]
+        guesses = baseline_answers(train, questions, graphs, seed=seed)
+        answers |= {name: guesses[name] for name in BASELINES}
+    result: dict[str, Any] = {
+        "accuracy": {name: accuracy_by_kind(questions, given) for name, given in answers.items()}
+    }
+    if "vot" in answers:
+        result["verification"] = _verification(questions, answers)
+    if "vlm" in answers:
+        result["vlm_format"] = sum(read_reply(row["reply"]) is not None for row in rows) / len(rows)
+    return {
+        **result,
+        "seconds_per_question": {
+            name: sum(row["seconds"][name] for row in rows) / len(rows) for name in rows[0]["seconds"]
+        },
+        "in_domain": sum(row["in_domain"] for row in rows) / len(rows),
+    }
+
+
+def _verification(questions: Sequence[Question], answers: dict[str, list[str]]) -> dict[str, int]:
+    """Count the answers that verification fixed and broke."""
     right = {
         name: [given == q.answer for given, q in zip(answers[name], questions, strict=True)]
         for name in ("vot", "vot_unverified")
     }
     changes = list(zip(right["vot_unverified"], right["vot"], strict=True))
-    return {
-        "accuracy": {name: accuracy_by_kind(questions, given) for name, given in answers.items()},
-        "verification": {"fixed": changes.count((False, True)), "broke": changes.count((True, False))},
-        "seconds_per_question": {
-            name: sum(row["seconds"][name] for row in rows) / len(rows) for name in ("vot", "direct")
-        },
-        "in_domain": sum(row["in_domain"] for row in rows) / len(rows),
-    }
+    return {"fixed": changes.count((False, True)), "broke": changes.count((True, False))}
 
 
 def _read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,14 +28,25 @@ def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool
 
 @contextmanager
 def steps(shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the current activity: beside a spinner on a terminal, else in a line each."""
+    """Yield a function that shows the current activity: beside a spinner on a terminal, else in a line each.
+
+    An empty text hides the spinner until the next activity, so that a result can be printed.
+    """
     with imports_for("A progress bar", "cli"):
         from rich.console import Console
     console = Console(stderr=True)
     if not shown:
         yield lambda text: None
     elif not console.is_terminal:
-        yield lambda text: print(f"{text} …", file=sys.stderr, flush=True)
+        yield lambda text: print(f"{text} …", file=sys.stderr, flush=True) if text else None
     else:
         with console.status("Starting …") as status:
-            yield lambda text: status.update(f"{text} …")
+
+            def show(text: str) -> None:
+                if text:
+                    status.update(f"{text} …")
+                    status.start()
+                else:
+                    status.stop()
+
+            yield show

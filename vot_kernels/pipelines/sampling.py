@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,11 @@ BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
 
 MAX_FRAMES = 32
+CLIP_SUFFIXES = {
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+    *(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
+}
 DEFAULT_FPS = 8.0  # for a checkpoint whose config.json names none
 
 
@@ -48,6 +54,29 @@ def sample_video(
         end=sampling.end,
         progress=progress,
     )
+
+
+def find_clips(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return files as they are, and in place of each folder its videos and images, in the order of their names.
+
+    A file of a folder counts if its name ends like that of a video or image and does not begin with a dot. Folders
+    within folders are left alone.
+
+    Raises:
+        ValueError: a folder has no such file.
+        OSError: it cannot be read.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in CLIP_SUFFIXES and p.is_file())
+        inside = [p for p in inside if not p.name.startswith(".")]
+        if not inside:
+            raise ValueError(f"The folder '{path}' has no video and no image.")
+        found += inside
+    return found
 
 
 def check_device(name: str) -> None:

@@ -15,6 +15,7 @@ from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_tran
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
+from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.watching.detector import load_detector
 from vot_kernels.watching.loading import load_video_language_model
 from vot_kernels.watching.perception import PerceptionEyes
@@ -45,6 +46,11 @@ class VideoAnswer:
             "stsg": self.sight.stsg.to_dict(),
         }
 
+    @property
+    def known_stsg(self) -> STSG | None:
+        """The scene graph, or None of a clip that the checkpoint does not know."""
+        return self.sight.stsg if self.answer.warning is None else None
+
     def evidence_lines(self, limit: int | None = None) -> list[str]:
         """Return the evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
         evidence = self.answer.evidence
@@ -62,8 +68,7 @@ class VideoAnswer:
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
         title = f"{self.answer.question} {self.answer.text}"
-        stsg = self.sight.stsg if self.answer.warning is None else None
-        return save_contact_sheet(path, self.clip, stsg, title=title)
+        return save_contact_sheet(path, self.clip, self.known_stsg, title=title)
 
 
 def _event_words(event: EvidenceEvent) -> str:

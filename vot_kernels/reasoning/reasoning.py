@@ -253,6 +253,11 @@ def check_candidates(candidates: Sequence[str] | None) -> tuple[str, ...] | None
     return texts
 
 
+def split_candidates(text: str | None) -> tuple[str, ...] | None:
+    """Return the candidates that a user wrote in one line, separated by "|", checked; None if there is no line."""
+    return check_candidates(None if text is None else text.split("|"))
+
+
 def outside(warning: str, answer: str = "; no answer.") -> str:
     """Return the sentence about a clip outside the checkpoint's domain."""
     return f"This clip is outside what the checkpoint knows ({warning}){answer}"

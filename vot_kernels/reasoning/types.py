@@ -199,6 +199,11 @@ class StepTrace:
     calls: tuple[ModelCall, ...]
     seconds: float
 
+    def in_short(self) -> str:
+        """Return the step and its output in one line."""
+        off = "" if self.ran else " (off)"
+        return f"{self.name.replace('_', ' ').capitalize()}{off}: {_in_short(self.output)}"
+
 
 @dataclass(frozen=True)
 class EvidenceBox:
@@ -324,7 +329,7 @@ class Answer:
     def summary(self) -> str:
         """Return the five steps and the answer in a few lines of plain text."""
         lines = [f"Question: {self.question}"]
-        lines += [f"{number}. {_in_short(step)}" for number, step in enumerate(self.trace, 1)]
+        lines += [f"{number}. {step.in_short()}" for number, step in enumerate(self.trace, 1)]
         return "\n".join([*lines, self.headline()])
 
 
@@ -339,8 +344,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _in_short(step: StepTrace) -> str:
-    out, off = step.output, "" if step.ran else " (off)"
+def _in_short(out: Task | Tracking | Analysis | Ranking | Verification) -> str:
     if isinstance(out, Task):
         targets = ", ".join(out.targets) or "none"
         said = f"kind {out.kind} (by {out.kind_by}), targets {targets} (by {out.targets_by})"
@@ -357,4 +361,4 @@ def _in_short(step: StepTrace) -> str:
     else:
         said = f"{out.outcome}; commonsense {out.commonsense}"
         said += "".join(f"; {check.candidate}: {check.verdict} ({check.reason})" for check in out.checks)
-    return f"{step.name.replace('_', ' ').capitalize()}{off}: {said}"
+    return said

@@ -137,11 +137,12 @@ def test_a_nan_score_makes_its_row_nan(backend):
 
 
 @cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_bits_of_a_row_do_not_depend_on_the_batch(causal):
+def test_the_bits_of_a_row_do_not_depend_on_the_batch(causal, dtype):
     """Nor does where its segment lies: blocks of keys are counted from the segment's first."""
-    q, k, v = (x.requires_grad_() for x in make_qkv(1000, 4, kv_heads=2))
-    grad = make_tensor(1000, 4, 16)
+    q, k, v = (x.requires_grad_() for x in make_qkv(1000, 4, kv_heads=2, dtype=dtype))
+    grad = make_tensor(1000, 4, 16, dtype=dtype)
 
     def run(lengths, rows):
         some = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
@@ -169,16 +170,35 @@ def test_kernels_serve_any_packing(lengths, head_dim, kv_heads, causal, strided)
 
 
 @cpp
-@given(LENGTHS, st.integers(1, 90), st.booleans(), st.sampled_from([torch.nan, torch.inf]), st.data())
+@given(
+    LENGTHS, st.integers(1, 90), st.sampled_from([1, 2, 4]), st.booleans(), st.sampled_from([0.3, 0.0, -0.4])
+)
 @settings(max_examples=25)
-def test_kernels_keep_segments_apart(lengths, head_dim, causal, poison, data):
+def test_kernels_serve_any_packing_in_bfloat16(lengths, head_dim, kv_heads, causal, scale):
+    """Some processors multiply bfloat16 in tiles of 16 x 32, which a remainder does not fill."""
+    inputs = make_qkv(sum(lengths), 4, head_dim, kv_heads=kv_heads, dtype=torch.bfloat16)
+    with uninitialized_is_nan():
+        check(PackedLayout.from_lengths(lengths), inputs, "cpp", causal=causal, scale=scale)
+
+
+@cpp
+@given(
+    LENGTHS,
+    st.integers(1, 90),
+    st.booleans(),
+    st.sampled_from([torch.nan, torch.inf]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.data(),
+)
+@settings(max_examples=25)
+def test_kernels_keep_segments_apart(lengths, head_dim, causal, poison, dtype, data):
     """NaN or infinity in one segment and in the rows past the last changes no bit of another, forward or backward."""
     layout = PackedLayout.from_lengths(lengths)
     chosen = data.draw(st.integers(0, len(lengths) - 1), label="poisoned segment")
     begin, end = layout.host_cu_seqlens[chosen : chosen + 2].tolist()
-    inputs = [with_slack(x, 3, 0.0) for x in make_qkv(sum(lengths), 2, head_dim)]
+    inputs = [with_slack(x, 3, 0.0) for x in make_qkv(sum(lengths), 2, head_dim, dtype=dtype)]
     poisoned = [with_slack(poison_segment(x, layout, chosen, poison)[:-3], 3, poison) for x in inputs]
-    grad = make_tensor(*inputs[0].shape)
+    grad = make_tensor(*inputs[0].shape, dtype=dtype)
     clean, other = (
         packed_with_gradients([x.requires_grad_() for x in some], layout, grad, causal)
         for some in (inputs, poisoned)
@@ -208,9 +228,10 @@ def test_kernels_give_the_gradient_of_lse_alone(lengths, head_dim, causal):
 
 
 @cpp
-def test_any_number_of_threads_gives_the_same_bits():
-    inputs = [x.requires_grad_() for x in make_qkv(1400, 4, kv_heads=2)]
-    layout, grad = PackedLayout.from_lengths((1200, 0, 150, 50)), make_tensor(1400, 4, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    inputs = [x.requires_grad_() for x in make_qkv(1400, 4, kv_heads=2, dtype=dtype)]
+    layout, grad = PackedLayout.from_lengths((1200, 0, 150, 50)), make_tensor(1400, 4, 16, dtype=dtype)
 
     def run():
         out, lse = packed_attention(*inputs, layout, return_lse=True, backend="cpp")

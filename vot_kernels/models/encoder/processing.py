@@ -24,6 +24,7 @@ class VotImageProcessor(ImageProcessingMixin):
         patch_size, temporal_patch_size: as in the encoder's configuration.
         min_pixels, max_pixels: allowed area of one frame, in pixels.
         image_mean, image_std: mean and standard deviation to normalise values in [0, 1].
+        merge_size: sides of a frame are whole multiples of this many patches, for models that merge as many.
     """
 
     model_input_names = ["pixel_values", "image_grid_thw", "fps"]
@@ -36,6 +37,7 @@ class VotImageProcessor(ImageProcessingMixin):
         max_pixels: int = 448 * 448,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        merge_size: int = 1,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -45,6 +47,7 @@ class VotImageProcessor(ImageProcessingMixin):
         self.max_pixels = max_pixels
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.merge_size = merge_size
 
     def __call__(
         self, images: Any, fps: float | Sequence[float] | None = None, return_tensors: str = "pt"
@@ -81,7 +84,7 @@ class VotImageProcessor(ImageProcessingMixin):
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size in pixels, in whole patches, to which a frame of `height` x `width` is resized."""
-        patch = self.patch_size
+        patch = self.patch_size * self.merge_size
         area = min(max(height * width, self.min_pixels), self.max_pixels)
         scale = math.sqrt(area / (height * width))
         rounded = [max(patch, round(side * scale / patch) * patch) for side in (height, width)]

@@ -89,10 +89,16 @@ class RecurrentGraphTransformer(nn.Module):
         self.memory_gate = nn.Parameter(torch.zeros(dim)) if config.memory else None
         self.memory_cell = nn.GRUCell(dim, dim) if config.memory else None
         self.readout = nn.Linear(2 * dim if config.memory else dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise what the layers do not initialise themselves."""
         nn.init.normal_(self.relation_bias, std=0.02)
         # These start small beside the box, so that what things are does not drown where they are.
         for embedding in (self.label_embedding.weight, self.attribute_embedding, self.relation_embedding):
             nn.init.normal_(embedding, std=0.1)
+        if self.memory_gate is not None:
+            nn.init.zeros_(self.memory_gate)
 
     def forward(self, graphs: Sequence[PackedGraph], features: Tensor | None = None) -> Tensor:
         """Compute the states of all nodes.
@@ -123,13 +129,40 @@ class RecurrentGraphTransformer(nn.Module):
             the embedding of zeros, the readout's bias.
         """
         graphs = [graphs] if isinstance(graphs, STSG) else graphs
-        batch = _Batch([g.to_packed(self.config.vocabulary) for g in graphs], self.config)
+        packed = [g.to_packed(self.config.vocabulary) for g in graphs]
+        return self.embed_spans(packed, 1, features).squeeze(1)
+
+    def embed_spans(
+        self, graphs: Sequence[PackedGraph], spans: int, features: Tensor | None = None
+    ) -> Tensor:
+        """Return `spans` embeddings per tracklet, one for each part of its graph's frames.
+
+        Each is a projection of [mean of the tracklet's states in that part, its memory after the last frame].
+
+        Args:
+            graphs: from `STSG.to_packed(config.vocabulary)`. Graphs do not see one another.
+            spans: number of parts, of equal length, at least 1.
+            features: as in `forward`.
+
+        Returns:
+            `[tracks, spans, dim]`, the tracklets of all graphs in turn. Where a tracklet has no box in a part, the mean
+            is zeros.
+
+        Raises:
+            ValueError: spans is below 1, a graph has another vocabulary, or the features do not fit.
+        """
+        if spans < 1:
+            raise ValueError(f"spans must be at least 1, got {spans}.")
+        batch = _Batch(graphs, self.config)
         states, memory = self._run(batch, features)
-        track = batch.tensor(batch.track[batch.inverse], states)
-        counts = torch.bincount(track, minlength=batch.num_tracks).clamp(min=1)
-        sums = states.new_zeros(batch.num_tracks, self.config.dim).index_add(0, track, states)
-        pooled = sums / counts.unsqueeze(1)
-        return self.readout(pooled if memory is None else torch.cat([pooled, memory], dim=1))
+        part = _join([_parts(g.lengths, spans) for g in graphs])
+        place = batch.tensor(batch.track[batch.inverse] * spans + part, states)
+        counts = torch.bincount(place, minlength=batch.num_tracks * spans).clamp(min=1)
+        sums = states.new_zeros(batch.num_tracks * spans, self.config.dim).index_add(0, place, states)
+        pooled = (sums / counts.unsqueeze(1)).view(batch.num_tracks, spans, self.config.dim)
+        if memory is None:
+            return self.readout(pooled)
+        return self.readout(torch.cat([pooled, memory.unsqueeze(1).expand_as(pooled)], dim=-1))
 
     def _run(self, batch: "_Batch", features: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return node states in the graphs' order and the final memory `[tracks, dim]`, or None without a memory."""
@@ -275,6 +308,11 @@ class _Batch:
 def _join(arrays: list[np.ndarray], dtype: type = np.int64, width: int | None = None) -> np.ndarray:
     empty: np.ndarray = np.zeros((0,) if width is None else (0, width), dtype)
     return np.concatenate([empty, *arrays]).astype(dtype)
+
+
+def _parts(lengths: np.ndarray, spans: int) -> np.ndarray:
+    """Return for each node of a graph which of `spans` equal parts of the frames it lies in."""
+    return np.repeat(np.arange(len(lengths)) * spans // max(len(lengths), 1), lengths)
 
 
 def _check(graph: PackedGraph, config: RecurrentGraphTransformerConfig) -> None:

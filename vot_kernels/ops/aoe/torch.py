@@ -11,6 +11,7 @@ from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.parts.experts.slots import (
     Experts,
     Saved,
+    Slots,
     cache_blocks,
     group_slots,
     norm_gradient,
@@ -34,19 +35,92 @@ def forward(
     weights = _mixing_weights(norms, indices, weighting)
     slots = group_slots(indices, norms.shape[1])
     cache = cache.index_select(0, slots.order)
+    y, value = _bodies(x, experts, weights, cache, slots, save)
+    if not save:
+        cache = cache.new_empty(0, cache.shape[1])
+    return y, Saved(norms, indices, weights, cache, value, slots)
+
+
+def forward_chosen(x: Tensor, experts: Experts, norms: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """As `forward`, for experts that were chosen before: ids that none of these experts has add nothing."""
+    saved = _saved_of(x, experts, norms, indices, weights)
+    return _bodies(x, experts, weights, saved.cache, saved.slots, False)[0]
+
+
+def backward_chosen(
+    d_y: Tensor, x: Tensor, experts: Experts, norms: Tensor, indices: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, the experts and the weights; that of the norms is `chosen_norms_backward`'s."""
+    saved = _saved_of(x, experts, norms, indices, weights)
+    for expert, places, ids in saved.slots.by_expert():
+        saved.value[places] = x.index_select(0, ids // saved.slots.top_k) @ experts.w_p[expert].T
+    d_x = x.new_zeros(x.shape, dtype=accumulator(x.dtype))
+    d_experts = Experts(*(w.new_zeros(w.shape) for w in experts))
+    d_cache, d_mix = torch.zeros_like(saved.cache), torch.zeros_like(weights)
+    _bodies_backward(d_y, x, experts, saved, d_x, d_experts, d_cache, d_mix)
+    _caches_backward(d_cache, x, experts.w_down, saved.slots, d_x, d_experts.w_down)
+    return d_x.to(x.dtype, copy=False), *d_experts, d_mix
+
+
+def chosen_norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what dC = scale · C of the chosen experts adds to the gradients of x and w_down.
+
+    scale: `[tokens, top_k]`, the gradient of each chosen norm over that norm. Ids without an expert are left out.
+    """
+    slots = group_slots(indices, w_down.shape[0])
+    d_cache = _caches_of(x, w_down, slots) * scale.flatten()[slots.order, None].to(x.dtype)
+    d_x, d_down = x.new_zeros(x.shape, dtype=accumulator(x.dtype)), torch.zeros_like(w_down)
+    _caches_backward(d_cache, x, w_down, slots, d_x, d_down)
+    return d_x.to(x.dtype, copy=False), d_down
+
+
+def all_norms(x: Tensor, w_down: Tensor) -> Tensor:
+    """Return the norms of the caches of all experts `[tokens, experts]`; there may be none."""
+    if not w_down.shape[0]:
+        return x.new_empty(x.shape[0], 0, dtype=accumulator(x.dtype))
+    return _select(x, w_down, None, 1)[0]
+
+
+def _saved_of(x: Tensor, experts: Experts, norms: Tensor, indices: Tensor, weights: Tensor) -> Saved:
+    """What `forward` would save for this choice; its value is not written yet."""
+    slots = group_slots(indices, experts.w_down.shape[0])
+    cache = _caches_of(x, experts.w_down, slots)
+    return Saved(norms, indices, weights, cache, x.new_empty(cache.shape[0], experts.w_p.shape[1]), slots)
+
+
+def _caches_of(x: Tensor, w_down: Tensor, slots: Slots) -> Tensor:
+    """Return the caches of chosen experts `[slots, rank]`, in the order of places; 0 where there is no expert."""
+    cache = x.new_zeros(slots.order.shape[0], w_down.shape[1])
+    for expert, places, ids in slots.by_expert():
+        cache[places] = x.index_select(0, ids // slots.top_k) @ w_down[expert].T
+    return cache
+
+
+def _caches_backward(
+    d_cache: Tensor, x: Tensor, w_down: Tensor, slots: Slots, d_x: Tensor, d_down: Tensor
+) -> None:
+    """Add to d_x, and write to d_down for each expert with slots."""
+    for expert, places, ids in slots.by_expert():
+        rows = ids // slots.top_k
+        d_down[expert] = d_cache[places].T @ x.index_select(0, rows)
+        d_x.index_add_(0, rows, (d_cache[places] @ w_down[expert]).to(d_x.dtype))
+
+
+def _bodies(
+    x: Tensor, experts: Experts, weights: Tensor, cache: Tensor, slots: Slots, save: bool
+) -> tuple[Tensor, Tensor]:
+    """Return y, and the value in the order of places, which has no rows unless `save` is true."""
     values = x.new_empty(cache.shape[0] if save else 0, experts.w_p.shape[1])
-    y = x.new_zeros(x.shape, dtype=norms.dtype)
+    y = x.new_zeros(x.shape, dtype=weights.dtype)
     flat_weights = weights.flatten()
     for expert, places, chosen in slots.by_expert():
-        rows = chosen // top_k
+        rows = chosen // slots.top_k
         value = x.index_select(0, rows) @ experts.w_p[expert].T
         hidden = F.silu(cache[places] @ experts.w_up[expert].T).mul_(value)
         y.index_add_(0, rows, (hidden @ experts.w_o[expert]) * flat_weights[chosen, None])
         if save:
             values[places] = value
-    if not save:
-        cache = cache.new_empty(0, cache.shape[1])
-    return y.to(x.dtype, copy=False), Saved(norms, indices, weights, cache, values, slots)
+    return y.to(x.dtype, copy=False), values
 
 
 def backward(
@@ -75,10 +149,7 @@ def backward(
         chosen = norms.gather(1, indices)
         scale = over_norm(softmax_backward(weights, d_mix), chosen).flatten()
         d_cache.add_(cache * scale[slots.order, None])
-    for expert, places, ids in slots.by_expert():
-        rows = ids // slots.top_k
-        d_experts.w_down[expert] = d_cache[places].T @ x.index_select(0, rows)
-        d_x.index_add_(0, rows, (d_cache[places] @ experts.w_down[expert]).to(d_x.dtype))
+    _caches_backward(d_cache, x, experts.w_down, slots, d_x, d_experts.w_down)
     if dense:  # the norms of all experts have gradients, not only those of the selected ones
         scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
         more_x, more_down = norms_backward(x, experts.w_down, scale, norms.dtype)

@@ -34,11 +34,12 @@ from vot_kernels.ops.parts.range_attention.blocks import (
 
 _CHUNK = 64  # tokens; with about head_dim of them, triangular products cost as much as the states do
 # This scales values and normaliser: with a subnormal Z, products would lose digits and 1 / Z would overflow.
-_SCALE = 2.0**32
+# `vot_kernels.distributed`, which adds to both, asks a backend for it.
+SCALE = 2.0**32
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
-    """Return the output and 1 / (Z _SCALE) `[tokens, heads]`, which is 0 where Z is 0."""
+    """Return the output and 1 / (Z SCALE) `[tokens, heads]`, which is 0 where Z is 0."""
     plan, q = make_plan(geometry), inputs.q
     out = q.new_empty(q.shape)
     inverse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
@@ -79,13 +80,13 @@ def _cut(x: Inputs, heads: slice, kv_heads: slice) -> Inputs:
 def _forward(
     plan: "Plan", inputs: Inputs, geometry: Geometry, options: Options, decay: "_Decay | None"
 ) -> tuple[Tensor, Tensor]:
-    """Return output `[heads, tokens, d]` and 1 / (Z _SCALE) `[heads, tokens, 1]` of some heads."""
+    """Return output `[heads, tokens, d]` and 1 / (Z SCALE) `[heads, tokens, 1]` of some heads."""
     query, key, value = (to_heads(x, plan.num_tokens) for x in (inputs.q, inputs.k, inputs.v))
     repeats = query.shape[0] // key.shape[0]
     query, key, value = (
         feature_map(query, options.feature_map),
         feature_map(key, options.feature_map),
-        append_column(value, 1.0).mul_(_SCALE),
+        append_column(value, 1.0).mul_(SCALE),
     )
     if decay is None:
         states = scan_states(group_states(key, value, plan.states), plan.states)
@@ -159,10 +160,10 @@ def _backward(
             chunks.put(own_v, weights.transpose(-1, -2) @ own_g)
         d_phi_k, dv = d_phi_k + fold_heads(own_k, repeats), dv + fold_heads(own_v, repeats)
     return (
-        feature_map_backward(query, phi_q, d_phi_q, options.feature_map).mul_(inverse).mul_(_SCALE),
-        feature_map_backward(key, phi_k, d_phi_k, options.feature_map).mul_(_SCALE),
-        dv[..., :-1].mul_(_SCALE),
-        None if d_decay is None else d_decay * _SCALE,
+        feature_map_backward(query, phi_q, d_phi_q, options.feature_map).mul_(inverse).mul_(SCALE),
+        feature_map_backward(key, phi_k, d_phi_k, options.feature_map).mul_(SCALE),
+        dv[..., :-1].mul_(SCALE),
+        None if d_decay is None else d_decay * SCALE,
     )
 
 

@@ -20,6 +20,7 @@ from vot_kernels.ops.parts.group_states.triton import (
     states_config,
 )
 
+SCALE = 1.0  # as in `vot_kernels.ops.linear_attention.torch`
 _APPLY = Kernel("linear_attention", "apply", "linear_attention.rows:_linear_apply_kernel")
 _FEATURE_GRAD = Kernel(
     "linear_attention", "feature_grad", "linear_attention.rows:_linear_feature_grad_kernel"

@@ -1,0 +1,86 @@
+"""Video-of-Thought traces: their form, and that the evidence in them decides the question."""
+
+import pytest
+
+from vot_kernels.data.digitworld import KINDS, VOCABULARY, generate_questions
+from vot_kernels.data.digitworld.traces import ask, evidence, read_reply, summary_text, write_trace
+from vot_kernels.scene_graph import from_text
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return generate_questions("train", 8 * len(KINDS), seed=3)
+
+
+def test_a_trace_is_a_thought_with_a_clean_graph_and_the_answer(asked):
+    for item in asked:
+        read = read_reply(write_trace(item.question, item.episode.stsg))
+        assert read is not None
+        thought, answer = read
+        assert answer == item.question.answer
+        graph, issues = from_text(thought, VOCABULARY, item.episode.stsg.frame_times_s)
+        assert issues == []
+        assert {t.name for t in graph.tracklets} <= {t.name for t in item.episode.stsg.tracklets}
+        assert thought.endswith(".")
+
+
+def test_evidence_is_true_and_about_the_question(asked):
+    for item in asked:
+        stsg, question = item.episode.stsg, item.question
+        seen = evidence(question, stsg)
+        assert seen.validate() == []
+        assert set(question.objects) <= {t.id for t in seen.tracklets}
+        assert set(seen.events) <= set(stsg.events)
+        for tracklet in seen.tracklets:
+            assert tracklet.boxes.items() <= stsg.tracklet(tracklet.id).boxes.items()
+
+
+def test_evidence_decides_the_question(asked):
+    counted = 0
+    for item in asked:
+        question, seen = item.question, evidence(item.question, item.episode.stsg)
+        names = {t.id: f"the {t.attributes[0]} digit" for t in seen.tracklets}
+        match question.kind:
+            case "did_hit" if question.cell.startswith("whole"):
+                answer = "yes" if seen.events else "no"
+            case "count":
+                answer = str(len(seen.events))
+            case "which_first" if question.objects:
+                answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
+            case "causal" if question.cell == "turn":
+                answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
+            case "motion":
+                (box, _), *_, (last, _) = seen.tracklet(question.objects[0]).boxes.values()
+                x, y = (b - a for a, b in zip(box.center, last.center, strict=True))
+                size = item.episode.scene.size
+                x, y = x * size[1], y * size[0]
+                answer = ("right" if x > 0 else "left") if abs(x) > abs(y) else ("down" if y > 0 else "up")
+            case _:
+                continue
+        counted += 1
+        assert answer == question.answer
+    assert counted > len(asked) / 3
+
+
+def test_summaries_have_events_without_boxes(asked):
+    stsg = asked[0].episode.stsg
+    graph, issues = from_text(summary_text(stsg), VOCABULARY, stsg.frame_times_s)
+    assert issues == [] and graph.events == stsg.events
+    assert not any(t.boxes for t in graph.tracklets)
+    assert ask("Who?", ("a", "b")) == "Question: Who?\nAnswers: a | b"
+    assert ask("Who?") == "Question: Who?"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "yes",
+        "<answer>yes</answer>",
+        "<think>a</think>yes",
+        "<think>a</think><answer>yes</answer> and more",
+    ],
+)
+def test_other_replies_are_not_read(reply):
+    assert read_reply(reply) is None
+    assert read_reply(" <think> a\nb </think>\n<answer> yes </answer>\n") == ("a\nb", "yes")

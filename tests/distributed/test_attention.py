@@ -1,0 +1,56 @@
+"""Attention over 2 and 4 ranks: results and gradients are those of one process; a rank that ends takes none along."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.attention_cases import CASES, ERRORS
+from tests.distributed.ranks import run_ranks
+
+FEW = {name: case for name, case in CASES.items() if name.startswith(("segments", "hybrid"))}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return run_ranks(CASES, 4, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run_ranks(FEW | ERRORS, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_ranks_equal_one_process(four_ranks, case):
+    assert not four_ranks[case], four_ranks[case]
+
+
+@pytest.mark.parametrize("case", FEW | ERRORS)
+def test_two_ranks(two_ranks, case):
+    assert not two_ranks[case], two_ranks[case]
+
+
+def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path):
+    """Rank 1 is killed between two calls; the others end by themselves, and say why."""
+    command = [sys.executable, "-m", "tests.distributed.endless", str(tmp_path)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "3"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        while not all((tmp_path / f"running{rank}").exists() for rank in range(3)):
+            assert all(process.poll() is None for process in ranks)
+            time.sleep(0.1)
+        ranks[1].kill()
+        for rank in (0, 2):
+            _, said = ranks[rank].communicate(timeout=60)
+            assert ranks[rank].returncode == 1
+            assert f"failed on rank {rank} of 3, because another rank has ended" in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

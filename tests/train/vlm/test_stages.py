@@ -1,0 +1,232 @@
+"""The stages of the video-language model: what they train, what they learn from, bit-equal resuming, the record."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+
+from tests.models.vot.tiny import tiny_tokenizer
+from vot_kernels.data.digitworld import generate_episode
+from vot_kernels.models.checkpoint import load_checkpoint
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.models.vot import VotForConditionalGeneration
+from vot_kernels.train.perception.batches import digitworld_config
+from vot_kernels.train.projector import run as projector_run
+from vot_kernels.train.projector.settings import ProjectorTraining
+from vot_kernels.train.projector.stage import describe, train_projector
+from vot_kernels.train.sft import run as sft_run
+from vot_kernels.train.sft.settings import SftTraining
+from vot_kernels.train.sft.stage import reason, train_sft
+from vot_kernels.train.vlm import answers
+from vot_kernels.train.vlm import model as vlm
+from vot_kernels.train.vlm.answers import Asked, replies
+from vot_kernels.train.vlm.conversations import ConversationBatches, encode, render
+from vot_kernels.train.vlm.stage import nats_per_token
+
+SHORT = ProjectorTraining(steps=2, batch_size=2, warmup=2)
+SHORT_SFT = SftTraining(steps=2, batch_size=2, warmup=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A tokenizer of few episodes, and replies that end early."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
+    patch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def perception(tmp_path_factory):
+    """A folder with a perception model of random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("perception") / "random"
+    VotPerceptionModel(digitworld_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def nano(perception):
+    return vlm.build_model("nano", perception, seed=0)
+
+
+@pytest.fixture(scope="module")
+def published(perception, tmp_path_factory):
+    out = tmp_path_factory.mktemp("projector")
+    table = projector_run.run(out, SHORT, perception, eval_clips=2)
+    return out / "model", table
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(model, before):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+# --- what the model learns from -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speak", [describe, reason])
+def test_exactly_the_replies_are_learnt(nano, speak):
+    _, processor = nano
+    conversations = [speak(generate_episode("train", n), np.random.default_rng(n)) for n in range(3)]
+    batch = encode(processor, conversations)
+    for ids, labels, conversation in zip(batch["input_ids"], batch["labels"], conversations, strict=True):
+        learnt = labels >= 0
+        assert torch.equal(labels[learnt], ids[learnt])
+        said = "".join(f"{turn.reply}<|im_end|>" for turn in conversation.turns)
+        assert processor.tokenizer.decode(labels[learnt]) == said
+        text = processor.tokenizer.decode(ids)
+        assert all(turn.prompt in text for turn in conversation.turns)
+
+
+def test_a_prompt_is_tokenized_in_training_as_for_an_answer(nano):
+    _, processor = nano
+    conversation = reason(generate_episode("train", 3), np.random.default_rng(0))
+    ids = encode(processor, [conversation])["input_ids"][0]
+    content = [{"type": "video", "video": conversation.clip}, {"type": "graph", "graph": conversation.graph}]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": conversation.turns[0].prompt}]}
+    prompt = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"][0]
+    assert torch.equal(ids[: len(prompt)], prompt)
+
+
+def test_batches_depend_on_seed_and_step_alone(nano):
+    _, processor = nano
+    one, again, other = (ConversationBatches(processor, reason, 0, 2)[step] for step in (3, 3, 4))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
+
+
+# --- what is trained ----------------------------------------------------------------------------------------
+
+
+def test_the_encoder_is_that_of_the_perception_checkpoint(nano, perception):
+    model, processor = nano
+    encoder = load_checkpoint(VotPerceptionModel, perception).encoder
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(model.model.encoder.state_dict()[name], weight)
+    assert sum(vlm.count_parameters(model).values()) == sum(p.numel() for p in model.parameters()) < 8_000_000
+    assert processor.tokenizer.decode(processor.tokenizer("Σ ≥ o1=red digit 37")["input_ids"]) == (
+        "Σ ≥ o1=red digit 37"
+    )
+
+
+def test_each_stage_trains_its_parts(nano, tmp_path):
+    model, processor = nano
+    before = parameters(model)
+    assert train_projector(tmp_path / "a", model, processor, SHORT, stop_at=2) == 2
+    assert {vlm.part_of(name) for name in changed(model, before)} == {"projector", "graph", "text"}
+    before = parameters(model)
+    assert train_sft(tmp_path / "b", model, processor, SHORT_SFT, stop_at=2) == 2
+    assert {vlm.part_of(name) for name in changed(model, before)} == {"projector", "graph", "text"}
+
+
+def test_a_frozen_language_model_and_adapters(perception, tmp_path):
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'vot-kernels[rl]'")
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    folder = tmp_path / "language"
+    language = LlamaForCausalLM(text)
+    copy.deepcopy(language).half().save_pretrained(folder)  # as SmolLM2 is kept
+    tokenizer.save_pretrained(folder)
+    model, processor = vlm.build_model("smollm2", perception, 0, folder)
+    weights = language.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, weights.half().float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    settings = dataclasses.replace(SHORT, language_model="smollm2")
+    before = parameters(model)
+    train_projector(tmp_path / "a", model, processor, settings, stop_at=2)
+    assert {vlm.part_of(name) for name in changed(model, before)} == {"projector", "graph"}
+
+    adapted = vlm.add_lora(model, seed=0)
+    before = parameters(adapted)
+    train_sft(tmp_path / "b", adapted, processor, dataclasses.replace(SHORT_SFT, text="lora"), stop_at=2)
+    assert {vlm.part_of(name) for name in changed(adapted, before)} == {"projector", "graph", "lora"}
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, VotForConditionalGeneration)
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
+
+
+def test_other_parts_are_found(nano):
+    model, _ = nano
+    vlm.train_only(model, ("projector",))
+    vlm.check_trained(model, ("projector",))
+    with pytest.raises(RuntimeError, match="is not trained, but the stage trains exactly projector, graph"):
+        vlm.check_trained(model, ("projector", "graph"))
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="is trained, but the stage trains exactly projector"):
+        vlm.check_trained(model, ("projector",))
+    with pytest.raises(ValueError, match="A part must be one of encoder"):
+        vlm.train_only(model, ("eyes",))
+    with pytest.raises(ValueError, match="no parameters of the part 'lora'"):
+        vlm.train_only(model, ("lora",))
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train, settings", [(train_projector, SHORT), (train_sft, SHORT_SFT)])
+def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, settings):
+    results = []
+    for name, stops in (("whole", (None,)), ("parts", (1, None))):
+        for stop in stops:
+            model, processor = vlm.build_model("nano", perception, seed=0)
+            train(tmp_path / name, model, processor, settings, stop_at=stop)
+        results.append(parameters(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    other, processor = vlm.build_model("nano", perception, seed=1)
+    with pytest.raises(ValueError, match="start was"):
+        train(tmp_path / "whole", other, processor, settings)
+
+
+@pytest.mark.fixed_seed  # a few steps of training
+def test_training_lowers_the_loss(nano, tmp_path):
+    model, processor = nano
+    batches = ConversationBatches(processor, describe, 0, 2)
+    before = nats_per_token(model.eval(), batches, 1)
+    train_projector(tmp_path, model, processor, ProjectorTraining(steps=12, batch_size=2, warmup=2))
+    assert nats_per_token(model, batches, 1) < before - 0.5
+
+
+def test_the_published_model_and_its_record(published, perception):
+    folder, table = published
+    record = json.loads((folder / "training.json").read_text())
+    assert record["metrics"].keys() == {"before", "after"} and "graph" in table
+    assert record["trained"] == ["projector", "graph", "text"]
+    assert "vot train projector" in record["command"]
+    model, processor = vlm.load_vlm(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    stored = AutoModelForImageTextToText.from_pretrained(folder)
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}
+    assert processor.num_frames == vlm.NUM_FRAMES and processor.chat_template
+    episode = generate_episode("test", 0)
+    (reply,) = replies(model, processor, [Asked(render(episode), episode.stsg, "Who?", None)])
+    assert isinstance(reply, str)
+    assert (
+        projector_run.run(folder.parent, SHORT, perception, eval_clips=2) == table
+    )  # it is not trained again
+
+
+def test_sft_goes_on_from_a_published_model(published, tmp_path):
+    folder, _ = published
+    table = sft_run.run(tmp_path, folder, SHORT_SFT, eval_clips=7)
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["metrics"]["after"]["nats"] < record["metrics"]["before"]["nats"]
+    assert {"format", "accuracy", "counterfactual"} <= record["metrics"]["after"].keys()
+    assert "accuracy" in table

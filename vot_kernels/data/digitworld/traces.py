@@ -1,0 +1,163 @@
+"""Video-of-Thought traces from ground truth: the part of the graph that decides a question, a thought, the answer.
+
+<think><stsg>
+o1=red digit 3
+o2=blue digit 7
+o1 hits o2 @6
+</stsg>
+The red digit hits the blue digit at 0.8 s.</think><answer>yes</answer>
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from vot_kernels.data.digitworld.questions import Question
+from vot_kernels.scene_graph.graph import STSG, Event
+
+_REPLY = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_NAME = re.compile(r"the (\w+) digit")
+_TIME = re.compile(r"at ([\d.]+) s")
+
+
+def write_trace(question: Question, stsg: STSG) -> str:
+    """Return the reply to a question whose answer is known, from the true graph of its clip."""
+    seen = evidence(question, stsg)
+    thought = _sentence(_thought(question, seen, stsg))
+    return f"<think>{evidence_text(seen)}\n{thought}</think><answer>{question.answer}</answer>"
+
+
+def read_reply(reply: str) -> tuple[str, str] | None:
+    """Return thought and answer of a reply; None if it is not `<think>…</think><answer>…</answer>` as a whole."""
+    match = _REPLY.fullmatch(reply)
+    return (match[1].strip(), match[2].strip()) if match else None
+
+
+def ask(text: str, candidates: Sequence[str] | None = None) -> str:
+    """Return a question as the model reads it."""
+    return f"Question: {text}" + (f"\nAnswers: {' | '.join(candidates)}" if candidates else "")
+
+
+def summary_text(stsg: STSG) -> str:
+    """Return the tracklets and events of a graph as text, without boxes and relations."""
+    return stsg.to_text(boxes=False, relations=False)
+
+
+def evidence_text(stsg: STSG) -> str:
+    """Return a graph that `evidence` returned as text; each of its boxes is written."""
+    return stsg.to_text(every=1, relations=False)
+
+
+def evidence(question: Question, stsg: STSG) -> STSG:
+    """Return what of the graph decides the question: a few tracklets, their events, and boxes where motion decides."""
+    events = _events(question, stsg)
+    frames = _frames(question, stsg)
+    named = [*question.objects, *_tracks(question.answer, stsg)]
+    ids = dict.fromkeys([*named, *(id for event in events for id in event.participants)])
+    tracklets = tuple(
+        replace(t, boxes={k: box for k, box in t.boxes.items() if k in frames})
+        for t in stsg.tracklets
+        if t.id in ids
+    )
+    return replace(stsg, tracklets=tracklets, relations=(), events=tuple(events))
+
+
+def _events(question: Question, stsg: STSG) -> list[Event]:
+    """Return the events that decide the question, by time."""
+    hits = [event for event in stsg.events if event.kind == "hits"]
+    objects = set(question.objects)
+    match question.kind:
+        case "did_hit":
+            return [hit for hit in hits if objects == set(hit.participants)]
+        case "count" if question.cell.startswith("all hits"):
+            return hits
+        case "count" if question.cell.startswith("bounces"):
+            return [e for e in stsg.events if e.kind == "bounces" and objects <= set(e.participants)]
+        case "which_first" if not objects:
+            pairs = [set(_tracks(candidate, stsg)) for candidate in question.candidates]
+            return [hit for hit in hits if set(hit.participants) in pairs]
+        case "count" | "which_first":
+            return _of(hits, objects)
+        case "causal" if question.cell == "turn":
+            time = _asked_time(question.text)
+            return sorted(_of(hits, objects), key=lambda hit: abs(stsg.frame_times_s[hit.t] - time))[:1]
+        case "causal":
+            time = _asked_time(question.text)
+            return [hit for hit in hits if stsg.frame_times_s[hit.t] <= time + 0.1]
+        case "counterfactual":
+            return _of(hits, objects)
+    return []
+
+
+def _frames(question: Question, stsg: STSG) -> set[int]:
+    """Return the frames whose boxes decide the question."""
+    last, quarter = stsg.num_frames - 1, -(-stsg.num_frames // 4)
+    match question.kind, question.cell.split(":")[0]:
+        case "motion", "start":
+            return {0, quarter - 1}
+        case "motion", "end":
+            return {last - quarter + 1, last}
+        case "motion", _:
+            return {0, last}
+        case "next", _:
+            return {max(last - 1, 0), last}
+    return set()
+
+
+def _thought(question: Question, seen: STSG, stsg: STSG) -> str:
+    """Return why the answer is right, in one sentence."""
+    names = [_named(id, stsg) for id in question.objects]
+    moments = [_told(event, seen) for event in seen.events]
+    match question.kind:
+        case "motion":
+            part = question.text.removesuffix("?").split(" move ")[1]
+            return f"{names[0]} moves {question.answer} {part}"
+        case "did_hit":
+            told = ", and ".join(moments) or f"{names[0]} never hits {names[1]}"
+            half = re.search(r"in the (first|second) half", question.text)
+            middle = (stsg.frame_times_s[0] + stsg.frame_times_s[-1]) / 2
+            return told + (f"; the {half[1]} half {_span(half[1], middle)}" if half and moments else "")
+        case "count":
+            return f"{', '.join(moments) or 'it never happens'}: {question.answer}"
+        case "which_first":
+            return ", then ".join(moments)
+        case "causal" if question.cell == "turn":
+            return moments[0]
+        case "causal":
+            return f"without {question.answer}, {names[0]} would not hit {names[1]}"
+        case "counterfactual":
+            would = "would" if question.answer == "yes" else "would not"
+            return f"without {names[0]}, {names[1]} {would} hit {names[2]}"
+    return f"{names[0]} moves towards {question.answer}"
+
+
+def _of(events: Iterable[Event], objects: set[str]) -> list[Event]:
+    return [event for event in events if objects & set(event.participants)]
+
+
+def _tracks(text: str, stsg: STSG) -> list[str]:
+    """Return the tracks that a text names by their colour."""
+    colours = _NAME.findall(text)
+    return [t.id for colour in colours for t in stsg.tracklets if colour in t.attributes]
+
+
+def _named(id: str, stsg: STSG) -> str:
+    return f"the {stsg.tracklet(id).attributes[0]} digit"
+
+
+def _told(event: Event, stsg: STSG) -> str:
+    actor, *others = (_named(id, stsg) for id in event.participants)
+    return f"{' '.join([actor, event.kind, *others])} at {stsg.frame_times_s[event.t]:.1f} s"
+
+
+def _span(half: str, middle: float) -> str:
+    return f"ends at {middle:.1f} s" if half == "first" else f"begins at {middle:.1f} s"
+
+
+def _asked_time(text: str) -> float:
+    match = _TIME.search(text)
+    return float(match[1]) if match else 0.0
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,16 @@
+"""The ops and modules over several ranks: attention on the rows of each, experts spread over them."""
+
+from vot_kernels.distributed.attention import hybrid_attention, linear_attention, packed_attention
+from vot_kernels.distributed.experts import aoe, expert_parallel, expert_slice, moe
+from vot_kernels.distributed.sharding import shard
+
+__all__ = [
+    "aoe",
+    "expert_parallel",
+    "expert_slice",
+    "hybrid_attention",
+    "linear_attention",
+    "moe",
+    "packed_attention",
+    "shard",
+]

@@ -1,0 +1,78 @@
+"""Conversations that align clips and graphs with words: a caption and the scene graph, from one of them or both."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vot_kernels.data.digitworld.episode import Episode
+from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
+from vot_kernels.train.encoder.stage import caption
+from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.projector.settings import ProjectorTraining
+from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
+from vot_kernels.train.vlm.stage import nats_per_token, train_parts
+
+CAPTION, GRAPH = "Describe the clip.", "Write the scene graph."
+SHOWN = ("video", "graph", "both")
+_EVERY = 8  # frames between two boxes of a written graph
+_EVAL_BATCH = 8
+
+
+def describe(episode: Episode, rng: np.random.Generator, shown: str | None = None) -> Conversation:
+    """Return a conversation in which the model writes a caption and the scene graph, in random order.
+
+    `shown` says from what: "video", "graph" or "both"; None draws it.
+    """
+    shown = shown or SHOWN[rng.integers(len(SHOWN))]
+    stsg = episode.stsg
+    turns = [Turn(CAPTION, caption(stsg)), Turn(GRAPH, stsg.to_text(every=_EVERY, relations=False))]
+    if rng.random() < 0.5:
+        turns.reverse()
+    return Conversation(
+        turns,
+        clip=None if shown == "graph" else render(episode),
+        graph=None if shown == "video" else stsg,
+    )
+
+
+def train_projector(
+    out: Path,
+    model: VotForConditionalGeneration,
+    processor: VotProcessor,
+    settings: ProjectorTraining,
+    *,
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train the projector and the graph tokens, and a new language model, in place; return the steps done.
+
+    The encoder stays as it is. Raises what `train_parts` raises.
+    """
+    batches = ConversationBatches(processor, describe, settings.seed, settings.batch_size)
+    return train_parts(
+        out,
+        model,
+        settings.parts,
+        batches,
+        settings,
+        save_every=save_every,
+        stop_at=stop_at,
+        report=report,
+    )
+
+
+def projector_metrics(
+    model: VotForConditionalGeneration, processor: VotProcessor, clips: int, seed: int = 0
+) -> dict[str, float]:
+    """Return the nats per token of captions and graphs of held-out clips, from the video, its graph, or both."""
+    size = min(_EVAL_BATCH, clips)
+    return {
+        shown: nats_per_token(
+            model,
+            ConversationBatches(processor, partial(describe, shown=shown), seed, size, split="test"),
+            clips // size,
+        )
+        for shown in SHOWN
+    }

@@ -1,0 +1,1 @@
+"""Supervised finetuning on Video-of-Thought traces from DigitWorld's ground truth."""

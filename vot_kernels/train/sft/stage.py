@@ -1,0 +1,84 @@
+"""Conversations about a clip: its events, then questions, each answered by a Video-of-Thought trace."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vot_kernels.data.digitworld.baselines import accuracy_by_kind
+from vot_kernels.data.digitworld.episode import Episode
+from vot_kernels.data.digitworld.question_sets import generate_questions
+from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
+from vot_kernels.models.vot import VotProcessor
+from vot_kernels.train.encoder.stage import caption
+from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.projector.stage import CAPTION
+from vot_kernels.train.sft.settings import SftTraining
+from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
+from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
+from vot_kernels.train.vlm.stage import nats_per_token, train_parts
+
+MAX_QUESTIONS = 3
+_EVAL_BATCH = 8
+
+
+def reason(episode: Episode, rng: np.random.Generator) -> Conversation:
+    """Return questions about an episode, in random order, each with its trace; one without questions is captioned."""
+    stsg, order = episode.stsg, rng.permutation(len(episode.questions))[:MAX_QUESTIONS]
+    questions = [episode.questions[n] for n in order]
+    turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg)) for q in questions]
+    turns = turns or [Turn(CAPTION, caption(stsg))]
+    first = Turn(first_prompt(stsg, turns[0].prompt), turns[0].reply)
+    return Conversation([first, *turns[1:]], render(episode), stsg)
+
+
+def train_sft(
+    out: Path,
+    model: Any,
+    processor: VotProcessor,
+    settings: SftTraining,
+    *,
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train the language model or its adapters, the projector and the graph tokens in place; return the steps done.
+
+    The encoder stays as it is. Raises what `train_parts` raises.
+    """
+    batches = ConversationBatches(processor, reason, settings.seed, settings.batch_size)
+    return train_parts(
+        out,
+        model,
+        settings.parts,
+        batches,
+        settings,
+        save_every=save_every,
+        stop_at=stop_at,
+        report=report,
+    )
+
+
+def sft_metrics(model: Any, processor: VotProcessor, clips: int, seed: int = 0) -> dict[str, float]:
+    """Measure on held-out clips ("val"), one balanced question each.
+
+    Returns:
+        nats: per token of the true traces; format: share of replies that are a thought and an answer as a whole;
+        accuracy: share of the answers that are right, and accuracy by kind of question.
+    """
+    size = min(_EVAL_BATCH, clips)
+    batches = ConversationBatches(processor, reason, seed, size, split="val")
+    asked = generate_questions("val", clips, seed=seed)
+    items = [Asked(render(a.episode), a.episode.stsg, a.question.text, a.question.candidates) for a in asked]
+    read = [read_reply(reply) for reply in replies(model, processor, items)]
+    return {
+        "nats": nats_per_token(model, batches, clips // size),
+        "format": sum(pair is not None for pair in read) / len(read),
+        **_accuracy([a.question for a in asked], [pair[1] if pair else "" for pair in read]),
+    }
+
+
+def _accuracy(questions: Sequence[Any], answers: Sequence[str]) -> dict[str, float]:
+    found = accuracy_by_kind(questions, answers)
+    return {"accuracy": found.pop("all"), **{name: value for name, value in found.items() if name != "flip"}}

@@ -1,0 +1,1 @@
+"""What the stages of the video-language model share: conversations, the model and its parts, the loop."""

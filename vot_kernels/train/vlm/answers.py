@@ -1,0 +1,59 @@
+"""Answers of a video-language model to questions about clips."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vot_kernels.data.digitworld.traces import ask, summary_text
+from vot_kernels.models.vot.processing import VotProcessor
+from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.vlm.conversations import Clip
+
+MAX_NEW_TOKENS = 192
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a clip and its graph, true or seen, with the answers to choose from."""
+
+    clip: Clip
+    graph: STSG
+    question: str
+    candidates: Sequence[str] | None
+
+
+def first_prompt(graph: STSG, question: str) -> str:
+    """Return what the user says first: the tracklets and events of the graph, then the question."""
+    return f"{summary_text(graph)}\n{question}"
+
+
+@torch.no_grad()
+def replies(model: Any, processor: VotProcessor, asked: Sequence[Asked]) -> Iterator[str]:
+    """Yield the greedy reply to each question, in batches of eight."""
+    for start in range(0, len(asked), _BATCH):
+        messages: Any = [
+            [{"role": "user", "content": _content(item)}] for item in asked[start : start + _BATCH]
+        ]
+        batch: Any = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+        )
+        inputs = batch.to(model.device)
+        new = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        yield from processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _content(item: Asked) -> list[dict[str, Any]]:
+    text = first_prompt(item.graph, ask(item.question, item.candidates))
+    return [
+        {"type": "video", "video": item.clip},
+        {"type": "graph", "graph": item.graph},
+        {"type": "text", "text": text},
+    ]

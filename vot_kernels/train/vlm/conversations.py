@@ -1,0 +1,152 @@
+"""Conversations about clips as training batches: what the model reads, and which tokens it learns to write."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vot_kernels.data.digitworld.batches import episode_batch
+from vot_kernels.data.digitworld.episode import Episode, generate_episode
+from vot_kernels.models.vot.processing import VotProcessor
+from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.perception.batches import TRAIN_SIZES
+
+END = "<|im_end|>"
+"""What a reply ends with."""
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames uint8 `[T, H, W, 3]` with their times in seconds, float `[T]`."""
+
+    frames: np.ndarray
+    times: np.ndarray
+
+
+class Turn(NamedTuple):
+    """What the user says, and the reply; the first turn of a conversation also shows what it is about."""
+
+    prompt: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about a clip, about its graph, or about both.
+
+    Attributes:
+        turns: at least one.
+        clip, graph: what stands before the first prompt; None where it is not shown.
+    """
+
+    turns: Sequence[Turn]
+    clip: Clip | None = None
+    graph: STSG | None = None
+
+
+Speaker = Callable[[Episode, np.random.Generator], Conversation]
+"""Makes a conversation about an episode; all of its choices come from the generator."""
+
+
+class ConversationBatches(Dataset[dict[str, Tensor]]):
+    """The batches of a split by step; the same on every machine and in every process.
+
+    Args:
+        processor: of the model.
+        speak: makes the conversation about each episode.
+        seed: seed of the whole run.
+        batch_size: conversations per batch.
+        split: of DigitWorld; sizes vary in "train" alone.
+        h264_share: share of the clips that are encoded with H.264 and decoded.
+    """
+
+    def __init__(
+        self,
+        processor: VotProcessor,
+        speak: Speaker,
+        seed: int,
+        batch_size: int,
+        split: str = "train",
+        h264_share: float = 0.5,
+    ):
+        self.processor, self.speak = processor, speak
+        self.seed, self.batch_size = seed, batch_size
+        self.split, self.h264_share = split, h264_share
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        first = step * self.batch_size
+        return encode(self.processor, [self.conversation(first + i) for i in range(self.batch_size)])
+
+    def conversation(self, index: int) -> Conversation:
+        """Return the conversation about episode `index`."""
+        rng = np.random.default_rng([self.seed, index])
+        size = TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] if self.split == "train" else None
+        return self.speak(generate_episode(self.split, index, self.seed, size=size), rng)
+
+    def loader(self, start: int, stop: int) -> DataLoader[dict[str, Tensor]]:
+        """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
+
+
+def render(episode: Episode, h264_share: float = 0.5) -> Clip:
+    """Return the frames of an episode, encoded with H.264 and decoded with the probability `h264_share`."""
+    return Clip(episode_batch([episode], codec_fraction=h264_share).frames[0], episode.times)
+
+
+def encode(processor: VotProcessor, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+    """Return the model's inputs for a batch of conversations, with `labels` -100 for all but the replies.
+
+    Tokens are padded on the right, after all that a causal model attends to, so no mask is needed.
+    """
+    pieces = [piece for conversation in conversations for piece in _pieces(processor, conversation)]
+    clips = [c.clip for c in conversations if c.clip is not None]
+    graphs = [c.graph for c in conversations if c.graph is not None]
+    inputs = processor(
+        text=[text for text, _ in pieces],
+        videos=clips or None,
+        graphs=graphs or None,
+        add_special_tokens=False,
+    )
+    rows = iter(zip(inputs.pop("input_ids"), (learnt for _, learnt in pieces), strict=True))
+    inputs.pop("attention_mask")
+    ids, labels = [], []
+    for conversation in conversations:
+        tokens: list[int] = []
+        wanted: list[int] = []
+        for _ in range(2 * len(conversation.turns)):
+            piece, learnt = next(rows)
+            tokens += piece
+            wanted += piece if learnt else [_IGNORED] * len(piece)
+        ids.append(torch.tensor(tokens))
+        labels.append(torch.tensor(wanted))
+    return {
+        "input_ids": _padded(ids, processor.tokenizer.pad_token_id),
+        "labels": _padded(labels, _IGNORED),
+        **inputs,
+    }
+
+
+def shown(conversation: Conversation) -> list[dict[str, str]]:
+    """Return the parts of a message that stand for what the conversation is about."""
+    kinds = {"video": conversation.clip, "graph": conversation.graph}
+    return [{"type": kind} for kind, item in kinds.items() if item is not None]
+
+
+def _pieces(processor: VotProcessor, conversation: Conversation) -> list[tuple[str, bool]]:
+    """Return the text of a conversation in pieces, and which of them are learnt."""
+    pieces = []
+    for n, turn in enumerate(conversation.turns):
+        parts = [*(shown(conversation) if n == 0 else []), {"type": "text", "text": turn.prompt}]
+        message: Any = [{"role": "user", "content": parts}]
+        asked = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        pieces += [(asked if n == 0 else f"\n{asked}", False), (f"{turn.reply}{END}", True)]
+    return pieces
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

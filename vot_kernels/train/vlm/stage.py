@@ -1,0 +1,81 @@
+"""The loop of a stage of the video-language model, and the record that it publishes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vot_kernels.train.checkpoint import fingerprint
+from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
+from vot_kernels.train.optimization import parameter_groups
+from vot_kernels.train.vlm.conversations import ConversationBatches
+from vot_kernels.train.vlm.model import check_trained, train_only
+
+
+def train_parts(
+    out: Path,
+    model: nn.Module,
+    parts: Sequence[str],
+    batches: ConversationBatches,
+    settings: Any,
+    *,
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train exactly `parts` of the model on conversations, or resume; return the number of steps done.
+
+    Args:
+        out: folder of the checkpoints, which hold the trained parameters alone.
+        model: the video-language model, on its device; its other parameters stay as they are.
+        parts: see `train_only`.
+        batches: the conversations.
+        settings: a dataclass with the fields of `Schedule`, and weight_decay.
+        save_every, stop_at, report: as in `run_steps`.
+
+    Raises:
+        ValueError: a checkpoint in `out` has other settings or began with other weights.
+        RuntimeError: other parameters than those of `parts` are trained.
+    """
+    start = fingerprint(model)
+    trained = train_only(model, parts)
+    groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+    schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
+    device = next(model.parameters()).device
+    model.train()
+
+    def loss_terms(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        check_trained(model, parts)
+        return {"reply": model(**{name: value.to(device) for name, value in batch.items()}).loss}
+
+    done = run_steps(
+        out,
+        trained,
+        optimizer,
+        schedule,
+        batches.loader,
+        loss_terms,
+        signature={**asdict(settings), "start": start},
+        save_every=save_every,
+        stop_at=stop_at,
+        report=report,
+    )
+    model.eval()
+    return done
+
+
+@torch.no_grad()
+def nats_per_token(model: nn.Module, batches: ConversationBatches, count: int) -> float:
+    """Return the mean negative log-likelihood of the replies in the first `count` batches, in nats per token."""
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for step in range(count):
+        batch = {name: value.to(device) for name, value in batches[step].items()}
+        learnt = int((batch["labels"][:, 1:] >= 0).sum())
+        total += learnt * model(**batch).loss.item()
+        tokens += learnt
+    return total / tokens
