@@ -16,6 +16,7 @@ SOURCES = {"vot_kernels": ROOT / "vot_kernels", "vot_kernels.kernels": ROOT / "k
 LABELS = {
     "cli": "command line",
     "pipelines": "files to results",
+    "watching": "eyes and readers of clips",
     "reasoning": "the five steps, language models",
     "train": "training stages",
     "data": "video, DigitWorld",

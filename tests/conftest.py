@@ -12,11 +12,13 @@ from hypothesis import settings
 
 from tests.interpreter import look_for_builtins_once
 from tests.marks import why_skipped
+from tests.torchvision_operators import make_torchvision_importable
 from vot_kernels import testing
 from vot_kernels.cpp.library import library
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+make_torchvision_importable()  # before transformers looks for it
 
 # Workers share the cores, and so do the processes that their tests start, which are not workers themselves.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):

@@ -25,19 +25,19 @@ def test_the_same_answer_from_the_same_evidence_as_on_the_cpu(backend, device):
     pytest.importorskip("av")
     pytest.importorskip("transformers")
     from vot_kernels.data.sample_clips import digitworld_clip
-    from vot_kernels.pipelines.video_qa import VideoQA, load_perception
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes
 
     clip, question, candidates = digitworld_clip()
 
     def ask(where, name):
-        perception, processor = load_perception()
-        perception.to(where).encoder.set_attention_backend(name)
-        return VideoQA(perception, processor, NoOpinion()).ask(clip, question, candidates)
+        eyes = load_eyes()
+        eyes.model.to(where).encoder.set_attention_backend(name)
+        return VideoQA(eyes, NoOpinion()).ask(clip, question, candidates)
 
     found, wanted = ask(device, backend), ask("cpu", "torch")
     assert found.answer.text == wanted.answer.text
-    assert found.answer.warning is None and found.detection.in_domain
-    seen, expected = found.detection.stsg, wanted.detection.stsg
+    assert found.answer.warning is None and found.sight.in_domain
+    seen, expected = found.sight.stsg, wanted.sight.stsg
     assert [t.attributes for t in seen.tracklets] == [t.attributes for t in expected.tracklets]
     for a, b in zip(seen.tracklets, expected.tracklets, strict=True):
         assert a.boxes.keys() == b.boxes.keys()

@@ -26,13 +26,15 @@ ALLOWED = {
     "nn": NN,
     "models": MODELS,
     "distributed": MODELS | {"models"},
-    "integrations": TOP | {"pipelines"},
+    "integrations": TOP,
     "data": DATA,
     "train": TOP,
     "reasoning": TOP,
-    "pipelines": TOP | {"train", "reasoning"},  # what a command does, without its options
+    "watching": TOP | {"reasoning", "integrations"},
+    "pipelines": TOP
+    | {"train", "reasoning", "integrations", "watching"},  # what a command does, without its options
     "info": TOP,
-    "cli": TOP | {"train", "reasoning", "pipelines", "info"},
+    "cli": TOP | {"train", "reasoning", "pipelines", "info", "watching"},
     "": {"packing", "ops", "integrations"},  # vot_kernels/__init__.py
 }
 REFERENCE_IMPORTS = ("vot_kernels.packing", "vot_kernels.ops.attention_options")  # and other references

@@ -21,10 +21,11 @@ from vot_kernels.pipelines import evaluation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
-from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_perception
+from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
 from vot_kernels.train.encoder.run import publish
 from vot_kernels.train.vlm import answers
 from vot_kernels.train.vlm import model as vlm
+from vot_kernels.watching.protocols import DeferredModel
 
 
 class FirstCandidate:
@@ -44,7 +45,7 @@ class FirstCandidate:
 
 @pytest.fixture(scope="module")
 def video_qa():
-    return VideoQA(*load_perception(), FirstCandidate())
+    return VideoQA(load_eyes(), FirstCandidate())
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def answered(video_qa):
 
 def test_the_bundled_checkpoint_sees_the_shipped_clip(answered):
     truth = load_sidecar(digitworld_clip()[0]).stsg
-    seen = answered.detection.stsg
-    assert answered.detection.in_domain and answered.answer.warning is None
+    seen = answered.sight.stsg
+    assert answered.sight.in_domain and answered.answer.warning is None
     assert len(seen.tracklets) == len(truth.tracklets)
     for tracklet in truth.tracklets:
         (same,) = [t for t in seen.tracklets if t.attributes == tracklet.attributes]
@@ -77,7 +78,7 @@ def test_an_answer_has_evidence_and_can_be_saved(answered, tmp_path):
 
 def test_a_natural_clip_is_outside_of_the_domain(video_qa):
     result = video_qa.ask(natural_clip(), "What is moving?", ["bicycles", "a train"], Sampling(num_frames=8))
-    assert not result.detection.in_domain
+    assert not result.sight.in_domain
     assert "outside what the checkpoint knows" in result.answer.text
     assert result.answer.confidence == 0.0 and result.answer.trace == ()
 
@@ -86,7 +87,7 @@ def test_a_foreign_clip_needs_no_language_model_and_gets_no_boxes(video_qa, tmp_
     save_mp4(tmp_path / "grey.mp4", np.full((8, 64, 64, 3), 128, np.uint8), 8)
     loaded = []
     deferred = DeferredModel(lambda: loaded.append(1) or FirstCandidate())
-    seen = VideoQA(video_qa.perception, video_qa.processor, deferred)
+    seen = VideoQA(video_qa.eyes, deferred)
     result = seen.ask(tmp_path / "grey.mp4", "What is moving?", ["a", "b"])
     assert result.answer.choice is None and result.answer.text.endswith("; no answer.") and not loaded
     drawn = []
@@ -94,7 +95,7 @@ def test_a_foreign_clip_needs_no_language_model_and_gets_no_boxes(video_qa, tmp_
         contact_sheet, "save_contact_sheet", lambda path, clip, stsg, title: drawn.append(stsg)
     )
     result.save_picture(tmp_path / "sheet.png")
-    anyway = VideoQA(video_qa.perception, video_qa.processor, deferred, anyway=True)
+    anyway = VideoQA(video_qa.eyes, deferred, anyway=True)
     result = anyway.ask(tmp_path / "grey.mp4", "What is moving?", ["a", "b"])
     result.save_picture(tmp_path / "sheet.png")
     assert loaded and drawn == [None, None] and result.answer.confidence <= 0.1
@@ -144,7 +145,7 @@ def test_sampling_keeps_long_clips_short(tmp_path):
 
 
 def test_the_frame_rate_of_a_checkpoint_is_known_without_loading_it(video_qa, tmp_path):
-    assert checkpoint_fps() == video_qa.perception.config.fps
+    assert checkpoint_fps() == video_qa.eyes.fps
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / name).write_text('{"model_type": "vot_perception"}')
     assert checkpoint_fps(tmp_path) == VotPerceptionConfig().fps
@@ -154,8 +155,18 @@ def test_a_decoded_clip_is_asked_about_like_its_file(video_qa, answered):
     clip, question, candidates = digitworld_clip()
     decoded = sample_video(clip, Sampling(), checkpoint_fps())
     again = video_qa.ask(decoded, question, candidates)
-    assert again.clip is decoded and again.detection.stsg == answered.detection.stsg
+    assert again.clip is decoded and again.sight.stsg == answered.sight.stsg
     assert again.answer.choice == answered.answer.choice
+
+
+def test_a_file_that_changed_is_seen_anew(video_qa, tmp_path):
+    path = tmp_path / "clip.mp4"
+    shutil.copy(digitworld_clip()[0], path)
+    first, sight = video_qa.see(path)
+    assert video_qa.see(path) == (first, sight) and video_qa.see(path)[0] is first
+    assert video_qa.see(path, Sampling(num_frames=4))[0] is not first
+    save_mp4(path, np.zeros((4, 64, 64, 3), np.uint8), 8)
+    assert len(video_qa.see(path)[0].frames) == 4
 
 
 def test_encode_writes_what_the_encoder_says(tmp_path):
@@ -380,5 +391,5 @@ def test_verification_corrects_a_model_that_is_wrong(video_qa):
     truth = load_sidecar(clip).questions[0].answer
     wrong = next(c for c in candidates if c != truth)
     llm = ScriptedLanguageModel(likelihood={wrong: -0.1})
-    answer = VideoQA(video_qa.perception, video_qa.processor, llm).ask(clip, question, candidates).answer
+    answer = VideoQA(video_qa.eyes, llm).ask(clip, question, candidates).answer
     assert (answer.choice_before, answer.choice, answer.verification) == (wrong, truth, "revised")

@@ -14,7 +14,7 @@ from tests import chromium
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import save_mp4
-from vot_kernels.pipelines.video_qa import VideoQA, load_perception
+from vot_kernels.pipelines.video_qa import VideoQA, load_eyes
 
 gr = pytest.importorskip("gradio")
 
@@ -29,7 +29,7 @@ EVIL = "<img src=x onerror=alert(1)>"
 def make():
     """Make a `VideoQA` with a language model that follows a script."""
     llm = ScriptedLanguageModel({"analysis": f"It moves. {EVIL}"}, likelihood={CANDIDATES[0]: -0.1})
-    return partial(VideoQA, *load_perception(), llm)
+    return partial(VideoQA, load_eyes(), llm)
 
 
 def nothing(text: str) -> None:

@@ -162,11 +162,11 @@ def test_a_folder_loads_and_is_named_after_itself(folder):
     assert llm.score(PROMPTS[0], ["yes"]) == pytest.approx(direct.score(PROMPTS[0], ["yes"]), abs=1e-6)
 
 
-def test_loading_leaves_progress_bars_as_they_were(folder, capfd):
+def test_loading_leaves_the_logging_of_transformers_as_it_was(folder, capfd):
     logging = transformers.utils.logging
-    before = logging.is_progress_bar_enabled()
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
     HFLanguageModel(folder)
-    assert logging.is_progress_bar_enabled() == before
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == before
     assert "Loading" not in capfd.readouterr().err
 
 

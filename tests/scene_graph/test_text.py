@@ -428,3 +428,13 @@ def test_reading_takes_linear_time(unit, prefix):
     started = time.process_time()
     from_text(prefix + unit * (100_000 // len(unit)), VOCABULARY, TIMES)
     assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize("words", ["red car", " a:b=c ", "traffic\tlight<1>", "：＝", "", "@", "x\ny"])
+def test_any_words_can_be_made_printable(words):
+    from vot_kernels.scene_graph.text import printable
+
+    graph = STSG((0.0,), (Tracklet("o1", printable(words), (), {0: (Box(0, 0, 1, 1), 1.0)}),))
+    again, issues = STSG.from_text(graph.to_text())
+    assert not issues and again.tracklets[0].label == graph.tracklets[0].label
+    assert printable("red car") == "red car" and printable("") == "object"

@@ -1,5 +1,6 @@
 """An answer as lines on the terminal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,10 @@ if TYPE_CHECKING:
 EVIDENCE_LINES = 3  # shown without --verbose
 
 
-def print_answer(result: "VideoAnswer", picture: Path | None, verbose: bool) -> None:
-    """Print the answer, then a few lines of evidence, or with `verbose` the steps and all evidence."""
+def print_answer(
+    result: "VideoAnswer", picture: Path | None, verbose: bool, kernels: Sequence[str] = ()
+) -> None:
+    """Print the answer, then a few lines of evidence, or with `verbose` all of it, the steps and `kernels`."""
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
@@ -21,8 +24,12 @@ def print_answer(result: "VideoAnswer", picture: Path | None, verbose: bool) -> 
             console.print(f"  {line}", markup=False)
     elif result.answer.choice is None:
         console.print("  With --anyway, vot ask guesses all the same.", style="dim")
+        console.print("  A video-language model that knows such clips: vot ask --vlm PATH.", style="dim")
     if verbose:
-        for line in (result.clip.info.describe(), *result.answer.summary().splitlines()[:-1]):
+        lines = [result.clip.info.describe(), f"The scene graph was seen by {result.sight.eyes}."]
+        if result.sight.issues:
+            lines.append(f"Its text had {len(result.sight.issues)} issues.")
+        for line in (*lines, *result.answer.summary().splitlines()[:-1], *kernels):
             console.print(line, markup=False, style="dim")
     else:
         for note in result.clip.info.warnings:

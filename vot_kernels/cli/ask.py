@@ -10,15 +10,30 @@ import typer
 
 from vot_kernels.cli.answers import print_answer
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
-from vot_kernels.cli.models import check_models, make_video_qa
-from vot_kernels.cli.options import PATH, STEPS, Checkpoint, Device, End, Fps, Llm, NumFrames, Start, Verbose
+from vot_kernels.cli.models import Models
+from vot_kernels.cli.options import (
+    PATH,
+    STEPS,
+    Checkpoint,
+    Detector,
+    Device,
+    Dtype,
+    End,
+    Fps,
+    Llm,
+    NumFrames,
+    Objects,
+    Start,
+    Verbose,
+    Vlm,
+)
 from vot_kernels.extras import require
 from vot_kernels.files import atomic_write, check_output
 from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 
 if TYPE_CHECKING:
     from vot_kernels.data.video import VideoClip
-    from vot_kernels.pipelines.video_qa import VideoAnswer
+    from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
 
 
 @when_interrupted(answers_are_kept)
@@ -40,7 +55,11 @@ def ask(
     end: End = None,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
+    vlm: Vlm = None,
+    detector: Detector = None,
+    objects: Objects = None,
     device: Device = "cpu",
+    dtype: Dtype = "auto",
     skip: Annotated[
         list[str] | None, typer.Option(help=f"Step to skip: {', '.join(STEPS)}; repeatable.")
     ] = None,
@@ -75,19 +94,21 @@ def ask(
     require("vot ask", "video", "llm")
     from vot_kernels.pipelines.batch import answer_batch, read_questions
     from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, find_clips, sample_video
+    from vot_kernels.pipelines.sampling import Sampling, find_clips, sample_video
     from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
     sampling = Sampling(fps, num_frames, start, end)
+    wanted = split_candidates(objects) or ()
+    models = Models(checkpoint, llm, vlm, detector, wanted, device, dtype, tuple(skip or ()), anyway)
     if batch is not None:
         if out is None or video or question is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
         read_questions(batch)
         check_output(out)
-        check_models(checkpoint, llm, skip, device)
+        models.check()
         with steps() as step:
-            step("Loading the perception checkpoint")
-            video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+            step(models.loading)
+            video_qa = models.load()
         answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
         print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
         if failed:
@@ -111,10 +132,12 @@ def ask(
         if alone:  # one bad file is reported before anything is loaded
             if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
                 step(f"Reading {paths[0].name}")
-            clips = [sample_video(paths[0], sampling, checkpoint_fps(checkpoint))]
-        check_models(checkpoint, llm, skip, device)
-        step("Loading the perception checkpoint")
-        video_qa = make_video_qa(checkpoint, llm, skip, device, anyway)
+            clips = [sample_video(paths[0], sampling, models.fps)]
+        models.check()
+        step(models.loading)
+        video_qa = models.load()
+        if not isinstance(clips[0], Path):
+            _print_estimate(video_qa, clips[0], verbose)
         for path, clip in zip(paths, clips, strict=True):
             failure = None
             try:
@@ -125,7 +148,9 @@ def ask(
                 failure = sentence(error)
             step("")
             if failure is None:
-                failure = _print_result(result, json_, verbose, trace, picture, None if alone else path)
+                failure = _print_result(
+                    result, json_, verbose, trace, picture, None if alone else path, video_qa.kernels
+                )
             elif json_:
                 _print_json({"video": str(path), "question": question, "error": failure})
             if failure:
@@ -144,6 +169,7 @@ def _print_result(
     trace: Path | None,
     picture: Path | None,
     heading: Path | None,
+    kernels: Sequence[str],
 ) -> str:
     """Print an answer and write its files, below the name of its video if there is a `heading`; return what failed."""
     failures: list[str] = []
@@ -155,10 +181,17 @@ def _print_result(
         else:
             if heading is not None:
                 print(f"{heading}:", flush=True)
-            print_answer(result, picture, verbose)
+            print_answer(result, picture, verbose, kernels)
             if heading is not None:
                 print(flush=True)
     return " ".join(failures)
+
+
+def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> None:
+    """Say on stderr what a long run will take; with `verbose`, what any run will."""
+    estimate = video_qa.estimate(clip)
+    if estimate is not None and (verbose or estimate.long):
+        print(estimate, file=sys.stderr)
 
 
 def write_extras(result: "VideoAnswer", trace: Path | None, picture: Path | None) -> list[str]:

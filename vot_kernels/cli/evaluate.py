@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
-from vot_kernels.cli.models import check_models
+from vot_kernels.cli.models import Models
 from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output
@@ -39,7 +39,7 @@ def eval_digitworld(
     check_output(out, ".json")
     from vot_kernels.models.checkpoint import VLM, checkpoint_kind
 
-    check_models(checkpoint, llm, None, device)
+    Models(checkpoint, llm, device=device).check()
     if vlm is not None:
         checkpoint_kind(vlm, VLM)
     from vot_kernels.pipelines.evaluation import GROUPS, evaluate_digitworld, format_table

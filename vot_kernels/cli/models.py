@@ -1,5 +1,6 @@
 """From a command's options to the models that answer: what can be wrong is found before they are imported."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,28 +10,81 @@ if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoQA
 
 
-def check_models(checkpoint: Path | None, llm: Path | None, skip: list[str] | None, device: str) -> None:
-    """Find whatever can be wrong with a model's options before the model is imported."""
-    from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
-    from vot_kernels.reasoning.llm import check_model_folder
+@dataclass(frozen=True)
+class Models:
+    """The options that say which models answer, and how."""
 
-    unknown = sorted(set(skip or ()) - set(STEPS))
-    if unknown:
-        raise ValueError(f"--skip must be one of {', '.join(STEPS)}, got {unknown[0]!r}.")
-    check_device(device)
-    checkpoint_folder(checkpoint)
-    if llm is not None:
-        check_model_folder(llm)
+    checkpoint: Path | None = None
+    llm: Path | None = None
+    vlm: Path | None = None
+    detector: Path | None = None
+    objects: tuple[str, ...] = ()
+    device: str = "cpu"
+    dtype: str = "auto"
+    skip: tuple[str, ...] = ()
+    anyway: bool = False
 
+    @property
+    def fps(self) -> float:
+        """Frames per second that the models want."""
+        from vot_kernels.pipelines.sampling import wanted_fps
 
-def make_video_qa(
-    checkpoint: Path | None, llm: Path | None, skip: list[str] | None, device: str, anyway: bool
-) -> "VideoQA":
-    from vot_kernels.reasoning.types import Switches
+        return wanted_fps(self.checkpoint, self.vlm, self.detector)
 
-    check_models(checkpoint, llm, skip, device)
-    switches = Switches(**{name: False for name in skip or ()})
-    from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_language_model, load_perception
+    @property
+    def loading(self) -> str:
+        """What a user waits for while they are loaded."""
+        eyes = "detector" if self.detector else "perception checkpoint"
+        return f"Loading the {'video-language model' if self.vlm else eyes}"
 
-    model = DeferredModel(lambda: load_language_model(llm, device))
-    return VideoQA(*load_perception(checkpoint, device), model, switches, anyway=anyway)
+    def check(self) -> None:
+        """Find whatever can be wrong with the options before a model is imported."""
+        from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
+        from vot_kernels.reasoning.llm import check_model_folder
+        from vot_kernels.watching.loading import (
+            check_detector_folder,
+            check_dtype,
+            check_video_language_folder,
+        )
+
+        unknown = sorted(set(self.skip) - set(STEPS))
+        if unknown:
+            raise ValueError(f"--skip must be one of {', '.join(STEPS)}, got {unknown[0]!r}.")
+        if self.llm is not None and self.vlm is not None:
+            raise ValueError(
+                "Give --llm, which reads text alone, or --vlm, which also sees the video, not both."
+            )
+        if self.checkpoint is not None and self.detector is not None:
+            raise ValueError("Give --checkpoint or --detector to see the scene graph with, not both.")
+        if self.objects and self.detector is None:
+            raise ValueError("--objects says what a detector looks for; give --detector PATH with it.")
+        check_device(self.device)
+        check_dtype(self.dtype)
+        if self.checkpoint is not None or (self.vlm is None and self.detector is None):
+            checkpoint_folder(self.checkpoint)
+        if self.llm is not None:
+            check_model_folder(self.llm)
+        if self.vlm is not None:
+            check_video_language_folder(self.vlm)
+        if self.detector is not None:
+            check_detector_folder(self.detector)
+
+    def load(self) -> "VideoQA":
+        """Load them."""
+        from vot_kernels.reasoning.types import Switches
+
+        self.check()
+        switches = Switches(**{name: False for name in self.skip})
+        from vot_kernels.pipelines.video_qa import load_video_qa
+
+        return load_video_qa(
+            checkpoint=self.checkpoint,
+            llm=self.llm,
+            vlm=self.vlm,
+            detector=self.detector,
+            objects=self.objects,
+            device=self.device,
+            dtype=self.dtype,
+            switches=switches,
+            anyway=self.anyway,
+        )

@@ -28,7 +28,10 @@ def local_path(text: str | Path) -> Path:
 PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
 
 Fps = Annotated[
-    float | None, typer.Option(help="Frames per second to look at (default: 8, at most 32 frames).")
+    float | None,
+    typer.Option(
+        help="Frames per second to look at (default: 8, with --vlm 2, with --detector 4; at most 32 frames)."
+    ),
 ]
 NumFrames = Annotated[
     int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
@@ -42,6 +45,28 @@ Checkpoint = Annotated[
 Llm = Annotated[
     Path | None,
     typer.Option(help="Folder of any Hugging Face causal LM (default: SmolLM2-135M-Instruct).", **PATH),
+]
+Vlm = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of a video-language model of transformers, which sees any video and writes the scene graph "
+        "itself, instead of checkpoint and LLM.",
+        **PATH,
+    ),
+]
+Detector = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of an object detector of transformers, which sees the scene graph instead.", **PATH
+    ),
+]
+Objects = Annotated[
+    str | None,
+    typer.Option(help="What the detector looks for, separated by '|'; a zero-shot detector needs it."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Numbers of --vlm and --detector: auto (as in the files), float32, bfloat16, float16."),
 ]
 Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps …")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the five steps and all the evidence.")]

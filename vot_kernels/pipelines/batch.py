@@ -63,7 +63,8 @@ def _answer(
         result = video_qa.ask(folder / item["video"], item["question"], item.get("candidates"), sampling)
     except (ValueError, OSError) as error:
         return {"id": item["id"], "video": item["video"], "question": item["question"], "error": str(error)}
-    return {"id": item["id"], "video": item["video"], **result.answer.to_dict()}
+    eyes = result.sight.to_dict()
+    return {"id": item["id"], "video": item["video"], **result.answer.to_dict(), "eyes": eyes}
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

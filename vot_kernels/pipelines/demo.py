@@ -34,10 +34,11 @@ def run_demo(
     questions = demo_questions()
     clips = [sample_video(path, Sampling(), checkpoint_fps()) for path, _, _ in questions]
     report("Loading the perception checkpoint")
-    from vot_kernels.pipelines.video_qa import DeferredModel, VideoQA, load_language_model, load_perception
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model
+    from vot_kernels.watching.protocols import DeferredModel
 
     llm = DeferredModel(lambda: load_language_model(device=device))
-    video_qa = VideoQA(*load_perception(device=device), llm)
+    video_qa = VideoQA(load_eyes(device=device), llm)
     for (path, text, choices), clip in zip(questions, clips, strict=True):
         result = video_qa.ask(clip, text, choices, report=report)
         picture = result.save_picture(out / f"{path.stem}.png")

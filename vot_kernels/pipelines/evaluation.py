@@ -20,7 +20,7 @@ from vot_kernels.files import append_json_lines, atomic_write, check_output, rea
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
-from vot_kernels.pipelines.video_qa import domain_warning, load_language_model, load_perception
+from vot_kernels.pipelines.video_qa import load_language_model, load_perception
 from vot_kernels.reasoning.llm import LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.types import Switches
@@ -29,6 +29,7 @@ from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.vlm.answers import Asked, replies
 from vot_kernels.train.vlm.conversations import Clip
 from vot_kernels.train.vlm.model import load_vlm
+from vot_kernels.watching.perception import domain_warning
 
 SYSTEMS = {
     "vlm": "our VLM",

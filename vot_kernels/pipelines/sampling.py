@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vot_kernels.data.video import VideoClip, load_video
 from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind, read_config
+from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
 
 BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
@@ -101,6 +102,17 @@ def checkpoint_folder(path: str | os.PathLike[str] | None = None, *kinds: str) -
     if not (folder / "preprocessor_config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a complete checkpoint: it has no preprocessor_config.json.")
     return folder
+
+
+def wanted_fps(
+    checkpoint: str | os.PathLike[str] | None = None,
+    vlm: str | os.PathLike[str] | None = None,
+    detector: str | os.PathLike[str] | None = None,
+) -> float:
+    """Return the frames per second that the eyes want which `load_video_qa` makes of these folders."""
+    if detector is not None:
+        return DETECTOR_FPS
+    return checkpoint_fps(checkpoint) if vlm is None or checkpoint is not None else VIDEO_LANGUAGE_FPS
 
 
 def checkpoint_fps(path: str | os.PathLike[str] | None = None, *kinds: str) -> float:

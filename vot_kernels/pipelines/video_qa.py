@@ -3,45 +3,53 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vot_kernels.data.video import VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.watching.detector import load_detector
+from vot_kernels.watching.loading import load_video_language_model
+from vot_kernels.watching.perception import PerceptionEyes
+from vot_kernels.watching.protocols import DeferredModel, Eyes, Reader, Sight, as_reader
+from vot_kernels.watching.video_language import VideoLanguageModel
+from vot_kernels.watching.written import WrittenGraph
+
+if TYPE_CHECKING:
+    from vot_kernels.watching.cost import Estimate
 
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """An answer, and the clip and the scene graph that it comes from."""
+    """An answer, and the clip and the sight of it that it comes from."""
 
     answer: Answer
     clip: VideoClip
-    detection: Detection
+    sight: Sight
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the answer with its trace, a description of the clip, and the scene graph, as plain data."""
+        """Return the answer with its trace, what the clip is, who saw it and the scene graph, as plain data."""
         return {
             "video": os.fspath(self.clip.info.path),
             "looked_at": self.clip.info.describe(),
             **self.answer.to_dict(),
-            "in_domain": self.detection.in_domain,
-            "stsg": self.detection.stsg.to_dict(),
+            "in_domain": self.sight.in_domain,
+            "eyes": self.sight.to_dict(),
+            "stsg": self.sight.stsg.to_dict(),
         }
 
     @property
     def known_stsg(self) -> STSG | None:
         """The scene graph, or None of a clip that the checkpoint does not know."""
-        return self.detection.stsg if self.answer.warning is None else None
+        return self.sight.stsg if self.answer.warning is None else None
 
     def evidence_lines(self, limit: int | None = None) -> list[str]:
         """Return the evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
@@ -79,62 +87,64 @@ def _shortened(lines: list[str], limit: int | None, name: str) -> list[str]:
     return [*lines[:limit], f"… and {len(lines) - limit} more {name}"]
 
 
-@dataclass(frozen=True)
-class DeferredModel:
-    """A language model that is loaded on first use: a clip outside of the domain needs none.
-
-    Attributes:
-        load: returns the model.
-    """
-
-    load: Callable[[], LanguageModel]
-
-
 class VideoQA:
-    """Reads the scene graph of a video with a perception checkpoint, and reasons about it with a language model.
+    """Answers questions about videos: eyes see the scene graph of a clip, and a reader reasons about it.
 
     Args:
-        perception, processor: a checkpoint and the processor saved with it; see `load_perception`.
-        llm: the language model, any `generate(prompt) -> str`, or a `DeferredModel`.
+        eyes: what sees the graph; see `load_eyes`.
+        reader: what reasons, a `Reader`, a language model or any `generate(prompt) -> str`.
         switches: which of the five steps run.
-        anyway: also reason about a clip that the checkpoint does not know; otherwise such a clip gets no answer.
+        anyway: also reason about a clip that the eyes do not know; otherwise such a clip gets no answer.
+
+    Raises:
+        TypeError: `reader` is none of these.
     """
 
     def __init__(
         self,
-        perception: VotPerceptionModel,
-        processor: VotImageProcessor,
-        llm: LanguageModel | Callable[[str], str] | DeferredModel,
+        eyes: Eyes,
+        reader: Reader | LanguageModel | Callable[[str], str],
         switches: Switches | None = None,
         *,
         anyway: bool = False,
     ):
-        self.perception, self.processor = perception, processor
+        self.eyes, self.reader = eyes, as_reader(reader)
         self.switches, self.anyway = switches or Switches(), anyway
-        self._llm = llm
-        if not isinstance(llm, DeferredModel):
-            self.reasoning  # noqa: B018  an unusable model is refused now
+        self._file: tuple[Any, VideoClip] | None = None
+        self._seen: tuple[VideoClip, Sight] | None = None
 
-    @cached_property
-    def reasoning(self) -> VideoOfThought:
-        """The five steps, with the language model loaded."""
-        llm = self._llm.load() if isinstance(self._llm, DeferredModel) else self._llm
-        return VideoOfThought(llm, self.switches)
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """What of other people's models runs on this package, a text for each."""
+        found = (getattr(part, "kernels", None) for part in (self.eyes, self.reader))
+        return tuple(str(kernels) for kernels in found if kernels is not None)
+
+    def estimate(self, clip: VideoClip) -> "Estimate | None":
+        """Return what a question about `clip` takes, None if the reader does not look at it."""
+        return self.reader.estimate(clip) if hasattr(self.reader, "estimate") else None
 
     def see(
         self,
         video: str | os.PathLike[str] | VideoClip,
         sampling: Sampling | None = None,
         progress: bool = False,
-    ) -> tuple[VideoClip, Detection]:
-        """Decode a file, unless it is already a clip, and read its scene graph."""
+    ) -> tuple[VideoClip, Sight]:
+        """Decode a file, unless it is already a clip, and see its scene graph.
+
+        The last clip and its graph are kept, for the next question about the same file or clip.
+        """
         clip = video
         if not isinstance(clip, VideoClip):
-            clip = sample_video(clip, sampling or Sampling(), self.perception.config.fps, progress)
-        checkpoint = self.perception.config.name_or_path or "an unnamed checkpoint"
-        source = f"{Path(clip.info.path).name} seen by {checkpoint}"
-        (detection,) = detect(self.perception, self.processor, [clip.frames], [clip.times], source)
-        return clip, detection
+            clip = self._decoded(Path(clip), sampling or Sampling(), progress)
+        if self._seen is None or self._seen[0] is not clip:
+            self._seen = clip, self.eyes.see(clip)
+        return self._seen
+
+    def _decoded(self, path: Path, sampling: Sampling, progress: bool) -> VideoClip:
+        key = path, sampling, path.stat().st_mtime_ns if path.exists() else 0
+        if self._file is None or self._file[0] != key:
+            self._file = key, sample_video(path, sampling, self.eyes.fps, progress)
+        return self._file[1]
 
     def ask(
         self,
@@ -149,44 +159,91 @@ class VideoQA:
 
         `report` is called with the name of the current activity.
         """
-        if report is not None:
-            report("Looking at the frames")
-        clip, detection = self.see(video, sampling, progress)
-        return VideoAnswer(self.answer(question, candidates, detection, report), clip, detection)
+        question, given = check_question(question), check_candidates(candidates)
+        report = report or (lambda activity: None)
+        report("Looking at the frames")
+        clip, sight = self.see(video, sampling, progress)
+        if sight.warning is not None and not self.anyway:
+            return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
+        report("Loading the language model")
+        reasoning = VideoOfThought(self.reader.about(clip), self.switches)
+        answer = reasoning.run(
+            question,
+            given,
+            sight.stsg,
+            domain_warning=sight.warning,
+            report=lambda step: report(f"Reasoning: {step.replace('_', ' ')}"),
+        )
+        return VideoAnswer(answer, clip, sight)
 
-    def answer(
-        self,
-        question: str,
-        candidates: Sequence[str] | None,
-        detection: Detection,
-        report: Callable[[str], None] | None = None,
-    ) -> Answer:
-        """Answer a question about a scene graph that was read earlier."""
-        warning = domain_warning(detection)
-        if warning is not None and not self.anyway:
-            return Answer(
-                question=check_question(question),
-                text=outside(warning),
-                choice=None,
-                choice_before=None,
-                confidence=0.0,
-                decided_by="none",
-                verification="abstained",
-                evidence=Evidence(),
-                trace=(),
-                candidates=check_candidates(candidates),
-                warning=warning,
-                switches=self.switches,
-            )
-        if report is not None:
-            report("Loading the language model")
-        reasoning = self.reasoning
+    def _refusal(self, question: str, candidates: tuple[str, ...] | None, warning: str) -> Answer:
+        return Answer(
+            question=question,
+            text=outside(warning),
+            choice=None,
+            choice_before=None,
+            confidence=0.0,
+            decided_by="none",
+            verification="abstained",
+            evidence=Evidence(),
+            trace=(),
+            candidates=candidates,
+            warning=warning,
+            switches=self.switches,
+        )
 
-        def begun(step: str) -> None:
-            if report is not None:
-                report(f"Reasoning: {step.replace('_', ' ')}")
 
-        return reasoning.run(question, candidates, detection.stsg, domain_warning=warning, report=begun)
+def load_eyes(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> PerceptionEyes:
+    """Load a perception checkpoint as eyes. Arguments and errors as in `load_perception`."""
+    return PerceptionEyes(*load_perception(path, device))
+
+
+def load_video_qa(
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    llm: str | os.PathLike[str] | None = None,
+    vlm: str | os.PathLike[str] | None = None,
+    detector: str | os.PathLike[str] | None = None,
+    objects: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str = "auto",
+    switches: Switches | None = None,
+    anyway: bool = False,
+) -> VideoQA:
+    """Load whatever answers questions about videos.
+
+    Args:
+        checkpoint: folder of a perception checkpoint, which sees the graph; the bundled one for None, unless there is
+            another model with eyes.
+        llm: folder of a language model, which reads the graph; SmolLM2-135M-Instruct for None. It is loaded when it is
+            needed.
+        vlm: folder of a video-language model of transformers instead, which reads the graph and sees the clip itself.
+            Without a checkpoint and a detector it also writes the graph.
+        detector: folder of an object detector of transformers, which sees the graph instead of a checkpoint.
+        objects: the labels that the detector looks for; see `vot_kernels.watching.detector.DetectorEyes`.
+        device: where the models run.
+        dtype: of the weights of other people's models but the `llm`, "auto" for that of the files.
+        switches, anyway: as in `VideoQA`.
+
+    Raises:
+        ValueError: a folder does not hold what it should, or there are two language models, or two pairs of eyes.
+        ImportError: a model needs a package that is not installed.
+    """
+    if llm is not None and vlm is not None:
+        raise ValueError("Give one language model: an llm, which reads text alone, or a vlm.")
+    if checkpoint is not None and detector is not None:
+        raise ValueError("Give one pair of eyes: a checkpoint or a detector.")
+    reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
+    if vlm is not None:
+        reader = load_video_language_model(vlm, device, dtype)
+    eyes: Eyes
+    if detector is not None:
+        eyes = load_detector(detector, objects, device, dtype)
+    elif isinstance(reader, VideoLanguageModel) and checkpoint is None:
+        eyes = WrittenGraph(reader, reader.name)
+    else:
+        eyes = load_eyes(checkpoint, device)
+    return VideoQA(eyes, reader, switches, anyway=anyway)
 
 
 def load_perception(
@@ -208,13 +265,3 @@ def load_perception(
 def load_language_model(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> LanguageModel:
     """Load a local Hugging Face causal LM; None is SmolLM2-135M-Instruct, fetched and converted once."""
     return load_smollm2(device=device) if path is None else HFLanguageModel(path, device=device)
-
-
-def domain_warning(detection: Detection) -> str | None:
-    """Return why the answer should not be trusted if the clip does not resemble the training clips, else None."""
-    if detection.in_domain:
-        return None
-    return (
-        f"its features lie {detection.domain_distance:.0f} from those of the training clips, "
-        f"the limit is {detection.domain_threshold:.0f}"
-    )

@@ -17,14 +17,9 @@ from vot_kernels.data.contact_sheet import contact_sheet
 from vot_kernels.extras import imports_for
 from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 from vot_kernels.pipelines.timeline import timeline
-from vot_kernels.pipelines.video_qa import (
-    DeferredModel,
-    VideoAnswer,
-    VideoQA,
-    load_language_model,
-    load_perception,
-)
+from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA, load_eyes, load_language_model
 from vot_kernels.reasoning.reasoning import check_question, split_candidates
+from vot_kernels.watching.protocols import DeferredModel
 
 with imports_for("The web page", "web"):
     import gradio as gr
@@ -232,4 +227,4 @@ def served(page: gr.Blocks, port: int | None = None) -> Iterator[str]:
 def load(device: str = "cpu") -> Callable[..., VideoQA]:
     """Load the bundled checkpoint, and the language model on the first question: what `build` takes."""
     llm = DeferredModel(cache(partial(load_language_model, device=device)))
-    return partial(VideoQA, *load_perception(device=device), llm)
+    return partial(VideoQA, load_eyes(device=device), llm)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from vot_kernels.extras import imports_for
 
 KEPT_PREFIXES = 2  # one prompt with the video and one without
-_SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
+SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
 
 
 class LanguageModelError(ValueError):
@@ -41,7 +41,10 @@ class ScoreUnavailable(NotImplementedError):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What the reasoning steps need of a language model; prompts are plain text, without chat markup."""
+    """What the reasoning steps need of a language model; prompts are plain text, without chat markup.
+
+    A model that sees the video itself also has an attribute `blind`, the same model without it.
+    """
 
     name: str
 
@@ -73,6 +76,24 @@ class GenerateOnlyModel:
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         raise ScoreUnavailable(f"The model '{self.name}' only generates text; it gives no likelihoods.")
+
+
+def without_video(model: LanguageModel) -> LanguageModel | None:
+    """Return the same model without the video that it sees, None if it sees none."""
+    return getattr(model, "blind", None)
+
+
+def as_language_model(model: LanguageModel | Callable[[str], str]) -> LanguageModel:
+    """Return a language model as it is, and any `generate(prompt) -> str` as one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if not callable(model):
+        raise TypeError(f"llm must be a LanguageModel or a function of a prompt, got {type(model).__name__}.")
+    return GenerateOnlyModel(model)
 
 
 class HFLanguageModel:
@@ -118,7 +139,7 @@ class HFLanguageModel:
         self.tokenizer = tokenizer
         self.name = name or type(model).__name__
         self.max_batch = max_batch
-        self._kept: list[tuple[list[int], list[tuple[Any, Any]]]] = []  # token ids; keys and values per layer
+        self._kept: list[Prefix] = []
         self._stop = _stop_tokens(model, tokenizer)
         self._plain_cache = _has_plain_cache(model)
         tokens = sorted(filter(_is_markup, tokenizer.get_added_vocab()), key=len, reverse=True)
@@ -167,10 +188,9 @@ class HFLanguageModel:
         The prompt is treated as text throughout: "<|im_start|>" in it is read letter by letter and starts no turn.
         """
         marked = self._markup.search(prompt) is not None
-        if getattr(self.tokenizer, "chat_template", None):
-            message = [{"role": "user", "content": _SLOT if marked else prompt}]
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            head, *tails = text.split(_SLOT) if marked else [text]
+        text = self._chat(SLOT if marked else prompt)
+        if text is not None:
+            head, *tails = text.split(SLOT) if marked else [text]
             ids = list(self.tokenizer(head, add_special_tokens=False)["input_ids"])
             for tail in tails:
                 ids += self._text_ids(prompt)
@@ -185,6 +205,13 @@ class HFLanguageModel:
         if not ids:
             raise LanguageModelError("The prompt has no tokens; give some text.")
         return list(ids)
+
+    def _chat(self, text: str) -> str | None:
+        """Return `text` as the user's message in the chat template, None if there is no template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
     def _text_ids(self, text: str) -> list[int]:
         """Return the token ids of plain text; whatever the tokenizer would take for its own markup is split in two."""
@@ -213,11 +240,11 @@ class HFLanguageModel:
         rows = [prefix[len(shared) :] + tail + [0] * (width - len(tail)) for tail in tails]
         tokens = torch.tensor(rows, device=self.model.device)
         with torch.inference_mode():
-            cached = {"past_key_values": self._cache_of(shared, len(tails))} if self._plain_cache else {}
-            logits = self.model(input_ids=tokens, **cached).logits
-            likelihood = logits[:, -width - 1 : -1].float().log_softmax(-1)
-            taken = likelihood.gather(-1, tokens[:, -width:, None]).squeeze(-1).cpu()
-        return [float(row[: len(tail)].double().mean()) for row, tail in zip(taken, tails, strict=True)]
+            options = {}
+            if self._plain_cache:
+                options = self._after(self._cache_of(shared, len(tails)), len(shared), tokens)
+            logits = self.model(input_ids=tokens, **options).logits
+        return mean_likelihoods(logits, tokens, tails)
 
     def _decode(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Decode left-padded prompts greedily after their common prefix."""
@@ -235,7 +262,7 @@ class HFLanguageModel:
         mask = torch.ones(len(rest), len(shared) + width, dtype=torch.long, device=device)
         columns = torch.arange(width, device=device)
         mask[:, len(shared) :] = columns >= pads
-        positions = (len(shared) + columns - pads).clamp_min(0)
+        positions = (self._position(len(shared)) + columns - pads).clamp_min(0)
         replies: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         with torch.inference_mode():
@@ -286,19 +313,53 @@ class HFLanguageModel:
 
         if not prefix:
             return _cache_from([])
-        nearest = max(self._kept, key=lambda kept: len(_common_prefix([kept[0], prefix])), default=([], []))
-        common = len(_common_prefix([nearest[0], prefix]))
-        cache = _cache_from([(keys[:, :, :common], values[:, :, :common]) for keys, values in nearest[1]])
+        nearest = max(
+            self._known(), key=lambda kept: len(_common_prefix([kept.ids, prefix])), default=Prefix([], [])
+        )
+        common = len(_common_prefix([nearest.ids, prefix]))
+        cache = _cache_from([(keys[:, :, :common], values[:, :, :common]) for keys, values in nearest.layers])
         if common < len(prefix):
             tokens = torch.tensor([prefix[common:]], device=self.model.device)
-            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            options = {**self._after(cache, common, tokens), "use_cache": True, "logits_to_keep": 1}
             cache = self.model(input_ids=tokens, **options).past_key_values
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         # A prompt that begins like a cached one replaces it; any other replaces the oldest.
-        continues = 2 * common >= len(nearest[0])
+        continues = 2 * common >= len(nearest.ids)
         others = [kept for kept in self._kept if kept is not nearest] if continues else self._kept
-        self._kept = [(prefix, layers), *others][:KEPT_PREFIXES]
+        self._kept = [Prefix(prefix, layers), *others][:KEPT_PREFIXES]
         return _cache_from([(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in layers])
+
+    def _known(self) -> list[Prefix]:
+        """Return the prefixes with which a prompt may begin."""
+        return self._kept
+
+    def _position(self, place: int) -> int:
+        """Return the position of the token at `place` of a prompt."""
+        return place
+
+    def _after(self, cache: Any, place: int, tokens: Any) -> dict[str, Any]:
+        """Return the arguments with which the model reads `tokens` after a prompt up to `place`, held by `cache`."""
+        return {"past_key_values": cache}
+
+
+class Prefix(NamedTuple):
+    """Token ids, and their keys and values per layer."""
+
+    ids: list[int]
+    layers: list[tuple[Any, Any]]
+
+
+def mean_likelihoods(logits: Any, tokens: Any, tails: Sequence[list[int]]) -> list[float]:
+    """Return the mean log-likelihood per token of each tail.
+
+    Args:
+        logits: `[tails, length, vocabulary]`.
+        tokens: int64 `[tails, length]`; a row ends with its tail, and with padding up to the longest tail.
+    """
+    width = max(map(len, tails))
+    likelihood = logits[:, -width - 1 : -1].float().log_softmax(-1)
+    taken = likelihood.gather(-1, tokens[:, -width:, None]).squeeze(-1).cpu()
+    return [float(row[: len(tail)].double().mean()) for row, tail in zip(taken, tails, strict=True)]
 
 
 def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
@@ -334,14 +395,16 @@ def load_causal_lm(folder: Path, dtype: Any = "float32") -> tuple[Any, Any]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars, which would otherwise run over ours."""
+    """Hold back transformers' progress bars, which would otherwise run over ours, and its warnings."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

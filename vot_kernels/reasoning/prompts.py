@@ -29,6 +29,8 @@ def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MA
 
 def context(graph_text: str, question: str) -> str:
     """Return the beginning that the prompts about one question share."""
+    if not graph_text:
+        return f"Question: {question}\n"
     return f"What happens in the video:\n{graph_text}\n\nQuestion: {question}\n"
 
 
@@ -58,7 +60,7 @@ def answer_prompt(context: str) -> str:
 
 def blind_prompt(question: str) -> str:
     """Return the prompt for the likelihood's prior: the question without the video."""
-    return answer_prompt(f"Question: {question}\n")
+    return answer_prompt(context("", question))
 
 
 def rating_prompt(context: str, analysis: str, candidate: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from vot_kernels.reasoning import prompts, steps
-from vot_kernels.reasoning.llm import GenerateOnlyModel, LanguageModel
+from vot_kernels.reasoning.llm import LanguageModel, as_language_model, without_video
 from vot_kernels.reasoning.names import find_tracklets, fold
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -52,17 +52,11 @@ class VideoOfThought:
         *,
         graph_style: prompts.GraphStyle = "sentences",
     ) -> None:
-        if not isinstance(llm, LanguageModel):
-            if not callable(llm):
-                raise TypeError(
-                    f"llm must be a LanguageModel or a function of a prompt, got {type(llm).__name__}."
-                )
-            llm = GenerateOnlyModel(llm)
         if graph_style not in prompts.GRAPH_STYLES:
             raise ValueError(
                 f"graph_style must be one of {', '.join(prompts.GRAPH_STYLES)}, got '{graph_style}'."
             )
-        self.llm = llm
+        self.llm = as_language_model(llm)
         self.switches = switches or Switches()
         self.graph_style = graph_style
 
@@ -80,14 +74,16 @@ class VideoOfThought:
         Args:
             candidates: the answers to choose from; None for an open question, whose candidates are proposed.
             domain_warning: why the clip is outside the perception model's domain; the answer then says so
-                and its confidence is at most 0.1. A graph without tracklets counts as such a clip.
+                and its confidence is at most 0.1. A graph without tracklets counts as such a clip, unless the
+                language model sees the video itself; its prompts then leave the empty graph out.
             report: called with the name of each step when it begins.
 
         Raises:
             ValueError: the question is empty, or the candidates are empty, blank or repeated.
         """
         question, given = check_question(question), check_candidates(candidates)
-        if not stsg.tracklets and domain_warning is None:
+        empty_but_seen = not stsg.tracklets and without_video(self.llm) is not None
+        if not stsg.tracklets and not empty_but_seen and domain_warning is None:
             domain_warning = NOTHING_SEEN
         run = _Run(self.llm, report)
         on = self.switches
@@ -99,6 +95,8 @@ class VideoOfThought:
         tracking = run.step(
             "tracking", on.tracking, lambda m: steps.track_objects(task, stsg, self.graph_style), whole
         )
+        if empty_but_seen:
+            tracking = replace(tracking, text="")
         analysis = run.step(
             "action_analysis",
             on.action_analysis,
@@ -148,7 +146,7 @@ class VideoOfThought:
         if chosen is not None:
             check = next((c for c in verification.checks if c.candidate == choice), None)
             verdict = check.verdict if check else "uncheckable"
-            seen = perception_score(stsg, ids)
+            seen = perception_score(stsg, ids) if stsg.tracklets or warning else 1.0
             # A single candidate has not won against another.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)

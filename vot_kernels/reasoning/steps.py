@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import get_args
 
 from vot_kernels.reasoning import prompts
-from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable
+from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -97,10 +97,16 @@ class Recorder:
         ]
         return replies
 
-    def score(self, purpose: str, prompt: str, continuations: Sequence[str]) -> list[float] | None:
-        """Return mean log-likelihoods per token, or None from a model that cannot score or gives infinities."""
+    def score(
+        self, purpose: str, prompt: str, continuations: Sequence[str], *, blind: bool = False
+    ) -> list[float] | None:
+        """Return mean log-likelihoods per token, or None from a model that cannot score or gives infinities.
+
+        With `blind`, a model that sees the video does not.
+        """
+        model = (without_video(self.model) if blind else None) or self.model
         try:
-            scores = [float(score) for score in self.model.score(prompt, continuations)]
+            scores = [float(score) for score in model.score(prompt, continuations)]
         except ScoreUnavailable:
             return None
         if len(scores) != len(continuations):
@@ -264,7 +270,8 @@ def rank_candidates(
         replies = model.generate_batch("rating", batch, RATING_TOKENS)
         ratings = [prompts.parse_rating(reply) for reply in replies]
     likelihoods = model.score("likelihood", prompts.answer_prompt(context), candidates)
-    priors = model.score("prior", prompts.blind_prompt(task.question), candidates) if likelihoods else None
+    blind = prompts.blind_prompt(task.question)
+    priors = model.score("prior", blind, candidates, blind=True) if likelihoods else None
     by_words = _shares_of_ratings(ratings)
     by_likelihood = _shares_of_likelihoods(likelihoods, priors)
     if not by_words and not by_likelihood:
@@ -336,11 +343,12 @@ def verify(
     """Step 5. Keep the best candidate, take the next one that the graph does not contradict, or abstain.
 
     Grounding: a contradicted candidate is replaced, once, by the best one that is not; if the graph contradicts all,
-    or shows nothing, there is no answer. Common sense: the model is asked whether the answer contradicts its
-    analysis; if so, the confidence of what the graph cannot check is lowered, and nothing else changes.
+    there is no answer, nor if it shows nothing to a model that does not see the video. Common sense: the model is asked
+    whether the answer contradicts its analysis; if so, the confidence of what the graph cannot check is lowered, and
+    nothing else changes.
     """
     best = ranking.best
-    if best is None or not graph.tracklets:
+    if best is None or (not graph.tracklets and without_video(model.model) is None):
         return Verification("abstained", best.text if best else None, None)
     texts = [candidate.text for candidate in ranking.candidates]
     checks = []

@@ -46,6 +46,8 @@ def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> Gr
     would or will happen, and every wording that is not understood is "uncheckable". An answer is supported if all of
     it is: one wrong part contradicts it, and one unknown word leaves it open.
     """
+    if not graph.tracklets:
+        return GroundingCheck(answer, "uncheckable", "the graph shows nothing")
     part = part_in_question(task.question, graph)
     verdict, reason = _judge(task, answer, candidates, part)
     if verdict == "supported":

@@ -134,6 +134,11 @@ def _word(word: str) -> str:
     return word
 
 
+def printable(words: str) -> str:
+    """Return `words` as the text form can hold them: without its marks, single-spaced; "object" if nothing is left."""
+    return " ".join("".join(" " if c in _STRUCTURE else c for c in words).split()) or "object"
+
+
 def _is_printable(word: str) -> bool:
     return bool(word) and word == " ".join(word.split()) and _STRUCTURE.isdisjoint(word)
 

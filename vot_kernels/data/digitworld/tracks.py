@@ -6,11 +6,11 @@ from functools import cached_property
 import numpy as np
 
 from vot_kernels.data.digitworld.world import Motion, simulate
+from vot_kernels.scene_graph.events import TURNED
 from vot_kernels.scene_graph.graph import STSG, Event, Tracklet
 
 FIT_FRAMES = 6  # a velocity is fitted to at most this many frames
 TOUCHING = 2.4  # radii between centres at which two discs may have hit
-TURNED = 0.35  # change of velocity, relative to the speed, that shows a hit
 
 
 class Tracks:

@@ -2,7 +2,7 @@
 
 lmms-eval finds the models by the entry-point group `lmms_eval.models`: `vot_kernels_qa`, the video question answering
 of `vot ask`, and `vot_kernels_vlm`, any vision-language model of transformers on the attention of this package. The
-command `python -m vot_kernels.integrations.lmms_eval OUT` writes the task `digitworld`, with the questions of
+command `python -m vot_kernels.pipelines.lmms_eval OUT` writes the task `digitworld`, with the questions of
 `vot eval digitworld`, into a folder for its option `--include_path`.
 
 Source: lmms-eval 0.7, `models/registry_v2.py` and `api/model.py`.
@@ -23,6 +23,8 @@ from vot_kernels.data.video import load_video
 from vot_kernels.extras import imports_for
 from vot_kernels.files import new_folder
 from vot_kernels.pipelines import video_qa
+from vot_kernels.watching.frames import metadata
+from vot_kernels.watching.protocols import DeferredModel
 
 TASK = """\
 task: digitworld
@@ -32,10 +34,10 @@ dataset_kwargs:
     test: {questions}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function vot_kernels.integrations.lmms_eval.doc_to_visual
-doc_to_text: !function vot_kernels.integrations.lmms_eval.doc_to_text
+doc_to_visual: !function vot_kernels.pipelines.lmms_eval.doc_to_visual
+doc_to_text: !function vot_kernels.pipelines.lmms_eval.doc_to_text
 doc_to_target: answer
-process_results: !function vot_kernels.integrations.lmms_eval.process_results
+process_results: !function vot_kernels.pipelines.lmms_eval.process_results
 generation_kwargs:
   max_new_tokens: 16
 metric_list:
@@ -50,7 +52,7 @@ def manifests() -> list[Any]:
     with imports_for("Evaluation with lmms-eval", "lmms"):
         from lmms_eval.models.registry_v2 import ModelManifest
 
-    here = "vot_kernels.integrations.lmms_eval"
+    here = "vot_kernels.pipelines.lmms_eval"
     return [
         ModelManifest("vot_kernels_qa", simple_class_path=f"{here}.VideoQAModel"),
         ModelManifest("vot_kernels_vlm", simple_class_path=f"{here}.PatchedModel"),
@@ -89,10 +91,8 @@ def _video_qa_model() -> type:
             max_batch_size: int | None = None,
         ) -> None:
             super().__init__()
-            language_model = video_qa.DeferredModel(partial(video_qa.load_language_model, llm, device))
-            self._qa = video_qa.VideoQA(
-                *video_qa.load_perception(checkpoint, device), language_model, anyway=True
-            )
+            language_model = DeferredModel(partial(video_qa.load_language_model, llm, device))
+            self._qa = video_qa.VideoQA(video_qa.load_eyes(checkpoint, device), language_model, anyway=True)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
             """The answers; a document with "candidates" gets one of them."""
@@ -171,27 +171,31 @@ def _patched_model() -> type:
             self, context: str, options: dict, to_visual: Any, doc_id: Any, task: str, split: str
         ) -> str:
             visuals = [self._see(each) for each in to_visual(self.task_dict[task][split][doc_id])]
-            content = [*({"type": kind} for kind, _ in visuals), {"type": "text", "text": context}]
+            content = [*({"type": kind} for kind, *_ in visuals), {"type": "text", "text": context}]
             prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
-            media: dict[str, list[Any]] = {}
-            for kind, pixels in visuals:
+            media: dict[str, Any] = {}
+            for kind, pixels, times in visuals:
                 media.setdefault(f"{kind}s", []).append(pixels)
+                if times is not None:
+                    media.setdefault("video_metadata", []).append(times)
             if "videos" in media:
-                media["do_sample_frames"] = False  # type: ignore[assignment]  # they are sampled already
+                media["do_sample_frames"] = False  # they are sampled already
             inputs = self.processor(text=[prompt], return_tensors="pt", **media).to(self.model.device)
             longest = int(options.get("max_new_tokens", 64))
             tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=longest)
             new = tokens[:, inputs["input_ids"].shape[1] :]
             return self.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
 
-        def _see(self, visual: Any) -> tuple[str, Any]:
-            """ "image" or "video", and its pixels; a file of one frame is an image."""
+        def _see(self, visual: Any) -> tuple[str, Any, dict[str, Any] | None]:
+            """ "image" or "video", its pixels, and when a video's frames are; a file of one frame is an image."""
             if not isinstance(visual, (str, os.PathLike)):
-                return "image", visual
-            frames = load_video(visual, num_frames=self.num_frames).frames
-            return ("image", frames[0]) if len(frames) == 1 else ("video", frames)
+                return "image", visual, None
+            clip = load_video(visual, num_frames=self.num_frames)
+            if len(clip.frames) == 1:
+                return "image", clip.frames[0], None
+            return "video", clip.frames, metadata(clip)
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             """Not there: raises NotImplementedError."""
@@ -260,7 +264,7 @@ def write_task(out: str | os.PathLike[str], videos: int = 300, seed: int = 0) ->
 def main() -> int:
     """The command; an error is one sentence on stderr and the exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m vot_kernels.integrations.lmms_eval",
+        prog="python -m vot_kernels.pipelines.lmms_eval",
         description="Write DigitWorld as a task of lmms-eval.",
     )
     parser.add_argument("out", type=Path, help="the folder to write, which must not exist or be empty")

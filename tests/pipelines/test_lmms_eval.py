@@ -6,14 +6,16 @@ import tomllib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data.digitworld.question_sets import generate_questions
-from vot_kernels.integrations import lmms_eval as adapter
+from vot_kernels.data.video import load_video
 from vot_kernels.integrations import patching
 from vot_kernels.pipelines import evaluation, video_qa
+from vot_kernels.pipelines import lmms_eval as adapter
 
 ROOT = Path(__file__).parents[2]
 VIDEOS = 7
@@ -186,3 +188,33 @@ def test_lmms_eval_runs_a_patched_model(task, vision_language_folder, tmp_path, 
     adapter._patched_model.cache_clear()
     assert len(found) == 3 and all(found) and found == answers()
     adapter._patched_model.cache_clear()
+
+
+def test_a_patched_model_is_told_when_the_frames_are(task, vision_language_folder, monkeypatch):
+    """With a stand-in for the base class of lmms-eval, of which only the documents are used."""
+    api = ModuleType("lmms_eval.api.model")
+    api.lmms = type("lmms", (), {"__init__": lambda self: None})
+    for name, module in (
+        ("lmms_eval", ModuleType("lmms_eval")),
+        ("lmms_eval.api", ModuleType("api")),
+        (api.__name__, api),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    adapter._patched_model.cache_clear()
+    try:
+        model = adapter._patched_model()(str(vision_language_folder), dtype="float32", num_frames=4)
+    finally:
+        adapter._patched_model.cache_clear()
+    model.task_dict = {"digitworld": {"test": documents(task)}}
+    told, processor = [], type(model.processor)
+    call = processor.__call__
+    monkeypatch.setattr(
+        processor, "__call__", lambda self, **given: told.append(given) or call(self, **given)
+    )
+    options = {"max_new_tokens": 2}
+    request = ("What?", options, adapter.doc_to_visual, 0, "digitworld", "test")
+    assert isinstance(model._answer(*request), str)
+    (metadata,) = told[0]["video_metadata"]
+    times = [index / metadata["fps"] for index in metadata["frames_indices"]]
+    clip = load_video(documents(task)[0]["video"], num_frames=4)
+    assert len(times) == 4 and max(abs(times - clip.times)) < 1e-4

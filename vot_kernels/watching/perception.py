@@ -1,0 +1,37 @@
+"""The eyes that this package trains itself: a perception checkpoint, which knows the world that it was trained on."""
+
+from pathlib import Path
+
+from vot_kernels.data.video import VideoClip
+from vot_kernels.models.encoder.processing import VotImageProcessor
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.watching.protocols import Sight
+
+
+class PerceptionEyes:
+    """A perception checkpoint as eyes.
+
+    Args:
+        model, processor: the checkpoint and the processor that was saved with it.
+    """
+
+    def __init__(self, model: VotPerceptionModel, processor: VotImageProcessor) -> None:
+        self.model, self.processor = model, processor
+        self.name = model.config.name_or_path or "an unnamed checkpoint"
+        self.fps = float(model.config.fps)
+
+    def see(self, clip: VideoClip) -> Sight:
+        source = f"{Path(clip.info.path).name} seen by {self.name}"
+        (detection,) = detect(self.model, self.processor, [clip.frames], [clip.times], source)
+        return Sight(detection.stsg, f"the perception checkpoint {self.name}", domain_warning(detection))
+
+
+def domain_warning(detection: Detection) -> str | None:
+    """Return why the answer should not be trusted if the clip does not resemble the training clips, else None."""
+    if detection.in_domain:
+        return None
+    return (
+        f"its features lie {detection.domain_distance:.0f} from those of the training clips, "
+        f"the limit is {detection.domain_threshold:.0f}"
+    )
