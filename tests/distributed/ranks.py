@@ -27,7 +27,8 @@ def run_ranks(
 
     Cases are functions at the top of a module, or partials of them, because ranks are new processes.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")  # imports what takes seconds once, not once for each rank
+    context.set_forkserver_preload(["vot_kernels.distributed", "vot_kernels.testing", "pytest"])
     arguments = (world_size, folder, cases, timeout_s)
     ranks = [
         context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world_size)

@@ -9,9 +9,14 @@ import pytest
 
 from tests.distributed.attention_cases import CASES, ERRORS
 from tests.distributed.ranks import run_ranks
+from tests.marks import cpp
 
 FEW = {name: case for name, case in CASES.items() if name.startswith(("segments", "hybrid"))}
 ROOT = Path(__file__).parents[2]
+
+
+def named(cases):
+    return [pytest.param(name, marks=cpp if ", cpp," in name else ()) for name in cases]
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +29,12 @@ def two_ranks(tmp_path_factory):
     return run_ranks(FEW | ERRORS, 2, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", named(CASES))
 def test_four_ranks_equal_one_process(four_ranks, case):
     assert not four_ranks[case], four_ranks[case]
 
 
-@pytest.mark.parametrize("case", FEW | ERRORS)
+@pytest.mark.parametrize("case", named(FEW | ERRORS))
 def test_two_ranks(two_ranks, case):
     assert not two_ranks[case], two_ranks[case]
 
