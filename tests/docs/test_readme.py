@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -179,7 +180,11 @@ def test_the_readme_names_its_two_commands():
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.id)
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_block(block)
+    try:
+        run_block(block)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("block", blocks(*SHELLS), ids=lambda block: block.id)
