@@ -210,15 +210,17 @@ def _without_placeholders(tokenizer):
     return tokenizer
 
 
-def test_half_precision_reads_the_same(model, inputs):
+def test_half_precision_reads_the_same(inputs):
+    torch.manual_seed(shifted(0))
+    model = tiny_model(tiny_config(vision={"aoe_every": 0}))  # rounding may turn the choice of experts
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.set_attn_implementation(
         "eager"
     )  # PyTorch's kernel refuses bfloat16 on CPUs without vector instructions
-    logits = half(**inputs).logits
-    assert logits.dtype == torch.bfloat16
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[real].float(), model(**inputs).logits[real], atol=0.1, rtol=0.1)
+    logits, expected = half(**inputs).logits[real], model(**inputs).logits[real]
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 0.02 * expected.norm()
 
 
 # --- generation ---------------------------------------------------------------------------------------------
