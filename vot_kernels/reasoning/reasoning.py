@@ -9,6 +9,7 @@ from typing import Any
 
 from vot_kernels.reasoning import prompts, steps
 from vot_kernels.reasoning.llm import LanguageModel, as_language_model, without_video
+from vot_kernels.reasoning.moments import answer_interval, asks_when
 from vot_kernels.reasoning.names import find_tracklets, fold
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -142,6 +143,9 @@ class VideoOfThought:
         chosen = next((c for c in ranking.candidates if c.text == choice), None)
         mentioned = find_tracklets(choice or "", stsg)
         ids = tuple(dict.fromkeys((*task.targets, *mentioned)))
+        interval = None
+        if choice is not None and asks_when(task.question):
+            interval = answer_interval(task.question, choice, task.named, stsg)
         sure = 0.0
         if chosen is not None:
             check = next((c for c in verification.checks if c.candidate == choice), None)
@@ -164,6 +168,7 @@ class VideoOfThought:
             warning=warning,
             model=self.llm.name,
             switches=self.switches,
+            interval=interval,
         )
 
 

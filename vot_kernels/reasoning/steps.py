@@ -13,6 +13,7 @@ from typing import get_args
 
 from vot_kernels.reasoning import prompts
 from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
+from vot_kernels.reasoning.moments import WHEN, asks_when, proposed_moments
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -37,6 +38,7 @@ MAX_PROPOSALS = 8
 
 _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
     ("counterfactual", r"\bwould\b.*\b(if|without|had)\b|\b(if|without|had)\b.*\bwould\b"),
+    ("when", WHEN),
     ("prediction", r"\bnext\b|\bwill\b|\bgoing to\b|\bwould\b"),
     ("cause", r"\bwhy\b|\bcaus\w*|\bbecause\b|\bresponsible\b|\bwhat made\b|\breason\b"),
     ("count", r"\bhow many\b|\bhow often\b|\bnumber of\b"),
@@ -67,6 +69,7 @@ _KIND_HINTS: dict[QuestionKind, str] = {
     "order": r"\b(first|last|before|after|order|sequence|earl\w+|lat\w+)\b",
     "attribute": r"\b(colou?r\w*|look\w*|kind|sort|number|digit)\b",
     "which": r"\b(which|who|whom|whose|what|name)\b",
+    "when": r"\b(when|time|moment|seconds?)\b",
     "yes/no": r"\b(whether|true|false|correct|right|possible)\b",
 }
 _ECHO_SHARE = 0.5  # a proposal that repeats more than this share of a question's words in a row is no answer
@@ -176,7 +179,7 @@ def _told(part: STSG, task: Task) -> STSG:
     For a question about events or a direction, that is the targets' own motion and the relations that the question
     names; for any other question, it is everything.
     """
-    about_events = task.kind in ("yes/no", "count", "which", "order") and find_events(
+    about_events = task.kind in ("yes/no", "count", "which", "order", "when") and find_events(
         task.question, part.vocabulary.events
     )
     if not about_events and task.kind != "direction":
@@ -202,6 +205,8 @@ def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis
 def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: STSG) -> tuple[str, ...]:
     """Return candidates for an open question: those that its kind admits, then the model's own."""
     own: tuple[str, ...] = ()
+    if asks_when(task.question) and (moments := proposed_moments(task.question, task.named, tracking.graph)):
+        return moments[:MAX_PROPOSALS]
     asks_yes_no = task.kind in ("prediction", "counterfactual") and begins_with_verb(task.question)
     if task.kind == "yes/no" or asks_yes_no:
         return ("yes", "no")

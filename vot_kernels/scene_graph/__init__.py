@@ -16,6 +16,7 @@ from vot_kernels.scene_graph.graph import (
     Tracklet,
     Vocabulary,
 )
+from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.scene_graph.relations import (
     GEOMETRIC_PREDICATES,
     RelationRules,
@@ -33,6 +34,7 @@ __all__ = [
     "Box",
     "CorefEdge",
     "Event",
+    "Interval",
     "Node",
     "PackedGraph",
     "ParseIssue",

@@ -5,8 +5,14 @@ from vot_kernels.data.digitworld.batches import TrainingBatch, episode_batch
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.hidden_colours import HiddenColours, hidden_colours
+from vot_kernels.data.digitworld.localisation import (
+    INTERVAL_BASELINES,
+    baseline_intervals,
+    interval_by_rules,
+    localisation_scores,
+)
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
-from vot_kernels.data.digitworld.questions import KINDS, Question
+from vot_kernels.data.digitworld.questions import KINDS, TIMED_KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules, answer_text_by_rules
 from vot_kernels.data.digitworld.scene import SPLITS, Scene
 from vot_kernels.data.digitworld.sidecar import Sidecar, load_sidecar, save_episode
@@ -17,8 +23,10 @@ __all__ = [
     "BASELINES",
     "COLOURS",
     "COLOUR_NAMES",
+    "INTERVAL_BASELINES",
     "KINDS",
     "SPLITS",
+    "TIMED_KINDS",
     "VOCABULARY",
     "AskedEpisode",
     "Episode",
@@ -31,11 +39,14 @@ __all__ = [
     "answer_by_rules",
     "answer_text_by_rules",
     "baseline_answers",
+    "baseline_intervals",
     "episode_batch",
     "generate_episode",
     "generate_questions",
     "h264_roundtrip",
     "hidden_colours",
+    "interval_by_rules",
     "load_sidecar",
+    "localisation_scores",
     "save_episode",
 ]
