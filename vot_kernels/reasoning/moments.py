@@ -72,7 +72,8 @@ def proposed_moments(question: str, named: Sequence[str], graph: STSG) -> tuple[
 
 def answer_interval(question: str, choice: str, named: Sequence[str], graph: STSG) -> Interval | None:
     """Return the interval that an answer stands for: its own words, else the first moment that the graph shows."""
-    stated = stated_interval(choice, graph)
+    exact = next((moment for moment in moments_of(graph) if str(moment) == choice), None)
+    stated = exact or stated_interval(choice, graph)
     asked = asked_moments(question, named, graph) if stated is None else None
     return asked[0] if asked else stated
 

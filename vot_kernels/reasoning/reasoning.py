@@ -27,6 +27,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import confidence, perception_score
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.interval import Interval
 
 NOTHING_SEEN = "nothing in it was recognised"
 
@@ -162,7 +163,7 @@ class VideoOfThought:
             confidence=sure,
             decided_by=ranking.decided_by,
             verification=verification.outcome,
-            evidence=collect_evidence(stsg, ids),
+            evidence=collect_evidence(stsg if interval is None else _during(interval, stsg), ids),
             trace=tuple(trace),
             candidates=given,
             warning=warning,
@@ -170,6 +171,12 @@ class VideoOfThought:
             switches=self.switches,
             interval=interval,
         )
+
+
+def _during(interval: Interval, stsg: STSG) -> STSG:
+    """Return the part of the graph in an interval of time."""
+    inside = [k for k, time in enumerate(stsg.frame_times_s) if time in interval]
+    return stsg.subgraph(None, inside[0], inside[-1]) if inside else stsg
 
 
 def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
