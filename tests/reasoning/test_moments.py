@@ -1,14 +1,18 @@
 """Questions of when: what they ask for, the interval in the answer, and its verification."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel
+from tests.reasoning.world import make_world
 from vot_kernels.reasoning.moments import asks_when
+from vot_kernels.reasoning.prompts import MAX_LINES
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.types import Switches
-from vot_kernels.scene_graph import Interval
+from vot_kernels.scene_graph import Event, Interval, Relation
 
 
 def answer(world, question, candidates=None, likelihood=None, **switches):
@@ -92,3 +96,41 @@ def test_the_interval_is_in_the_json_and_other_questions_have_none(world):
     assert given["interval"] == {"start_s": 0.25, "end_s": 0.75}
     other = json.loads(answer(world, "Which digit does the red digit hit first?").to_json())
     assert other["interval"] is None
+
+
+def long_world(frames=2000):
+    """Red hits blue every 2 s, and green once, at 300 s."""
+    base = make_world()
+    times = tuple(0.25 * k for k in range(frames))
+    events = [Event("hits", k, ("o1", "o2")) for k in range(4, frames, 8)]
+    events = sorted([*events, Event("hits", 1200, ("o1", "o3"))], key=lambda event: event.t)
+    relations = [Relation("o1", "moves right", "o1", k, k + 3) for k in range(0, frames - 4, 8)]
+    return replace(base, frame_times_s=times, events=tuple(events), relations=tuple(relations))
+
+
+def test_of_a_long_video_the_model_reads_what_the_question_asks_about():
+    def read(question):
+        return VideoOfThought(ScriptedLanguageModel()).run(question, None, long_world()).trace[1].output.text
+
+    for question in (
+        "When does the red digit hit the green digit?",
+        "Does the red digit hit the green digit?",
+        "What does the red digit do at 300.0 s?",
+    ):
+        text = read(question)
+        assert "red digit 3 hits green digit 3 at 300.0 s." in text and len(text.splitlines()) <= MAX_LINES
+    near = [
+        float(at) for at in re.findall(r"hits blue digit 7 at ([\d.]+) s", read("What happens at 100.0 s?"))
+    ]
+    assert near and all(abs(at - 100) < 60 for at in near)
+    spread = [float(at) for at in re.findall(r"hits blue digit 7 at ([\d.]+) s", read("What happens?"))]
+    assert min(spread) < 30 and max(spread) > 450
+
+
+def test_a_needle_is_found_in_a_long_video():
+    world = long_world()
+    given = answer(world, "When does the red digit hit the green digit?")
+    assert given.interval == Interval(299.75, 300.25)
+    assert [event.time_s for event in given.evidence.events] == [300.0]
+    counted = answer(world, "How many times does the red digit hit the blue digit?")
+    assert counted.text == "250" and counted.verification in ("kept", "revised")

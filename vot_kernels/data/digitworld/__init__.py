@@ -11,6 +11,7 @@ from vot_kernels.data.digitworld.localisation import (
     interval_by_rules,
     localisation_scores,
 )
+from vot_kernels.data.digitworld.needles import NEEDLE_FORMS, LongClip, Needle, long_clip, needle, needles
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, TIMED_KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules, answer_text_by_rules
@@ -25,12 +26,15 @@ __all__ = [
     "COLOUR_NAMES",
     "INTERVAL_BASELINES",
     "KINDS",
+    "NEEDLE_FORMS",
     "SPLITS",
     "TIMED_KINDS",
     "VOCABULARY",
     "AskedEpisode",
     "Episode",
     "HiddenColours",
+    "LongClip",
+    "Needle",
     "Question",
     "Scene",
     "Sidecar",
@@ -48,5 +52,8 @@ __all__ = [
     "interval_by_rules",
     "load_sidecar",
     "localisation_scores",
+    "long_clip",
+    "needle",
+    "needles",
     "save_episode",
 ]

@@ -35,7 +35,8 @@ def interval_by_rules(text: str, stsg: STSG) -> Interval:
     tracks = Tracks(stsg)
     for pattern, rule in _RULES:
         if match := re.fullmatch(pattern, text.strip(), flags=re.IGNORECASE):
-            named = [tracks.named(part) if re.fullmatch(_NAME, part) else part for part in match.groups()]
+            parts = [part for part in match.groups() if part is not None]
+            named = [tracks.named(part) if re.fullmatch(_NAME, part) else part for part in parts]
             found = rule(tracks, stsg, *named) if None not in named else None
             return found or Interval(stsg.frame_times_s[0], stsg.frame_times_s[-1])
     raise ValueError(f"The rules know only DigitWorld's wordings, not {text!r}.")
@@ -44,8 +45,8 @@ def interval_by_rules(text: str, stsg: STSG) -> Interval:
 _Rule = Callable[..., Interval | None]
 
 
-def _hit(tracks: Tracks, stsg: STSG, a: int, b: int) -> Interval | None:
-    frames = tracks.hits_of(a, b)
+def _hit(tracks: Tracks, stsg: STSG, a: int, b: int, begin: str = "0", end: str = "inf") -> Interval | None:
+    frames = [t for t in tracks.hits_of(a, b) if float(begin) <= tracks.times[t] <= float(end)]
     return stsg.interval(Event("hits", frames[0], ())) if frames else None
 
 
@@ -74,7 +75,7 @@ def _relation(stsg: STSG, subject: str, predicate: str, object: str) -> Interval
 
 
 _RULES: tuple[tuple[str, _Rule], ...] = (
-    (rf"When does {_NAME} hit {_NAME}\?", _hit),
+    (rf"When does {_NAME} hit {_NAME}(?: between ([\d.]+) and ([\d.]+) s)?\?", _hit),
     (rf"When does {_NAME} bounce off a wall\?", _bounce),
     (rf"When is {_NAME} ({'|'.join(DIRECTIONS)}) {_NAME}\?", _place),
     (rf"When does {_NAME} move ({'|'.join(m.removeprefix('moves ') for m in MOTIONS)})\?", _motion),
