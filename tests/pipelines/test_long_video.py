@@ -281,7 +281,7 @@ def most_held(model: VotPerceptionModel, count: int) -> tuple[int, int]:
     def measure(text: str) -> None:
         nonlocal tensors, reports
         reports += 1
-        if reports % 16 == 0:
+        if reports % 5 == 0:  # looking at every object takes a while
             tensors = max(tensors, sum(o.nbytes for o in gc.get_objects() if isinstance(o, torch.Tensor)))
 
     processor = VotImageProcessor(patch_size=8, min_pixels=256, max_pixels=256)
@@ -305,7 +305,7 @@ class TestAsking:
         found = result.answer.interval
         assert found is not None and found.length_s == 0.25
         assert abs((found.start_s + found.end_s) / 2 - truth.frame_times_s[hit.t]) <= 0.125
-        assert any("Looking at the frames: 160, 20 s" in text for text in said)
+        assert any("Looking at the frames: 56, 7 s" in text for text in said)
         assert result.sight.stsg.num_frames == 160 and len(result.clip.frames) <= 32
         assert result.clip.info.frames_sampled == 160
         assert all(event.time_s in window for event in result.answer.evidence.events)

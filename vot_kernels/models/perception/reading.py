@@ -27,7 +27,7 @@ class Detection:
 
     Attributes:
         stsg: the graph; track ids in order of first appearance.
-        queries: for each tracklet the query that found it.
+        queries: for each tracklet the query that found it; empty for a graph that was joined from several windows.
         domain_distance, domain_threshold: distance of the clip from the training clips, and the limit.
     """
 

@@ -17,6 +17,7 @@ from vot_kernels.scene_graph.summary import at_frames
 
 WINDOW = 32  # frames that are read together
 OVERLAP = 8  # frames that a window shares with the one before
+REPORTED = 8  # windows from one report of the progress to the next
 PATIENCE = 8  # windows: if none of so many is in the checkpoint's domain, the rest is not read
 
 
@@ -58,7 +59,7 @@ def see_stream(
     Args:
         frames: pairs of a frame, uint8 `[height, width, 3]`, and its time in seconds.
         give_up: stop when the first `PATIENCE` windows are all outside of the checkpoint's domain.
-        report: called with the progress in words, from the second window on.
+        report: called with the progress in words, at the second window and at every 8th from there on.
 
     Raises:
         ValueError: there is no frame, or not 0 < overlap < size.
@@ -69,7 +70,7 @@ def see_stream(
     only: Detection | None = None
     complete = True
     for window in windows(showcase.watch(frames), size, overlap):
-        if report is not None and window.start:
+        if report is not None and len(distances) % REPORTED == 1:
             report(f"Looking at the frames: {window.start + len(window.times):,}, {window.times[-1]:.0f} s")
         read = None if stream is None else stream.reader(window.new)
         (only,) = detect(model, processor, [window.frames], [window.times], source, read=read)
