@@ -249,11 +249,10 @@ def when_table() -> str:
         ]
         for name, scores in result["scores"].items()
     ]
-    settings = result["settings"]
-    note = (
-        f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`: as many held-out videos, "
-        f"one question each, {settings['llm']}."
-    )
+    settings, asked = result["settings"], result.get("interrupted_after")
+    note = f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`"
+    note += f", interrupted after {asked}" if asked else ""
+    note += f": as many held-out videos, one question each, {settings['llm']}."
     return table(["answered by", *columns], rows) + f"\n{note}\n"
 
 
@@ -293,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "vlm": vlm_table,
     "temporal-context": temporal_context_table,
     "linearize": linearize_table,
+    "when": when_table,
+    "long-video": long_video_table,
 }
 
 
