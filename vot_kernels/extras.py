@@ -6,14 +6,14 @@ from importlib.util import find_spec
 
 # Extra -> name of the module that is imported -> name of the package that holds it.
 EXTRAS = {
-    "video": {"av": "av", "PIL": "pillow"},
+    "video": {"av": "av", "PIL": "pillow", "scipy": "scipy"},
     "llm": {
         "transformers": "transformers",
         "tokenizers": "tokenizers",
         "safetensors": "safetensors",
         "gguf": "gguf",
     },
-    "train": {"sklearn": "scikit-learn", "scipy": "scipy", "rich": "rich"},
+    "train": {"sklearn": "scikit-learn", "rich": "rich"},
     "cli": {"typer": "typer", "rich": "rich"},
     "vlm": {"torchvision": "torchvision", "scipy": "scipy", "num2words": "num2words"},
     "web": {"gradio": "gradio", "starlette": "gradio"},

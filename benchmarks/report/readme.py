@@ -18,7 +18,10 @@ from benchmarks.report.tables import ceilings, device_name, is_partial, number, 
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vlm.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vlm.md", "long-video.md")),
+)
 """The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -233,6 +236,53 @@ def linearize_table() -> str:
     return "\n".join(tables) + f"\n{note}\n"
 
 
+def when_table() -> str:
+    """Return how well intervals of time fit, from `vot eval digitworld --when`."""
+    from vot_kernels.pipelines.localisation import localiser_title
+
+    result = _read(RESULTS / "digitworld-when.json")["localisation"]
+    columns = ("hit", "bounce", "place", "motion", "all")
+    rows = [
+        [
+            localiser_title(name),
+            *(f"{100 * scores[c]['miou']:.0f} / {100 * scores[c]['r50']:.0f}" for c in columns),
+        ]
+        for name, scores in result["scores"].items()
+    ]
+    settings, asked = result["settings"], result.get("interrupted_after")
+    note = f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`"
+    note += f", interrupted after {asked}" if asked else ""
+    note += f": as many held-out videos, one question each, {settings['llm']}."
+    return table(["answered by", *columns], rows) + f"\n{note}\n"
+
+
+def long_video_table() -> str:
+    """Return accuracy and memory over the length of the clip, from `python -m benchmarks.long_video`."""
+    from benchmarks.long_video import SYSTEMS
+
+    result = _read(RESULTS / "long-video.json")
+    lengths = result["lengths"]
+    systems = [s for s in SYSTEMS if any(s in found["right"] for found in lengths.values())]
+    rows = [
+        [
+            f"{int(frames):,}",
+            *(_percent(found["right"][s]["all"]) if s in found["right"] else "–" for s in systems),
+            f"{found['peak_mb']:.0f} MB",
+            f"{found['seconds_per_clip']:.1f} s",
+        ]
+        for frames, found in lengths.items()
+    ]
+    counts = ", ".join(str(found["questions"]) for found in lengths.values())
+    asked = ", ".join(str(found["questions_to_the_model"]) for found in lengths.values())
+    note = f"`{result['command']}`: {counts} questions"
+    note += f", of which {asked} to {result['llm']}" if result["llm"] else ""
+    loaded = max(found["loaded_mb"] for found in lengths.values())
+    note += f". With the checkpoint loaded and no video read the process has {loaded:.0f} MB. Two cores that had other"
+    note += " work."
+    columns = ["frames", *(SYSTEMS[s] for s in systems), "peak memory", "a clip takes"]
+    return table(columns, rows) + f"\n{note}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
@@ -242,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "vlm": vlm_table,
     "temporal-context": temporal_context_table,
     "linearize": linearize_table,
+    "when": when_table,
+    "long-video": long_video_table,
 }
 
 

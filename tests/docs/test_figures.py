@@ -26,6 +26,6 @@ def test_an_edited_figure_is_noticed():
 def test_an_unknown_table_is_refused():
     with pytest.raises(
         ValueError,
-        match="'speed'.*cpu, one-thread, gpu, perception, questions, vlm, temporal-context, linearize",
+        match="'speed'.*cpu, .*, perception, questions, vlm, temporal-context, linearize, when, long-video",
     ):
         render("<!-- table: speed -->\n<!-- end -->")

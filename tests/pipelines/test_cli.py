@@ -332,7 +332,7 @@ def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
 @pytest.mark.parametrize(
     ("words", "stopped", "kept"),
     [
-        (["ask", "CLIP", "Who?"], "vot_kernels.pipelines.sampling.sample_video", "nothing was written"),
+        (["ask", "CLIP", "Who?"], "vot_kernels.pipelines.sampling.stream_samples", "nothing was written"),
         (
             ["ask", "--batch", "q.jsonl", "--out", "a.jsonl"],
             "vot_kernels.pipelines.batch.answer_batch",

@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel
+from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import generate_questions
 from vot_kernels.data.video import load_video
 from vot_kernels.integrations import patching
-from vot_kernels.pipelines import evaluation, video_qa
+from vot_kernels.pipelines import evaluation, sampling, video_qa
 from vot_kernels.pipelines import lmms_eval as adapter
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +43,8 @@ def test_the_task_has_the_questions_and_clips_of_the_evaluation(task):
         assert document["question"] == item.question.text and document["answer"] == item.question.answer
         assert document["candidates"] == list(item.question.candidates)
         (path,) = adapter.doc_to_visual(document)
-        seen = video_qa.sample_video(path, video_qa.Sampling(), 8.0)
-        decoded = evaluation.h264_roundtrip(item.episode.frames(), 23)
+        seen = sampling.sample_video(path, sampling.Sampling(), 8.0)
+        decoded = h264_roundtrip(item.episode.frames(), 23)
         assert (seen.frames == decoded).all() and abs(seen.times - item.episode.times).max() < 1e-9
 
 

@@ -17,7 +17,7 @@ from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import save_mp4
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
-from vot_kernels.pipelines import evaluation
+from vot_kernels.pipelines import asking, evaluation, localisation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
@@ -266,6 +266,23 @@ def test_evaluation_counts_and_resumes(tmp_path, monkeypatch):
         evaluation.evaluate_digitworld(out, videos=7)
 
 
+def test_questions_of_when_have_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_language_model", lambda path, device: FirstCandidate())
+    monkeypatch.setattr(localisation, "_TRAIN_QUESTIONS", 24)
+    result = evaluation.evaluate_digitworld(tmp_path / "result.json", videos=0, when=12)
+    scores = result["localisation"]["scores"]
+    assert scores["vot"]["all"]["miou"] > scores["whole_clip"]["all"]["miou"]
+    assert scores["rules_truth"]["all"]["r50"] == 1
+    table = evaluation.format_table(result)
+    assert "mIoU / R@0.5" in table and "blind: middle third" in table and "did_hit" not in table
+    rows = tmp_path / "result.when.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
+    again = evaluation.evaluate_digitworld(tmp_path / "result.json", videos=0, when=12)
+    assert again["localisation"]["scores"] == scores
+    with pytest.raises(ValueError, match="must be videos"):
+        evaluation.evaluate_digitworld(tmp_path / "result.json", videos=0)
+
+
 @pytest.mark.tested_on("Qwen3-VL#1029", "lmms-eval#603")
 def test_scores_say_what_was_looked_at(tmp_path, monkeypatch):
     """Scores differ by the frames, so a score without them cannot be compared."""
@@ -273,7 +290,7 @@ def test_scores_say_what_was_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
     result = evaluation.evaluate_digitworld(tmp_path / "result.json", videos=7)
     settings = json.loads((tmp_path / "result.json").read_text())["settings"]
-    assert {name: settings[name] for name in evaluation.LOOKED_AT} == {
+    assert {name: settings[name] for name in asking.LOOKED_AT} == {
         "frames": "16",
         "frame_size": "64 × 64",
         "fps": "8",

@@ -32,7 +32,7 @@ from vot_kernels.files import atomic_write, check_output
 from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 
 if TYPE_CHECKING:
-    from vot_kernels.data.video import VideoClip
+    from vot_kernels.data.video import FrameStream, VideoClip
     from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
 
 
@@ -94,7 +94,7 @@ def ask(
     require("vot ask", "video", "llm")
     from vot_kernels.pipelines.batch import answer_batch, read_questions
     from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import Sampling, find_clips, sample_video
+    from vot_kernels.pipelines.sampling import Sampling, find_clips, sample_video, stream_samples
     from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
     sampling = Sampling(fps, num_frames, start, end)
@@ -128,16 +128,18 @@ def ask(
         raise ValueError(f"--trace and --picture are for one video, but there are {len(paths)}.")
     failed = 0
     with steps(shown=not json_) as step:
-        clips: Sequence[Path | VideoClip] = paths
+        clips: Sequence[Path | VideoClip | FrameStream] = paths
         if alone:  # one bad file is reported before anything is loaded
             if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
                 step(f"Reading {paths[0].name}")
-            clips = [sample_video(paths[0], sampling, models.fps)]
+            windows = models.vlm is None and models.detector is None  # the others look at one clip
+            decode = stream_samples if windows else sample_video
+            clips = [decode(paths[0], sampling, models.fps)]
         models.check()
         step(models.loading)
         video_qa = models.load()
-        if not isinstance(clips[0], Path):
-            _print_estimate(video_qa, clips[0], verbose)
+        if alone and not windows:
+            _print_estimate(video_qa, clips[0], verbose)  # type: ignore[arg-type]  # sample_video made it
         for path, clip in zip(paths, clips, strict=True):
             failure = None
             try:

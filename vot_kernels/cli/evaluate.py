@@ -21,6 +21,9 @@ def eval_digitworld(
         Path, typer.Option(help="JSON file for the results; an unfinished run is resumed.", **PATH)
     ],
     videos: Annotated[int, typer.Option(help="Held-out videos, one question each.")] = 300,
+    when: Annotated[
+        int, typer.Option(help="Held-out videos with a question of when, in a table of their own.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,
     llm: Llm = None,
@@ -45,5 +48,7 @@ def eval_digitworld(
     from vot_kernels.pipelines.evaluation import GROUPS, evaluate_digitworld, format_table
 
     answering = only or GROUPS
-    result = evaluate_digitworld(out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering)
+    result = evaluate_digitworld(
+        out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering, when=when
+    )
     print(format_table(result))

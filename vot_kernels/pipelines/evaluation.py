@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
-from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
 from vot_kernels.data.digitworld.traces import read_reply
-from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
+from vot_kernels.files import atomic_write, check_output
 from vot_kernels.models.checkpoint import on_device
-from vot_kernels.models.perception.reading import Detection, detect
-from vot_kernels.pipelines.progress import track
+from vot_kernels.models.perception.reading import Detection
+from vot_kernels.pipelines.asking import aligned, answer_rows, looked_at, looked_note
+from vot_kernels.pipelines.localisation import evaluate_localisation, format_localisation
 from vot_kernels.pipelines.video_qa import load_language_model, load_perception
 from vot_kernels.reasoning.llm import LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
@@ -41,9 +41,7 @@ SYSTEMS = {
 }
 GROUPS = ("vlm", "llm", "rules", "blind")
 """The systems by what they need: a video-language model, a language model, the rules, nothing of the clip."""
-LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 _TRAIN_QUESTIONS = 1400
-_CRF = 23
 
 
 def evaluate_digitworld(
@@ -56,6 +54,7 @@ def evaluate_digitworld(
     *,
     vlm: str | os.PathLike[str] | None = None,
     only: Collection[str] = GROUPS,
+    when: int = 0,
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
@@ -67,6 +66,7 @@ def evaluate_digitworld(
     Args:
         vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
         only: the `GROUPS` that answer; the language model takes most of the time, then the blind baselines.
+        when: so many more clips get a question of when; their table is "localisation", see `evaluate_localisation`.
 
     Returns:
         The contents of `out`: settings (number, size and rate of the frames, codec and decoder, on all of which scores
@@ -76,30 +76,34 @@ def evaluate_digitworld(
     target = Path(out)
     check_output(target, ".json")
     check_groups(only, vlm)
-    asked = generate_questions("test", videos, seed=seed)
+    if min(videos, when) < 0 or videos + when == 0:
+        raise ValueError(f"There must be videos to ask about, got {videos} of choice and {when} of when.")
     perception, processor = load_perception(checkpoint, device)
     model = load_language_model(llm, device) if "llm" in only else None
     reader = _Reader(Path(vlm), device) if vlm is not None and "vlm" in only else None
-    settings = {
-        "videos": videos,
-        "seed": seed,
-        "checkpoint": perception.config.name_or_path,
-        **({} if model is None else {"llm": model.name}),
-        **({} if reader is None else {"vlm": reader.name}),
-        **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
-        **_looked_at(asked),
-    }
-    rows_file = target.with_suffix(".rows.jsonl")
-    rows = _read_rows(rows_file, settings)
-    with append_json_lines(rows_file) as append:
-        if not rows_file.stat().st_size:
-            append({"settings": settings})
-        for item in track(asked[len(rows) :], "Asking", done=len(rows)):
-            frames = h264_roundtrip(item.episode.frames(), _CRF)
-            (seen,) = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
-            rows.append(_answer(model, reader, "rules" in only, item, frames, seen))
-            append(rows[-1])
-    result = {"settings": settings, **_summarise(asked, rows, seed, "blind" in only)}
+    result: dict[str, Any] = {}
+    if videos:
+        asked = generate_questions("test", videos, seed=seed)
+        settings = {
+            "videos": videos,
+            "seed": seed,
+            "checkpoint": perception.config.name_or_path,
+            **({} if model is None else {"llm": model.name}),
+            **({} if reader is None else {"vlm": reader.name}),
+            **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
+            **looked_at(asked),
+        }
+
+        def answer(item: AskedEpisode, frames: np.ndarray, seen: Detection) -> dict[str, Any]:
+            return _answer(model, reader, "rules" in only, item, frames, seen)
+
+        rows = answer_rows(perception, processor, asked, settings, target.with_suffix(".rows.jsonl"), answer)
+        result = {"settings": settings, **_summarise(asked, rows, seed, "blind" in only)}
+    if when:
+        rows_file = target.with_suffix(".when.jsonl")
+        result["localisation"] = evaluate_localisation(
+            perception, processor, model, when, seed, rows_file, only
+        )
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -119,44 +123,27 @@ def check_groups(only: Collection[str], vlm: str | os.PathLike[str] | None) -> N
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Format the accuracies as a plain table in per cent, one row per system, one column per kind, and the settings."""
+    """Format the accuracies as plain tables in per cent, one row per system, one column per kind, and the settings."""
+    parts = [_choice_table(result)] if "accuracy" in result else []
+    if "localisation" in result:
+        parts.append(format_localisation(result["localisation"]))
+    return "\n\n".join(parts)
+
+
+def _choice_table(result: dict[str, Any]) -> str:
     columns = [*KINDS, "flip", "all"]
     lines = [["system", *columns]]
     for name, accuracy in result["accuracy"].items():
         title = SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}")
         lines.append([title, *(f"{100 * accuracy[c]:.0f}" if c in accuracy else "–" for c in columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    names = [
-        name for name in LOOKED_AT if name in result["settings"]
-    ]  # results of an older version lack them
-    looked = "; ".join(f"{name.replace('_', ' ')} {result['settings'][name]}" for name in names)
-    notes = [f"Looked at: {looked}."] * bool(looked)
+    notes = looked_note(result["settings"])
     if "vlm_format" in result:
         share = f"{100 * result['vlm_format']:.0f}"
         notes.insert(0, f"Of our VLM's replies {share} per cent are a thought and an answer.")
     if "verification" in result:
         fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
         notes.insert(0, f"Verification fixed {fixed} answers and broke {broke}.")
-    return "\n".join([*rows, *notes])
-
-
-def _looked_at(asked: Sequence[AskedEpisode]) -> dict[str, str]:
-    """Describe what of the clips reaches the model. Other frames, or another decoder, give other scores."""
-    import av
-
-    scenes = [item.episode.scene for item in asked]
-    return {
-        "frames": _span(scene.num_frames for scene in scenes),
-        "frame_size": _span(f"{scene.size[1]} × {scene.size[0]}" for scene in scenes),
-        "fps": _span(f"{scene.fps:g}" for scene in scenes),
-        "codec": f"H.264, crf {_CRF}, yuv420p",
-        "decoder": f"PyAV {av.__version__}",
-    }
-
-
-def _span(values: Iterable[object]) -> str:
-    return ", ".join(sorted({str(value) for value in values}))
+    return "\n".join([*aligned(lines), *notes])
 
 
 class _Reader:
@@ -261,13 +248,3 @@ def _verification(questions: Sequence[Question], answers: dict[str, list[str]]) 
     }
     changes = list(zip(right["vot_unverified"], right["vot"], strict=True))
     return {"fixed": changes.count((False, True)), "broke": changes.count((True, False))}
-
-
-def _read_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of an earlier, interrupted run."""
-    lines = read_json_lines(path)
-    if lines and lines[0].get("settings") != settings:
-        raise ValueError(
-            f"{path} belongs to a run with other settings ({lines[0].get('settings')}); move it away."
-        )
-    return lines[1:]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vot_kernels.data.video import VideoClip, load_video
+from vot_kernels.data.video import FrameStream, VideoClip, load_video, stream_video
 from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind, read_config
 from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
 
@@ -24,10 +24,10 @@ DEFAULT_FPS = 8.0  # for a checkpoint whose config.json names none
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to look at: by default as many per second as the checkpoint was trained on, at most 32.
+    """Which frames to look at: by default as many per second as the checkpoint was trained on.
 
     Attributes:
-        fps: frames per second, without that limit.
+        fps: frames per second.
         num_frames: this many frames, spread evenly, instead of `fps`.
         start, end: the range, in seconds.
     """
@@ -77,6 +77,21 @@ def find_clips(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
             raise ValueError(f"The folder '{path}' has no video and no image.")
         found += inside
     return found
+
+
+def stream_samples(
+    path: str | os.PathLike[str], sampling: Sampling, fps: float = DEFAULT_FPS, progress: bool = False
+) -> FrameStream:
+    """Decode the frames that `sampling` asks for one by one; by default `fps` per second, however long the video."""
+    rate = fps if sampling.fps is None and sampling.num_frames is None else sampling.fps
+    return stream_video(
+        path,
+        fps=rate,
+        num_frames=sampling.num_frames,
+        start=sampling.start,
+        end=sampling.end,
+        progress=progress,
+    )
 
 
 def check_device(name: str) -> None:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vot_kernels.data.video import VideoClip
+from vot_kernels.data.video import FrameStream, VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video
+from vot_kernels.pipelines.long_video.reading import WINDOW, see_stream, shown_part
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video, stream_samples
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """An answer, and the clip and the sight of it that it comes from."""
+    """An answer, and the clip and the sight of it that it comes from.
+
+    Of a video longer than a window the clip holds an even choice of frames, and the graph is about all of them.
+    """
 
     answer: Answer
     clip: VideoClip
@@ -51,6 +55,11 @@ class VideoAnswer:
         """The scene graph, or None of a clip that the checkpoint does not know."""
         return self.sight.stsg if self.answer.warning is None else None
 
+    @property
+    def shown_stsg(self) -> STSG | None:
+        """The part of the known scene graph about the frames of the clip."""
+        return None if self.known_stsg is None else shown_part(self.known_stsg, self.clip.times)
+
     def evidence_lines(self, limit: int | None = None) -> list[str]:
         """Return the evidence as short lines with times in seconds: events, relations and boxes, `limit` of each."""
         evidence = self.answer.evidence
@@ -68,7 +77,7 @@ class VideoAnswer:
         from vot_kernels.data.contact_sheet import save_contact_sheet
 
         title = f"{self.answer.question} {self.answer.text}"
-        return save_contact_sheet(path, self.clip, self.known_stsg, title=title)
+        return save_contact_sheet(path, self.clip, self.shown_stsg, title=title)
 
 
 def _event_words(event: EvidenceEvent) -> str:
@@ -125,44 +134,80 @@ class VideoQA:
 
     def see(
         self,
-        video: str | os.PathLike[str] | VideoClip,
+        video: str | os.PathLike[str] | VideoClip | FrameStream,
         sampling: Sampling | None = None,
         progress: bool = False,
+        report: Callable[[str], None] | None = None,
     ) -> tuple[VideoClip, Sight]:
-        """Decode a file, unless it is already a clip, and see its scene graph.
+        """Decode a file, unless it is already decoded, and see its scene graph.
 
-        The last clip and its graph are kept, for the next question about the same file or clip.
+        A perception checkpoint sees a video of any length window by window, and `report` is called with the progress
+        of one that is longer; other eyes see a clip. The last clip and its graph are kept, for the next question about
+        the same file or clip.
         """
-        clip = video
+        if isinstance(video, VideoClip) and self._seen is not None and self._seen[0] is video:
+            return self._seen
+        short = isinstance(video, VideoClip) and len(video.times) <= WINDOW
+        if isinstance(self.eyes, PerceptionEyes) and not short:
+            return self._see_windows(self.eyes, video, sampling or Sampling(), progress, report)
+        clip = video.clip() if isinstance(video, FrameStream) else video
         if not isinstance(clip, VideoClip):
-            clip = self._decoded(Path(clip), sampling or Sampling(), progress)
+            key = _key(clip, sampling or Sampling())
+            if self._file is None or self._file[0] != key:
+                self._file = key, sample_video(clip, sampling or Sampling(), self.eyes.fps, progress)
+            clip = self._file[1]
         if self._seen is None or self._seen[0] is not clip:
             self._seen = clip, self.eyes.see(clip)
         return self._seen
 
-    def _decoded(self, path: Path, sampling: Sampling, progress: bool) -> VideoClip:
-        key = path, sampling, path.stat().st_mtime_ns if path.exists() else 0
-        if self._file is None or self._file[0] != key:
-            self._file = key, sample_video(path, sampling, self.eyes.fps, progress)
-        return self._file[1]
+    def _see_windows(
+        self,
+        eyes: PerceptionEyes,
+        video: str | os.PathLike[str] | VideoClip | FrameStream,
+        sampling: Sampling,
+        progress: bool,
+        report: Callable[[str], None] | None,
+    ) -> tuple[VideoClip, Sight]:
+        """See a video of any length; the clip returned holds at most one window of its frames."""
+        key = None
+        if isinstance(video, VideoClip):
+            frames = FrameStream.of(video)
+        elif isinstance(video, FrameStream):
+            frames = video
+        else:
+            key = _key(video, sampling)
+            if (
+                self._seen is not None
+                and self._file is not None
+                and self._file[0] == key
+                and self._file[1] is self._seen[0]
+            ):
+                return self._seen
+            frames = stream_samples(video, sampling, eyes.fps, progress)
+        source = f"{frames.path.name} seen by {eyes.name}"
+        seen = see_stream(eyes.model, eyes.processor, frames, source, give_up=not self.anyway, report=report)
+        clip = VideoClip(seen.frames, seen.times, frames.info if seen.complete else frames.stop())
+        self._seen = clip, eyes.sight(seen.detection)
+        self._file = None if key is None else (key, clip)
+        return self._seen
 
     def ask(
         self,
-        video: str | os.PathLike[str] | VideoClip,
+        video: str | os.PathLike[str] | VideoClip | FrameStream,
         question: str,
         candidates: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         progress: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> VideoAnswer:
-        """Answer a question about a file or a clip; without candidates the language model proposes them.
+        """Answer a question about a file, a clip or a stream; without candidates the language model proposes them.
 
         `report` is called with the name of the current activity.
         """
         question, given = check_question(question), check_candidates(candidates)
         report = report or (lambda activity: None)
         report("Looking at the frames")
-        clip, sight = self.see(video, sampling, progress)
+        clip, sight = self.see(video, sampling, progress, report)
         if sight.warning is not None and not self.anyway:
             return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
         report("Loading the language model")
@@ -191,6 +236,12 @@ class VideoQA:
             warning=warning,
             switches=self.switches,
         )
+
+
+def _key(path: str | os.PathLike[str], sampling: Sampling) -> tuple[Path, Sampling, int]:
+    """Return what tells a file and a choice of its frames from every other."""
+    file = Path(path)
+    return file, sampling, file.stat().st_mtime_ns if file.exists() else 0
 
 
 def load_eyes(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> PerceptionEyes:

@@ -68,7 +68,7 @@ def show(result: VideoAnswer) -> Shown:
         f"<details><summary>{number}. {escape(step.in_short())}</summary>{_calls(step.calls)}</details>"
         for number, step in enumerate(answer.trace, 1)
     )
-    return Shown(headline, drawn, contact_sheet(result.clip, stsg), clip + steps)
+    return Shown(headline, drawn, contact_sheet(result.clip, result.shown_stsg), clip + steps)
 
 
 def _calls(calls: Sequence[Any]) -> str:

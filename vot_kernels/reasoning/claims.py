@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vot_kernels.reasoning.names import (
     find_directions,
@@ -20,6 +20,7 @@ from vot_kernels.reasoning.names import (
     unknown_words,
 )
 from vot_kernels.scene_graph.graph import STSG, Event, Tracklet
+from vot_kernels.scene_graph.interval import Interval
 
 MOVED = 0.04  # fractions of the frame; a shorter displacement has no direction
 STILL = re.compile(r"\b(not mov\w*|still|stationary|stays?|does not|doesn't)\b")
@@ -51,43 +52,50 @@ _SIDES = {
     "lower": "bottom",
 }
 _NEAR_HALF = 0.05  # fractions of the frame about its middle that belong to neither half
-_MOVES = r"\b(?:mov|go(?:es|ing)?\b|head|travel|drift|slid|rises?|rising|falls?|falling)\w*"
+MOVES = r"\b(?:mov|go(?:es|ing)?\b|head|travel|drift|slid|rises?|rising|falls?|falling)\w*"
 _CLAUSES = re.compile(r"[.;!?](?:\s+|$)|,?\s+(?:and then|then|and|while|whereas|but)\s+|,\s+")
 
 
-@dataclass(frozen=True)
-class Window:
-    """An interval of time in seconds, both ends included."""
+def find_windows(text: str, graph: STSG, *, slack: bool = True) -> tuple[Interval, ...]:
+    """Return the times that `text` names: ranges; halves; moments, with a tolerance of a frame or the given digits.
 
-    begin: float
-    end: float
-
-
-def find_windows(text: str, graph: STSG) -> tuple[Window, ...]:
-    """Return the times that `text` names: moments, with a tolerance of a frame or the given digits; ranges; halves."""
+    Without `slack` a range ends just where it says, rather than with the same tolerance.
+    """
     windows, rest = [], fold(text)
     times = graph.frame_times_s
     for wording, begin, end in _HALVES:
-        if times and wording.search(rest):
+        if len(times) > 1 and wording.search(rest):
             length = times[-1] - times[0]
             # The middle belongs to the later half, and the last frame to the second.
             last = times[0] + end * length
             windows.append(
-                Window(times[0] + begin * length, last if end == 1 else math.nextafter(last, -math.inf))
+                Interval(times[0] + begin * length, last if end == 1 else math.nextafter(last, -math.inf))
             )
-            rest = wording.sub(" ", rest)
+        rest = wording.sub(" ", rest)
     for match in _RANGE.finditer(rest):
-        slack = max(_tolerance(match[1], graph), _tolerance(match[2], graph))
-        windows.append(Window(float(match[1]) - slack, float(match[2]) + slack))
+        margin = max(_tolerance(match[1], graph), _tolerance(match[2], graph)) if slack else 0.0
+        first, last = sorted((float(match[1]), float(match[2])))
+        windows.append(Interval(first - margin, last + margin))
     rest = _RANGE.sub(" ", rest)
     for match in _BOUND.finditer(rest):
-        at, slack = float(match[2]), _frame_length(graph) / 2
+        at, margin = float(match[2]), _frame_length(graph) / 2
         early = match[1] in ("before", "by", "until")
-        windows.append(Window(-math.inf, at + slack) if early else Window(at - slack, math.inf))
+        windows.append(Interval(-math.inf, at + margin) if early else Interval(at - margin, math.inf))
     for match in _MOMENT.finditer(_BOUND.sub(" ", rest)):
-        slack = _tolerance(match[1], graph)
-        windows.append(Window(float(match[1]) - slack, float(match[1]) + slack))
+        margin = _tolerance(match[1], graph)
+        windows.append(Interval(float(match[1]) - margin, float(match[1]) + margin))
     return tuple(windows)
+
+
+def stated_interval(text: str, graph: STSG) -> Interval | None:
+    """Return the part of the clip that `text` names, None if it names none; of several, the part common to all."""
+    if not graph.frame_times_s:
+        return None
+    found: Interval | None = Interval(graph.frame_times_s[0], graph.frame_times_s[-1])
+    windows = find_windows(text, graph, slack=False)
+    for window in windows:
+        found = found.shared(window) if found else None
+    return found if windows else None
 
 
 def without_times(text: str) -> str:
@@ -111,7 +119,7 @@ def _frame_length(graph: STSG) -> float:
 def part_in_question(question: str, graph: STSG) -> STSG:
     """Return the graph of the times that the question names, or the whole graph."""
     for window in find_windows(question, graph):
-        inside = [k for k, at in enumerate(graph.frame_times_s) if window.begin <= at <= window.end]
+        inside = [k for k, at in enumerate(graph.frame_times_s) if at in window]
         if not inside:
             return replace(graph, events=())
         graph = graph.subgraph(None, inside[0], inside[-1])
@@ -159,7 +167,7 @@ def _has_verb(text: str, graph: STSG) -> bool:
     return bool(
         find_events(text, graph.vocabulary.events)
         or _predicates(text, graph)
-        or re.search(_MOVES, text)
+        or re.search(MOVES, text)
         or re.search(r"\b(?:is|are|was|were|stays?)\b", text)
     )
 
@@ -168,7 +176,7 @@ def _judge_clause(clause: str, subject: tuple[str, ...], graph: STSG) -> tuple[F
     """Return the fact, and the tracklet that the clause is about, which the next clause may leave out."""
     mentioned = find_tracklets(clause, graph)
     kinds = find_events(clause, graph.vocabulary.events)
-    verb = re.search(rf"(?<!\w){re.escape(fold(kinds[0])[:3])}|{_MOVES}" if kinds else _MOVES, clause)
+    verb = re.search(rf"(?<!\w){re.escape(fold(kinds[0])[:3])}|{MOVES}" if kinds else MOVES, clause)
     if verb and not find_tracklets(clause[: verb.start()], graph):
         mentioned = tuple(dict.fromkeys((*subject, *mentioned)))
     about = mentioned[:1] or subject
@@ -200,7 +208,7 @@ def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
     predicates = _predicates(clause, graph)
     if len(mentioned) == 2 and len(predicates) == 1:
         return relation_fact(predicates[0], mentioned[0], mentioned[1], graph)
-    if len(mentioned) == 1 and (re.search(_MOVES, clause) or STILL.search(clause)):
+    if len(mentioned) == 1 and (re.search(MOVES, clause) or STILL.search(clause)):
         return _motion_fact(clause, graph.tracklet(mentioned[0]))
     return attribute_fact(clause, graph) or (None, "it claims no single event")
 
@@ -208,7 +216,7 @@ def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
 def _predicates(text: str, graph: STSG) -> list[str]:
     """Return the relations between two tracklets that `text` names."""
     unary = {r.predicate for r in graph.relations if r.subject == r.object}
-    words = (p for p in graph.vocabulary.predicates if p not in unary and not re.match(_MOVES, p))
+    words = (p for p in graph.vocabulary.predicates if p not in unary and not re.match(MOVES, p))
     return [word for word in words if _holds_word(word, text)]
 
 
@@ -294,7 +302,7 @@ def judge_details(text: str, events: Sequence[Event], graph: STSG) -> Fact | Non
     """Judge when, how often and where `text` says that `events` happen; None if it says none of these."""
     facts: list[Fact] = []
     for window in find_windows(text, graph):
-        inside = [e for e in events if window.begin <= graph.frame_times_s[e.t] <= window.end]
+        inside = [e for e in events if graph.frame_times_s[e.t] in window]
         at = ", ".join(seconds(graph, event.t) for event in events) or "never"
         facts.append((bool(inside), f"the graph says when: {at}"))
         events = inside

@@ -21,7 +21,10 @@ def graph_text(graph: STSG, style: GraphStyle = "sentences", max_lines: int = MA
     """Return the graph as the model reads it: sentences with names and seconds, the STSG text form, or both."""
     parts = []
     if style in ("stsg", "both"):
-        parts.append(_shortened(graph.to_text().splitlines(), max_lines))
+        every = max(
+            4, graph.num_frames // 16
+        )  # a long video has about as many boxes in the text as a short one
+        parts.append(_shortened(graph.to_text(every=every).splitlines(), max_lines))
     if style in ("sentences", "both"):
         parts.append(_shortened(list(_sentences(graph)), max_lines))
     return "\n".join(parts)

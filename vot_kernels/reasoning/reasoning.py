@@ -9,6 +9,7 @@ from typing import Any
 
 from vot_kernels.reasoning import prompts, steps
 from vot_kernels.reasoning.llm import LanguageModel, as_language_model, without_video
+from vot_kernels.reasoning.moments import answer_interval, asks_when
 from vot_kernels.reasoning.names import find_tracklets, fold
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -26,6 +27,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import confidence, perception_score
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.interval import Interval
 
 NOTHING_SEEN = "nothing in it was recognised"
 
@@ -142,6 +144,9 @@ class VideoOfThought:
         chosen = next((c for c in ranking.candidates if c.text == choice), None)
         mentioned = find_tracklets(choice or "", stsg)
         ids = tuple(dict.fromkeys((*task.targets, *mentioned)))
+        interval = None
+        if choice is not None and asks_when(task.question):
+            interval = answer_interval(task.question, choice, task.named, stsg)
         sure = 0.0
         if chosen is not None:
             check = next((c for c in verification.checks if c.candidate == choice), None)
@@ -158,13 +163,20 @@ class VideoOfThought:
             confidence=sure,
             decided_by=ranking.decided_by,
             verification=verification.outcome,
-            evidence=collect_evidence(stsg, ids),
+            evidence=collect_evidence(stsg if interval is None else _during(interval, stsg), ids),
             trace=tuple(trace),
             candidates=given,
             warning=warning,
             model=self.llm.name,
             switches=self.switches,
+            interval=interval,
         )
+
+
+def _during(interval: Interval, stsg: STSG) -> STSG:
+    """Return the part of the graph in an interval of time."""
+    inside = [k for k, time in enumerate(stsg.frame_times_s) if time in interval]
+    return stsg.subgraph(None, inside[0], inside[-1]) if inside else stsg
 
 
 def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:

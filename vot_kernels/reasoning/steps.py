@@ -12,7 +12,9 @@ from dataclasses import replace
 from typing import get_args
 
 from vot_kernels.reasoning import prompts
+from vot_kernels.reasoning.claims import events_of, find_windows, part_in_question
 from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
+from vot_kernels.reasoning.moments import WHEN, asks_when, proposed_moments
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -26,7 +28,8 @@ from vot_kernels.reasoning.types import (
     Verification,
 )
 from vot_kernels.reasoning.verification import check
-from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.graph import STSG, Event, Relation
+from vot_kernels.scene_graph.summary import summarised
 
 # New tokens per request; a small model on a CPU generates about 20 a second.
 TASK_TOKENS, KIND_TOKENS, ANALYSIS_TOKENS, PROPOSE_TOKENS, RATING_TOKENS = 24, 6, 40, 24, 4
@@ -34,9 +37,11 @@ LIKELIHOOD_SHARE = 0.8  # the likelihood's weight; the rest goes to the 1-10 rat
 PRIOR_WEIGHT = 0.5  # share of the likelihood without the graph that is subtracted
 TEMPERATURE = 0.25  # nats per token; this difference is a factor of e between candidates
 MAX_PROPOSALS = 8
+LONG = 64  # frames; of a longer video the model reads a summary, of a shorter one whatever fits
 
 _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
     ("counterfactual", r"\bwould\b.*\b(if|without|had)\b|\b(if|without|had)\b.*\bwould\b"),
+    ("when", WHEN),
     ("prediction", r"\bnext\b|\bwill\b|\bgoing to\b|\bwould\b"),
     ("cause", r"\bwhy\b|\bcaus\w*|\bbecause\b|\bresponsible\b|\bwhat made\b|\breason\b"),
     ("count", r"\bhow many\b|\bhow often\b|\bnumber of\b"),
@@ -67,6 +72,7 @@ _KIND_HINTS: dict[QuestionKind, str] = {
     "order": r"\b(first|last|before|after|order|sequence|earl\w+|lat\w+)\b",
     "attribute": r"\b(colou?r\w*|look\w*|kind|sort|number|digit)\b",
     "which": r"\b(which|who|whom|whose|what|name)\b",
+    "when": r"\b(when|time|moment|seconds?)\b",
     "yes/no": r"\b(whether|true|false|correct|right|possible)\b",
 }
 _ECHO_SHARE = 0.5  # a proposal that repeats more than this share of a question's words in a row is no answer
@@ -167,7 +173,7 @@ def track_objects(task: Task, graph: STSG, style: prompts.GraphStyle) -> Trackin
     relations = tuple(r for r in relations if {r.subject, r.object} <= involved)
     tracklets = tuple(t for t in graph.tracklets if t.id in involved)
     part = replace(graph, tracklets=tracklets, relations=relations, events=events)
-    return Tracking(part, prompts.graph_text(_told(part, task), style))
+    return Tracking(part, prompts.graph_text(_fitted(_told(part, task), task), style))
 
 
 def _told(part: STSG, task: Task) -> STSG:
@@ -176,7 +182,7 @@ def _told(part: STSG, task: Task) -> STSG:
     For a question about events or a direction, that is the targets' own motion and the relations that the question
     names; for any other question, it is everything.
     """
-    about_events = task.kind in ("yes/no", "count", "which", "order") and find_events(
+    about_events = task.kind in ("yes/no", "count", "which", "order", "when") and find_events(
         task.question, part.vocabulary.events
     )
     if not about_events and task.kind != "direction":
@@ -191,6 +197,28 @@ def _told(part: STSG, task: Task) -> STSG:
     return replace(part, relations=tuple(told))
 
 
+def _fitted(part: STSG, task: Task) -> STSG:
+    """Return `part` of a long video without what the prompt has no room for: what the question asks about stays.
+
+    That is first what lies in the times that it names, or near them; then events of the kind that it asks for with
+    all that it names; then other events, the relations that it names, and all others.
+    """
+    room = prompts.MAX_LINES - len(part.tracklets) - 3
+    if part.num_frames <= LONG or len(part.events) + len(part.relations) <= room:
+        return part
+    windows = find_windows(task.question, part)
+    kinds, asked = find_events(task.question, part.vocabulary.events), fold(task.question)
+
+    def importance(item: Event | Relation) -> tuple[float, int]:
+        when = part.interval(item)
+        apart = max((max(w.start_s - when.end_s, when.start_s - w.end_s, 0.0) for w in windows), default=0.0)
+        if isinstance(item, Event):
+            return -apart, 3 if item.kind in kinds and set(task.named) <= set(item.participants) else 2
+        return -apart, int(re.search(rf"\b{re.escape(fold(item.predicate))}\b", asked) is not None)
+
+    return summarised(part, max(room, 0), importance)
+
+
 def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis:
     """Step 3. Say what the targets do and why, as the model reads it from the graph with its common sense."""
     context = prompts.context(tracking.text, task.question)
@@ -202,6 +230,8 @@ def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis
 def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: STSG) -> tuple[str, ...]:
     """Return candidates for an open question: those that its kind admits, then the model's own."""
     own: tuple[str, ...] = ()
+    if asks_when(task.question) and (moments := proposed_moments(task.question, task.named, tracking.graph)):
+        return moments[:MAX_PROPOSALS]
     asks_yes_no = task.kind in ("prediction", "counterfactual") and begins_with_verb(task.question)
     if task.kind == "yes/no" or asks_yes_no:
         return ("yes", "no")
@@ -213,7 +243,13 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
         return tuple(dict.fromkeys(t.label for t in graph.tracklets))
     if task.kind == "count":
         most = max(len(graph.tracklets), len(graph.events), 1)
-        return tuple(str(n) for n in range(min(most, MAX_PROPOSALS - 1) + 1))
+        if most < MAX_PROPOSALS:
+            return tuple(str(n) for n in range(most + 1))
+        kinds = find_events(task.question, graph.vocabulary.events)
+        part = part_in_question(task.question, graph)
+        counted = len(events_of(part, kinds[0], task.named)) if kinds else 0
+        lowest = max(0, counted - MAX_PROPOSALS // 2)
+        return tuple(str(n) for n in range(lowest, lowest + MAX_PROPOSALS))
     if task.kind in ("which", "order", "cause", "prediction", "attribute"):
         named = task.targets if task.targets_by != "all" else ()
         others = [t.name for t in graph.tracklets if t.id not in named] or [t.name for t in graph.tracklets]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vot_kernels.scene_graph.graph import STSG, Box
+from vot_kernels.scene_graph.interval import Interval
 
 QuestionKind = Literal[
     "yes/no",
@@ -19,6 +20,7 @@ QuestionKind = Literal[
     "cause",
     "counterfactual",
     "prediction",
+    "when",
     "open",
 ]
 Verdict = Literal["supported", "contradicted", "uncheckable"]
@@ -82,6 +84,11 @@ class Task:
     kind_by: Literal["question", "model", "both", "default"] = "default"
     targets: tuple[str, ...] = ()
     targets_by: Literal["question", "model", "both", "all"] = "all"
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The targets, if the question itself names them."""
+        return self.targets if self.targets_by in ("question", "both") else ()
 
 
 @dataclass(frozen=True)
@@ -293,6 +300,7 @@ class Answer:
         warning: why the clip may be outside what the perception model knows, else None.
         model: name of the language model.
         switches: which steps ran.
+        interval: when, in seconds, if the question asks that and there is an answer.
     """
 
     question: str
@@ -308,6 +316,7 @@ class Answer:
     warning: str | None = None
     model: str = ""
     switches: Switches = field(default_factory=Switches)
+    interval: Interval | None = None
 
     @property
     def seconds(self) -> float:
@@ -324,7 +333,8 @@ class Answer:
 
     def headline(self) -> str:
         """Return the answer in one line."""
-        return f"Answer: {self.text} (confidence {self.confidence:.2f}, decided by {self.decided_by})"
+        when = f", {self.interval}" if self.interval and str(self.interval) not in self.text else ""
+        return f"Answer: {self.text}{when} (confidence {self.confidence:.2f}, decided by {self.decided_by})"
 
     def summary(self) -> str:
         """Return the five steps and the answer in a few lines of plain text."""

@@ -21,6 +21,7 @@ from vot_kernels.reasoning.claims import (
     without_times,
     words_left,
 )
+from vot_kernels.reasoning.moments import judge_moment
 from vot_kernels.reasoning.names import (
     absent_words,
     find_directions,
@@ -50,7 +51,7 @@ def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> Gr
         return GroundingCheck(answer, "uncheckable", "the graph shows nothing")
     part = part_in_question(task.question, graph)
     verdict, reason = _judge(task, answer, candidates, part)
-    if verdict == "supported":
+    if verdict == "supported" and task.kind != "when":
         verdict, reason = _judge_rest(task, answer, part, reason)
     return GroundingCheck(answer, verdict, reason)
 
@@ -92,7 +93,10 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
         return "uncheckable", f"the graph does not show the answer to a {task.kind} question"
     if _TIMED.search(without_times(task.question)):
         return "uncheckable", "the question is about a part of the clip that was not worked out"
-    named = task.targets if task.targets_by in ("question", "both") else ()
+    named = task.named
+    if task.kind == "when":
+        true, reason = judge_moment(task.question, answer, candidates, named, graph)
+        return _VERDICTS[true], reason
     if task.kind == "count":
         return _judge_count(task.question, answer, named, graph)
     if task.kind == "yes/no":
@@ -118,7 +122,7 @@ def _judge_rest(task: Task, answer: str, graph: STSG, reason: str) -> _Judgement
             return "contradicted", claim[1]
     asked = find_events(f"{task.question} {answer}", graph.vocabulary.events)
     if len(asked) == 1 and task.kind != "count":
-        named = task.targets if task.targets_by in ("question", "both") and len(task.targets) <= 2 else ()
+        named = task.named if len(task.targets) <= 2 else ()
         ids = dict.fromkeys((*find_tracklets(answer, graph), *named))
         events = events_of(graph, asked[0], ids)
         details = judge_details(answer, events, graph)

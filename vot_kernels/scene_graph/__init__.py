@@ -16,6 +16,7 @@ from vot_kernels.scene_graph.graph import (
     Tracklet,
     Vocabulary,
 )
+from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.scene_graph.relations import (
     GEOMETRIC_PREDICATES,
     RelationRules,
@@ -24,6 +25,7 @@ from vot_kernels.scene_graph.relations import (
     with_geometric_relations,
 )
 from vot_kernels.scene_graph.serialization import STSGFormatError, from_dict, from_json, to_dict, to_json
+from vot_kernels.scene_graph.summary import at_frames, summarised
 from vot_kernels.scene_graph.text import ISSUE_KINDS, ParseIssue, from_text, to_text
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Box",
     "CorefEdge",
     "Event",
+    "Interval",
     "Node",
     "PackedGraph",
     "ParseIssue",
@@ -43,10 +46,12 @@ __all__ = [
     "Threshold",
     "Tracklet",
     "Vocabulary",
+    "at_frames",
     "from_dict",
     "from_json",
     "from_text",
     "geometric_relations",
+    "summarised",
     "to_dict",
     "to_json",
     "to_text",

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vot_kernels.scene_graph.interval import Interval
+
 if TYPE_CHECKING:
     from vot_kernels.scene_graph.text import ParseIssue
 
@@ -292,6 +294,16 @@ class STSG:
             relations=tuple(r for r in self.relations if r.t0 <= k <= r.t1),
             events=tuple(e for e in self.events if e.t == k),
         )
+
+    def interval(self, item: Relation | Event) -> Interval:
+        """Return when a relation holds or an event happens, in seconds.
+
+        A relation lasts from its first to its last frame. An event lies somewhere between the frame before its own
+        and the one after it, so these are its ends.
+        """
+        first, last = (item.t0, item.t1) if isinstance(item, Relation) else (item.t - 1, item.t + 1)
+        times = self.frame_times_s
+        return Interval(times[max(first, 0)], times[min(last, self.num_frames - 1)])
 
     def subgraph(self, ids: Collection[str] | None = None, t0: int = 0, t1: int | None = None) -> STSG:
         """Return the part about the tracklets `ids` (None: all) in the frames t0 … t1 (inclusive; None: to the end).

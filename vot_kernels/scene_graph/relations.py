@@ -20,6 +20,9 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down")
 GEOMETRIC_PREDICATES = (*DIRECTIONS, "near", "approaches", *MOTIONS)
 """Every predicate `geometric_relations` knows. Motions are unary; `near` is symmetric; the rest directed."""
 
+INVERSES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "near": "near"}
+"""The predicate that says the same with subject and object exchanged."""
+
 
 @dataclass(frozen=True)
 class Threshold:

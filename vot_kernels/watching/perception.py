@@ -24,6 +24,10 @@ class PerceptionEyes:
     def see(self, clip: VideoClip) -> Sight:
         source = f"{Path(clip.info.path).name} seen by {self.name}"
         (detection,) = detect(self.model, self.processor, [clip.frames], [clip.times], source)
+        return self.sight(detection)
+
+    def sight(self, detection: Detection) -> Sight:
+        """Return what was detected as a sight."""
         return Sight(detection.stsg, f"the perception checkpoint {self.name}", domain_warning(detection))
 
 

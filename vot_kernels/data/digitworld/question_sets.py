@@ -24,7 +24,8 @@ def generate_questions(
     """Return `count` questions about as many clips of `split`, with every kind, and every cell within it, equally
     often.
 
-    The answer is also equally often at each position in the list of candidates.
+    The answer is also equally often at each position in the list of candidates. `kinds` are some of `KINDS`, or of
+    `TIMED_KINDS`, whose questions have no candidates but an interval.
 
     The function goes through the episodes from index `start` on and takes from each the question still needed that the
     fewest clips have admitted so far; clips that admit none are skipped. Kinds alternate in the result, so that any
@@ -32,9 +33,9 @@ def generate_questions(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}.")
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in CELLS]
     if unknown or not kinds:
-        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {list(kinds)}.")
+        raise ValueError(f"kinds must be some of {', '.join(CELLS)}, got {list(kinds)}.")
     plan = _plan(count, kinds)
     wanted = Counter(plan)
     seen: Counter[tuple[str, str]] = Counter()
@@ -64,6 +65,9 @@ def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
     moved = []
     for item in items:
         question = item.question
+        if not question.candidates:
+            moved.append(item)
+            continue
         others = [candidate for candidate in question.candidates if candidate != question.answer]
         others.insert(turns[len(others)] % (len(others) + 1), question.answer)
         turns[len(question.candidates) - 1] += 1

@@ -5,8 +5,11 @@ cell, so that neither the wording nor the most frequent answer helps. The assign
 uniformly random, so kinds whose answer is a digit are balanced by symmetry.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,10 +17,18 @@ from functools import cached_property
 import numpy as np
 
 from vot_kernels.data.digitworld.scene import Scene
-from vot_kernels.data.digitworld.truth import frame_of
+from vot_kernels.data.digitworld.truth import frame_of, true_stsg
 from vot_kernels.data.digitworld.world import Hit, Motion
+from vot_kernels.scene_graph.graph import STSG, Relation
+from vot_kernels.scene_graph.interval import Interval
+from vot_kernels.scene_graph.relations import DIRECTIONS as PLACES
+from vot_kernels.scene_graph.relations import INVERSES, MOTIONS
 
 KINDS = ("motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next")
+TIMED_KINDS = ("when",)
+"""Kinds whose answer is an interval of time instead of a candidate."""
+MOMENT_FORMS = ("hit", "bounce", "place", "motion")
+THIRDS = ("early", "middle", "late")
 DIRECTIONS = ("left", "right", "up", "down")
 YES_NO = ("yes", "no")
 MAX_COUNT = {"all hits": 4, "hits": 3, "bounces": 3}
@@ -29,6 +40,7 @@ CELLS: dict[str, tuple[str, ...]] = {
     "causal": ("turn", "needed"),
     "counterfactual": ("yes: flip", "no: flip", "yes: same", "no: same"),
     "next": ("next",),
+    "when": tuple(f"{form}: {third}" for form in MOMENT_FORMS for third in THIRDS),
 }
 """Per kind, the cells that are filled equally. "flip": the counterfactual answer is not the fact."""
 
@@ -46,6 +58,8 @@ HORIZON = 4.0  # the next hit must come within this many seconds after the end
 DOMINANCE = 1.5  # a direction of motion outweighs the other axis by this factor
 MIN_MOVED = 0.5  # radii; a shorter path has no direction
 MIN_APART = 2  # frames between two hits whose order is asked
+MIN_LASTING = 3  # frames of a place or motion that is asked for
+MAX_LASTING = 0.6  # of the clip
 MIN_MISS = 0.1  # radii; discs that do not hit each other stay at least this far apart
 NEAR_MISS = 1.0  # radii; discs that could have hit each other come at least this close
 CHANGED = 0.25  # radii by which removing an object must move another one to matter
@@ -57,13 +71,14 @@ class Question:
     """A question with a closed set of answers.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `TIMED_KINDS`.
         text: the question.
-        candidates: 2 to 5 answers in shuffled order, among them `answer`.
+        candidates: 2 to 5 answers in shuffled order, among them `answer`; none for a kind of `TIMED_KINDS`.
         answer: the right answer.
         flip: whether this is a counterfactual whose answer is the opposite of what happened.
         cell: one of `CELLS[kind]`.
         objects: track ids named in the text.
+        interval: the right answer in seconds, for a kind of `TIMED_KINDS`.
     """
 
     kind: str
@@ -73,6 +88,7 @@ class Question:
     flip: bool = False
     cell: str = ""
     objects: tuple[str, ...] = ()
+    interval: Interval | None = None
 
 
 class Facts:
@@ -92,6 +108,20 @@ class Facts:
     def busy(self) -> set[int]:
         """Objects that take part in a hit."""
         return {body for hit in self.motion.hits for body in hit.pair}
+
+    @cached_property
+    def stsg(self) -> STSG:
+        return true_stsg(self.scene, self.motion)
+
+    def around(self, time: float) -> Interval:
+        """Return when an event at `time` seconds happens: from a frame's length before it to one after it."""
+        frame = 1 / self.scene.fps
+        return Interval(max(0.0, time - frame), min(self.scene.duration, time + frame))
+
+    def third(self, interval: Interval) -> str:
+        """Return the third of the clip in which the middle of an interval lies."""
+        middle = (interval.start_s + interval.end_s) / 2
+        return THIRDS[min(2, int(3 * middle / self.scene.duration))]
 
     def pairs(self) -> Iterator[tuple[int, int]]:
         return itertools.combinations(range(self.count), 2)
@@ -356,6 +386,56 @@ class Asker:
                 self.names[partner],
                 body,
             )
+
+    def _when(self, cell: str) -> Iterator[Question]:
+        """Ask when the only event or relation of its kind happens; the cell says in which third of the clip."""
+        form, third = cell.split(": ")
+        for text, interval, objects in getattr(self, f"_when_{form}")():
+            if self.facts.third(interval) == third:
+                question = self._question("when", text, (), str(interval), *objects)
+                yield replace(question, interval=interval)
+
+    def _when_hit(self) -> Iterator[_Moment]:
+        for a, b in self.facts.pairs():
+            hits = self.facts.hits_of(a, b)
+            if len(hits) == 1:
+                first, second = self._swap(a, b)
+                text = f"When does {self.names[first]} hit {self.names[second]}?"
+                yield text, self.facts.around(hits[0].time), (first, second)
+
+    def _when_bounce(self) -> Iterator[_Moment]:
+        for body, name in enumerate(self.names):
+            times = [bounce.time for bounce in self.facts.motion.bounces if bounce.body == body]
+            if len(times) == 1:
+                yield f"When does {name} bounce off a wall?", self.facts.around(times[0]), (body,)
+
+    def _when_place(self) -> Iterator[_Moment]:
+        for relation in self._lasting(PLACES):
+            ends, place = (int(relation.subject[1:]) - 1, int(relation.object[1:]) - 1), relation.predicate
+            if self.rng.random() < 0.5:
+                ends, place = ends[::-1], INVERSES[place]
+            text = f"When is {self.names[ends[0]]} {place} {self.names[ends[1]]}?"
+            yield text, self.facts.stsg.interval(relation), ends
+
+    def _when_motion(self) -> Iterator[_Moment]:
+        for relation in self._lasting(MOTIONS):
+            body, motion = int(relation.subject[1:]) - 1, relation.predicate.removeprefix("moves ")
+            text = f"When does {self.names[body]} move {motion}?"
+            yield text, self.facts.stsg.interval(relation), (body,)
+
+    def _lasting(self, predicates: tuple[str, ...]) -> Iterator[Relation]:
+        """Yield the relations that hold once, for some frames but not for most of the clip."""
+        relations = [r for r in self.facts.stsg.relations if r.predicate in predicates]
+        often = Counter((r.subject, r.predicate, r.object) for r in relations)
+        longest = MAX_LASTING * self.facts.scene.num_frames
+        for relation in relations:
+            once = often[relation.subject, relation.predicate, relation.object] == 1
+            if once and MIN_LASTING <= relation.t1 - relation.t0 + 1 <= longest:
+                yield relation
+
+
+_Moment = tuple[str, Interval, tuple[int, ...]]
+"""The text of a question, its answer, and the objects in it."""
 
 
 def ask_all(scene: Scene, motion: Motion, rng: np.random.Generator) -> tuple[Question, ...]:

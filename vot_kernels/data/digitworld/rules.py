@@ -64,6 +64,13 @@ def _did_hit(tracks: Tracks, candidates: Sequence[str], a: int, b: int, half: st
     return "yes" if len(moments) else "no"
 
 
+def _did_hit_between(
+    tracks: Tracks, candidates: Sequence[str], a: int, b: int, begin: str, end: str
+) -> str | None:
+    moments = tracks.times[tracks.hits_of(a, b)]
+    return "yes" if ((float(begin) <= moments) & (moments <= float(end))).any() else "no"
+
+
 def _count_all(tracks: Tracks, candidates: Sequence[str]) -> str | None:
     return _nearest_number(len(tracks.hits), candidates)
 
@@ -167,6 +174,8 @@ _RULES: tuple[tuple[str, _Rule], ...] = (
         _motion,
     ),
     (rf"Does {_NAME} hit {_NAME}(?: in the (first|second) half of the clip)?\?", _did_hit),
+    (rf"Does {_NAME} hit {_NAME} between ([\d.]+) and ([\d.]+) s\?", _did_hit_between),
+    (rf"Which digit does {_NAME} hit at ([\d.]+) s\?", _cause_of_turn),
     (r"How many times do two digits hit each other\?", _count_all),
     (rf"How many times does {_NAME} hit another digit\?", _count_hits),
     (rf"How many times does {_NAME} bounce off a wall\?", _count_bounces),

@@ -13,6 +13,7 @@ from vot_kernels.data.digitworld.episode import Episode
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.files import atomic_write
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.interval import Interval
 
 FORMAT = "digitworld-1"
 
@@ -106,6 +107,7 @@ def load_sidecar(path: str | os.PathLike[str]) -> Sidecar:
 
 def question_from_dict(fields: dict[str, Any]) -> Question:
     """Return the question that `dataclasses.asdict` turned into `fields`; KeyError if one is missing."""
+    interval = fields.get("interval")  # files of an older version lack it
     return Question(
         kind=str(fields["kind"]),
         text=str(fields["text"]),
@@ -114,4 +116,5 @@ def question_from_dict(fields: dict[str, Any]) -> Question:
         flip=bool(fields["flip"]),
         cell=str(fields["cell"]),
         objects=tuple(fields["objects"]),
+        interval=None if interval is None else Interval(**interval),
     )

@@ -1,5 +1,6 @@
 """The result of reading a file: frames, their times, and a report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -146,14 +147,30 @@ def make_clip(
     **facts: Any,
 ) -> VideoClip:
     frames, times = picker.result()
-    info = VideoInfo(
+    info = make_info(
+        path, request, times.tolist(), (frames.shape[2], frames.shape[1]), orientation=orientation, **facts
+    )
+    return VideoClip(frames, times, info)
+
+
+def make_info(
+    path: Path,
+    request: Request,
+    times: Sequence[float],
+    size: tuple[int, int],
+    *,
+    orientation: Orientation,
+    **facts: Any,
+) -> VideoInfo:
+    """Return the report about frames of `size` (width, height) that were sampled at `times`."""
+    return VideoInfo(
         path=str(path),
-        width=frames.shape[2],
-        height=frames.shape[1],
+        width=size[0],
+        height=size[1],
         rotation=orientation.rotation,
         mirrored=orientation.mirrored,
         frames_sampled=len(times),
-        sampled_times_s=tuple(times.tolist()),
+        sampled_times_s=tuple(times),
         fps=None if request.fps is None else float(request.fps),
         max_frames=None if request.max_frames is None else int(request.max_frames),
         num_frames=None if request.num_frames is None else int(request.num_frames),
@@ -162,4 +179,3 @@ def make_clip(
         max_pixels=None if request.max_pixels is None else int(request.max_pixels),
         **facts,
     )
-    return VideoClip(frames, times, info)

@@ -2,17 +2,17 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 
-from vot_kernels.data.video.clip import Orientation, VideoClip, make_clip
+from vot_kernels.data.video.clip import Orientation, VideoClip, VideoInfo, make_info
 from vot_kernels.data.video.images import is_animated, load_animation, load_image, open_image
-from vot_kernels.data.video.picker import Picker, sampling_warnings
+from vot_kernels.data.video.picker import Picker, sampling_warnings, stacked
 from vot_kernels.data.video.progress import progress_bar
 from vot_kernels.data.video.reader import Reader
 from vot_kernels.data.video.request import Request, VideoError
@@ -57,14 +57,87 @@ def load_video(
         VideoError: the request is invalid, or the file is missing, empty, not a media file, or has no picture.
     """
     request = Request(fps, num_frames, start, end, max_pixels, max_frames)
-    file = _local_file(path)
+    return _open(_local_file(path), request, progress).clip()
+
+
+def stream_video(
+    path: str | os.PathLike[str],
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    max_pixels: int | None = None,
+    progress: bool = False,
+) -> "FrameStream":
+    """Sample frames as `load_video` does, but hand them over one by one, so that a file may be of any length.
+
+    Memory is that of a few frames; only an image or an animation is read as a whole. The first frame is decoded at
+    once, so that a file that cannot be read is reported here.
+
+    Raises:
+        VideoError: as in `load_video`.
+    """
+    request = Request(fps, num_frames, start, end, max_pixels, None)
+    return _open(_local_file(path), request, progress)
+
+
+def _open(file: Path, request: Request, progress: bool) -> "FrameStream":
     image = open_image(file)
     if image is None:
-        return _load_video(file, request, progress)
+        return _VideoStream(file, request, progress)
     with image:
-        return (
-            load_animation(file, image, request) if is_animated(image) else load_image(file, image, request)
-        )
+        load = load_animation if is_animated(image) else load_image
+        return FrameStream.of(load(file, image, request))
+
+
+class FrameStream:
+    """Sampled frames in order of time, once: pairs of a frame, uint8 `[height, width, 3]`, and its time in seconds.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: Path, frames: Iterator[tuple[np.ndarray, float]], info: VideoInfo | None = None):
+        self.path = path
+        self._info = info
+        self._first = next(frames, None)
+        self._rest = frames
+
+    @classmethod
+    def of(cls, clip: VideoClip) -> "FrameStream":
+        """Stream the frames of a clip that is already in memory."""
+        pairs = zip(clip.frames, clip.times.tolist(), strict=True)
+        return FrameStream(Path(clip.info.path), iter(pairs), clip.info)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            yield first
+        yield from self._rest
+
+    @property
+    def info(self) -> VideoInfo:
+        """What the file is, and what was sampled.
+
+        Raises:
+            VideoError: some frames have not been read yet.
+        """
+        if self._info is None:
+            raise VideoError(f"'{self.path}' must be read to its end before its description is known.")
+        return self._info
+
+    def clip(self) -> VideoClip:
+        """Return all frames as one clip."""
+        frames, times = [], []
+        for frame, time in self:
+            frames.append(frame)
+            times.append(time)
+        return VideoClip(stacked(frames), np.array(times, dtype=np.float64), self.info)
+
+    def stop(self) -> VideoInfo:
+        """Close the file before its end, and return the report about the frames that were read."""
+        return self.info
 
 
 def _local_file(path: str | os.PathLike[str]) -> Path:
@@ -91,35 +164,57 @@ def _local_file(path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _load_video(path: Path, request: Request, progress: bool) -> VideoClip:
-    with Reader(path) as reader:
-        duration, present = reader.duration()
-        start, end = request.span(duration, f"'{path}'")
-        converter = _Converter(request, reader.pixel_aspect)
-        picker = Picker(request.times(start, end), reader.tolerance, converter)
-        with progress_bar(path.name, start, end, shown=progress) as report:
-            _pick(reader, picker, report)
-        cut = _cut_off(reader, picker, end, present)
-        picker.close(reader.end if cut else math.inf)
-        if not picker.times:
-            raise VideoError(_nothing_decoded(path, reader, start, duration))
-        complete = not cut and not reader.damage.count
-        warnings = _video_warnings(reader, picker, converter, duration, cut)
-        warnings += sampling_warnings(picker, complete)
-        source = reader.stream.codec_context
-        kind: Literal["video", "image"] = "video"
-        if reader.container.format.name == "image2" or reader.container.format.name.endswith("_pipe"):
-            kind = "image"
-        return make_clip(
-            path, request, picker, kind=kind, container=reader.container.format.name, codec=source.name,
-            source_width=converter.source[0], source_height=converter.source[1],
-            orientation=converter.orientation, average_fps=None if kind == "image" else reader.rate,
-            duration_s=duration, complete=complete, decoded_until_s=reader.end, warnings=tuple(warnings),
-        )  # fmt: skip
+class _VideoStream(FrameStream):
+    """The frames of a video file, decoded when they are asked for."""
+
+    def __init__(self, path: Path, request: Request, progress: bool):
+        self._size = 0, 0
+        super().__init__(path, self._decode(path, request, progress))
+
+    def _decode(self, path: Path, request: Request, progress: bool) -> Iterator[tuple[np.ndarray, float]]:
+        with Reader(path) as reader:
+            duration, present = reader.duration()
+            start, end = request.span(duration, f"'{path}'")
+            converter = _Converter(request, reader.pixel_aspect)
+            picker = Picker(request.times(start, end), reader.tolerance, converter)
+            cut = stopped = False
+            try:
+                with progress_bar(path.name, start, end, shown=progress) as report:
+                    for _ in _pick(reader, picker, report):
+                        yield from self._new(picker)
+                cut = _cut_off(reader, picker, end, present)
+                picker.close(reader.end if cut else math.inf)
+                yield from self._new(picker)
+            except GeneratorExit:
+                stopped = True
+            if not picker.times:
+                raise VideoError(_nothing_decoded(path, reader, start, duration))
+            complete = not cut and not stopped and not reader.damage.count
+            warnings = _video_warnings(reader, picker, converter, duration, cut)
+            warnings += sampling_warnings(picker, complete)
+            source, container = reader.stream.codec_context, reader.container.format.name
+            still = container == "image2" or container.endswith("_pipe")
+            self._info = make_info(
+                path, request, picker.times, self._size, kind="image" if still else "video", container=container,
+                codec=source.name, source_width=converter.source[0], source_height=converter.source[1],
+                orientation=converter.orientation, average_fps=None if still else reader.rate,
+                duration_s=duration, complete=complete, decoded_until_s=reader.end, warnings=tuple(warnings),
+            )  # fmt: skip
+
+    def _new(self, picker: Picker) -> Iterator[tuple[np.ndarray, float]]:
+        """Yield what the picker has kept since the last call."""
+        frames = picker.take()
+        for frame, time in zip(frames, picker.times[len(picker.times) - len(frames) :], strict=True):
+            self._size = frame.shape[1], frame.shape[0]
+            yield frame, time
+
+    def stop(self) -> VideoInfo:
+        self._rest.close()  # type: ignore[attr-defined]
+        return self.info
 
 
-def _pick(reader: Reader, picker: Picker, report: Callable[[float], None]) -> None:
-    """Feed frames to the picker until it has all it needs or nothing more can be decoded."""
+def _pick(reader: Reader, picker: Picker, report: Callable[[float], None]) -> Iterator[None]:
+    """Feed frames to the picker until it has all it needs or nothing more can be decoded; yield after each."""
     position = 0.0
     while not picker.done:
         if picker.next_wanted - position > _SEEK_GAP_S:
@@ -130,6 +225,7 @@ def _pick(reader: Reader, picker: Picker, report: Callable[[float], None]) -> No
         position = item[0]
         picker.offer(*item)
         report(position)
+        yield
 
 
 def _cut_off(reader: Reader, picker: Picker, end: float, present: float | None) -> bool:

@@ -43,13 +43,23 @@ class Picker:
         self.times.append(start)
         self.index = int(np.searchsorted(self.wanted, end, side="left"))
 
+    def take(self) -> list[np.ndarray]:
+        """Return the frames kept since the last call, and forget them; their times stay."""
+        taken, self.frames = self.frames, []
+        return taken
+
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Return frames `[frames, height, width, 3]` and times `[frames]`; this object's own frames are released."""
-        stacked = np.empty((len(self.frames), *self.frames[0].shape), dtype=np.uint8)
-        for i in range(len(self.frames)):
-            stacked[i] = self.frames[i]
-            self.frames[i] = stacked[:0]  # frees the frame, so that there is no second copy of the clip
-        return stacked, np.array(self.times, dtype=np.float64)
+        return stacked(self.take()), np.array(self.times, dtype=np.float64)
+
+
+def stacked(frames: list[np.ndarray]) -> np.ndarray:
+    """Return frames `[height, width, 3]` as one array; each is released when it is copied."""
+    clip = np.empty((len(frames), *frames[0].shape), dtype=np.uint8)
+    for i in range(len(frames)):
+        clip[i] = frames[i]
+        frames[i] = clip[:0]  # frees the frame, so that there is no second copy of the clip
+    return clip
 
 
 def sampling_warnings(picker: Picker, complete: bool) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderPreTrainedModel
+from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderOutput, VotEncoderPreTrainedModel
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.head import HeadOutput, STSGHead
 from vot_kernels.ops.pack_patches import unpack_patches
@@ -71,6 +71,7 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
         image_grid_thw: Tensor,
         fps: Tensor,
         output_balance: bool | None = None,
+        tokens: Tensor | None = None,
     ) -> VotPerceptionOutput:
         """Run the model on clips. With `return_dict=False` the output is a tuple of the fields that are not None.
 
@@ -79,27 +80,33 @@ class VotPerceptionModel(VotEncoderPreTrainedModel):
             image_grid_thw: int64 `[clips, 3]`.
             fps: float32 `[clips]`, frames per second.
             output_balance: as in `VotEncoder`.
+            tokens: `[patches, hidden_size]`, the encoder's output where it was computed before, as for a stream; then
+                nothing is pooled.
         """
-        seen = self.encoder(
-            pixel_values, image_grid_thw, fps=fps, output_balance=output_balance, return_dict=True
-        )
+        seen = VotEncoderOutput(last_hidden_state=tokens)
+        if tokens is None:
+            seen = self.encoder(
+                pixel_values, image_grid_thw, fps=fps, output_balance=output_balance, return_dict=True
+            )
+            tokens = seen.last_hidden_state
+        assert tokens is not None
         config = self.config.encoder
         frames = unpack_patches(
             pixel_values, image_grid_thw, config.patch_size, temporal_patch_size=config.temporal_patch_size
         )
-        tokens = seen.last_hidden_state.split(image_grid_thw.prod(1).tolist())
+        of_clip = tokens.split(image_grid_thw.prod(1).tolist())
         buckets: dict[tuple[int, int, int], list[int]] = {}
         for index, grid in enumerate(image_grid_thw.tolist()):
             buckets.setdefault((grid[0], grid[1], grid[2]), []).append(index)
         outputs = [
             self.head(
-                torch.stack([tokens[i] for i in clips]),
+                torch.stack([of_clip[i] for i in clips]),
                 grid,
                 torch.stack([frames[i][:: config.temporal_patch_size] for i in clips]),
             )
             for grid, clips in buckets.items()
         ]
-        mean_tokens = _segment_means(seen.last_hidden_state, image_grid_thw)
+        mean_tokens = _segment_means(tokens, image_grid_thw)
         return VotPerceptionOutput(
             clips=outputs,
             clip_index=[torch.tensor(clips) for clips in buckets.values()],

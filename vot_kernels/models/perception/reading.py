@@ -1,7 +1,7 @@
 """Conversion of the head's output to a spatial-temporal scene graph."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class Detection:
 
     Attributes:
         stsg: the graph; track ids in order of first appearance.
-        queries: for each tracklet the query that found it.
+        queries: for each tracklet the query that found it; empty for a graph that was joined from several windows.
         domain_distance, domain_threshold: distance of the clip from the training clips, and the limit.
     """
 
@@ -49,10 +49,15 @@ def detect(
     clips: Sequence[np.ndarray],
     times: Sequence[np.ndarray],
     source: str = "",
+    read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> list[Detection]:
-    """Detect the graphs of clips of any sizes: uint8 `[T, H, W, 3]` with frame times in seconds, float `[T]`."""
+    """Detect the graphs of clips of any sizes: uint8 `[T, H, W, 3]` with frame times in seconds, float `[T]`.
+
+    `read` computes the tokens instead of the encoder; see `TokenStream.reader`.
+    """
     inputs = processor(list(clips), fps=[sampled_fps(t) for t in times]).to(model.device)
-    output = model.eval()(**inputs)
+    tokens = None if read is None else read(inputs["pixel_values"], inputs["image_grid_thw"], inputs["fps"])
+    output = model.eval()(**inputs, tokens=tokens)
     found: dict[int, Detection] = {}
     limit = float(model.domain_threshold)
     for head, index in zip(output.clips, output.clip_index, strict=True):

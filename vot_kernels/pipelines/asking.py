@@ -1,0 +1,89 @@
+"""One question about each of many DigitWorld clips, resumable: what the evaluations share."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vot_kernels.data.digitworld.codec import h264_roundtrip
+from vot_kernels.data.digitworld.question_sets import AskedEpisode
+from vot_kernels.files import append_json_lines, read_json_lines
+from vot_kernels.models.encoder.processing import VotImageProcessor
+from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.pipelines.progress import track
+
+LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
+Row = dict[str, Any]
+_CRF = 23
+
+
+def answer_rows(
+    perception: VotPerceptionModel,
+    processor: VotImageProcessor,
+    asked: Sequence[AskedEpisode],
+    settings: Row,
+    rows_file: str | os.PathLike[str],
+    answer: Callable[[AskedEpisode, np.ndarray, Detection], Row],
+) -> list[Row]:
+    """Return a row for each question: `answer` of its clip's frames, which pass through H.264, and of the graph seen.
+
+    Each row is at once appended to `rows_file`, after a row with the settings.
+
+    Raises:
+        ValueError: `rows_file` belongs to a run with other settings.
+    """
+    file = Path(rows_file)
+    rows = _read_rows(file, settings)
+    with append_json_lines(file) as append:
+        if not file.stat().st_size:
+            append({"settings": settings})
+        for item in track(asked[len(rows) :], "Asking", done=len(rows)):
+            frames = h264_roundtrip(item.episode.frames(), _CRF)
+            (seen,) = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
+            rows.append(answer(item, frames, seen))
+            append(rows[-1])
+    return rows
+
+
+def looked_note(settings: Row) -> list[str]:
+    """Return the sentence about what the model looked at; none for results of an older version, which lack it."""
+    names = [name for name in LOOKED_AT if name in settings]
+    looked = "; ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in names)
+    return [f"Looked at: {looked}."] if looked else []
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines of text in columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def looked_at(asked: Sequence[AskedEpisode]) -> dict[str, str]:
+    """Describe what of the clips reaches the model. Other frames, or another decoder, give other scores."""
+    import av
+
+    scenes = [item.episode.scene for item in asked]
+    return {
+        "frames": _span(scene.num_frames for scene in scenes),
+        "frame_size": _span(f"{scene.size[1]} × {scene.size[0]}" for scene in scenes),
+        "fps": _span(f"{scene.fps:g}" for scene in scenes),
+        "codec": f"H.264, crf {_CRF}, yuv420p",
+        "decoder": f"PyAV {av.__version__}",
+    }
+
+
+def _span(values: Iterable[object]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
+
+
+def _read_rows(path: Path, settings: Row) -> list[Row]:
+    """Return the rows of an earlier, interrupted run."""
+    lines = read_json_lines(path)
+    if lines and lines[0].get("settings") != settings:
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({lines[0].get('settings')}); move it away."
+        )
+    return lines[1:]

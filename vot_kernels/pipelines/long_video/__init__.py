@@ -1,0 +1,6 @@
+"""Videos of any length in bounded memory: windows that overlap, read one by one and joined into one scene graph."""
+
+from vot_kernels.pipelines.long_video.joining import GraphJoiner
+from vot_kernels.pipelines.long_video.reading import Seen, see_stream
+
+__all__ = ["GraphJoiner", "Seen", "see_stream"]

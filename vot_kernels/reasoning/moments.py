@@ -1,0 +1,147 @@
+"""When something happens: the moments of a graph, those that a question asks for, and how an answer fits them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from vot_kernels.reasoning.claims import (
+    MOVES,
+    Fact,
+    events_of,
+    part_in_question,
+    stated_interval,
+    without_times,
+    words_left,
+)
+from vot_kernels.reasoning.names import absent_words, find_directions, find_events, fold, unknown_words
+from vot_kernels.scene_graph.graph import STSG, Relation
+from vot_kernels.scene_graph.interval import Interval
+from vot_kernels.scene_graph.relations import INVERSES
+
+FITS = 0.5  # temporal IoU from which an answer is right without a comparison, as in R@0.5
+WHEN = (
+    r"\bwhen (?:exactly )?(?:do|does|did|is|are|was|were|will|has|have|had|can|could)\b"
+    r"|\b(?:at|in|during|around|from|until) (?:what|which) (?:time|moment|second|seconds|point|part|interval)\b"
+    r"|^what time\b|\bhow (?:long|many seconds) into\b"
+)
+_TIME_WORDS = re.compile(
+    r"\b(?:when|what|which|how|long|many|into|times?|moments?|seconds?|points?|parts?)\b"
+)
+_WALL = re.compile(r"\b(?:walls?|edges?|borders?)\b")
+
+
+def asks_when(question: str) -> bool:
+    """Whether the answer to `question` is an interval of time."""
+    return re.search(WHEN, fold(question)) is not None
+
+
+def moments_of(graph: STSG) -> list[Interval]:
+    """Return when each event happens and each relation holds, by time, without repetition."""
+    found = {*map(graph.interval, graph.events), *map(graph.interval, graph.relations)}
+    return sorted(found, key=lambda i: (i.start_s, i.end_s))
+
+
+def asked_moments(question: str, named: Sequence[str], graph: STSG) -> list[Interval] | None:
+    """Return the moments of what `question` asks for, by time; None if it is not one event or relation of the graph.
+
+    named: ids of the tracklets that it names, in its order. "first" and "last" choose among several moments.
+    """
+    words = without_times(question)
+    if len(named) > 2 or absent_words(words, graph) or unknown_words(_TIME_WORDS.sub(" ", words), graph):
+        return None
+    kinds, predicates = _events_asked(words, graph), _predicates_asked(words, graph)
+    if len(kinds) + len(predicates) != 1:
+        return None
+    part = part_in_question(question, graph)
+    if kinds:
+        found = [part.interval(event) for event in events_of(part, kinds[0], named)]
+    else:
+        found = [part.interval(relation) for relation in _relations_of(part, predicates[0], named)]
+    turn = re.search(r"\b(first|last)\b", words)
+    if turn is None:
+        return found
+    return found[:1] if turn[1] == "first" else found[-1:]
+
+
+def proposed_moments(question: str, named: Sequence[str], graph: STSG) -> tuple[str, ...]:
+    """Return every moment of `graph` in words as candidates, those that `question` asks for first."""
+    asked = asked_moments(question, named, graph) or []
+    return tuple(map(str, dict.fromkeys((*asked, *moments_of(part_in_question(question, graph))))))
+
+
+def answer_interval(question: str, choice: str, named: Sequence[str], graph: STSG) -> Interval | None:
+    """Return the interval that an answer stands for: its own words, else the first moment that the graph shows."""
+    exact = next((moment for moment in moments_of(graph) if str(moment) == choice), None)
+    stated = exact or stated_interval(choice, graph)
+    asked = asked_moments(question, named, graph) if stated is None else None
+    return asked[0] if asked else stated
+
+
+def judge_moment(
+    question: str, answer: str, candidates: Sequence[str], named: Sequence[str], graph: STSG
+) -> Fact:
+    """Judge an answer to a question of when by its temporal IoU with the moments that the graph shows.
+
+    It is wrong without time in common, and if another candidate fits better; it is right if it fits best, or by half.
+    """
+    asked = asked_moments(question, named, graph)
+    if asked is None:
+        return None, "the question is not about one event or relation of the graph"
+    stated = stated_interval(answer, graph)
+    if stated is None:
+        return None, "the answer names no time"
+    if unknown := words_left(answer, graph):
+        return None, f"the graph says nothing about '{unknown[0]}'"
+    if not asked:
+        return False, "the graph never shows it"
+    fits = [_fit(candidate, asked, graph) for candidate in candidates]
+    mine, best = _fit(answer, asked, graph), max(fits)
+    reason = f"the graph shows it at {' and '.join(map(str, asked[:3]))}"
+    if mine == 0 or mine < best:
+        return False, reason
+    return (True if mine >= FITS or fits.count(best) < len(fits) else None), reason
+
+
+def _fit(answer: str, asked: Sequence[Interval], graph: STSG) -> float:
+    stated = stated_interval(answer, graph)
+    return 0.0 if stated is None else max(stated.iou(moment) for moment in asked)
+
+
+def _events_asked(words: str, graph: STSG) -> tuple[str, ...]:
+    kinds = find_events(words, graph.vocabulary.events)
+    # What hits a wall bounces off it: an event of one participant, where the graph has both kinds.
+    if kinds == ("hits",) and _WALL.search(words) and "bounces" in graph.vocabulary.events:
+        return ("bounces",)
+    return kinds
+
+
+def _predicates_asked(words: str, graph: STSG) -> tuple[str, ...]:
+    """Return the predicates that `words` use in any form: "moving to the left" for "moves left"."""
+    own = graph.vocabulary.predicates
+    inverse = (INVERSES[predicate] for predicate in own if predicate in INVERSES)
+    directions = find_directions(words) if re.search(MOVES, words) else frozenset()
+    motions = {f"moves {direction}" for direction in directions}
+    return tuple(p for p in dict.fromkeys((*own, *inverse)) if p in motions or re.search(_pattern(p), words))
+
+
+def _pattern(predicate: str) -> str:
+    stems = [re.escape(word.removesuffix("s").removesuffix("e")) for word in fold(predicate).split()]
+    return r"(?<!\w)" + r"\w*\W+(?:(?:to|the|towards?)\W+){0,2}".join(stems) + r"\w*"
+
+
+def _relations_of(graph: STSG, predicate: str, named: Sequence[str]) -> list[Relation]:
+    """Return the relations `predicate` in which `named` are subject and object in this order, by time.
+
+    Where the graph has none, those that say the same the other way round.
+    """
+    found = [r for r in graph.relations if r.predicate == predicate and _between(r, named)]
+    if not found and predicate in INVERSES:
+        back = named[::-1]
+        found = [r for r in graph.relations if r.predicate == INVERSES[predicate] and _between(r, back)]
+    return sorted(found, key=lambda relation: (relation.t0, relation.t1))
+
+
+def _between(relation: Relation, named: Sequence[str]) -> bool:
+    ends = (relation.subject, relation.object)
+    return ends == tuple(named) if len(named) == 2 else set(named) <= {relation.subject}
