@@ -15,7 +15,7 @@ EXTRAS = {
     },
     "train": {"sklearn": "scikit-learn", "rich": "rich"},
     "cli": {"typer": "typer", "rich": "rich"},
-    "vlm": {"torchvision": "torchvision", "scipy": "scipy", "num2words": "num2words"},
+    "vlm": {"torchvision": "torchvision", "num2words": "num2words"},
     "web": {"gradio": "gradio", "starlette": "gradio"},
     "rl": {"peft": "peft"},
     "lmms": {"lmms_eval": "lmms_eval"},

@@ -81,7 +81,7 @@ def _pairs(
     tracks: Sequence[_Track], objects: Sequence[Found], looks: Sequence[np.ndarray], frame: int
 ) -> dict[int, _Track]:
     """Return the track of each object that continues one, by the number of the object."""
-    with imports_for("Tracking of objects", "vlm"):
+    with imports_for("Tracking of objects", "video"):
         from scipy.optimize import linear_sum_assignment
 
     if not tracks or not objects:
