@@ -11,10 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.distributed.ranks import Case
+from tests.torchvision_operators import make_torchvision_importable
 from vot_kernels import distributed
-from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
-from vot_kernels.packing import PackedLayout
-from vot_kernels.testing import make_tensor, max_error
+
+make_torchvision_importable()  # ranks are new processes, for which the tests' own preparation does not count
+from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig  # noqa: E402
+from vot_kernels.packing import PackedLayout  # noqa: E402
+from vot_kernels.testing import make_tensor, max_error  # noqa: E402
 
 GRID = torch.tensor([[7, 2, 3], [1, 3, 2], [3, 2, 2]])  # a clip, an image and a clip
 FPS = torch.tensor([4.0, 0.0, 2.0])
