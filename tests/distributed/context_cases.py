@@ -1,6 +1,8 @@
 """A whole encoder on rows that are spread over ranks, against the same encoder in one process."""
 
 import copy
+import multiprocessing
+import sys
 from functools import partial
 
 import pytest
@@ -11,10 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.distributed.ranks import Case
-from tests.torchvision_operators import make_torchvision_importable
+from tests.torchvision_operators import FOLDER, make_torchvision_importable
 from vot_kernels import distributed
 
-make_torchvision_importable()  # ranks are new processes, for which the tests' own preparation does not count
+if (
+    multiprocessing.parent_process() is not None
+):  # a rank has the path of the tests, but not what they declared
+    sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
+    make_torchvision_importable()
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig  # noqa: E402
 from vot_kernels.packing import PackedLayout  # noqa: E402
 from vot_kernels.testing import make_tensor, max_error  # noqa: E402
