@@ -16,9 +16,8 @@ from tests.distributed.ranks import Case
 from tests.torchvision_operators import FOLDER, make_torchvision_importable
 from vot_kernels import distributed
 
-if (
-    multiprocessing.parent_process() is not None
-):  # a rank has the path of the tests, but not what they declared
+# A rank has the path of the tests, but not what they declared. It is still being made, and has no parent yet.
+if multiprocessing.current_process().name != "MainProcess":
     sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
     make_torchvision_importable()
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig  # noqa: E402
