@@ -122,7 +122,10 @@ def hybrid_attention(
     plan = _plan_of(layout, q, process_group, window, causal)
     if plan.exact:
         return _ExactAttention.apply(q, k, v, plan, call)
-    return _HybridAttention.apply(q, k, v, far_weight if weighs else beta, plan, call)
+    weight = far_weight if weighs else beta
+    if weight is not None:  # the ranks' parts of its gradient are summed before they are rounded
+        weight = weight.to(accumulator(weight.dtype))
+    return _HybridAttention.apply(q, k, v, weight, plan, call)
 
 
 @autocasts("q", "k", "v")
