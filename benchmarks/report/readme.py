@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vlm.md", "long-video.md")),
+    *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vot-model.md", "long-video.md")),
 )
 """The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

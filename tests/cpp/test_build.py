@@ -145,9 +145,13 @@ def test_the_instruction_sets_of_a_processor(monkeypatch):
     ):
         monkeypatch.setattr(build, "_processor_flags", lambda flags=flags: flags)
         monkeypatch.setattr(build, "_takes", lambda options: True)
+        monkeypatch.setattr(build, "_lends_tiles", lambda: True)
         assert build.default_isas() == isas
     monkeypatch.setattr(build, "_processor_flags", lambda: avx512 | amx | {"avx2", "fma"})
     monkeypatch.setattr(build, "_takes", lambda options: "-mamx-tile" not in options)  # as g++ 10
+    assert build.default_isas() == ("avx512", "avx2")
+    monkeypatch.setattr(build, "_takes", lambda options: True)
+    monkeypatch.setattr(build, "_lends_tiles", lambda: False)  # as in some sandboxes
     assert build.default_isas() == ("avx512", "avx2")
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,7 @@ from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 
 if TYPE_CHECKING:
     from vot_kernels.data.video import FrameStream, VideoClip
+    from vot_kernels.pipelines.sampling import Sampling
     from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
 
 
@@ -92,9 +94,7 @@ def ask(
 ) -> None:
     """Answer a question about videos, with evidence (times in seconds, boxes as fractions of the frame)."""
     require("vot ask", "video", "llm")
-    from vot_kernels.pipelines.batch import answer_batch, read_questions
-    from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import Sampling, find_clips, sample_video, stream_samples
+    from vot_kernels.pipelines.sampling import Sampling
     from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
     sampling = Sampling(fps, num_frames, start, end)
@@ -103,58 +103,90 @@ def ask(
     if batch is not None:
         if out is None or video or question is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
-        read_questions(batch)
-        check_output(out)
-        models.check()
-        with steps() as step:
-            step(models.loading)
-            video_qa = models.load()
-        answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
-        print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
-        if failed:
-            print("The same command tries the failed ones again.", file=sys.stderr)
-            raise typer.Exit(1)
-        return
+        return _answer_file(models, batch, out, sampling)
     if not video or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
-    given = split_candidates(candidates)
+    asked = _Asked(question, split_candidates(candidates), sampling)
     for output, suffix in ((trace, ".json"), (picture, ".png")):
         if output is not None:
             check_output(output, suffix)
-    paths = find_clips(video)
+    _answer_videos(models, video, asked, _Shown(json_, verbose, trace, picture))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question about each of some videos."""
+
+    question: str
+    candidates: list[str] | None
+    sampling: "Sampling"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How answers are printed, and the files that the answer about a single video is written to."""
+
+    json: bool
+    verbose: bool
+    trace: Path | None
+    picture: Path | None
+
+
+def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -> None:
+    """Answer the questions of a JSONL file."""
+    from vot_kernels.pipelines.batch import answer_batch, read_questions
+    from vot_kernels.pipelines.progress import steps
+
+    read_questions(batch)
+    check_output(out)
+    models.check()
+    with steps() as step:
+        step(models.loading)
+        video_qa = models.load()
+    answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
+    print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
+    if failed:
+        print("The same command tries the failed ones again.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _answer_videos(models: Models, videos: Sequence[Path], asked: _Asked, shown: _Shown) -> None:
+    """Answer one question about each video; one that cannot be read does not stop the others."""
+    from vot_kernels.pipelines.progress import steps
+    from vot_kernels.pipelines.sampling import find_clips, sample_video, stream_samples
+
+    paths = find_clips(videos)
     alone = len(paths) == 1
-    if not alone and (trace or picture):
+    if not alone and (shown.trace or shown.picture):
         raise ValueError(f"--trace and --picture are for one video, but there are {len(paths)}.")
     failed = 0
-    with steps(shown=not json_) as step:
+    with steps(shown=not shown.json) as step:
         clips: Sequence[Path | VideoClip | FrameStream] = paths
+        windows = models.vlm is None and models.detector is None  # the others look at one clip
         if alone:  # one bad file is reported before anything is loaded
             if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
                 step(f"Reading {paths[0].name}")
-            windows = models.vlm is None and models.detector is None  # the others look at one clip
             decode = stream_samples if windows else sample_video
-            clips = [decode(paths[0], sampling, models.fps)]
+            clips = [decode(paths[0], asked.sampling, models.fps)]
         models.check()
         step(models.loading)
         video_qa = models.load()
         if alone and not windows:
-            _print_estimate(video_qa, clips[0], verbose)  # type: ignore[arg-type]  # sample_video made it
+            _print_estimate(video_qa, clips[0], shown.verbose)  # type: ignore[arg-type]  # sample_video made it
         for path, clip in zip(paths, clips, strict=True):
             failure = None
             try:
-                result = video_qa.ask(clip, question, given, sampling, report=step)
+                result = video_qa.ask(clip, asked.question, asked.candidates, asked.sampling, report=step)
             except CORRECTABLE as error:
                 if alone:
                     raise
                 failure = sentence(error)
             step("")
             if failure is None:
-                failure = _print_result(
-                    result, json_, verbose, trace, picture, None if alone else path, video_qa.kernels
-                )
-            elif json_:
-                _print_json({"video": str(path), "question": question, "error": failure})
+                failure = _print_result(result, shown, None if alone else path, video_qa.kernels)
+            elif shown.json:
+                _print_json({"video": str(path), "question": asked.question, "error": failure})
             if failure:
                 failed += 1
                 print(failure, file=sys.stderr)
@@ -164,26 +196,18 @@ def ask(
         raise typer.Exit(1)
 
 
-def _print_result(
-    result: "VideoAnswer",
-    json_: bool,
-    verbose: bool,
-    trace: Path | None,
-    picture: Path | None,
-    heading: Path | None,
-    kernels: Sequence[str],
-) -> str:
+def _print_result(result: "VideoAnswer", shown: _Shown, heading: Path | None, kernels: Sequence[str]) -> str:
     """Print an answer and write its files, below the name of its video if there is a `heading`; return what failed."""
     failures: list[str] = []
     try:
-        failures = write_extras(result, trace, picture)
+        failures = write_extras(result, shown.trace, shown.picture)
     finally:
-        if json_:
-            _print_json(as_json(result, trace, picture))
+        if shown.json:
+            _print_json(as_json(result, shown.trace, shown.picture))
         else:
             if heading is not None:
                 print(f"{heading}:", flush=True)
-            print_answer(result, picture, verbose, kernels)
+            print_answer(result, shown.picture, shown.verbose, kernels)
             if heading is not None:
                 print(flush=True)
     return " ".join(failures)

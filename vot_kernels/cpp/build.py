@@ -4,6 +4,7 @@ Each kernel file is compiled once per instruction set; the library chooses among
 are kept under a hash of all that goes into them, so that after a change only what it touched is compiled again.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -68,6 +69,8 @@ def default_isas() -> tuple[str, ...]:
     """The best that this machine runs and AVX2, to compare with; elsewhere "generic"."""
     flags = _processor_flags()
     runs = [isa for isa in ISAS if isa in _NEEDED and _NEEDED[isa] <= flags and _takes(ISAS[isa])]
+    if runs[:1] == ["amx"] and not _lends_tiles():
+        runs = runs[1:]
     return tuple(dict.fromkeys([*runs[:1], *runs[-1:]])) or ("generic",)
 
 
@@ -76,6 +79,12 @@ def portable_isas() -> tuple[str, ...]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ("generic",)
     return tuple(isa for isa, options in ISAS.items() if _takes(options))
+
+
+def _lends_tiles() -> bool:
+    """Whether Linux lets this process use the registers of AMX, as `csrc/kernels/tiles.h` asks; sandboxes may not."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
 
 
 def _takes(options: Sequence[str]) -> bool:

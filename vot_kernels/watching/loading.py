@@ -6,8 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,11 +128,10 @@ def load_patched(
     """
     from transformers import AutoConfig
 
+    import vot_kernels.models.vot  # noqa: F401  makes our own model known to the Auto classes
     from vot_kernels.watching.kernels import Kernels
     from vot_kernels.watching.memory import enough_memory
 
-    if find_spec("vot_kernels.models.vot") is not None:  # makes our own model known to the Auto classes
-        import_module("vot_kernels.models.vot")
     with quiet_transformers(), one_sentence(folder), enough_memory(folder.name):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
         model_class, processor_class = classes(config, folder)
@@ -174,9 +171,7 @@ def one_sentence(folder: Path) -> Iterator[None]:
     except LanguageModelError:
         raise
     except Exception as error:
-        if isinstance(
-            error, ImportError
-        ):  # of transformers: some files do not say that they need torchvision
+        if isinstance(error, ImportError):  # some files do not say that they need torchvision
             require("A model for videos", "vlm")
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise LanguageModelError(f"'{folder}' cannot be loaded: {reason}") from error
