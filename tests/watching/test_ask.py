@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.models.vot.tiny import tiny_model, tiny_processor
 from tests.watching.families import FAMILIES
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.watching import video_language, written
@@ -64,6 +65,20 @@ def test_the_whole_command(vot, folder_of, family, tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
     likelihoods = [c["likelihood"] for c in answer["trace"][3]["output"]["candidates"]]
     assert len(likelihoods) == 2 and all(value < 0 for value in likelihoods)
+
+
+@pytest.mark.parametrize("clip", [digitworld_clip()[0], natural_clip()], ids=["digits", "street"])
+def test_our_own_model_is_one_of_them(vot, clip, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    tiny_processor().save_pretrained(tmp_path / "ours")
+    code, out, err = vot(
+        *("ask", clip, QUESTION, "--candidates", "bicycles|a train", "--num-frames", 2),
+        *("--vlm", tmp_path / "ours", "--json"),
+    )
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["model"] == "ours" and [step["ran"] for step in answer["trace"]] == [True] * 5
+    assert len(answer["stsg"]["frame_times_s"]) == 2
 
 
 def test_a_graph_that_the_model_writes_is_evidence(vot, folder_of, monkeypatch):
