@@ -251,8 +251,8 @@ def when_table() -> str:
     ]
     settings, asked = result["settings"], result.get("interrupted_after")
     note = f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`"
-    note += f", interrupted after {asked}" if asked else ""
-    note += f": as many held-out videos, one question each, {settings['llm']}."
+    note += f", stopped after {asked} of them" if asked else ""
+    note += f": one question about each held-out video, {settings['llm']}."
     return table(["answered by", *columns], rows) + f"\n{note}\n"
 
 

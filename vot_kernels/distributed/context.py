@@ -90,8 +90,15 @@ def context_parallel(encoder: "VotEncoder", group: Group, *, window: Window = 1)
     return encoder
 
 
-def _sharded(make: Any, group: ProcessGroup, window: Window, causal: str | None, *grid: Any) -> ShardedLayout:
-    whole = make(*grid)
+def _sharded(
+    make: Any,
+    group: ProcessGroup,
+    window: Window,
+    causal: str | None,
+    image_grid_thw: Any,
+    device: Any = None,
+) -> ShardedLayout:
+    whole = make(image_grid_thw, device)
     return ShardedLayout.of(whole, shard(whole, rank_of(group), size_of(group), window=window, causal=causal))
 
 

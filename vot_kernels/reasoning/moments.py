@@ -20,9 +20,12 @@ from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.scene_graph.relations import INVERSES
 
 FITS = 0.5  # temporal IoU from which an answer is right without a comparison, as in R@0.5
+_VERB = r"(?:do|does|did|is|are|was|were|will|has|have|had|can|could)\b"
 WHEN = (
-    r"\bwhen (?:exactly )?(?:do|does|did|is|are|was|were|will|has|have|had|can|could)\b"
-    r"|\b(?:at|in|during|around|from|until) (?:what|which) (?:time|moment|second|seconds|point|part|interval)\b"
+    rf"\bwhen (?:exactly )?{_VERB}"
+    r"|\b(?:at|in|during|around|from|until) (?:what|which) (?:time|moment|second|seconds|interval)\b"
+    # Points and parts may also be of a wall or of a room.
+    rf"|\b(?:at|in|during|from|until) (?:what|which) (?:point|part)(?: in time| of the (?:clip|video|film))? {_VERB}"
     r"|^what time\b|\bhow (?:long|many seconds) into\b"
 )
 _TIME_WORDS = re.compile(
