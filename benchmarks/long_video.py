@@ -107,13 +107,13 @@ def measure(
     The memory is that of the process, without a language model, which is loaded after the last clip was seen.
     """
     from vot_kernels.pipelines.sampling import Sampling
-    from vot_kernels.pipelines.video_qa import VideoQA, load_language_model, load_perception
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model
 
     clips = CLIPS.get(frames, 4)
     todo = [clip for clip in range(clips) if (frames, clip) not in done]
     if not todo:
         return
-    video_qa = VideoQA(*load_perception(), lambda prompt: "")
+    video_qa = VideoQA(load_eyes(), lambda prompt: "")
     seen = []
     loaded = _peak_mb()
     for clip in todo:

@@ -282,7 +282,8 @@ def most_held(model: VotPerceptionModel, count: int) -> tuple[int, int]:
         nonlocal tensors, reports
         reports += 1
         if reports % 5 == 0:  # looking at every object takes a while
-            tensors = max(tensors, sum(o.nbytes for o in gc.get_objects() if isinstance(o, torch.Tensor)))
+            # Not those of a subclass: a compiler's have no size.
+            tensors = max(tensors, sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor))
 
     processor = VotImageProcessor(patch_size=8, min_pixels=256, max_pixels=256)
     seen = see_stream(model, processor, frames(), size=16, overlap=4, report=measure)
