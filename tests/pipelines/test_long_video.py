@@ -156,6 +156,38 @@ class TestJoining:
             joiner.add(STSG(times, (Tracklet("o1", label, ("red",), box),)), start)
         assert [t.name for t in joiner.graph().tracklets] == ["red cup"]
 
+    def test_what_only_the_edge_of_a_window_shows_is_no_object(self):
+        red = Tracklet("o1", "digit", ("red",), {k: (Box(0.1, 0.1, 0.3, 0.3), 1.0) for k in range(32)})
+        blue = Tracklet("o2", "digit", ("blue",), {k: (Box(0.6, 0.6, 0.8, 0.8), 1.0) for k in (29, 30, 31)})
+        times = tuple(k / 8 for k in range(32))
+        left = (Relation("o1", "left of", "o2", 27, 29), Relation("o1", "moves", "o1", 0, 31))
+        joiner = GraphJoiner()
+        joiner.add(STSG(times, (red, blue), left, (Event("hits", 27, ("o1", "o2")),)), 0)
+        assert [t.name for t in joiner.graph().tracklets] == ["red digit", "blue digit"]
+        joiner.add(STSG(times, (red,)), 24)
+        joined = joiner.graph()
+        assert [t.name for t in joined.tracklets] == ["red digit"]
+        assert [r.predicate for r in joined.relations] == ["moves"] and joined.events == ()
+
+    def test_what_is_seen_for_a_moment_stays_an_object(self):
+        """Frames 5 to 7 lie between those whose boxes stay."""
+        brief = Tracklet("o1", "cup", (), {k: (Box(0.1, 0.1, 0.3, 0.3), 1.0) for k in (5, 6, 7)})
+        times = tuple(k / 8 for k in range(32))
+        joiner = GraphJoiner()
+        joiner.add(STSG(times, (brief,)), 0)
+        for start in range(24, 2400, 24):
+            joiner.add(STSG(times), start)
+        assert [t.frames for t in joiner.graph().tracklets] == [(5,)]
+
+    def test_the_name_is_that_of_the_boxes_that_count(self):
+        """Of the 8 boxes of the first window the second takes 3 back, and has 6 of its own."""
+        boxes = {k: (Box(0.1, 0.1, 0.3, 0.3), 1.0) for k in range(9)}
+        times, joiner = tuple(k / 8 for k in range(9)), GraphJoiner()
+        first = {k: boxes[k] for k in range(8)}
+        joiner.add(STSG(times[:8], (Tracklet("o1", "jug", ("red",), first),)), 0)
+        joiner.add(STSG(times, (Tracklet("o1", "cup", ("red",), boxes),)), 2)
+        assert [t.name for t in joiner.graph().tracklets] == ["red cup"]
+
     def test_what_goes_on_over_the_cut_is_one_relation_and_one_event(self):
         times = tuple(k / 8 for k in range(8))
         boxes = {k: (Box(0.1, 0.1, 0.3, 0.3), 1.0) for k in range(8)}

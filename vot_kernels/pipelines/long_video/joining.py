@@ -18,12 +18,20 @@ EVERY = 4  # frames from one kept box to the next, before there are too many
 MAX_BOXES = 256  # of a tracklet, besides those at events
 
 
+_Name = tuple[tuple[str, ...], str]
+
+
 @dataclass
 class _Track:
-    """A tracklet that windows continue; `names` counts the boxes under each (attributes, label)."""
+    """A tracklet that windows continue.
+
+    `names` counts the boxes under each (attributes, label), those that were thinned out among them; `newest` is its
+    name in the last window that saw it.
+    """
 
     id: str
-    names: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
+    newest: _Name
+    names: Counter[_Name] = field(default_factory=Counter)
     boxes: dict[int, tuple[Box, float]] = field(default_factory=dict)
 
 
@@ -36,7 +44,8 @@ class GraphJoiner:
     its edge. Relations that go on there become one.
 
     The result is a summary: every 4th box of the past stays, or every 8th, 16th … as there are more than 256 of a
-    tracklet, besides the boxes at events. Events and relations all stay.
+    tracklet, besides its first box and those at events. Events and relations all stay, but those of a tracklet that
+    the edge of a window alone showed go with it.
     """
 
     def __init__(self) -> None:
@@ -71,11 +80,14 @@ class GraphJoiner:
 
     def graph(self, source: str = "") -> STSG:
         """Return the graph of all windows so far."""
+        # A later window may have taken all boxes of a track back.
+        seen = {track.id: track for track in self._tracks if track.boxes}
+        relations = (*self._relations, *self._recent)
         return STSG(
             frame_times_s=tuple(self.times),
-            tracklets=tuple(_tracklet(track) for track in self._tracks),
-            relations=(*self._relations, *self._recent),
-            events=tuple(self._events),
+            tracklets=tuple(_tracklet(track) for track in seen.values()),
+            relations=tuple(r for r in relations if r.subject in seen and r.object in seen),
+            events=tuple(e for e in self._events if all(id in seen for id in e.participants)),
             vocabulary=self.vocabulary,
             source=source,
         )
@@ -92,19 +104,22 @@ class GraphJoiner:
                     found[window.tracklets[column].id] = old[row]
         for tracklet in window.tracklets:
             if tracklet.id not in found:
-                found[tracklet.id] = _Track(f"o{len(self._tracks) + 1}")
+                found[tracklet.id] = _Track(f"o{len(self._tracks) + 1}", _name(tracklet))
                 self._tracks.append(found[tracklet.id])
         return found
 
     def _add_boxes(self, window: STSG, tracks: dict[str, _Track], start: int, cut: int, end: int) -> None:
         for track in self._tracks:
-            for k in range(cut, end):
-                track.boxes.pop(k, None)
+            # These boxes are of the window before.
+            for k in [k for k in range(cut, end) if k in track.boxes]:
+                del track.boxes[k]
+                track.names[track.newest] -= 1
         for tracklet in window.tracklets:
             track = tracks[tracklet.id]
             new = {k + start: entry for k, entry in tracklet.boxes.items() if k + start >= cut}
             track.boxes |= new
-            track.names[tracklet.attributes, tracklet.label] += len(new)
+            track.newest = _name(tracklet)
+            track.names[track.newest] += len(new)
 
     def _add_events(self, window: STSG, ids: dict[str, str], start: int, cut: int) -> None:
         """Take the events before the cut from the earlier windows, and the others from the new one.
@@ -144,13 +159,14 @@ class GraphJoiner:
         self._relations += going_on.values()
 
     def _thin(self, start: int) -> None:
-        """Drop most boxes of the frames before `start`, which no later window shares."""
+        """Drop most boxes of the frames before `start`, which no later window shares, but no track's first."""
         begin, self._settled = self._settled, start
         while True:
             for track in self._tracks:
                 at_events = {e.t for e in self._events if track.id in e.participants and e.t >= begin}
+                first = min(track.boxes, default=None)
                 for k in [k for k in track.boxes if begin <= k < start]:
-                    if k % self.every and k not in at_events:
+                    if k % self.every and k != first and k not in at_events:
                         del track.boxes[k]
             if start / self.every <= MAX_BOXES:
                 return
@@ -173,6 +189,10 @@ def _match(track: _Track, tracklet: Tracklet, start: int, shared: Iterable[int])
 def _tracklet(track: _Track) -> Tracklet:
     (attributes, label), _ = track.names.most_common(1)[0]
     return Tracklet(track.id, label, attributes, track.boxes)
+
+
+def _name(tracklet: Tracklet) -> _Name:
+    return tracklet.attributes, tracklet.label
 
 
 def _who(event: Event) -> tuple[str, frozenset[str]]:
