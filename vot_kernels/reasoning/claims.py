@@ -243,7 +243,7 @@ def attribute_fact(text: str, graph: STSG) -> Fact | None:
     folded = fold(text).rstrip(" .?!")
     for word in (*graph.vocabulary.attributes, *graph.vocabulary.labels):
         match = re.fullmatch(
-            rf"(?:is|was|are|were)?(.+?)(?:(?<!\w)(?:is|was|are|were))?\s+(?:a )?{re.escape(fold(word))}",
+            rf"(?:is|was|are|were)?(.+?)(?:(?<!\w)(?:is|was|are|were))?(?<!\bthe)\s+(?:a )?{re.escape(fold(word))}",
             folded,
         )
         if match is None or not re.search(r"\b(?:is|was|are|were)\b", folded):
