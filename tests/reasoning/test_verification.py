@@ -9,7 +9,7 @@ from vot_kernels.reasoning.names import find_tracklets
 from vot_kernels.reasoning.steps import kind_of
 from vot_kernels.reasoning.types import Task
 from vot_kernels.reasoning.verification import check, confidence, part_in_question, perception_score
-from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet, Vocabulary
+from vot_kernels.scene_graph.graph import STSG, Box, Event, Relation, Tracklet, Vocabulary
 
 S, C, U = "supported", "contradicted", "uncheckable"
 
@@ -222,6 +222,22 @@ def test_a_part_of_the_clip_is_judged_by_its_own_graph(question, frames):
     part = part_in_question(question, graph)
     assert (part.tracklets[0].frames[0], part.tracklets[0].frames[-1]) == frames
     assert [e.t for e in part.events] == list(range(frames[0], frames[1] + 1))
+
+
+@pytest.mark.parametrize(
+    ("spans", "verdict"), [([], C), ([(5, 7)], U), ([(0, 79)], S), ([(0, 4), (8, 79)], U), ([(0, 40)], U)]
+)
+def test_a_relation_between_kept_boxes_counts(spans, verdict):
+    """The graph of a long video keeps every 4th box; a relation may come or go between two of them."""
+    kept = {k: (Box(0.1, 0.1, 0.3, 0.3), 1.0) for k in range(0, 80, 4)}
+    pair = Tracklet("o1", "cup", (), kept), Tracklet("o2", "jug", (), kept)
+    relations = (
+        Relation("o2", "above", "o1", 0, 0),
+        *(Relation("o1", "above", "o2", *span) for span in spans),
+    )
+    words = Vocabulary(labels=("cup", "jug"), predicates=("above",))
+    graph = STSG(tuple(k / 8 for k in range(80)), pair, relations, (), words, "")
+    assert judge(graph, "Is the cup above the jug?", "yes") == verdict
 
 
 @pytest.mark.parametrize(("part", "direction"), [("start", "right"), ("end", "down")])

@@ -225,16 +225,21 @@ def _holds_word(word: str, text: str) -> bool:
 
 
 def relation_fact(predicate: str, subject: str, other: str, graph: STSG) -> Fact:
-    """Judge a relation that always or never holds where both are seen; one that comes and goes decides nothing."""
+    """Judge a relation that always or never holds where both are seen; one that comes and goes decides nothing.
+
+    The graph of a long video keeps every frame of a relation, but few boxes, so that it can come and go between them.
+    """
     first, second = graph.tracklet(subject), graph.tracklet(other)
     together = [k for k in first.frames if k in second.boxes]
     relations = [r for r in graph.relations if r.predicate == predicate]
     holds = [r for r in relations if (r.subject, r.object) == (subject, other)]
     frames = sum(any(r.t0 <= k <= r.t1 for r in holds) for k in together)
+    always, never = frames == len(together), not holds
+    if len(holds) > 1 and not {k for r in holds for k in (r.t0, r.t1)} <= {*together}:
+        always = False
     # A graph without any relation of this kind may have been made without looking for it.
-    if not together or not relations or 0 < frames < len(together):
+    if not together or not relations or not (always or never):
         return None, "the relation does not hold always or never"
-    always = frames == len(together)
     return always, f"{first.name} is {'always' if always else 'never'} {predicate} {second.name}"
 
 
