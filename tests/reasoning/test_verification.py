@@ -240,6 +240,23 @@ def test_a_relation_between_kept_boxes_counts(spans, verdict):
     assert judge(graph, "Is the cup above the jug?", "yes") == verdict
 
 
+@pytest.mark.parametrize(("part", "direction"), [("start", "right"), ("end", "up")])
+def test_a_quarter_is_one_of_the_time(part, direction):
+    """Of the first 64 frames every 16th box is kept, and of the last 16 all, as in the graph of a long video."""
+    at = {k: (0.2 + 0.02 * k, 0.4) for k in range(20)}
+    at |= {k: (0.6 - 0.01 * (k - 20), 0.4 + 0.01 * (k - 20)) for k in range(20, 60)}
+    at |= {k: (0.2, 0.8 - 0.02 * (k - 60)) for k in range(60, 74)}
+    at |= {k: (0.2, 0.5 + 0.015 * (k - 74)) for k in range(74, 80)}
+    kept = {k: at[k] for k in [*range(0, 64, 16), *range(64, 80)]}
+    boxes = {k: (Box(x - 0.1, y - 0.1, x + 0.1, y + 0.1), 1.0) for k, (x, y) in kept.items()}
+    graph = STSG(
+        tuple(k / 8 for k in range(80)), (Tracklet("o1", "ball", ("red",), boxes),), (), (), Vocabulary()
+    )
+    question = f"Which way does the red ball move at the {part} of the clip?"
+    sides = ["left", "right", "up", "down"]
+    assert [side for side in sides if judge(graph, question, side, sides) == S] == [direction]
+
+
 @pytest.mark.parametrize(("part", "direction"), [("start", "right"), ("end", "down")])
 def test_the_direction_at_the_start_and_at_the_end(part, direction):
     # 2.5 % of the frame a step over 16 frames: little within two frames, enough within a quarter of the clip.

@@ -278,13 +278,13 @@ def _motion_fact(clause: str, tracklet: Tracklet) -> Fact:
 def displacement(tracklet: Tracklet, text: str) -> tuple[float, float] | None:
     """Return the displacement of the tracklet's centre over the clip, or its first or last quarter if `text` says."""
     frames = list(tracklet.frames)
-    quarter = max(2, -(-len(frames) // 4))
-    if re.search(r"\b(start|beginning|initially|at first)\b", fold(text)):
-        frames = frames[:quarter]
-    elif re.search(r"\b(end|finally|at last)\b", fold(text)):
-        frames = frames[-quarter:]
     if len(frames) < 2:
         return None
+    quarter = (frames[-1] - frames[0]) / 4  # of the time, as the boxes of a long video are not evenly spread
+    if re.search(r"\b(start|beginning|initially|at first)\b", fold(text)):
+        frames = [k for k in frames if k <= max(frames[0] + quarter, frames[1])]
+    elif re.search(r"\b(end|finally|at last)\b", fold(text)):
+        frames = [k for k in frames if k >= min(frames[-1] - quarter, frames[-2])]
     (x0, y0), (x1, y1) = tracklet.boxes[frames[0]][0].center, tracklet.boxes[frames[-1]][0].center
     return x1 - x0, y1 - y0
 
