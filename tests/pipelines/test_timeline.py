@@ -4,6 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from vot_kernels.pipelines.long_video.reading import spacing
 from vot_kernels.pipelines.timeline import timeline
 from vot_kernels.reasoning.types import Evidence, EvidenceBox, EvidenceEvent
 from vot_kernels.scene_graph.graph import STSG, Box, Event, Tracklet
@@ -36,6 +37,16 @@ def test_bars_lie_where_the_tracklets_are_seen():
     assert width[:2] == pytest.approx([whole / 4, whole / 4], abs=0.1)
     assert [bar.get("opacity") for bar in bars] == ["1", "1", "0.3"]
     assert len({bar.get("y") for bar in bars}) == 2 and len({bar.get("fill") for bar in bars}) == 2
+
+
+def test_a_summary_of_a_long_video_has_whole_bars():
+    """Boxes of every 4th frame are one bar, and what is away for longer has two."""
+    always, away = tracklet("o1", "cat", *range(0, 64, 4)), tracklet("o2", "dog", *range(0, 24, 4), 40, 44)
+    graph = STSG(tuple(k / 8 for k in range(64)), (always, away))
+    bars = parsed(timeline(graph, told("o1"), spacing(graph, 32))).findall(".//rect")
+    assert len(bars) == 3 and len(parsed(timeline(graph, told("o1"))).findall(".//rect")) == 24
+    width = [float(bar.get("width")) for bar in bars]
+    assert width == pytest.approx([61 * width[2] / 5, 21 * width[2] / 5, width[2]], abs=0.5)
 
 
 def test_events_of_the_evidence_have_numbers_in_the_order_of_time():

@@ -15,11 +15,14 @@ _FAINT = 0.3  # opacity of what the answer does not rest on
 _TICKS = 8
 
 
-def timeline(stsg: STSG, evidence: Evidence) -> str:
+def timeline(stsg: STSG, evidence: Evidence, spacing: int = 1) -> str:
     """Return an SVG, followed by the list of the numbered events, as HTML that scales with its place.
 
     Bars show when a tracklet is seen. Tracklets and events that are no part of `evidence` are faint, and such events
     have no number. Text has the colour of its surroundings; names are escaped.
+
+    Args:
+        spacing: number of frames from one box to the next up to which a tracklet is seen in between as well.
 
     Raises:
         ValueError: the graph has no frames.
@@ -33,7 +36,8 @@ def timeline(stsg: STSG, evidence: Evidence) -> str:
     numbers = _numbers(stsg.events, names, evidence)
     parts = [*_axis(scale, len(rows))]
     for tracklet, colour in zip(stsg.tracklets, track_colours(stsg.tracklets), strict=True):
-        parts += _bars(tracklet, rows[tracklet.id], colour, scale, tracklet.id in told)
+        runs = _runs(tracklet.frames, spacing)
+        parts += _bars(tracklet, runs, rows[tracklet.id], colour, scale, tracklet.id in told)
     for event in sorted(stsg.events, key=lambda event: event in numbers):  # numbered marks lie on top
         parts += _mark(event, rows, names, scale, numbers.get(event))
     height = _ROW * len(rows) + _AXIS
@@ -73,12 +77,14 @@ def _axis(scale: _Scale, rows: int) -> Iterator[str]:
         yield _text(f"{seconds:.2f} s", x, bottom + 18, anchor="middle", opacity=0.7)
 
 
-def _bars(tracklet: Tracklet, row: int, colour: str, scale: _Scale, told: bool) -> Iterator[str]:
+def _bars(
+    tracklet: Tracklet, runs: Iterator[tuple[int, int]], row: int, colour: str, scale: _Scale, told: bool
+) -> Iterator[str]:
     opacity, y = (1 if told else _FAINT), row * _ROW
     yield _text(
         f"{tracklet.id} {tracklet.name}", _NAMES - 10, y + 19, anchor="end", opacity=max(opacity, 0.6)
     )
-    for first, last in _runs(tracklet.frames):
+    for first, last in runs:
         left, right = scale(scale.times[first]), scale(scale.times[last + 1])
         yield (
             f'<rect x="{left:.1f}" y="{y + 8}" width="{right - left:.1f}" height="{_ROW - 14}" rx="4" '
@@ -86,9 +92,9 @@ def _bars(tracklet: Tracklet, row: int, colour: str, scale: _Scale, told: bool) 
         )
 
 
-def _runs(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and the last of each run of frames without a gap."""
-    breaks = [(a, b) for a, b in pairwise(frames) if b > a + 1]
+def _runs(frames: Sequence[int], spacing: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last of each run of frames, which lie at most `spacing` from one to the next."""
+    breaks = [(a, b) for a, b in pairwise(frames) if b > a + spacing]
     if frames:
         yield from zip(
             [frames[0], *(b for _, b in breaks)], [*(a for a, _ in breaks), frames[-1]], strict=True

@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is i
 from vot_kernels.data.contact_sheet import contact_sheet
 from vot_kernels.extras import imports_for
 from vot_kernels.pipelines.errors import CORRECTABLE, sentence
+from vot_kernels.pipelines.long_video.reading import spacing
 from vot_kernels.pipelines.timeline import timeline
 from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA, load_eyes, load_language_model
 from vot_kernels.reasoning.reasoning import check_question, split_candidates
@@ -63,7 +64,9 @@ def show(result: VideoAnswer) -> Shown:
     notes = "".join(f"<p>{escape(note)}</p>" for note in result.clip.info.warnings)
     clip = f"<details><summary>Clip</summary>{escape(result.clip.info.describe())}</details>"
     headline = f"<h2>{escape(answer.text)}</h2><p>{how}</p>{notes}"
-    drawn = timeline(stsg, answer.evidence) if stsg is not None else ""
+    drawn = ""
+    if stsg is not None:
+        drawn = timeline(stsg, answer.evidence, spacing(stsg, len(result.clip.times)))
     steps = "".join(
         f"<details><summary>{number}. {escape(step.in_short())}</summary>{_calls(step.calls)}</details>"
         for number, step in enumerate(answer.trace, 1)

@@ -93,6 +93,13 @@ def shown_part(stsg: STSG, times: np.ndarray) -> STSG:
     if stsg.num_frames == len(times):
         return stsg
     number = {time: k for k, time in enumerate(stsg.frame_times_s)}
-    return at_frames(
-        stsg, [number[time] for time in times.tolist()], 2 * stsg.num_frames // MAX_BOXES + EVERY
-    )
+    return at_frames(stsg, [number[time] for time in times.tolist()], spacing(stsg, len(times)))
+
+
+def spacing(stsg: STSG, shown: int) -> int:
+    """Return how many frames may lie from one box to the next of what is seen all the time.
+
+    Args:
+        shown: number of `Seen.frames`; a graph about more frames than these is a summary, without most boxes.
+    """
+    return 1 if stsg.num_frames == shown else 2 * stsg.num_frames // MAX_BOXES + EVERY
