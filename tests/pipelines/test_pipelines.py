@@ -22,6 +22,7 @@ from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
 from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
+from vot_kernels.reasoning.llm import HFLanguageModel
 from vot_kernels.train.encoder.run import publish
 from vot_kernels.train.vlm import answers
 from vot_kernels.train.vlm import model as vlm
@@ -281,6 +282,44 @@ def test_questions_of_when_have_a_table_of_their_own(tmp_path, monkeypatch):
     assert again["localisation"]["scores"] == scores
     with pytest.raises(ValueError, match="must be videos"):
         evaluation.evaluate_digitworld(tmp_path / "result.json", videos=0)
+
+
+class FirstCandidateOf(FirstCandidate, HFLanguageModel):
+    """A language model that is read from a folder, with weights."""
+
+    def __init__(self, weight):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.model.weight, weight)
+
+
+@pytest.mark.parametrize(("videos", "when"), [(2, 0), (0, 2)])
+def test_rows_of_others_are_not_resumed(tmp_path, monkeypatch, videos, when):
+    """Other weights under the same name, or other groups, give other rows."""
+    eyes, weight = load_perception(), iter([1.0, 1.0, 2.0])
+    monkeypatch.setattr(evaluation, "load_perception", lambda path, device: eyes)
+    monkeypatch.setattr(
+        evaluation, "load_language_model", lambda path, device: FirstCandidateOf(next(weight))
+    )
+    out = tmp_path / "result.json"
+
+    def run(*only):
+        return evaluation.evaluate_digitworld(out, videos, llm="folder", when=when, only=only)
+
+    first = run("llm")
+    assert run("llm") == first  # resumed, with the seconds that it took
+    settings = first["settings"] if videos else first["localisation"]["settings"]
+    assert settings["checkpoint"].startswith("digitworld-nano (") and settings["llm"] != "no opinion"
+    with pytest.raises(ValueError, match="other settings"):
+        run("llm")
+    with pytest.raises(ValueError, match="other settings"):
+        run("rules")
+    for file in tmp_path.iterdir():
+        file.unlink()
+    run("rules")
+    with torch.no_grad():
+        next(eyes[0].parameters()).mul_(1.001)
+    with pytest.raises(ValueError, match="other settings"):
+        run("rules")
 
 
 @pytest.mark.tested_on("Qwen3-VL#1029", "lmms-eval#603")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from vot_kernels.data.digitworld.codec import h264_roundtrip
 from vot_kernels.data.digitworld.question_sets import AskedEpisode
@@ -14,6 +15,7 @@ from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
+from vot_kernels.train.checkpoint import fingerprint
 
 LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 Row = dict[str, Any]
@@ -46,6 +48,11 @@ def answer_rows(
             rows.append(answer(item, frames, seen))
             append(rows[-1])
     return rows
+
+
+def named(name: str, model: nn.Module) -> str:
+    """Return the name of a model in the settings, which changes with its weights."""
+    return f"{name} ({fingerprint(model)})"
 
 
 def looked_note(settings: Row) -> list[str]:

@@ -18,14 +18,13 @@ from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.files import atomic_write, check_output
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.perception.reading import Detection
-from vot_kernels.pipelines.asking import aligned, answer_rows, looked_at, looked_note
+from vot_kernels.pipelines.asking import aligned, answer_rows, looked_at, looked_note, named
 from vot_kernels.pipelines.localisation import evaluate_localisation, format_localisation
 from vot_kernels.pipelines.video_qa import load_language_model, load_perception
-from vot_kernels.reasoning.llm import LanguageModel
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.types import Switches
 from vot_kernels.scene_graph.graph import STSG
-from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.vlm.answers import Asked, replies
 from vot_kernels.train.vlm.conversations import Clip
 from vot_kernels.train.vlm.model import load_vlm
@@ -69,9 +68,9 @@ def evaluate_digitworld(
         when: so many more clips get a question of when; their table is "localisation", see `evaluate_localisation`.
 
     Returns:
-        The contents of `out`: settings (number, size and rate of the frames, codec and decoder, on all of which scores
-        depend), accuracy per system and kind (and on the flip subset), and the counts of answers that verification
-        fixed and broke.
+        The contents of `out`: settings (who answers, each model with a fingerprint of its weights; number, size and
+        rate of the frames, codec and decoder, on all of which scores depend), accuracy per system and kind (and on the
+        flip subset), and the counts of answers that verification fixed and broke.
     """
     target = Path(out)
     check_output(target, ".json")
@@ -81,16 +80,19 @@ def evaluate_digitworld(
     perception, processor = load_perception(checkpoint, device)
     model = load_language_model(llm, device) if "llm" in only else None
     reader = _Reader(Path(vlm), device) if vlm is not None and "vlm" in only else None
+    answering = {
+        "checkpoint": named(perception.config.name_or_path or "", perception),
+        **({} if model is None else {"llm": _name(model, llm)}),
+        **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
+    }
     result: dict[str, Any] = {}
     if videos:
         asked = generate_questions("test", videos, seed=seed)
         settings = {
             "videos": videos,
             "seed": seed,
-            "checkpoint": perception.config.name_or_path,
-            **({} if model is None else {"llm": model.name}),
+            **answering,
             **({} if reader is None else {"vlm": reader.name}),
-            **({} if set(GROUPS) <= {*only} else {"only": [group for group in GROUPS if group in only]}),
             **looked_at(asked),
         }
 
@@ -102,7 +104,7 @@ def evaluate_digitworld(
     if when:
         rows_file = target.with_suffix(".when.jsonl")
         result["localisation"] = evaluate_localisation(
-            perception, processor, model, when, seed, rows_file, only
+            perception, processor, model, when, seed, rows_file, only, answering=answering
         )
     with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -146,13 +148,20 @@ def _choice_table(result: dict[str, Any]) -> str:
     return "\n".join([*aligned(lines), *notes])
 
 
+def _name(model: LanguageModel, folder: str | os.PathLike[str] | None) -> str:
+    """Return the name of a language model; one from a folder can have other weights under the same name."""
+    if folder is None or not isinstance(model, HFLanguageModel):
+        return model.name
+    return named(model.name, model.model)
+
+
 class _Reader:
     """A video-language model that answers from frames and the seen graph."""
 
     def __init__(self, folder: Path, device: str) -> None:
         model, self.processor = load_vlm(folder)
         self.model = on_device(model, device)
-        self.name = f"{folder.name} ({fingerprint(model)})"
+        self.name = named(folder.name, model)
 
     def answer(self, item: AskedEpisode, frames: np.ndarray, seen: Detection) -> dict[str, Any]:
         start = time.perf_counter()

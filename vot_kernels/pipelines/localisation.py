@@ -45,6 +45,8 @@ def evaluate_localisation(
     seed: int,
     rows_file: str | os.PathLike[str],
     only: Collection[str] = ("rules", "blind"),
+    *,
+    answering: Row,
 ) -> dict[str, Any]:
     """Ask one balanced question of when about each of `videos` held-out clips, resumed from `rows_file`.
 
@@ -56,18 +58,13 @@ def evaluate_localisation(
     Args:
         model: the language model; None leaves it out.
         only: what else answers, "rules" and "blind".
+        answering: settings that say who answers; rows of others are not resumed.
 
     Returns:
         "settings", and "scores": mean temporal IoU and R@0.5 per system and form, no answer counting as 0.
     """
     asked = generate_questions("test", videos, kinds=TIMED_KINDS, seed=seed)
-    settings = {
-        "videos": videos,
-        "seed": seed,
-        "checkpoint": perception.config.name_or_path,
-        "llm": None if model is None else model.name,
-        **looked_at(asked),
-    }
+    settings = {"videos": videos, "seed": seed, **answering, **looked_at(asked)}
 
     def answer(item: AskedEpisode, frames: np.ndarray, seen: Detection) -> Row:
         return _answer(model, "rules" in only, item, seen)
