@@ -349,7 +349,17 @@ def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
         (
             ["eval", "digitworld", "--out", "r.json"],
             "vot_kernels.pipelines.evaluation.evaluate_digitworld",
-            "r.rows.jsonl",
+            "kept in r.rows.jsonl;",
+        ),
+        (
+            ["eval", "digitworld", "--out", "r.json", "--videos", "0", "--when", "5"],
+            "vot_kernels.pipelines.evaluation.evaluate_digitworld",
+            "kept in r.when.jsonl;",
+        ),
+        (
+            ["eval", "digitworld", "--out", "r.json", "--when", "5"],
+            "vot_kernels.pipelines.evaluation.evaluate_digitworld",
+            "kept in r.rows.jsonl and r.when.jsonl;",
         ),
         (["info"], "vot_kernels.info.collect", "nothing was written"),
         (["demo", "--out", "shown"], "vot_kernels.pipelines.demo.run_demo", "are in shown"),

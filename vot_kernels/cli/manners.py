@@ -40,10 +40,14 @@ def checkpoints_are_kept(given: dict[str, Any]) -> str:
 
 
 def answers_are_kept(given: dict[str, Any]) -> str:
-    if given.get("batch") is None and "videos" not in given:
+    suffixes = {"videos": ".rows.jsonl", "when": ".when.jsonl"}  # of an evaluation, by what it was asked for
+    files = [given["out"].with_suffix(suffix) for option, suffix in suffixes.items() if given.get(option)]
+    if given.get("batch") is not None:
+        files = [given["out"]]
+    if not files:
         return nothing_is_kept(given)
-    rows = given["out"].with_suffix(".rows.jsonl") if "videos" in given else given["out"]
-    return f"the answers so far are kept in {rows}; the same command goes on from there."
+    kept = " and ".join(map(str, files))
+    return f"the answers so far are kept in {kept}; the same command goes on from there."
 
 
 @contextmanager
