@@ -119,7 +119,7 @@ class _Asked:
     """A question about each of some videos."""
 
     question: str
-    candidates: list[str] | None
+    candidates: tuple[str, ...] | None
     sampling: "Sampling"
 
 
