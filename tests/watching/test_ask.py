@@ -160,6 +160,31 @@ def test_a_checkpoint_may_be_the_eyes_of_a_video_language_model(vot, folder_of):
     assert answer["model"] == "qwen2_5_vl" and answer["stsg"]["tracklets"]
 
 
+def test_a_checkpoint_sees_all_of_a_long_video_for_a_video_language_model(vot, folder_of, monkeypatch):
+    """Its eyes get the stream; the reader gets as many frames as a window has."""
+    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT
+
+    watched = []
+    about = video_language.VideoLanguageModel.about
+    monkeypatch.setattr(
+        video_language.VideoLanguageModel,
+        "about",
+        lambda self, clip: watched.append(clip) or about(self, clip),
+    )
+    code, out, err = vot(
+        *("ask", natural_clip(), QUESTION, "--candidates", "bicycles|a train", "--json", "--anyway"),
+        *("--vlm", folder_of("qwen2_5_vl"), "--checkpoint", BUNDLED_CHECKPOINT),
+        *(
+            word
+            for step in ("task_definition", "action_analysis", "verification")
+            for word in ("--skip", step)
+        ),
+    )
+    assert code == 0, err
+    assert len(json.loads(out)["stsg"]["frame_times_s"]) == 80  # 8 a second
+    assert watched and all(len(clip.times) <= 32 for clip in watched)
+
+
 def test_bad_options(vot, folder_of):
     asked = ("ask", natural_clip(), QUESTION, "--vlm", folder_of("smolvlm2"), "--num-frames", 2)
     for words, message in (
