@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from tests.models.vot.tiny import tiny_tokenizer
@@ -221,6 +223,33 @@ def test_the_published_model_and_its_record(published, perception):
     assert (
         projector_run.run(folder.parent, SHORT, perception, eval_clips=2) == table
     )  # it is not trained again
+
+
+def test_a_finished_run_is_one_that_began_with_the_same_weights(published, perception, tmp_path, monkeypatch):
+    """Folders of the same name may hold other weights."""
+    folder, table = published
+    sft = tmp_path / "sft"
+    sft_run.run(sft, folder, SHORT_SFT, eval_clips=1)
+    others = tmp_path / folder.name, tmp_path / perception.name
+    for source, other in zip((folder, perception), others, strict=True):
+        shutil.copytree(source, other)
+        weights = load_file(other / "model.safetensors")
+        save_file({name: -w for name, w in weights.items()}, other / "model.safetensors", {"format": "pt"})
+
+    class Trained(Exception):
+        """The run was not taken for a finished one."""
+
+    def trained(*_, **__):
+        raise Trained
+
+    monkeypatch.setattr(sft_run, "load_vlm", trained)
+    monkeypatch.setattr(projector_run, "build_model", trained)
+    assert projector_run.run(folder.parent, SHORT, perception, eval_clips=2) == table
+    sft_run.run(sft, folder, SHORT_SFT, eval_clips=1)
+    with pytest.raises(Trained):
+        sft_run.run(sft, others[0], SHORT_SFT, eval_clips=1)
+    with pytest.raises(Trained):
+        projector_run.run(folder.parent, SHORT, others[1], eval_clips=2)
 
 
 def test_sft_goes_on_from_a_published_model(published, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
-from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.projector.stage import projector_metrics, train_projector
 from vot_kernels.train.report import (
@@ -40,7 +40,12 @@ def run(
         perception: folder of the perception checkpoint whose encoder is used.
         language_model: folder of SmolLM2, where the settings ask for it.
     """
-    same = {"settings": asdict(settings), "perception": perception.name, "eval_clips": eval_clips}
+    same = {
+        "settings": asdict(settings),
+        "perception": perception.name,
+        "perception_fingerprint": folder_fingerprint(perception),
+        "eval_clips": eval_clips,
+    }
     record = finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], "nats per token")

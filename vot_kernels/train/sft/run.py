@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
-from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.report import (
     command_line,
     finished,
@@ -32,7 +32,12 @@ def run(out: Path, checkpoint: Path, settings: SftTraining, eval_clips: int = 56
     Args:
         checkpoint: the model of the projector stage.
     """
-    same = {"settings": asdict(settings), "checkpoint": checkpoint.name, "eval_clips": eval_clips}
+    same = {
+        "settings": asdict(settings),
+        "checkpoint": checkpoint.name,
+        "checkpoint_fingerprint": folder_fingerprint(checkpoint),
+        "eval_clips": eval_clips,
+    }
     record = finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], "weights")
