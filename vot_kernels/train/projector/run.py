@@ -10,6 +10,7 @@ from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.projector.stage import projector_metrics, train_projector
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -40,6 +41,7 @@ def run(
         perception: folder of the perception checkpoint whose encoder is used.
         language_model: folder of SmolLM2, where the settings ask for it.
     """
+    check_eval_clips(eval_clips)
     same = {
         "settings": asdict(settings),
         "perception": perception.name,

@@ -8,6 +8,7 @@ from typing import Any
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -32,6 +33,7 @@ def run(out: Path, checkpoint: Path, settings: SftTraining, eval_clips: int = 56
     Args:
         checkpoint: the model of the projector stage.
     """
+    check_eval_clips(eval_clips)
     same = {
         "settings": asdict(settings),
         "checkpoint": checkpoint.name,
