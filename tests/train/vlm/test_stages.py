@@ -233,7 +233,7 @@ def test_the_published_model_and_its_record(published, perception):
     record = json.loads((folder / "training.json").read_text())
     assert record["metrics"].keys() == {"before", "after"} and "graph" in table
     assert record["trained"] == ["projector", "graph", "text"]
-    assert "vot train projector" in record["command"]
+    assert record["command"].startswith(f"vot train projector --checkpoint {perception} --eval-clips 2 --")
     model, processor = vlm.load_vlm(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     stored = AutoModelForImageTextToText.from_pretrained(folder)
@@ -279,5 +279,6 @@ def test_sft_goes_on_from_a_published_model(published, tmp_path):
     table = sft_run.run(tmp_path, folder, SHORT_SFT, eval_clips=7)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["metrics"]["after"]["nats"] < record["metrics"]["before"]["nats"]
+    assert record["command"].startswith(f"vot train sft {folder} --eval-clips 7 --text all --")
     assert {"format", "accuracy", "counterfactual"} <= record["metrics"]["after"].keys()
     assert "accuracy" in table

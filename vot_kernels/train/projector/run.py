@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.models.checkpoint import on_device
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, on_device
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.projector.stage import projector_metrics, train_projector
@@ -59,8 +59,10 @@ def run(
         train_projector(out, model, processor, settings, report=report)
     seconds = time.perf_counter() - start
     metrics["after"] = projector_metrics(model, processor, eval_clips)
+    words = [] if perception.resolve() == BUNDLED_CHECKPOINT.resolve() else ["--checkpoint", str(perception)]
+    words += ["--eval-clips", str(eval_clips)]
     record = {
-        "command": command_line("vot train projector", settings, OPTIONS),
+        "command": command_line("vot train projector", settings, OPTIONS, *words),
         **same,
         "trained": list(settings.parts),
         "training_seconds": round(seconds),

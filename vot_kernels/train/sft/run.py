@@ -54,8 +54,9 @@ def run(out: Path, checkpoint: Path, settings: SftTraining, eval_clips: int = 56
     if settings.text == "lora":
         model = trained.merge_and_unload()
     metrics["after"] = sft_metrics(model, processor, eval_clips)
+    words = (str(checkpoint), "--eval-clips", str(eval_clips))
     record = {
-        "command": command_line("vot train sft", settings, OPTIONS, str(checkpoint)),
+        "command": command_line("vot train sft", settings, OPTIONS, *words),
         **same,
         "trained": list(settings.parts),
         "training_seconds": round(seconds),
