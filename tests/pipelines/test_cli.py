@@ -165,6 +165,20 @@ def test_help_explains_units(vot, monkeypatch):
         (["eval", "digitworld", "--out", "x.json", "--vlm", "nowhere"], "nowhere is not a video-language"),
         (["demo", "--out", "CLIP"], "is a file"),
         (["ask", "--batch", "q.jsonl"], "--out"),
+        (["ask", "CLIP", "Who?", "--out", "a.jsonl"], "give --batch FILE, too"),
+        *(
+            (
+                ["ask", "--batch", "q.jsonl", "--out", "a.jsonl", *words],
+                f"{words[0]} is for a question on the",
+            )
+            for words in (
+                ["--candidates", "a|b"],
+                ["--trace", "t.json"],
+                ["--picture", "p.png"],
+                ["--json"],
+                ["--verbose"],
+            )
+        ),
         (["ask", "CLIP", "Who?", "--num-frames", "0"], "num_frames"),
         (["ask", "CLIP", "Who?", "--start", "99"], "99"),
         (["ask", "CLIP", "Who?", "--skip", "thinking"], "thinking"),

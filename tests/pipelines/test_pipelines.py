@@ -15,12 +15,13 @@ from vot_kernels.data import contact_sheet
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import save_mp4
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import asking, evaluation, localisation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
-from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, Sampling, checkpoint_fps, sample_video
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
 from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
 from vot_kernels.reasoning.llm import HFLanguageModel
 from vot_kernels.train.encoder.run import publish

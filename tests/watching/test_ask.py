@@ -8,6 +8,7 @@ import pytest
 from tests.models.vot.tiny import tiny_model, tiny_processor
 from tests.watching.families import FAMILIES
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.watching import video_language, written
 
 QUESTION = "What is moving through the street?"
@@ -150,14 +151,35 @@ def test_without_a_model_for_it_a_foreign_clip_gets_a_refusal_and_what_to_pass(v
 
 
 def test_a_checkpoint_may_be_the_eyes_of_a_video_language_model(vot, folder_of):
-    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT
-
     clip, question, candidates = digitworld_clip()
     asked = ("ask", clip, question, "--candidates", "|".join(candidates), "--json")
     code, out, _ = vot(*asked, "--vlm", folder_of("qwen2_5_vl"), "--checkpoint", BUNDLED_CHECKPOINT)
     answer = json.loads(out)
     assert code == 0 and answer["eyes"]["name"] == "the perception checkpoint digitworld-nano"
     assert answer["model"] == "qwen2_5_vl" and answer["stsg"]["tracklets"]
+
+
+def test_a_checkpoint_sees_all_of_a_long_video_for_a_video_language_model(vot, folder_of, monkeypatch):
+    """Its eyes get the stream; the reader gets as many frames as a window has."""
+    watched = []
+    about = video_language.VideoLanguageModel.about
+    monkeypatch.setattr(
+        video_language.VideoLanguageModel,
+        "about",
+        lambda self, clip: watched.append(clip) or about(self, clip),
+    )
+    code, out, err = vot(
+        *("ask", natural_clip(), QUESTION, "--candidates", "bicycles|a train", "--json", "--anyway"),
+        *("--vlm", folder_of("qwen2_5_vl"), "--checkpoint", BUNDLED_CHECKPOINT),
+        *(
+            word
+            for step in ("task_definition", "action_analysis", "verification")
+            for word in ("--skip", step)
+        ),
+    )
+    assert code == 0, err
+    assert len(json.loads(out)["stsg"]["frame_times_s"]) == 80  # 8 a second
+    assert watched and all(len(clip.times) <= 32 for clip in watched)
 
 
 def test_bad_options(vot, folder_of):

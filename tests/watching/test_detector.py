@@ -174,6 +174,10 @@ def test_what_to_look_for(detector_folder):
     assert [phrases._wanted(label) for label in ("a person", "traffic light red", "", None)] == [
         *("person", "traffic light", "", "")
     ]
+    phrases.objects = ("man", "woman", "car", "red car")
+    assert [
+        phrases._wanted(label) for label in ("a woman", "the man", "a red car", "cargo", "car (red)")
+    ] == [*("woman", "man", "red car", "", "car")]
 
 
 def test_a_model_whose_attention_turns_out_not_to_be_served_runs_as_it_is(detector_folder, clip):

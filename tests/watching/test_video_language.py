@@ -196,6 +196,16 @@ def test_without_the_video_it_reads_the_words_alone(seeing):
     )
 
 
+def test_without_the_video_no_clip_leaves_a_trace(folder_of, family, clip):
+    """The model notes on a module by how much a clip shifts positions; prompts without the clip do not use that."""
+    blind = load_video_language_model(folder_of(family)).about(clip).blind
+    before = [blind.score(prompt, ["yes", "no"]) for prompt in PROMPTS]
+    whole = load_video_language_model(folder_of(family)).about(clip)
+    whole.score(PROMPTS[0], ["yes"])
+    after = [whole.blind.score(prompt, ["yes", "no"]) for prompt in PROMPTS]
+    assert np.allclose(before, after, rtol=0, atol=1e-5)
+
+
 def test_marks_in_a_question_are_text(seeing):
     """A question cannot smuggle a video token or the end of its turn into the prompt."""
     plain = seeing.encode("What? no")

@@ -103,7 +103,16 @@ def ask(
     if batch is not None:
         if out is None or video or question is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
+        _check_unused(
+            candidates=candidates is not None,
+            trace=trace is not None,
+            picture=picture is not None,
+            json=json_,
+            verbose=verbose,
+        )
         return _answer_file(models, batch, out, sampling)
+    if out is not None:
+        raise ValueError("--out is the file of a batch of answers: give --batch FILE, too.")
     if not video or question is None:
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
@@ -114,12 +123,21 @@ def ask(
     _answer_videos(models, video, asked, _Shown(json_, verbose, trace, picture))
 
 
+def _check_unused(**given: bool) -> None:
+    """Refuse the first option that is given, since a batch makes no use of it."""
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ValueError(
+            f"--{name} is for a question on the command line; with --batch, candidates are in the file of questions "
+            "and answers, with all their steps, in that of --out."
+        )
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A question about each of some videos."""
 
     question: str
-    candidates: tuple[str, ...] | None
+    candidates: Sequence[str] | None
     sampling: "Sampling"
 
 
@@ -163,16 +181,15 @@ def _answer_videos(models: Models, videos: Sequence[Path], asked: _Asked, shown:
     failed = 0
     with steps(shown=not shown.json) as step:
         clips: Sequence[Path | VideoClip | FrameStream] = paths
-        windows = models.vlm is None and models.detector is None  # the others look at one clip
         if alone:  # one bad file is reported before anything is loaded
             if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
                 step(f"Reading {paths[0].name}")
-            decode = stream_samples if windows else sample_video
+            decode = stream_samples if models.windows else sample_video
             clips = [decode(paths[0], asked.sampling, models.fps)]
         models.check()
         step(models.loading)
         video_qa = models.load()
-        if alone and not windows:
+        if alone and not models.windows:  # of a stream, the reader's clip is known when it was seen
             _print_estimate(video_qa, clips[0], shown.verbose)  # type: ignore[arg-type]  # sample_video made it
         for path, clip in zip(paths, clips, strict=True):
             failure = None

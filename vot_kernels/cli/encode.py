@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vot_kernels.cli.manners import nothing_is_kept, when_interrupted
-from vot_kernels.cli.options import PATH, Device, End, Fps, NumFrames, Start
+from vot_kernels.cli.options import PATH, Device, End, NumFrames, Start
 from vot_kernels.extras import require
 
 
@@ -29,7 +29,12 @@ def encode(
             **PATH,
         ),
     ] = None,
-    fps: Fps = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames per second to look at (default: that of the checkpoint, and no more than 32 frames)."
+        ),
+    ] = None,
     num_frames: NumFrames = None,
     start: Start = None,
     end: End = None,

@@ -32,6 +32,11 @@ class Models:
         return wanted_fps(self.checkpoint, self.vlm, self.detector)
 
     @property
+    def windows(self) -> bool:
+        """Whether the eyes are a perception checkpoint, which sees a stream in windows; others look at one clip."""
+        return self.detector is None and (self.vlm is None or self.checkpoint is not None)
+
+    @property
     def loading(self) -> str:
         """What a user waits for while they are loaded."""
         eyes = "detector" if self.detector else "perception checkpoint"
@@ -60,7 +65,7 @@ class Models:
             raise ValueError("--objects says what a detector looks for; give --detector PATH with it.")
         check_device(self.device)
         check_dtype(self.dtype)
-        if self.checkpoint is not None or (self.vlm is None and self.detector is None):
+        if self.windows:
             checkpoint_folder(self.checkpoint)
         if self.llm is not None:
             check_model_folder(self.llm)

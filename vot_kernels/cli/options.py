@@ -30,7 +30,8 @@ PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
 Fps = Annotated[
     float | None,
     typer.Option(
-        help="Frames per second to look at (default: 8, with --vlm 2, with --detector 4; at most 32 frames)."
+        help="Frames per second to look at (default: 8; with --vlm 2 and with --detector 4, where no more than 32 "
+        "frames are looked at)."
     ),
 ]
 NumFrames = Annotated[

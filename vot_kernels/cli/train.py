@@ -138,8 +138,8 @@ def train_encoder_command(
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
     require("vot train encoder", "video", "llm", "train")
-    from vot_kernels.models.checkpoint import ENCODER, PERCEPTION, checkpoint_kind
-    from vot_kernels.pipelines.sampling import BUNDLED_CHECKPOINT, check_device
+    from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, ENCODER, PERCEPTION, checkpoint_kind
+    from vot_kernels.pipelines.sampling import check_device
 
     settings = EncoderTraining(
         distillation=distillation,

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
+"""The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
 PERCEPTION, ENCODER, VLM = "vot_perception", "vot_encoder", "vot"
 _NAMES = {
     PERCEPTION: "a perception checkpoint",

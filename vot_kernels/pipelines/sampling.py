@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vot_kernels.data.video import FrameStream, VideoClip, load_video, stream_video
-from vot_kernels.models.checkpoint import PERCEPTION, checkpoint_kind, read_config
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, PERCEPTION, checkpoint_kind, read_config
 from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
-
-BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
-"""The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
 
 MAX_FRAMES = 32
 CLIP_SUFFIXES = {

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,17 @@ def publish_folder(folder: Path) -> Iterator[Path]:
 
 def fingerprint(model: nn.Module) -> str:
     """Return a string that changes with the weights, and with nothing else."""
+    return _checksum(model.state_dict().values())
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a string that changes with the weights in a checkpoint's folder, whose model is not made for it."""
+    return _checksum(load_file(folder / "model.safetensors").values())
+
+
+def _checksum(tensors: Iterable[Tensor]) -> str:
     total = 0
-    for tensor in model.state_dict().values():
+    for tensor in tensors:
         total = zlib.crc32(tensor.cpu().contiguous().float().numpy().tobytes(), total)
     return f"{total:08x}"
 

@@ -43,6 +43,16 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def check_eval_clips(count: int) -> None:
+    """Refuse metrics of no clips, which a run would otherwise find out after it has trained.
+
+    Raises:
+        ValueError: `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"Metrics need held-out clips: eval_clips must be at least 1, got {count}.")
+
+
 def finished(folder: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the record of the checkpoint that an earlier run wrote to `folder`, if it has every entry of `same`."""
     file = folder / "training.json"

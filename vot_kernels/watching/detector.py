@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class DetectorEyes:
         """Return the object that a label means, "" for none that is looked for: some detectors answer with phrases."""
         if not self.objects or label in self.objects:
             return label or ""
-        return next((each for each in self.objects if label and each in label), "")
+        by_length = sorted(self.objects, key=len, reverse=True)  # "red car" says more than "car"
+        return next((each for each in by_length if label and _has_words(label, each)), "")
 
 
 def load_detector(
@@ -143,6 +145,11 @@ def load_detector(
     loaded = load_patched(folder, device, dtype, _detector_classes)
     name = folder.resolve().name
     return DetectorEyes(loaded.model, loaded.processor, name, objects, kernels=loaded.kernels)
+
+
+def _has_words(phrase: str, words: str) -> bool:
+    """Return whether `words` are in the phrase as whole words: "man" is not in "a woman"."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", phrase) is not None
 
 
 def _detector_classes(config: Any, folder: Path) -> tuple[Any, Any]:

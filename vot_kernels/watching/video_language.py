@@ -101,6 +101,11 @@ class TextOfVideoLanguageModel(HFLanguageModel):
             options["enable_thinking"] = False  # replies are too short to think aloud in
         return self.processor.apply_chat_template(message, **options)
 
+    def _after(self, cache: Any, place: int, tokens: Tensor) -> dict[str, Any]:
+        # Without positions, transformers would shift them as in the clip that the model read last.
+        positions = torch.arange(tokens.shape[1], device=tokens.device) + self._position(place)
+        return {"past_key_values": cache, "position_ids": positions.expand(len(tokens), -1)}
+
     def generate_batch(self, prompts: Sequence[str], *, max_new_tokens: int = 64) -> list[str]:
         with enough_memory(self.name):
             return super().generate_batch(prompts, max_new_tokens=max_new_tokens)
@@ -175,10 +180,6 @@ class ClipLanguageModel(TextOfVideoLanguageModel):
 
     def _position(self, place: int) -> int:
         return place + self._clip.shift
-
-    def _after(self, cache: Any, place: int, tokens: Tensor) -> dict[str, Any]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device) + self._position(place)
-        return {"past_key_values": cache, "position_ids": positions.expand(len(tokens), -1)}
 
     # Caches that hold more than keys and values can be copied whole, but not cut or padded: one prompt at a time.
 

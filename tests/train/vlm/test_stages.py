@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from tests.models.vot.tiny import tiny_tokenizer
@@ -178,6 +180,28 @@ def test_other_parts_are_found(nano):
         vlm.train_only(model, ("lora",))
 
 
+def test_metrics_are_of_all_clips(nano):
+    """Of three clips in batches of two, the last batch has one."""
+    model, processor = nano
+    by_two, by_one = (ConversationBatches(processor, describe, 0, size, split="test") for size in (2, 1))
+    assert [len(batch["input_ids"]) for batch in by_two.first(3)] == [2, 1]
+    likelihood = nats_per_token(model, by_two, 3)
+    assert likelihood == pytest.approx(nats_per_token(model, by_one, 3), abs=1e-3)
+    assert likelihood != pytest.approx(nats_per_token(model, by_two, 2), abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_metrics_need_clips(tmp_path, count):
+    """That is found out before a model is loaded: there is none in these folders."""
+    for run in (
+        lambda: projector_run.run(tmp_path / "out", SHORT, tmp_path, eval_clips=count),
+        lambda: sft_run.run(tmp_path / "out", tmp_path, SHORT_SFT, eval_clips=count),
+    ):
+        with pytest.raises(ValueError, match=f"eval_clips must be at least 1, got {count}"):
+            run()
+    assert not list(tmp_path.iterdir())
+
+
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
@@ -199,9 +223,9 @@ def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, sett
 def test_training_lowers_the_loss(nano, tmp_path):
     model, processor = nano
     batches = ConversationBatches(processor, describe, 0, 2)
-    before = nats_per_token(model.eval(), batches, 1)
+    before = nats_per_token(model.eval(), batches, 2)
     train_projector(tmp_path, model, processor, ProjectorTraining(steps=12, batch_size=2, warmup=2))
-    assert nats_per_token(model, batches, 1) < before - 0.5
+    assert nats_per_token(model, batches, 2) < before - 0.5
 
 
 def test_the_published_model_and_its_record(published, perception):
@@ -209,7 +233,7 @@ def test_the_published_model_and_its_record(published, perception):
     record = json.loads((folder / "training.json").read_text())
     assert record["metrics"].keys() == {"before", "after"} and "graph" in table
     assert record["trained"] == ["projector", "graph", "text"]
-    assert "vot train projector" in record["command"]
+    assert record["command"].startswith(f"vot train projector --checkpoint {perception} --eval-clips 2 --")
     model, processor = vlm.load_vlm(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     stored = AutoModelForImageTextToText.from_pretrained(folder)
@@ -223,10 +247,38 @@ def test_the_published_model_and_its_record(published, perception):
     )  # it is not trained again
 
 
+def test_a_finished_run_is_one_that_began_with_the_same_weights(published, perception, tmp_path, monkeypatch):
+    """Folders of the same name may hold other weights."""
+    folder, table = published
+    sft = tmp_path / "sft"
+    sft_run.run(sft, folder, SHORT_SFT, eval_clips=1)
+    others = tmp_path / folder.name, tmp_path / perception.name
+    for source, other in zip((folder, perception), others, strict=True):
+        shutil.copytree(source, other)
+        weights = load_file(other / "model.safetensors")
+        save_file({name: -w for name, w in weights.items()}, other / "model.safetensors", {"format": "pt"})
+
+    class Trained(Exception):
+        """The run was not taken for a finished one."""
+
+    def trained(*_, **__):
+        raise Trained
+
+    monkeypatch.setattr(sft_run, "load_vlm", trained)
+    monkeypatch.setattr(projector_run, "build_model", trained)
+    assert projector_run.run(folder.parent, SHORT, perception, eval_clips=2) == table
+    sft_run.run(sft, folder, SHORT_SFT, eval_clips=1)
+    with pytest.raises(Trained):
+        sft_run.run(sft, others[0], SHORT_SFT, eval_clips=1)
+    with pytest.raises(Trained):
+        projector_run.run(folder.parent, SHORT, others[1], eval_clips=2)
+
+
 def test_sft_goes_on_from_a_published_model(published, tmp_path):
     folder, _ = published
     table = sft_run.run(tmp_path, folder, SHORT_SFT, eval_clips=7)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["metrics"]["after"]["nats"] < record["metrics"]["before"]["nats"]
+    assert record["command"].startswith(f"vot train sft {folder} --eval-clips 7 --text all --")
     assert {"format", "accuracy", "counterfactual"} <= record["metrics"]["after"].keys()
     assert "accuracy" in table

@@ -19,6 +19,7 @@ from vot_kernels.train.encoder.stage import (
     train_encoder,
 )
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -42,6 +43,7 @@ def run(
     teacher, the wall time, and the metrics of the random and of the trained weights on held-out clips.
     A finished run is neither trained nor measured again.
     """
+    check_eval_clips(eval_clips)
     config = VotEncoderConfig.preset("nano")
     loaded = teacher if settings.distillation else None
     guide = random_features(config, settings.seed) if loaded is None else load_teacher(loaded)

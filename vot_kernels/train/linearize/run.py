@@ -19,7 +19,14 @@ from vot_kernels.train.perception.batches import Batch, TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish
 from vot_kernels.train.perception.stage import make_processor
-from vot_kernels.train.report import command_line, finished, format_metrics, machine, progress_bar
+from vot_kernels.train.report import (
+    check_eval_clips,
+    command_line,
+    finished,
+    format_metrics,
+    machine,
+    progress_bar,
+)
 
 OPTIONS = ("layer_steps", "steps")
 """The settings that the command line has options for, in addition to the teacher and the window."""
@@ -58,6 +65,7 @@ def run(
     teacher, of the student as converted and as trained, the errors of each layer, and counted operations.
     A finished run is neither trained nor measured again.
     """
+    check_eval_clips(eval_clips)
     teacher = load_checkpoint(VotPerceptionModel, checkpoint).requires_grad_(False)
     known = {"window": window, "teacher_fingerprint": fingerprint(teacher)}
     same = {"settings": asdict(settings), **known, "eval_clips": eval_clips}

@@ -15,6 +15,7 @@ from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, train_perception
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -34,6 +35,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
     `out/model` holds fp16 safetensors, the configurations, and training.json: the command, the settings, the
     wall time, and the metrics of the weights as published. A finished run is neither trained nor measured again.
     """
+    check_eval_clips(eval_clips)
     same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
     record = finished(out / "model", same)
     if record is not None:

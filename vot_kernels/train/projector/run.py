@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.models.checkpoint import on_device
-from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, on_device
+from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.projector.stage import projector_metrics, train_projector
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -40,7 +41,13 @@ def run(
         perception: folder of the perception checkpoint whose encoder is used.
         language_model: folder of SmolLM2, where the settings ask for it.
     """
-    same = {"settings": asdict(settings), "perception": perception.name, "eval_clips": eval_clips}
+    check_eval_clips(eval_clips)
+    same = {
+        "settings": asdict(settings),
+        "perception": perception.name,
+        "perception_fingerprint": folder_fingerprint(perception),
+        "eval_clips": eval_clips,
+    }
     record = finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], "nats per token")
@@ -52,8 +59,10 @@ def run(
         train_projector(out, model, processor, settings, report=report)
     seconds = time.perf_counter() - start
     metrics["after"] = projector_metrics(model, processor, eval_clips)
+    words = [] if perception.resolve() == BUNDLED_CHECKPOINT.resolve() else ["--checkpoint", str(perception)]
+    words += ["--eval-clips", str(eval_clips)]
     record = {
-        "command": command_line("vot train projector", settings, OPTIONS),
+        "command": command_line("vot train projector", settings, OPTIONS, *words),
         **same,
         "trained": list(settings.parts),
         "training_seconds": round(seconds),

@@ -67,12 +67,11 @@ def projector_metrics(
     model: VotForConditionalGeneration, processor: VotProcessor, clips: int, seed: int = 0
 ) -> dict[str, float]:
     """Return the nats per token of captions and graphs of held-out clips, from the video, its graph, or both."""
-    size = min(_EVAL_BATCH, clips)
     return {
         shown: nats_per_token(
             model,
-            ConversationBatches(processor, partial(describe, shown=shown), seed, size, split="test"),
-            clips // size,
+            ConversationBatches(processor, partial(describe, shown=shown), seed, _EVAL_BATCH, split="test"),
+            clips,
         )
         for shown in SHOWN
     }

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
-from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.report import (
+    check_eval_clips,
     command_line,
     finished,
     format_metrics,
@@ -32,7 +33,13 @@ def run(out: Path, checkpoint: Path, settings: SftTraining, eval_clips: int = 56
     Args:
         checkpoint: the model of the projector stage.
     """
-    same = {"settings": asdict(settings), "checkpoint": checkpoint.name, "eval_clips": eval_clips}
+    check_eval_clips(eval_clips)
+    same = {
+        "settings": asdict(settings),
+        "checkpoint": checkpoint.name,
+        "checkpoint_fingerprint": folder_fingerprint(checkpoint),
+        "eval_clips": eval_clips,
+    }
     record = finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], "weights")
@@ -47,8 +54,9 @@ def run(out: Path, checkpoint: Path, settings: SftTraining, eval_clips: int = 56
     if settings.text == "lora":
         model = trained.merge_and_unload()
     metrics["after"] = sft_metrics(model, processor, eval_clips)
+    words = (str(checkpoint), "--eval-clips", str(eval_clips))
     record = {
-        "command": command_line("vot train sft", settings, OPTIONS, str(checkpoint)),
+        "command": command_line("vot train sft", settings, OPTIONS, *words),
         **same,
         "trained": list(settings.parts),
         "training_seconds": round(seconds),

@@ -67,13 +67,12 @@ def sft_metrics(model: Any, processor: VotProcessor, clips: int, seed: int = 0) 
         nats: per token of the true traces; format: share of replies that are a thought and an answer as a whole;
         accuracy: share of the answers that are right, and accuracy by kind of question.
     """
-    size = min(_EVAL_BATCH, clips)
-    batches = ConversationBatches(processor, reason, seed, size, split="val")
+    batches = ConversationBatches(processor, reason, seed, _EVAL_BATCH, split="val")
     asked = generate_questions("val", clips, seed=seed)
     items = [Asked(render(a.episode), a.episode.stsg, a.question.text, a.question.candidates) for a in asked]
     read = [read_reply(reply) for reply in replies(model, processor, items)]
     return {
-        "nats": nats_per_token(model, batches, clips // size),
+        "nats": nats_per_token(model, batches, clips),
         "format": sum(pair is not None for pair in read) / len(read),
         **_accuracy([a.question for a in asked], [pair[1] if pair else "" for pair in read]),
     }

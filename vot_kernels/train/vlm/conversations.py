@@ -1,6 +1,6 @@
 """Conversations about clips as training batches: what the model reads, and which tokens it learns to write."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,7 +80,15 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         first = step * self.batch_size
-        return encode(self.processor, [self.conversation(first + i) for i in range(self.batch_size)])
+        return self._batch(first, first + self.batch_size)
+
+    def first(self, clips: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches of the first `clips` episodes; the last one may be smaller."""
+        for start in range(0, clips, self.batch_size):
+            yield self._batch(start, min(start + self.batch_size, clips))
+
+    def _batch(self, start: int, stop: int) -> dict[str, Tensor]:
+        return encode(self.processor, [self.conversation(index) for index in range(start, stop)])
 
     def conversation(self, index: int) -> Conversation:
         """Return the conversation about episode `index`."""

@@ -69,12 +69,12 @@ def train_parts(
 
 
 @torch.no_grad()
-def nats_per_token(model: nn.Module, batches: ConversationBatches, count: int) -> float:
-    """Return the mean negative log-likelihood of the replies in the first `count` batches, in nats per token."""
+def nats_per_token(model: nn.Module, batches: ConversationBatches, clips: int) -> float:
+    """Return the mean negative log-likelihood of the replies about the first `clips`, in nats per token."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    for step in range(count):
-        batch = {name: value.to(device) for name, value in batches[step].items()}
+    for inputs in batches.first(clips):
+        batch = {name: value.to(device) for name, value in inputs.items()}
         learnt = int((batch["labels"][:, 1:] >= 0).sum())
         total += learnt * model(**batch).loss.item()
         tokens += learnt
