@@ -26,7 +26,7 @@ if os.environ.pop("PYTEST_XDIST_WORKER", None):
     torch.set_num_threads(1)
 
 # Tests start `make` as a shell would, not as a part of the `make test` they run in.
-for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TESTS", "JOBS"):
     os.environ.pop(name, None)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
