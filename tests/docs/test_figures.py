@@ -1,10 +1,13 @@
 """The figures in the README and the docs are those of the committed results."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.report.readme import PAGES, TABLES, changed_tables, render
+from benchmarks.report.readme import PAGES, RESULTS, TABLES, changed_tables, render
+from vot_kernels.files import read_json_lines
+from vot_kernels.scene_graph import Interval
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -29,3 +32,26 @@ def test_an_unknown_table_is_refused():
         match="'speed'.*cpu, .*, perception, questions, vlm, temporal-context, linearize, when, long-video",
     ):
         render("<!-- table: speed -->\n<!-- end -->")
+
+
+def test_scores_of_questions_follow_from_their_rows():
+    """Rows without their scene graphs are committed beside the scores that were made of them."""
+    scores = read("digitworld-when.json")["localisation"]["scores"]
+    rows = read_json_lines(RESULTS / "digitworld-when.rows.jsonl")[1:]
+    for system in rows[0]["answers"]:
+        found = [
+            Interval(*row["answers"][system]).iou(Interval(**row["question"]["interval"]))
+            if row["answers"][system]
+            else 0.0
+            for row in rows
+        ]
+        assert sum(found) / len(found) == pytest.approx(scores[system]["all"]["miou"]), system
+    accuracy = read("digitworld-vlm.json")["accuracy"]
+    rows = read_json_lines(RESULTS / "digitworld-vlm.rows.jsonl")[1:]
+    for system in ("vlm", "rules"):
+        right = [row["answers"][system] == row["question"]["answer"] for row in rows]
+        assert sum(right) / len(right) == pytest.approx(accuracy[system]["all"]), system
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text())
