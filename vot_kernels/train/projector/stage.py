@@ -1,15 +1,12 @@
 """Conversations that align clips and graphs with words: a caption and the scene graph, from one of them or both."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from vot_kernels.data.digitworld.episode import Episode
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.train.encoder.stage import caption
-from vot_kernels.train.loop import Report, no_report
-from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
 from vot_kernels.train.vlm.stage import nats_per_token, train_parts
 
@@ -36,31 +33,8 @@ def describe(episode: Episode, rng: np.random.Generator, shown: str | None = Non
     )
 
 
-def train_projector(
-    out: Path,
-    model: VotForConditionalGeneration,
-    processor: VotProcessor,
-    settings: ProjectorTraining,
-    *,
-    save_every: int = 100,
-    stop_at: int | None = None,
-    report: Report = no_report,
-) -> int:
-    """Train the projector and the graph tokens, and a new language model, in place; return the steps done.
-
-    The encoder stays as it is. Raises what `train_parts` raises.
-    """
-    batches = ConversationBatches(processor, describe, settings.seed, settings.batch_size)
-    return train_parts(
-        out,
-        model,
-        settings.parts,
-        batches,
-        settings,
-        save_every=save_every,
-        stop_at=stop_at,
-        report=report,
-    )
+train_projector = partial(train_parts, speak=describe)
+"""Train the projector and the graph tokens, and a new language model, in place; see `train_parts`."""
 
 
 def projector_metrics(

@@ -1,7 +1,7 @@
 """Conversations about a clip: its events, then questions, each answered by a Video-of-Thought trace."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,7 @@ from vot_kernels.data.digitworld.question_sets import generate_questions
 from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.encoder.stage import caption
-from vot_kernels.train.loop import Report, no_report
 from vot_kernels.train.projector.stage import CAPTION
-from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
 from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
 from vot_kernels.train.vlm.stage import nats_per_token, train_parts
@@ -33,31 +31,8 @@ def reason(episode: Episode, rng: np.random.Generator) -> Conversation:
     return Conversation([first, *turns[1:]], render(episode), stsg)
 
 
-def train_sft(
-    out: Path,
-    model: Any,
-    processor: VotProcessor,
-    settings: SftTraining,
-    *,
-    save_every: int = 100,
-    stop_at: int | None = None,
-    report: Report = no_report,
-) -> int:
-    """Train the language model or its adapters, the projector and the graph tokens in place; return the steps done.
-
-    The encoder stays as it is. Raises what `train_parts` raises.
-    """
-    batches = ConversationBatches(processor, reason, settings.seed, settings.batch_size)
-    return train_parts(
-        out,
-        model,
-        settings.parts,
-        batches,
-        settings,
-        save_every=save_every,
-        stop_at=stop_at,
-        report=report,
-    )
+train_sft = partial(train_parts, speak=reason)
+"""Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
 
 
 def sft_metrics(model: Any, processor: VotProcessor, clips: int, seed: int = 0) -> dict[str, float]:

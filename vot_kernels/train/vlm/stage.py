@@ -1,6 +1,5 @@
-"""The loop of a stage of the video-language model, and the record that it publishes."""
+"""Supervised training of parts of the video-language model on conversations."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,38 +7,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
-from vot_kernels.train.vlm.conversations import ConversationBatches
+from vot_kernels.train.vlm.conversations import ConversationBatches, Speaker
 from vot_kernels.train.vlm.model import check_trained, train_only
 
 
 def train_parts(
     out: Path,
     model: nn.Module,
-    parts: Sequence[str],
-    batches: ConversationBatches,
+    processor: VotProcessor,
     settings: Any,
     *,
+    speak: Speaker,
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
 ) -> int:
-    """Train exactly `parts` of the model on conversations, or resume; return the number of steps done.
+    """Train exactly the settings' parts of the model in place, or resume; return the number of steps done.
 
     Args:
         out: folder of the checkpoints, which hold the trained parameters alone.
         model: the video-language model, on its device; its other parameters stay as they are.
-        parts: see `train_only`.
-        batches: the conversations.
-        settings: a dataclass with the fields of `Schedule`, and weight_decay.
+        processor: of the model.
+        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size and seed, and with parts, as
+            `train_only` takes them.
+        speak: makes the conversations.
         save_every, stop_at, report: as in `run_steps`.
 
     Raises:
         ValueError: a checkpoint in `out` has other settings or began with other weights.
-        RuntimeError: other parameters than those of `parts` are trained.
+        RuntimeError: other parameters than those of the parts are trained.
     """
+    parts = settings.parts
+    batches = ConversationBatches(processor, speak, settings.seed, settings.batch_size)
     start = fingerprint(model)
     trained = train_only(model, parts)
     groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
