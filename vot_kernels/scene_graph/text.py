@@ -186,6 +186,16 @@ def _blocks(text: str) -> list[_Block]:
     return blocks
 
 
+def outside_blocks(text: str) -> str:
+    """Return what a text says besides its blocks; nothing follows a block without a closing tag."""
+    kept, start, inside = [], 0, False
+    for tag in _TAG.finditer(text):
+        if not inside:
+            kept.append(text[start : tag.start()])
+        start, inside = tag.end(), not tag[1]
+    return "".join(kept if inside else [*kept, text[start:]]).strip()
+
+
 @dataclass
 class _Parser:
     vocabulary: Vocabulary | None
