@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vot_kernels.data.digitworld.baselines import BASELINES, accuracy_by_kind, baseline_answers
+from vot_kernels.data.digitworld.physics import Physics
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
@@ -205,7 +206,9 @@ def _think(
 ) -> dict[str, Any]:
     """Answer with the language model, with and without the five steps; return what verification did."""
     question, warning = item.question, domain_warning(seen)
-    vot = VideoOfThought(model).run(question.text, question.candidates, seen.stsg, domain_warning=warning)
+    vot = VideoOfThought(model, world=Physics()).run(
+        question.text, question.candidates, seen.stsg, domain_warning=warning
+    )
     direct = VideoOfThought(model, Switches.all_off()).run(
         question.text, question.candidates, seen.stsg, domain_warning=warning
     )

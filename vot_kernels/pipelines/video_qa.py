@@ -211,7 +211,8 @@ class VideoQA:
         if sight.warning is not None and not self.anyway:
             return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
         report("Loading the language model")
-        reasoning = VideoOfThought(self.reader.about(clip), self.switches)
+        world = getattr(self.eyes, "world", None) if sight.in_domain else None
+        reasoning = VideoOfThought(self.reader.about(clip), self.switches, world=world)
         answer = reasoning.run(
             question,
             given,

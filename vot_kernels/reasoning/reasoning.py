@@ -26,6 +26,7 @@ from vot_kernels.reasoning.types import (
     Verification,
 )
 from vot_kernels.reasoning.verification import confidence, perception_score
+from vot_kernels.reasoning.what_if import World
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.interval import Interval
 
@@ -41,6 +42,7 @@ class VideoOfThought:
         llm: a `LanguageModel`, or any `generate(prompt) -> str`.
         switches: which steps run.
         graph_style: how the model reads the graph: "sentences", "stsg" (the compact text form) or "both".
+        world: simulates what the clip does not show, so that verification can check it; None leaves that unchecked.
 
     Raises:
         TypeError: `llm` is neither.
@@ -53,6 +55,7 @@ class VideoOfThought:
         switches: Switches | None = None,
         *,
         graph_style: prompts.GraphStyle = "sentences",
+        world: World | None = None,
     ) -> None:
         if graph_style not in prompts.GRAPH_STYLES:
             raise ValueError(
@@ -61,6 +64,7 @@ class VideoOfThought:
         self.llm = as_language_model(llm)
         self.switches = switches or Switches()
         self.graph_style = graph_style
+        self.world = world
 
     def run(
         self,
@@ -110,7 +114,7 @@ class VideoOfThought:
         verification = run.step(
             "verification",
             on.verification,
-            lambda m: steps.verify(m, task, tracking, analysis, ranking, stsg),
+            lambda m: steps.verify(m, task, tracking, analysis, ranking, stsg, self.world),
             Verification("off", best, best),
         )
         return self._answer(task, ranking, verification, stsg, run.trace, given, domain_warning)

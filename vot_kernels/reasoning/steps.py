@@ -28,6 +28,7 @@ from vot_kernels.reasoning.types import (
     Verification,
 )
 from vot_kernels.reasoning.verification import check
+from vot_kernels.reasoning.what_if import World
 from vot_kernels.scene_graph.graph import STSG, Event, Relation
 from vot_kernels.scene_graph.summary import summarised
 
@@ -374,12 +375,19 @@ def _decider(order: Sequence[int], by_words: Sequence[float], by_likelihood: Seq
 
 
 def verify(
-    model: Recorder, task: Task, tracking: Tracking, analysis: Analysis, ranking: Ranking, graph: STSG
+    model: Recorder,
+    task: Task,
+    tracking: Tracking,
+    analysis: Analysis,
+    ranking: Ranking,
+    graph: STSG,
+    world: World | None = None,
 ) -> Verification:
     """Step 5. Keep the best candidate, take the next one that the graph does not contradict, or abstain.
 
     Grounding: a contradicted candidate is replaced, once, by the best one that is not; if the graph contradicts all,
-    there is no answer, nor if it shows nothing to a model that does not see the video. Common sense: the model is asked
+    there is no answer, nor if it shows nothing to a model that does not see the video. What the clip does not show is
+    simulated by `world`, if there is one. Common sense: the model is asked
     whether the answer contradicts its analysis; if so, the confidence of what the graph cannot check is lowered, and
     nothing else changes.
     """
@@ -389,7 +397,7 @@ def verify(
     texts = [candidate.text for candidate in ranking.candidates]
     checks = []
     for text in texts:
-        checks.append(check(task, text, texts, graph))
+        checks.append(check(task, text, texts, graph, world))
         if checks[-1].verdict != "contradicted":
             break
     else:

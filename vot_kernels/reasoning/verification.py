@@ -33,6 +33,7 @@ from vot_kernels.reasoning.names import (
     fold,
 )
 from vot_kernels.reasoning.types import GroundingCheck, Task, Verdict
+from vot_kernels.reasoning.what_if import KINDS, World, judge_what_if
 from vot_kernels.scene_graph.graph import STSG
 
 OUT_OF_DOMAIN_CONFIDENCE = 0.1  # upper bound
@@ -40,16 +41,22 @@ UNSUPPORTED_CONFIDENCE = 0.5  # upper bound
 _TIMED = re.compile(r"\b(before|after|while|during|until|since|at \d|second time|then)\b")
 
 
-def check(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> GroundingCheck:
+def check(
+    task: Task, answer: str, candidates: Sequence[str], graph: STSG, world: World | None = None
+) -> GroundingCheck:
     """Judge `answer` (one of `candidates`) against the whole graph of the clip.
 
-    "supported" and "contradicted" mean that the graph, as perceived, says so. Everything about causes, about what
-    would or will happen, and every wording that is not understood is "uncheckable". An answer is supported if all of
-    it is: one wrong part contradicts it, and one unknown word leaves it open.
+    "supported" and "contradicted" mean that the graph, as perceived, says so. Causes, and what would or will happen,
+    are judged where there is a `world` that simulates them; without one they are "uncheckable", as is every wording
+    that is not understood. An answer is supported if all of it is: one wrong part contradicts it, and one unknown word
+    leaves it open.
     """
     if not graph.tracklets:
         return GroundingCheck(answer, "uncheckable", "the graph shows nothing")
     part = part_in_question(task.question, graph)
+    if task.kind in KINDS and world is not None and not absent_words(answer, graph):
+        true, reason = judge_what_if(task, answer, candidates, graph, world)
+        return GroundingCheck(answer, _VERDICTS[true], reason)
     verdict, reason = _judge(task, answer, candidates, part)
     if verdict == "supported" and task.kind != "when":
         verdict, reason = _judge_rest(task, answer, part, reason)
@@ -89,7 +96,7 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
     absent = absent_words(answer, graph)
     if absent:
         return "contradicted", f"no tracklet is '{absent[0]}'"
-    if task.kind in ("cause", "counterfactual", "prediction"):
+    if task.kind in KINDS:
         return "uncheckable", f"the graph does not show the answer to a {task.kind} question"
     if _TIMED.search(without_times(task.question)):
         return "uncheckable", "the question is about a part of the clip that was not worked out"

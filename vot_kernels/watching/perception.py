@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from vot_kernels.data.digitworld.physics import Physics
+from vot_kernels.data.digitworld.truth import VOCABULARY
 from vot_kernels.data.video import VideoClip
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.perception.reading import Detection, detect
+from vot_kernels.models.perception.reading import Detection, detect, vocabulary
 from vot_kernels.watching.protocols import Sight
 
 
@@ -14,10 +16,15 @@ class PerceptionEyes:
 
     Args:
         model, processor: the checkpoint and the processor that was saved with it.
+
+    Attributes:
+        world: simulates what a clip does not show; None where the checkpoint was trained on a world without mechanics
+            that this package knows.
     """
 
     def __init__(self, model: VotPerceptionModel, processor: VotImageProcessor) -> None:
         self.model, self.processor = model, processor
+        self.world = Physics() if vocabulary(model.config) == VOCABULARY else None
         self.name = model.config.name_or_path or "an unnamed checkpoint"
         self.fps = float(model.config.fps)
 

@@ -12,6 +12,7 @@ from vot_kernels.data.digitworld.localisation import (
     localisation_scores,
 )
 from vot_kernels.data.digitworld.needles import NEEDLE_FORMS, LongClip, Needle, long_clip, needle, needles
+from vot_kernels.data.digitworld.physics import Physics
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, TIMED_KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules, answer_text_by_rules
@@ -35,6 +36,7 @@ __all__ = [
     "HiddenColours",
     "LongClip",
     "Needle",
+    "Physics",
     "Question",
     "Scene",
     "Sidecar",

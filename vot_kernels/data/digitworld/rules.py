@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
-from vot_kernels.data.digitworld.questions import HORIZON, Question
+from vot_kernels.data.digitworld.physics import hit_without, next_partner
+from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.data.digitworld.tracks import Tracks
 from vot_kernels.scene_graph.graph import STSG
 
@@ -115,7 +116,7 @@ def _cause_of_turn(tracks: Tracks, candidates: Sequence[str], body: int, time: s
 def _needed(tracks: Tracks, candidates: Sequence[str], a: int, b: int, time: str) -> str | None:
     """Return who, if removed, prevents the hit; if the simulation finds several or none, who acted last before it."""
     others = _named(tracks, candidates)
-    needed = [n for n in others if not _hit_without(tracks, a, b, n)]
+    needed = [n for n in others if not hit_without(tracks, a, b, n)]
     if len(needed) == 1:
         return others[needed[0]]
     before = [
@@ -130,36 +131,12 @@ def _needed(tracks: Tracks, candidates: Sequence[str], a: int, b: int, time: str
 
 
 def _counterfactual(tracks: Tracks, candidates: Sequence[str], removed: int, a: int, b: int) -> str | None:
-    return "yes" if _hit_without(tracks, a, b, removed) else "no"
-
-
-def _hit_without(tracks: Tracks, a: int, b: int, removed: int) -> bool:
-    """Whether a and b hit each other without `removed`.
-
-    Until the first hit of `removed` the clip is used as it was seen; only from there on is it simulated.
-    """
-    facts = tracks.hits_of(a, b)
-    influence = [t for t, _ in tracks.partners(removed)]
-    if not influence:
-        return bool(facts)
-    if facts and facts[0] <= influence[0]:
-        return True
-    start = max(influence[0] - 1, 0)
-    keep = [n for n in range(len(tracks.tracklets)) if n != removed]
-    motion = tracks.simulate(start, float(tracks.times[-1] - tracks.times[start]), keep)
-    pair = tuple(sorted((keep.index(a), keep.index(b))))
-    return any(hit.pair == pair for hit in motion.hits)
+    return "yes" if hit_without(tracks, a, b, removed) else "no"
 
 
 def _next(tracks: Tracks, candidates: Sequence[str], body: int) -> str | None:
-    """Return whom it hits first if the motion continues; if nobody in time, whom it passes closest."""
     others = {n: name for n, name in _named(tracks, candidates).items() if n != body}
-    motion = tracks.simulate(tracks.num_frames - 1, HORIZON, range(len(tracks.tracklets)))
-    for hit in motion.hits:
-        other = hit.b if hit.a == body else hit.a
-        if body in hit.pair and other in others:
-            return others[other]
-    return others[min(others, key=lambda n: motion.closest(body, n))] if others else None
+    return others[next_partner(tracks, body, [*others])] if others else None
 
 
 def _named(tracks: Tracks, candidates: Sequence[str]) -> dict[int, str]:

@@ -40,6 +40,10 @@ class Tracks:
         frames = np.clip(np.arange(self.num_frames), known[0], known[-1])
         return np.array([tracklet.boxes[k][0] for k in frames.tolist()])
 
+    def index(self, id: str) -> int | None:
+        """Return the number of the track with this id; None if it has no boxes."""
+        return self._index.get(id)
+
     def named(self, name: str) -> int | None:
         """Return the track called "the red digit", the most certain if there are several; None if there is none."""
         words = set(name.lower().replace("digit", "").split()) - {"the"}
