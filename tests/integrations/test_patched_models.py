@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import vot_kernels
 from tests.integrations.tiny import (
@@ -160,16 +167,16 @@ def test_a_layer_of_a_tower_compiles_whole_for_all_packings(kind):
     assert counter.frame_count < len(seen), "an image or clip more is no other graph"
 
 
-@pytest.mark.parametrize("given", ["position_ids", "attention_mask"])
+@pytest.mark.parametrize("given", ["position_ids", "attention_mask", "nothing"])
 @both_models
 def test_the_language_model_of_a_vision_language_model_compiles_whole(kind, given):
-    """Given neither, transformers looks for packed sequences, which needs several graphs."""
     model = VISION_LANGUAGE[kind]()
     vot_kernels.patch(model)
     stack, mask = model.model.language_model, torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     more = {"position_ids": torch.arange(9).expand(3, 2, 9), "attention_mask": mask}
-    inputs = {"inputs_embeds": make_tensor(2, 9, 32), "use_cache": False, given: more[given]}
+    inputs = {"inputs_embeds": make_tensor(2, 9, 32), "use_cache": False, given: more.get(given)}
+    inputs.pop("nothing", None)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = stack(**inputs).last_hidden_state
@@ -178,8 +185,69 @@ def test_the_language_model_of_a_vision_language_model_compiles_whole(kind, give
     assert (found - expected)[rows].abs().max() <= OUTPUT * expected[rows].abs().max()
 
 
+SHALLOW = TEXT | {"num_hidden_layers": 1}
+WINDOW = {"use_sliding_window": True, "sliding_window": 3}
+LANGUAGE = {
+    "llama": lambda: spread(LlamaForCausalLM(LlamaConfig(**SHALLOW))),
+    "mistral, window": lambda: spread(MistralForCausalLM(MistralConfig(**SHALLOW, sliding_window=3))),
+    "qwen2": lambda: qwen2(num_hidden_layers=1),
+    "qwen2, window": lambda: qwen2(**WINDOW, layer_types=["full_attention", "sliding_attention"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "use_cache"),
+    [
+        *((kind, "nothing", False) for kind in LANGUAGE),
+        ("mistral, window", "nothing", True),
+        ("mistral, window", "attention_mask", False),
+    ],
+)
+def test_a_language_model_trains_in_one_graph_without_positions(kind, use_cache, given):
+    model, ids = LANGUAGE[kind](), prompts(2, 9)
+    mask = torch.ones_like(ids)
+    if given == "attention_mask":
+        mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = run(model, inputs)
+    torch._dynamo.reset()
+    with vot_kernels.patched(model):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        shown = inputs if given == "attention_mask" else {"input_ids": ids}
+        logits = compiled(**shown, use_cache=use_cache).logits[mask.bool()]
+        model.zero_grad()
+        logits.square().mean().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    check_close((logits.detach(), gradients), expected)
+    assert not any(module._forward_pre_hooks for module in model.modules()), "unpatch leaves hooks behind"
+
+
+def test_a_compiled_language_model_keeps_packed_sequences_apart():
+    """A graph for no positions was made before; positions of packed sequences are still looked at."""
+    model, ids = LANGUAGE["mistral, window"](), prompts(1, 8)
+    options = [{}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = [model(ids, **more, use_cache=False).logits for more in options]
+        assert (expected[0] - expected[1]).abs().max() > 0.01 * expected[0].abs().max()
+        vot_kernels.patch(model)
+        compiled = torch.compile(model, backend="eager")
+        for more, logits in zip(options, expected, strict=True):
+            found = compiled(ids, **more, use_cache=False).logits
+            assert (found - logits).abs().max() <= OUTPUT * logits.abs().max()
+
+
+def test_a_graph_refuses_a_window_over_padding_between_tokens():
+    model, mask = LANGUAGE["mistral, window"](), torch.ones(1, 9, dtype=torch.long)
+    mask[0, 4] = 0
+    vot_kernels.patch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="between their tokens"):
+        compiled(prompts(1, 9), attention_mask=mask, use_cache=False)
+
+
 def test_a_compiled_language_model_says_the_same_with_padding_and_without():
-    """Without a mask, transformers composes one of packed sequences, which cannot be read within a graph."""
     model, ids = qwen2(), prompts(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

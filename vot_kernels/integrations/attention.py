@@ -12,14 +12,14 @@ forward. A mask that is no such pattern is refused: no approximation takes its p
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import getclosurevars
+from inspect import getclosurevars, signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from vot_kernels.integrations.hybrid import HybridLayer, layer_of
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
@@ -28,6 +28,7 @@ from vot_kernels.packing import PackedLayout
 NAME = "vot_kernels_flash"
 _PLAN = "_vot_kernels_plan"
 _EVERYTHING = (-1, -1)
+_JOINED = masking_utils.and_masks(masking_utils.causal_mask_function).__code__  # of what is joined by "and"
 
 
 class AttentionPlan(NamedTuple):
@@ -62,11 +63,56 @@ class _Pattern:
     sequences: Tensor | None  # integers [batch, length], equal within a packed sequence
 
 
+@dataclass
+class _Traced:
+    """What is known of the forward that a compiler traces, which reads neither numbers nor the insides of functions.
+
+    Attributes:
+        unpacked: the config of a model that was given no places of packed sequences.
+    """
+
+    unpacked: Any = None
+
+
+_traced = _Traced()
+
+
 def register_attention() -> str:
     """Make `NAME` an attention implementation of transformers; again changes nothing. Returns the name."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
     return NAME
+
+
+def watch(model: nn.Module) -> None:
+    """Have the models within a model that take positions say, while they are traced, whether they were given any."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and "position_ids" in _names(module):
+            module.register_forward_pre_hook(_note_positions, with_kwargs=True)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo `watch`."""
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _note_positions]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _note_positions(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+    """A forward pre-hook: without a mask, transformers looks for packed sequences in positions, in its own, too.
+
+    Its own have none, so that the lengths of the sequences are the shape of the batch.
+    """
+    if torch.compiler.is_compiling():
+        given = {**dict(zip(_names(module), arguments, strict=False)), **keywords}
+        unpacked = given.get("position_ids") is None or given.get("attention_mask") is not None
+        _traced.unpacked = module.config if unpacked else None
+
+
+def _names(module: nn.Module) -> list[str]:
+    """The arguments of its forward."""
+    return list(signature(type(module).forward).parameters)[1:]
 
 
 def make_mask(
@@ -78,7 +124,7 @@ def make_mask(
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    **_: Any,
+    **others: Any,
 ) -> Tensor | None:
     """The mask of a forward in the form that `attention_forward` reads; the arguments are those of transformers.
 
@@ -88,6 +134,7 @@ def make_mask(
         mask_function: what transformers composed of its mask functions.
         attention_mask: bool `[batch, places]`, False for padding.
         device: where the mask lies if `attention_mask` is None.
+        others: what transformers says besides; it is read where a compiler cannot take `mask_function` apart.
 
     Returns:
         None if every query sees all keys, or all up to its own place where the module is causal; else bool
@@ -99,7 +146,7 @@ def make_mask(
 
     Source: transformers 5, `masking_utils.py`.
     """
-    pattern = _pattern(mask_function)
+    pattern = _pattern(mask_function, others)
     device = device if attention_mask is None else attention_mask.device
     if pattern.sequences is not None:  # transformers looks for them where there is no padding and no cache
         mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -281,8 +328,8 @@ def _plan_padding(
     A window counts places, so it needs rows without padding between their tokens; only it asks the device.
     """
     begins = keys & ~nn.functional.pad(keys[:, :-1], (1, 0))
-    if window != _EVERYTHING and (begins.sum(1) > 1).any():
-        raise ValueError("A sliding window over rows with padding between their tokens is not served.")
+    if window != _EVERYTHING:
+        _check_whole(begins.sum(1) <= 1)
     on_host = keys.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and (begins.sum(1) <= 1).all():
         return _plan_runs(causal, window, keys, queries, q_length)
@@ -292,6 +339,15 @@ def _plan_padding(
         return plan._replace(cu_seqlens_k=cu_k, keys=key_order, padded=True)
     cu_q, order = _packed_order(queries)
     return AttentionPlan(causal, window, cu_q, cu_k, order, key_order, order.argsort(), padded=True)
+
+
+def _check_whole(rows: Tensor) -> None:
+    """Refuse rows that are not True; a graph checks it when it runs."""
+    refusal = "A sliding window over rows with padding between their tokens is not served."
+    if torch.compiler.is_compiling():
+        torch._assert_async(rows.all(), refusal)
+    elif not rows.all():
+        raise ValueError(refusal)
 
 
 def _plan_runs(
@@ -364,7 +420,23 @@ def _real_keys(
     return real
 
 
-def _pattern(function: Callable[..., Any]) -> _Pattern:
+def _traced_pattern(function: Callable[..., Any], said: dict[str, Any]) -> _Pattern | None:
+    """The pattern of a model that is traced, from what transformers says of it; None where that does not tell.
+
+    What it joins by "and" are windows or chunks, functions of the model's own (`use_vmap`), and packed sequences.
+    """
+    config, size = said.get("config"), said.get("local_size")
+    if not torch.compiler.is_compiling() or config is None or _traced.unpacked is not config:
+        return None
+    chunks = getattr(config, "attention_chunk_size", None) is not None
+    if said.get("use_vmap", True) or chunks or getattr(function, "__code__", None) is not _JOINED:
+        return None
+    if "allow_is_bidirectional_skip" in said:
+        return None if size is None else _Pattern(False, (size, size), None)
+    return _Pattern(True, _EVERYTHING if size is None else (size - 1, -1), None)
+
+
+def _pattern(function: Callable[..., Any], said: dict[str, Any]) -> _Pattern:
     """Take a mask function of transformers apart; it is one of theirs, or several joined by "and"."""
     causal, window, sequences = False, _EVERYTHING, None
     # By its identity first, since a compiler cannot look into functions.
@@ -372,6 +444,8 @@ def _pattern(function: Callable[..., Any]) -> _Pattern:
         return _Pattern(True, window, sequences)
     if function is masking_utils.bidirectional_mask_function:
         return _Pattern(False, window, sequences)
+    if (traced := _traced_pattern(function, said)) is not None:
+        return traced
     for part in _parts(function):
         made_by, inside = _maker(part), getclosurevars(part).nonlocals
         if made_by == "causal_mask_function":

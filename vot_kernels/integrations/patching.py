@@ -158,7 +158,7 @@ def patch(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     options = _options(attention, window, far, layers, feature_map, frames)
     with imports_for("Patching a model", "llm"):
-        from vot_kernels.integrations.attention import NAME, register_attention
+        from vot_kernels.integrations.attention import NAME, register_attention, unwatch, watch
     from vot_kernels.integrations.hybrid import attach, undo
 
     sites = list(_sites(model))
@@ -184,8 +184,10 @@ def patch(
         if options is not None:
             attach(hybrid.values(), options)
         write_all([*writes, planned(model, _STATE, writes)])
+        watch(model)
     except BaseException:
         undo(model)
+        unwatch(model)
         raise
     return PatchReport(tuple(rows))
 
@@ -201,9 +203,11 @@ def unpatch(model: nn.Module) -> None:
     state = vars(model).pop(_STATE, None) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
+    from vot_kernels.integrations.attention import unwatch
     from vot_kernels.integrations.hybrid import undo
 
     undo(model)
+    unwatch(model)
     take_back(state)
 
 
