@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.interpreter import look_for_builtins_once
+from tests.interpreter import speed_up
 from tests.marks import why_skipped
 from tests.torchvision_operators import make_torchvision_importable
 from vot_kernels import testing
@@ -32,7 +32,7 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "TESTS", "JOBS"):
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETING and HAS_TRITON:
-    look_for_builtins_once()
+    speed_up()
 
 # Shared machines are sometimes slow, and a failing example must come back on the next run.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -1,20 +1,44 @@
-"""A patch that makes Triton's interpreter a quarter faster.
+"""Patches that make Triton's interpreter more than twice as fast and change no result.
 
-The interpreter replaces the builtins of `triton.language` before a launch and again before each call inside a kernel,
-and looks for them with `inspect.getmembers` every time. The set of builtins does not change, so this looks once.
+Before a launch, and again before each call inside a kernel, the interpreter replaces the builtins of
+`triton.language` and looks for them with `inspect.getmembers`. Here the set of builtins, which does not change, is
+looked for once, and a module is replaced once in a launch. Three quarters of the operations on int32 were the search
+for an overflow, whose outcome the interpreter throws away unless it debugs. The table of NumPy's dtypes was built anew
+for every operation, and so were the shape of each tensor and its type, which nothing changes afterwards.
 """
 
+import dataclasses
+import functools
 import inspect
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 
-def look_for_builtins_once() -> None:
-    """Patch it for the rest of this process, or do nothing if this Triton's interpreter works in another way."""
-    from triton import language
+def speed_up() -> None:
+    """Patch it for the rest of this process, as far as this Triton's interpreter works in this way."""
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+    names = (
+        "_patch_builtin",
+        "_patch_attr",
+        "_patch_lang",
+        "_LangPatchScope",
+        "_get_np_dtype",
+        "interpreter_builder",
+    )
+    if any(not hasattr(interpreter, name) for name in names):
         return
+    _look_for_builtins_once(interpreter)
+    _patch_once_in_a_launch(interpreter)
+    _look_up_dtypes(interpreter)
+    _share_shapes()
+    _leave_out_what_is_thrown_away(interpreter)
+
+
+def _look_for_builtins_once(interpreter: Any) -> None:
+    from triton import language
+
     is_builtin = language.core.is_builtin
 
     def builtins(package: Any) -> list[str]:
@@ -29,3 +53,74 @@ def look_for_builtins_once() -> None:
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     interpreter._patch_builtin = patch_builtin
+
+
+def _patch_once_in_a_launch(interpreter: Any) -> None:
+    from triton import language
+
+    patch, patched = interpreter._patch_lang, set[ModuleType]()
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            """A launch ends with this; a call inside a kernel restores nothing."""
+            super().restore()
+            patched.clear()
+
+    @functools.cache
+    def used_by(function: Callable[..., Any]) -> set[ModuleType]:
+        return {
+            value for value in function.__globals__.values() if value is language or value is language.core
+        }
+
+    def patch_once(function: Callable[..., Any]) -> Any:
+        if patched and used_by(function) and used_by(function) <= patched:
+            return Scope()
+        scope = patch(function)
+        patched.update(used_by(function))
+        return scope
+
+    interpreter._LangPatchScope, interpreter._patch_lang = Scope, patch_once
+
+
+def _look_up_dtypes(interpreter: Any) -> None:
+    compute, known = interpreter._get_np_dtype, {}
+
+    def look_up(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = compute(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = look_up
+
+
+def _share_shapes() -> None:
+    from triton.language import core
+
+    make_block, make_tensor = core.block_type.with_element_ty, core.tensor.__init__
+    blocks: dict[Any, Any] = {}
+    shapes: dict[Any, Any] = {}
+
+    def block(self: Any, scalar: Any) -> Any:
+        if scalar.is_ptr():
+            return make_block(self, scalar)
+        key = (*self.shape, scalar.name)
+        if key not in blocks:
+            blocks[key] = make_block(self, scalar)
+        return blocks[key]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.shape, self.numel = shapes[key]
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    core.block_type.with_element_ty, core.tensor.__init__ = block, tensor
+
+
+def _leave_out_what_is_thrown_away(interpreter: Any) -> None:
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
