@@ -1,5 +1,6 @@
 """Shared by all tests: no network, no display, repeatable random numbers, tests skipped where they cannot run."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -16,6 +17,7 @@ from tests.torchvision_operators import make_torchvision_importable
 from vot_kernels import testing
 from vot_kernels.cpp.library import library
 
+gc.disable()  # until all is imported: see pytest_collection_finish
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 make_torchvision_importable()  # before transformers looks for it
@@ -61,6 +63,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason := why_skipped({mark.name for mark in item.iter_markers()}, **here):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now lives as long as the process: searching it for garbage takes half a second each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -341,7 +341,7 @@ def test_everything_that_is_hashed_exists():
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments]
     settings = os.environ | {"PYTHON": sys.executable, **environment}
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
 
 
 def test_script_without_arguments_or_gpu(tmp_path):
@@ -362,8 +362,9 @@ def test_script_gives_no_figure_for_a_red_op(tmp_path):
     results = dict.fromkeys(OPS, "not run") | {"packed_attention": "passed", "linear_attention": "failed"}
     path = write_gate(tmp_path / "gate.json", **results)
     arguments = ("--quick", "--workload", "2k", "--direction", "forward", "--rounds", "1")
+    arguments += ("--provider", "naive,vot-kernels torch")  # without the peers that compile at length
     out = tmp_path / "out"
-    run = script(str(out), "200", *arguments, DEVICE="cpu", GATE=str(path), SUITES="softmax,linear")
+    run = script(str(out), "600", *arguments, DEVICE="cpu", GATE=str(path), SUITES="softmax,linear")
     assert run.returncode == 0, run.stdout + run.stderr
     files = {file.name: file.stat().st_size for file in out.iterdir()}
     assert set(files) == {

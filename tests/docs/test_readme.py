@@ -5,14 +5,15 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from vot_kernels.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -121,16 +122,9 @@ def _cli_problem(arguments: list[str]) -> str | None:
 @cache
 def cli_help(path: tuple[str, ...]) -> tuple[str, int]:
     """What `vot … --help` prints, wide and without colours, and its exit status."""
-    code = "import sys; from vot_kernels.cli import main; sys.argv[0] = 'vot'; sys.exit(main())"
-    plain = {"COLUMNS": "240", "TERMINAL_WIDTH": "240", "NO_COLOR": "1", "TERM": "dumb"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *path, "--help"],
-        cwd=ROOT,
-        env=os.environ | plain,
-        capture_output=True,
-        text=True,
-    )
-    return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout + result.stderr), result.returncode
+    plain = {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
+    result = CliRunner().invoke(app, [*path, "--help"], prog_name="vot", env=plain)
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output), result.exit_code
 
 
 def _make_problem(arguments: list[str]) -> str | None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ REGISTERED = sorted(
 )
 
 
+@cache
 def sources(folder: str, pattern: str = "*.py") -> dict[Path, str]:
     return {path: path.read_text() for path in sorted((ROOT / folder).rglob(pattern))}
 
@@ -67,6 +69,16 @@ def opchecked(source: str) -> set[str]:
         if any("opcheck" in word for word in used | {node.name}):
             found |= used.union(*(constants[word] for word in used if word in constants))
     return found
+
+
+@cache
+def opchecked_by_the_tests() -> set[str]:
+    return set().union(*map(opchecked, sources("tests/ops").values()))
+
+
+@cache
+def words_of_the_benchmarks() -> set[str]:
+    return set().union(*(words(ast.parse(text)) for text in sources("benchmarks").values()))
 
 
 def support_rows(readme: str) -> set[str]:
@@ -109,14 +121,14 @@ def test_registered_op_belongs_to_a_file_of_ops(op):
 
 @pytest.mark.parametrize("op", REGISTERED)
 def test_registered_op_is_opchecked(op):
-    checked = set().union(*map(opchecked, sources("tests/ops").values()))
-    assert {op, f"_{op}"} & checked, f"no function of tests/ops that calls opcheck names {op}"
+    assert {op, f"_{op}"} & opchecked_by_the_tests(), (
+        f"no function of tests/ops that calls opcheck names {op}"
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_a_benchmark(op):
-    measured = set().union(*(words(ast.parse(text)) for text in sources("benchmarks").values()))
-    assert op in measured, f"no file of benchmarks/ names {op}"
+    assert op in words_of_the_benchmarks(), f"no file of benchmarks/ names {op}"
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def declared(extra: str) -> set[str]:
     return names
 
 
+@cache
 def imported(source: str) -> set[str]:
     """Top-level names of everything that is imported from outside the standard library and this package."""
     names: set[str] = set()
@@ -63,6 +65,7 @@ def imported(source: str) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - CORE - {"vot_kernels"}
 
 
+@cache
 def modules() -> list[tuple[str, str]]:
     """Dotted name and source of every module."""
     paths = sorted((ROOT / "vot_kernels").rglob("*.py"))

@@ -200,38 +200,58 @@ def test_mistakes_are_one_sentence(vot, words, sentence, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["ask", "missing.mp4", "Who?"],
-        ["ask", __file__, "Who?"],
-        ["ask", "CLIP", "Who?", "--start", "99"],
-        ["ask", "CLIP", "Who?", "--skip", "thinking"],
-        ["ask", "CLIP", "Who?", "--checkpoint", "nowhere"],
-        ["ask", "CLIP", "Who?", "--llm", "nowhere"],
-        ["ask", "--batch", "missing.jsonl", "--out", "answers.jsonl"],
-        ["encode", "CLIP", "missing.mp4", "--out", "x.safetensors"],
-        ["encode", "CLIP", "--checkpoint", "nowhere", "--out", "x.safetensors"],
-        ["ask", "CLIP", "Who?", "--picture", "x.jpg"],
-        ["ask", "CLIP", "Who?", "--device", "toaster"],
-        ["eval", "digitworld", "--out", "x.txt"],
-        ["train", "perception", "--out", "CLIP"],
-        ["train", "perception", "--out", "run", "--device", "toaster"],
-        ["train", "encoder", "--out", "run", "--teacher", "nowhere"],
-    ],
-)
-def test_mistakes_are_found_before_torch_is_imported(words, tmp_path):
+MISTAKES_BEFORE_TORCH = [
+    ["ask", "missing.mp4", "Who?"],
+    ["ask", __file__, "Who?"],
+    ["ask", "CLIP", "Who?", "--start", "99"],
+    ["ask", "CLIP", "Who?", "--skip", "thinking"],
+    ["ask", "CLIP", "Who?", "--checkpoint", "nowhere"],
+    ["ask", "CLIP", "Who?", "--llm", "nowhere"],
+    ["ask", "--batch", "missing.jsonl", "--out", "answers.jsonl"],
+    ["encode", "CLIP", "missing.mp4", "--out", "x.safetensors"],
+    ["encode", "CLIP", "--checkpoint", "nowhere", "--out", "x.safetensors"],
+    ["ask", "CLIP", "Who?", "--picture", "x.jpg"],
+    ["ask", "CLIP", "Who?", "--device", "toaster"],
+    ["eval", "digitworld", "--out", "x.txt"],
+    ["train", "perception", "--out", "CLIP"],
+    ["train", "perception", "--out", "run", "--device", "toaster"],
+    ["train", "encoder", "--out", "run", "--teacher", "nowhere"],
+]
+# Runs each of the lines, in a process in which an import of torch would fail.
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+sys.modules["torch"] = None
+from vot_kernels import cli
+for words in json.load(sys.stdin):
+    sys.argv, out, err = ["vot", *words], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def said_without_torch(tmp_path_factory):
+    """Exit code, stdout and stderr of each of the mistakes, from one process for all."""
     clip = str(digitworld_clip()[0])
-    argv = ["vot", *(clip if word == "CLIP" else word for word in words)]
-    code = (
-        "import sys; sys.path.append(sys.argv.pop(1)); sys.argv[0] = 'vot'\n"
-        "sys.modules['torch'] = None  # an import of it would fail\n"
-        "from vot_kernels import cli; cli.main()"
-    )
-    run = [sys.executable, "-c", code, str(ROOT), *argv[1:]]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "torch" not in done.stderr and "Traceback" not in done.stderr
+    lines = [[clip if word == "CLIP" else word for word in words] for words in MISTAKES_BEFORE_TORCH]
+    run = {"capture_output": True, "text": True, "cwd": tmp_path_factory.mktemp("without-torch")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, input=json.dumps(lines), env=environment, **run)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("index", range(len(MISTAKES_BEFORE_TORCH)))
+def test_mistakes_are_found_before_torch_is_imported(index, said_without_torch):
+    code, out, err = said_without_torch[index]
+    assert code == 2 and out == "" and len(err.splitlines()) == 1
+    assert "torch" not in err and "Traceback" not in err
 
 
 def test_ask_opens_its_video_once(vot, monkeypatch):
