@@ -3,7 +3,8 @@
 Each clip is a file of real H.264; one hit somewhere in it decides the answer. Per length: the share of right answers,
 by the rules on the graph of all frames, by the rules on 32 frames spread evenly over the clip, and by the language
 model with Video-of-Thought for some of the questions; and the peak memory from the file to the graph, in a process of
-its own. Rows are kept beside OUT.json as they are made: the same command goes on after an interruption.
+its own. Rows are kept beside OUT.json as they are made: the same command goes on after an interruption, and one with
+more lengths, or with questions to the language model, adds to them.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import numpy as np
 from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
 
 LENGTHS = (16, 64, 256, 1024, 4096)
-CLIPS = {16: 48, 64: 12, 256: 6, 1024: 3, 4096: 2}
+CLIPS = {16: 48, 64: 12, 256: 6, 1024: 3, 4096: 2, 10000: 1}
 SPREAD = 32  # frames of the comparison, which sees the clip at a low rate
 SYSTEMS = {
     "vot": "language model + VoT",
@@ -35,21 +36,20 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0, 1 if a length failed, 2 for a bad option, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    settings = {name: getattr(options, name) for name in ("questions", "asked", "seed")}
+    settings = {name: getattr(options, name) for name in ("questions", "seed")}
     try:
         check_output(options.out, ".json")
         rows_file = options.out.with_suffix(".rows.jsonl")
         if options.only is not None:
-            for row in measure(
-                options.only, options.questions, options.asked, options.seed, _done(rows_file)
-            ):
-                with append_json_lines(rows_file) as append:
-                    append(row)
+            clips = options.only, options.questions, options.seed
+            _append(rows_file, measure(*clips, _done(rows_file, "questions")))
+            _append(rows_file, ask(*clips, options.asked, _done(rows_file, "asked")))
             return 0
         _begin(rows_file, settings)
         for length in options.lengths:
             print(f"{length} frames …", file=sys.stderr, flush=True)
-            own = [f"--{name}={value}" for name, value in {**settings, "only": length}.items()]
+            given = {**settings, "asked": options.asked, "only": length}
+            own = [f"--{name}={value}" for name, value in given.items()]
             command = [sys.executable, "-m", "benchmarks.long_video", str(options.out), *own]
             if subprocess.run(command, check=False).returncode:
                 print(f"{length} frames failed; the same command goes on there.", file=sys.stderr)
@@ -85,8 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _done(rows_file: Path) -> set[tuple[int, int]]:
-    return {(row["frames"], row["clip"]) for row in read_json_lines(rows_file)[1:]}
+def _done(rows_file: Path, kind: str) -> set[tuple[int, int]]:
+    """Return the clips, by length and number, of which there are rows with `kind`."""
+    return {(row["frames"], row["clip"]) for row in read_json_lines(rows_file)[1:] if kind in row}
+
+
+def _append(rows_file: Path, rows: Iterator[dict[str, Any]]) -> None:
+    for row in rows:
+        with append_json_lines(rows_file) as append:
+            append(row)
 
 
 def _begin(rows_file: Path, settings: dict[str, Any]) -> None:
@@ -99,47 +106,37 @@ def _begin(rows_file: Path, settings: dict[str, Any]) -> None:
             append({"settings": settings})
 
 
-def measure(
-    frames: int, questions: int, asked: int, seed: int, done: set[tuple[int, int]]
-) -> Iterator[dict[str, Any]]:
+def measure(frames: int, questions: int, seed: int, done: set[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """Yield a row for each clip of this length: its questions with the answers given, seconds, and peak memory in MB.
 
-    The memory is that of the process, without a language model, which is loaded after the last clip was seen.
+    The memory is that of the process, in which no language model is loaded yet.
     """
     from vot_kernels.pipelines.sampling import Sampling
-    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes
 
     clips = CLIPS.get(frames, 4)
     todo = [clip for clip in range(clips) if (frames, clip) not in done]
     if not todo:
         return
     video_qa = VideoQA(load_eyes(), lambda prompt: "")
-    seen = []
     loaded = _peak_mb()
     for clip in todo:
         with tempfile.TemporaryDirectory() as folder:
             items, path = _clip(frames, clip, -(-questions // clips), seed, Path(folder))
             start = time.perf_counter()
-            _, detection = video_qa.see(path)
+            _, seen = video_qa.see(path)
             seconds, peak = time.perf_counter() - start, _peak_mb()
             _, spread = video_qa.see(path, Sampling(num_frames=min(SPREAD, frames)))
-        seen.append((clip, items, detection.stsg, spread.stsg, seconds, peak))
-    model = load_language_model() if asked else None
-    for clip, items, stsg, few, seconds, peak in seen:
-        share = -(-asked // clips)  # of each form; more clips than `asked` are not all asked about
-        rows, counts = [], dict.fromkeys(("which", "did", "when"), 0)
-        for item in items:
-            question = item.question
-            given = {
-                "rules": _right(question, by_rules(question, stsg)),
-                "spread": _right(question, by_rules(question, few)),
+        rows = [
+            _row(item)
+            | {
+                "right": {
+                    "rules": _right(item.question, by_rules(item.question, seen.stsg)),
+                    "spread": _right(item.question, by_rules(item.question, spread.stsg)),
+                }
             }
-            counts[question.kind] += 1
-            if model is not None and counts[question.kind] <= share and clip * share < asked:
-                given["vot"] = _right(question, _by_model(model, question, stsg))
-            rows.append(
-                {"form": question.kind, "question": question.text, "time_s": item.time_s, "right": given}
-            )
+            for item in items
+        ]
         yield {
             "frames": frames,
             "clip": clip,
@@ -147,8 +144,43 @@ def measure(
             "seconds": seconds,
             "peak_mb": peak,
             "loaded_mb": loaded,
-            "model": None if model is None else model.name,
         }  # fmt: skip
+
+
+def ask(
+    frames: int, questions: int, seed: int, asked: int, done: set[tuple[int, int]]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each clip of this length of which the language model is asked some of the same questions.
+
+    It reads the graph as `vot ask` has it read: what of a long video's graph fits into the prompt.
+    """
+    from vot_kernels.data.digitworld import NEEDLE_FORMS
+    from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_language_model
+
+    clips = CLIPS.get(frames, 4)
+    share = -(-asked // clips)  # of each form; more clips than `asked` are not all asked about
+    todo = [clip for clip in range(clips) if clip * share < asked and (frames, clip) not in done]
+    if not todo:
+        return
+    video_qa, model = VideoQA(load_eyes(), lambda prompt: ""), load_language_model()
+    for clip in todo:
+        with tempfile.TemporaryDirectory() as folder:
+            items, path = _clip(frames, clip, -(-questions // clips), seed, Path(folder))
+            _, seen = video_qa.see(path)
+        chosen = [
+            item for form in NEEDLE_FORMS for item in [i for i in items if i.question.kind == form][:share]
+        ]
+        start = time.perf_counter()
+        rows = [
+            _row(item) | {"right": {"vot": _right(item.question, _by_model(model, item.question, seen.stsg))}}
+            for item in chosen
+        ]
+        seconds = time.perf_counter() - start
+        yield {"frames": frames, "clip": clip, "asked": rows, "seconds": seconds, "model": model.name}
+
+
+def _row(item: Any) -> dict[str, Any]:
+    return {"form": item.question.kind, "question": item.question.text, "time_s": item.time_s}
 
 
 def _clip(frames: int, clip: int, count: int, seed: int, folder: Path) -> tuple[list[Any], Path]:
@@ -195,25 +227,28 @@ def summarise(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[
     """Return per length the share of right answers by system, the number of questions, and the memory."""
     lengths = {}
     for frames in sorted({row["frames"] for row in rows}):
-        own = [row for row in rows if row["frames"] == frames]
-        asked = [question for row in own for question in row["questions"]]
+        own = [row for row in rows if row["frames"] == frames and "questions" in row]
+        told = [row for row in rows if row["frames"] == frames and "asked" in row]
+        questions = [question for row in own for question in row["questions"]]
+        asked = [question for row in told for question in row["asked"]]
         right: dict[str, dict[str, float]] = {}
         for system in SYSTEMS:
-            of_system = [q for q in asked if system in q["right"]]
+            of_system = [q for q in questions + asked if system in q["right"]]
             for form in ("which", "did", "when", "all"):
                 found = [q["right"][system] for q in of_system if form in (q["form"], "all")]
                 if found:
                     right.setdefault(system, {})[form] = sum(found) / len(found)
         lengths[str(frames)] = {
             "clips": len(own),
-            "questions": len(asked),
-            "questions_to_the_model": sum("vot" in q["right"] for q in asked),
+            "questions": len(questions),
+            "questions_to_the_model": len(asked),
+            "seconds_to_the_model": sum(row["seconds"] for row in told) / max(1, len(asked)),
             "right": right,
             "peak_mb": max(row["peak_mb"] for row in own),
             "loaded_mb": max(row["loaded_mb"] for row in own),
             "seconds_per_clip": sum(row["seconds"] for row in own) / len(own),
         }
-    models = sorted({row["model"] for row in rows if row["model"]})
+    models = sorted({row["model"] for row in rows if "asked" in row})
     given = " ".join(f"--{name} {value}" for name, value in settings.items())
     return {
         "command": f"python -m benchmarks.long_video OUT.json {given}",

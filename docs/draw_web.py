@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.chromium import tab
 from vot_kernels.files import atomic_write
 from vot_kernels.pipelines.demo import demo_questions
-from vot_kernels.pipelines.web import build, load, served
+from vot_kernels.pipelines.video_qa import load_video_qa
+from vot_kernels.pipelines.web import build, served
 
 PICTURE = Path(__file__).with_name("web.png")
 WIDTH, HEIGHT = 1120, 1140
@@ -23,7 +24,7 @@ COLOURS = 128  # enough for a page, and the file stays small
 
 def main() -> None:
     """Write the picture."""
-    with served(build(load(), demo_questions())) as address, tab(WIDTH, HEIGHT) as page:
+    with served(build(load_video_qa(), demo_questions())) as address, tab(WIDTH, HEIGHT) as page:
         page.send("Page.navigate", url=address)
         page.wait("document.querySelector('#ask') !== null")
         page.run("document.querySelector('#ask').click()")

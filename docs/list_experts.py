@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import listing
 import torch
 import transformers
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from vot_kernels.integrations import transformers as integration
 
 PAGE = Path(__file__).with_name("experts.md")
 OUTPUT, GRADIENT = 1e-10, 1e-9  # errors allowed, relative to the largest number
-BEGIN, END = "<!-- experts -->", "<!-- end -->"
+MARK = "experts"
 TOKENS, CHOSEN = 24, 2
 
 # Sizes of small experts, wherever a config has the name.
@@ -145,8 +146,8 @@ def compare(module: nn.Module, *inputs: Tensor) -> Finding:
         return Finding("refused", str(error).rpartition(" and found ")[2].partition(": ")[2] or str(error))
     if len(calls) != 1:
         return Finding("wrong", f"{len(calls)} calls")
-    error = relative(found, expected)
-    slopes = [relative(found_gradients[name], gradient) for name, gradient in gradients.items()]
+    error = listing.relative(found, expected)
+    slopes = [listing.relative(found_gradients[name], gradient) for name, gradient in gradients.items()]
     if error > OUTPUT or max(slopes) > GRADIENT:
         return Finding("wrong", f"outputs differ by {error:.0e}, gradients by {max(slopes):.0e}")
     if not torch.equal(run(module, *inputs)[0], expected):
@@ -184,12 +185,6 @@ def run(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> tuple[T
     return out.detach(), found | missing
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest error by the largest number; infinite if anything is not finite."""
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
-    return error if error == error else float("inf")
-
-
 def table(findings: dict[Experts, Finding]) -> list[str]:
     """The rows of the table, one per class of experts."""
     return [
@@ -198,17 +193,12 @@ def table(findings: dict[Experts, Finding]) -> list[str]:
     ]
 
 
-def written(page: str, rows: list[str]) -> str:
-    """The page with another table and the version of transformers that it is about."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    statuses = [row.split(" | ")[2] for row in rows]
-    numbers = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
-    version = f"transformers {transformers.__version__}: {numbers}."
-    header = ["| family | experts | status | reason |", "| --- | --- | --- | --- |"]
-    return "\n".join([head + BEGIN, version, "", *header, *rows, END]) + tail
+def lines(rows: list[str]) -> list[str]:
+    """The rows as a table, below the version of transformers that it is about."""
+    version = f"transformers {transformers.__version__}: {listing.statuses(rows, 2)}."
+    return [version, "", *listing.table(["family", "experts", "status", "reason"], rows)]
 
 
 if __name__ == "__main__":
     findings = {experts: examine(experts) for experts in all_experts()}
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), table(findings)), encoding="utf-8")
+    listing.write(PAGE, MARK, lines(table(findings)))

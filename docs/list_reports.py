@@ -5,12 +5,13 @@ table. This file says what went wrong there and, for a report that cannot be tes
 """
 
 import ast
-import re
-import sys
 from pathlib import Path
+
+import listing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tested-on.md"
+MARK = "reports"
 SYMPTOMS = {
     "flash-attention#1537": "a shape error where segments are empty and query heads share keys",
     "flash-attention#2562": "an illegal access in the backward where segments have keys and no queries",
@@ -79,21 +80,14 @@ def tests() -> dict[str, list[str]]:
     return found
 
 
-def table() -> str:
-    """The table in Markdown; a report without a test and without a reason has an empty cell."""
-    marked = tests()
-    rows = ["| seen in | what went wrong there | here |", "| --- | --- | --- |"]
+def lines() -> list[str]:
+    """The table as the marks have it now; a report without a test and without a reason has an empty cell."""
+    marked, rows = tests(), []
     for report, symptom in SYMPTOMS.items():
         here = "<br>".join(marked.get(report, [])) or NOT_HERE.get(report, "")
         rows.append(f"| {report} | {symptom} | {here} |")
-    return "\n".join(["<!-- reports -->", *rows, "<!-- end -->"])
-
-
-def written(page: str) -> str:
-    """`page` with the table as the marks have it now."""
-    return re.sub(r"<!-- reports -->.*?<!-- end -->", lambda _: table(), page, count=1, flags=re.DOTALL)
+    return listing.table(["seen in", "what went wrong there", "here"], rows)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    sys.exit(0)
+    listing.write(PAGE, MARK, lines())

@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import listing
 import torch
 import transformers
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from vot_kernels.integrations import attention
 
 PAGE = Path(__file__).with_name("towers.md")
 OUTPUT, GRADIENT = 2e-5, 2e-4  # errors allowed, relative to the largest number
-BEGIN, END = "<!-- towers -->", "<!-- end -->"
+MARK = "towers"
 PACKED, PADDED = "packed", "rows"
 GRID = [[1, 4, 8], [3, 8, 4]]  # frames, rows and columns of patches: an image and a clip
 
@@ -255,10 +256,11 @@ def compare(model: nn.Module, inputs: dict[str, Any]) -> Finding:
     layers = [row for row in report.replaced if row.after == "flash_attn_varlen_func"]
     if len(calls) > len(layers) or len(layers) > 0 == len(calls):
         return Finding("wrong", f"{len(calls)} calls for {len(layers)} modules")
-    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    errors = [listing.relative(a, b) for a, b in zip(found, expected, strict=True)]
     largest = max(g.abs().max().item() for g in gradients.values() if g.numel())
     slopes = [
-        relative(found_gradients[name], gradient, 1e-3 * largest) for name, gradient in gradients.items()
+        listing.relative(found_gradients[name], gradient, 1e-3 * largest)
+        for name, gradient in gradients.items()
     ]
     if max(errors) > OUTPUT or max(slopes) > GRADIENT:
         return Finding("wrong", f"outputs differ by {max(errors):.0e}, gradients by {max(slopes):.0e}")
@@ -308,14 +310,6 @@ def tensors(output: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def relative(found: Tensor, expected: Tensor, least: float = 1e-9) -> float:
-    """The largest error by the largest number; infinite if anything is not finite."""
-    if not expected.numel():
-        return 0.0
-    error = ((found - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
-    return error if error == error else float("inf")
-
-
 def brief(error: BaseException | None) -> str:
     """The first line of an error, short enough for a table."""
     lines = str(error).strip().splitlines()
@@ -330,23 +324,11 @@ def table(findings: dict[Tower, Finding]) -> list[str]:
     ]
 
 
-def written(page: str, rows: list[str]) -> str:
-    """The page with another table and the version of transformers that it is about."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    version = f"transformers {transformers.__version__}"
-    header = ["| family | tower | images are | status | notes |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([head + BEGIN, f"{version}: {counts(rows)}.", "", *header, *rows, END]) + tail
-
-
-def counts(rows: list[str]) -> str:
-    """How many towers have which status."""
-    statuses = [row.split(" | ")[3] for row in rows]
-    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(sorted(statuses)))
+def lines(rows: list[str]) -> list[str]:
+    """The rows as a table, below the version of transformers that it is about."""
+    version = f"transformers {transformers.__version__}: {listing.statuses(rows, 3)}."
+    return [version, "", *listing.table(["family", "tower", "images are", "status", "notes"], rows)]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(
-        written(PAGE.read_text(encoding="utf-8"), table({tower: examine(tower) for tower in towers()})),
-        encoding="utf-8",
-    )
+    listing.write(PAGE, MARK, lines(table({tower: examine(tower) for tower in towers()})))

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import listing
+
 from vot_kernels.distributed import traffic
 from vot_kernels.distributed.traffic import Video
 
 PAGE = Path(__file__).with_name("scale.md")
-BEGIN, END = "<!-- traffic -->", "<!-- end -->"
+MARK = "traffic"
 HOUR = Video(frames=3600, frame_tokens=256, heads=16, kv_heads=16, head_dim=64)
 RANKS = (8, 16, 32, 64, 128, 256)
 HEADER = ["GPUs", "frames on each", "near", "far", "hybrid", "ring attention", "Ulysses"]
@@ -30,13 +32,10 @@ def row(ranks: int) -> str:
     return f"| {ranks} | {HOUR.frames / ranks:.0f} | {' | '.join(cells)} | {other} |"
 
 
-def written(page: str) -> str:
-    """The page with the table as counted now."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    lines = ["| " + " | ".join(HEADER) + " |", "| " + " | ".join("---" for _ in HEADER) + " |"]
-    return "\n".join([head + BEGIN, *lines, *map(row, RANKS), END]) + tail
+def lines() -> list[str]:
+    """The table as counted now."""
+    return listing.table(HEADER, map(row, RANKS))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    listing.write(PAGE, MARK, lines())

@@ -275,7 +275,9 @@ def long_video_table() -> str:
     counts = ", ".join(str(found["questions"]) for found in lengths.values())
     asked = ", ".join(str(found["questions_to_the_model"]) for found in lengths.values())
     note = f"`{result['command']}`: {counts} questions"
-    note += f", of which {asked} to {result['llm']}" if result["llm"] else ""
+    if result["llm"]:
+        note += f"; with `--asked`, {asked} of them to {result['llm']}, too,"
+        note += " which read what of the graph fits into its prompt"
     loaded = max(found["loaded_mb"] for found in lengths.values())
     note += f". With the checkpoint loaded and no video read the process has {loaded:.0f} MB. Two cores that had other"
     note += " work."

@@ -5,11 +5,22 @@ import json
 import pytest
 
 from benchmarks import long_video
+from tests.reasoning.scripted import ScriptedLanguageModel
 
 
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(long_video, "CLIPS", {16: 2, 64: 1})
+
+
+class FirstCandidate(ScriptedLanguageModel):
+    """A language model that likes the first answer best, and counts the graphs that it reads."""
+
+    graphs = 0
+
+    def score(self, prompt, continuations):
+        self.graphs += "What happens in the video" in prompt
+        return [-float(n) for n, _ in enumerate(continuations)]
 
 
 def run_here(monkeypatch, calls):
@@ -46,6 +57,30 @@ def test_it_measures_and_resumes(few, monkeypatch, tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+def test_the_language_model_is_asked_later_and_about_the_same_clips(few, monkeypatch, tmp_path):
+    calls: list[list[str]] = []
+    run_here(monkeypatch, calls)
+    model = FirstCandidate()
+    monkeypatch.setattr("vot_kernels.pipelines.video_qa.load_language_model", lambda: model)
+    out = tmp_path / "long.json"
+    words = [str(out), "--lengths", "16", "--questions", "2"]
+    assert long_video.main(words) == 0
+    before = json.loads(out.read_text())["lengths"]["16"]
+    assert "vot" not in before["right"] and before["questions_to_the_model"] == 0
+    assert long_video.main([*words, "--asked", "1"]) == 0
+    found = json.loads(out.read_text())
+    assert found["llm"] == "scripted" and found["lengths"]["16"]["right"]["rules"] == before["right"]["rules"]
+    *measured, asked = map(json.loads, (tmp_path / "long.rows.jsonl").read_text().splitlines()[1:])
+    assert len(measured) == 2 and "asked" not in measured[0] and asked["clip"] == 0
+    questions = {q["question"]: q["form"] for q in measured[0]["questions"]}
+    assert {q["question"] for q in asked["asked"]} <= set(questions)
+    assert sorted(q["form"] for q in asked["asked"]) == sorted(set(questions.values()))
+    assert found["lengths"]["16"]["questions_to_the_model"] == len(asked["asked"]) <= model.graphs
+    assert 0 <= found["lengths"]["16"]["right"]["vot"]["all"] <= 1
+    assert long_video.main([*words, "--asked", "1"]) == 0, "nothing is left to do"
+    assert len((tmp_path / "long.rows.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_length_that_fails_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         long_video.subprocess, "run", lambda command, check: type("Done", (), {"returncode": 1})
@@ -59,16 +94,24 @@ def test_the_summary_by_hand():
         questions = [{"form": form, "right": given} for form, given in right]
         return {
             "frames": frames, "clip": 0, "questions": questions, "seconds": 2.0, "peak_mb": peak,
-            "loaded_mb": 10.0, "model": "m",
+            "loaded_mb": 10.0,
         }  # fmt: skip
 
     rows = [
-        row(16, [("which", {"rules": True, "vot": True}), ("did", {"rules": False})], 20.0),
+        row(16, [("which", {"rules": True}), ("did", {"rules": False})], 20.0),
         row(16, [("did", {"rules": True, "spread": True})], 30.0),
+        {
+            "frames": 16,
+            "clip": 0,
+            "asked": [{"form": "which", "right": {"vot": True}}],
+            "seconds": 9.0,
+            "model": "m",
+        },
     ]
-    result = long_video.summarise(rows, {"questions": 1, "asked": 1, "seed": 0})
+    result = long_video.summarise(rows, {"questions": 1, "seed": 0})
     found = result["lengths"]["16"]
     assert found["right"]["rules"] == {"which": 1.0, "did": 0.5, "all": pytest.approx(2 / 3)}
     assert found["right"]["vot"] == {"which": 1.0, "all": 1.0} and found["questions_to_the_model"] == 1
     assert found["peak_mb"] == 30.0 and found["clips"] == 2 and found["questions"] == 3
-    assert result["command"].endswith("--questions 1 --asked 1 --seed 0") and result["llm"] == "m"
+    assert found["seconds_to_the_model"] == 9.0 and found["seconds_per_clip"] == 2.0
+    assert result["command"].endswith("--questions 1 --seed 0") and result["llm"] == "m"

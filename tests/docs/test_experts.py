@@ -1,26 +1,18 @@
 """The table of experts is what the installed transformers gives, and wrong experts would be found."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
 
+import listing
 import pytest
 import torch
 import transformers
 
 from vot_kernels.integrations import transformers as integration
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "list_experts.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("list_experts", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["list_experts"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["list_experts"]
+    return importlib.import_module("list_experts")
 
 
 def test_the_table(script):
@@ -32,7 +24,9 @@ def test_the_table(script):
     page = script.PAGE.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__}:" in page:
         rows = script.table(findings)
-        assert script.written(page, rows) == page, "run python docs/list_experts.py"
+        assert listing.written(page, script.MARK, script.lines(rows)) == page, (
+            "run python docs/list_experts.py"
+        )
 
 
 @pytest.fixture

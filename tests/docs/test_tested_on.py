@@ -1,24 +1,19 @@
 """docs/tested-on.md says what the tests' marks say, and leaves no report out."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
+import listing
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "docs" / "list_reports.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("list_reports", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("list_reports")
 
 
 def test_the_table_is_up_to_date(script):
     page = script.PAGE.read_text(encoding="utf-8")
-    assert script.written(page) == page, "run python docs/list_reports.py"
+    assert listing.written(page, script.MARK, script.lines()) == page, "run python docs/list_reports.py"
 
 
 def test_every_report_has_a_test_or_a_reason(script):

@@ -1,9 +1,9 @@
 """The table of vision towers matches the installed transformers, and a wrong tower would be found."""
 
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
+import re
 
+import listing
 import pytest
 import torch
 import transformers
@@ -11,7 +11,6 @@ from torch import nn
 
 from vot_kernels.integrations import attention
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "list_towers.py"
 FIRST = {
     "Qwen2VisionTransformerPretrainedModel",
     "Qwen2_5_VisionTransformerPretrainedModel",
@@ -21,12 +20,16 @@ FIRST = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("list_towers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["list_towers"] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["list_towers"]
+    return importlib.import_module("list_towers")
+
+
+def test_the_page_is_as_the_script_writes_it(script):
+    """The header and the counts of the statuses; that the rows are right is what the next tests compare."""
+    page = script.PAGE.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" in page:
+        rows = [line for line in page.splitlines() if re.match(r"\| \w+ \| `", line)]
+        assert len(rows) > 50 and listing.written(page, script.MARK, script.lines(rows)) == page
+        assert listing.written(page, script.MARK, script.lines(rows[1:])) != page
 
 
 def check_table(script, towers):

@@ -12,9 +12,12 @@ import pytest
 
 from tests import chromium
 from tests.reasoning.scripted import ScriptedLanguageModel
+from tests.watching.families import save
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import save_mp4
-from vot_kernels.pipelines.video_qa import VideoQA, load_eyes
+from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_video_qa
+from vot_kernels.reasoning.types import Switches
+from vot_kernels.watching import written
 
 gr = pytest.importorskip("gradio")
 
@@ -83,7 +86,7 @@ def test_mistakes_are_one_sentence_without_the_folder(make, path, question, cand
 
 @pytest.fixture(scope="module")
 def address(make):
-    with web.served(web.build(make, [(CLIP, QUESTION, CANDIDATES)])) as address:
+    with web.served(web.build(make(), [(CLIP, QUESTION, CANDIDATES)])) as address:
         yield address
 
 
@@ -102,7 +105,7 @@ def test_the_page_is_for_this_machine_alone(address):
 
 
 def test_a_port_that_is_taken_is_one_sentence(make, address):
-    port, page = urlsplit(address).port, web.build(make, [(CLIP, QUESTION, CANDIDATES)])
+    port, page = urlsplit(address).port, web.build(make(), [(CLIP, QUESTION, CANDIDATES)])
     with pytest.raises(OSError, match=rf"^The port {port} is taken: .*\.$"), web.served(page, port):
         pass
 
@@ -153,6 +156,37 @@ def test_a_browser_uploads_a_clip_of_its_own(tab, address, tmp_path):
     assert "grey.mp4" in tab.run("document.querySelector('#steps').textContent")
 
 
+@pytest.fixture
+def vlm(tmp_path, monkeypatch):
+    """The folder of a tiny video-language model."""
+    pytest.importorskip("torchvision", reason="video processors need torchvision: make")
+    monkeypatch.setattr(written, "WRITTEN_TOKENS", 8)
+    return save("smolvlm2", tmp_path / "smolvlm2")
+
+
+def test_a_video_language_model_answers_on_the_page(vlm):
+    video_qa = load_video_qa(vlm=vlm)
+    page = web.build(video_qa, [(CLIP, QUESTION, CANDIDATES)])
+    props = [block.get_config() for block in page.blocks.values()]
+    assert any("the video-language model smolvlm2" in str(each.get("value")) for each in props)
+    (anyway,) = [each for each in props if "does not know" in str(each.get("label"))]
+    assert not anyway["visible"], "it has no domain to leave"
+    make = partial(VideoQA, video_qa.eyes, video_qa.reader)
+    shown = web.answer_question(make, CLIP, QUESTION, CHOICES, False, nothing)
+    assert any(f"<h2>{said}" in shown.headline for said in (*CANDIDATES, "I cannot tell"))
+    assert "5. Verification" in shown.steps and "Sampled" in shown.steps
+
+
+def test_a_browser_asks_a_video_language_model(tab, vlm):
+    with web.served(web.build(load_video_qa(vlm=vlm), [(CLIP, QUESTION, CANDIDATES)])) as address:
+        tab.send("Page.navigate", url=address)
+        tab.wait("document.querySelector('#ask') !== null")
+        tab.run("document.querySelector('#ask').click()")
+        said = tab.wait("document.querySelector('#answer h2')?.innerText")
+        assert said in CANDIDATES or said.startswith("I cannot tell")
+        assert tab.wait("document.querySelectorAll('#steps details').length") == 6
+
+
 def test_the_policy_keeps_a_page_from_going_elsewhere(tab, address):
     tab.send("Page.navigate", url=address)
     tab.wait("document.querySelector('#ask') !== null")
@@ -180,10 +214,43 @@ def test_the_command_serves_until_ctrl_c(monkeypatch, capsys, make):
     def served(page, port):
         yield f"http://127.0.0.1:{port}"
 
-    monkeypatch.setattr(web, "load", lambda device: make)
+    loaded = []
+    monkeypatch.setattr(
+        "vot_kernels.pipelines.video_qa.load_video_qa", lambda **options: loaded.append(options) or make()
+    )
     monkeypatch.setattr(web, "served", served)
     monkeypatch.setattr("vot_kernels.cli.demo._forever", interrupted)
     assert vot("demo", "--web", "--port", "7999") == 130
     out, err = capsys.readouterr()
     assert out.startswith("http://127.0.0.1:7999 ") and "the page is closed" in err.splitlines()[-1]
+    given = {name: value for name, value in loaded[0].items() if value}
+    assert given == {"device": "cpu", "dtype": "auto", "switches": Switches()}
     assert vot("demo", "--port", "7999") == 2 and "--web" in capsys.readouterr().err
+
+
+def test_the_page_is_served_with_the_models_that_are_given(monkeypatch, capsys, make, vlm):
+    from vot_kernels import cli
+
+    loaded = []
+    monkeypatch.setattr(
+        "vot_kernels.pipelines.video_qa.load_video_qa", lambda **options: loaded.append(options) or make()
+    )
+    monkeypatch.setattr("vot_kernels.cli.demo._forever", lambda: None)
+
+    def vot(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["vot", "demo", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    assert vot("--web", "--vlm", vlm, "--window", 8, "--dtype", "float32") == 0
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
+    assert (loaded[0]["vlm"], loaded[0]["window"], loaded[0]["dtype"]) == (vlm, 8, "float32")
+    for words, message in (
+        (("--vlm", vlm), "give --web"),
+        (("--web", "--vlm", vlm, "--llm", vlm), "not both"),
+        (("--web", "--objects", "car"), "give --detector PATH"),
+        (("--web", "--detector", vlm.parent), "config.json"),
+    ):
+        assert vot(*words) == 2 and message in capsys.readouterr().err
+    assert len(loaded) == 1

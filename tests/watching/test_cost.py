@@ -1,4 +1,6 @@
-"""The estimate of what a question costs, against counts by hand."""
+"""The estimate of what questions cost, against counts by hand."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import load_video
 from vot_kernels.watching import cost
-from vot_kernels.watching.cost import NEW_TOKENS, PROMPT_TOKENS, READ_TOKENS, Estimate
+from vot_kernels.watching.cost import ANSWER_TOKENS, GRAPH_TOKENS, PROMPT_TOKENS, READ_TOKENS, Estimate, Run
 from vot_kernels.watching.loading import load_video_language_model
 
 
@@ -27,15 +29,24 @@ def test_it_is_what_one_counts(folder_of, clip, family, tower, patches, monkeypa
     whole = sum(p.numel() for p in reader.model.parameters())
     looking = sum(p.numel() for p in getattr(reader.model.model, tower).parameters())
     head = len(seen._head)
-    read, kept = head + READ_TOKENS, head + 4 * (head + PROMPT_TOKENS)  # four prompts at once
+    kept = head + 4 * (head + PROMPT_TOKENS)  # four prompts at once
     assert (found.parameters, found.weight_bytes, found.visual_tokens) == (
         whole,
         4 * whole,
         seen.visual_tokens,
     )
     assert found.cache_bytes == kept * 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 heads of 8, 4 bytes
-    assert found.flop == 2 * (whole - looking) * read + 2 * looking * patches
-    assert found.seconds == pytest.approx(found.flop / 1e9 + NEW_TOKENS * 4 * whole / 1e8)
+    clip_flop, prompt_flop = (
+        2 * (whole - looking) * head + 2 * looking * patches,
+        2 * (whole - looking) * READ_TOKENS,
+    )
+    assert (found.clip_flop, found.prompt_flop) == (clip_flop, prompt_flop)
+    new = GRAPH_TOKENS + ANSWER_TOKENS
+    assert found.seconds == pytest.approx((clip_flop + prompt_flop) / 1e9 + new * 4 * whole / 1e8)
+    run = replace(found, run=Run(videos=2, questions=3, clips=9, graphs=6))
+    new = 6 * GRAPH_TOKENS + 3 * ANSWER_TOKENS
+    assert run.seconds == pytest.approx((9 * clip_flop + 3 * prompt_flop) / 1e9 + new * 4 * whole / 1e8)
+    assert "for 3 questions about 2 videos (clips to read: 9, graphs to write: 6)" in str(run)
 
 
 def test_half_precision_halves_the_memory(folder_of, clip):
@@ -45,15 +56,15 @@ def test_half_precision_halves_the_memory(folder_of, clip):
 
 
 def test_the_sentence_says_what_it_rests_on():
-    text = str(Estimate(7_000_000_000, 14_000_000_000, 300_000_000, 1234, 5e13, 2e11, 1e10))
+    text = str(Estimate(7_000_000_000, 14_000_000_000, 300_000_000, 1234, 2e13, 3e13, 2e11, 1e10))
     assert "14.0 GB of memory for 7.0 G parameters and 300 MB for keys and values" in text
-    assert "about 23 min a question" in text and "1234 tokens of the clip" in text
-    assert text.count("(measured)") == 2 and f"{NEW_TOKENS} new tokens" in text
+    assert "about 23 min a question" in text and "1234 tokens of a clip" in text
+    assert text.count("(measured)") == 2 and f"{GRAPH_TOKENS + ANSWER_TOKENS} new tokens" in text
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.1, "1 s"), (59, "59 s"), (90, "2 min"), (7200, "2.0 h")])
 def test_only_a_long_run_is_announced(seconds, words):
-    found = Estimate(1, 0, 0, 1, seconds * 1e9, 1e9, 1e9)
+    found = Estimate(1, 0, 0, 1, seconds * 1e9, 0, 1e9, 1e9)
     assert found.long == (seconds >= 20) and f"about {words} a question" in str(found)
 
 

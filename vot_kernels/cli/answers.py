@@ -26,7 +26,10 @@ def print_answer(
         console.print("  With --anyway, vot ask guesses all the same.", style="dim")
         console.print("  A video-language model that knows such clips: vot ask --vlm PATH.", style="dim")
     if verbose:
-        lines = [result.clip.info.describe(), f"The scene graph was seen by {result.sight.eyes}."]
+        lines = [result.clip.info.describe()]
+        if result.read is not None:
+            lines.append(f"The answer is from a closer look. {result.read.info.describe()}")
+        lines.append(f"The scene graph was seen by {result.sight.eyes}.")
         if result.sight.issues:
             lines.append(f"Its text had {len(result.sight.issues)} issues.")
         for line in (*lines, *result.answer.summary().splitlines()[:-1], *kernels):

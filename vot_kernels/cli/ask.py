@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ from vot_kernels.cli.options import (
     Start,
     Verbose,
     Vlm,
+    Window,
 )
 from vot_kernels.extras import require
 from vot_kernels.files import atomic_write, check_output
@@ -35,7 +37,7 @@ from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 if TYPE_CHECKING:
     from vot_kernels.data.video import FrameStream, VideoClip
     from vot_kernels.pipelines.sampling import Sampling
-    from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
+    from vot_kernels.pipelines.video_qa import Video, VideoAnswer, VideoQA
 
 
 @when_interrupted(answers_are_kept)
@@ -62,6 +64,7 @@ def ask(
     objects: Objects = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    window: Window = None,
     skip: Annotated[
         list[str] | None, typer.Option(help=f"Step to skip: {', '.join(STEPS)}; repeatable.")
     ] = None,
@@ -99,7 +102,9 @@ def ask(
 
     sampling = Sampling(fps, num_frames, start, end)
     wanted = split_candidates(objects) or ()
-    models = Models(checkpoint, llm, vlm, detector, wanted, device, dtype, tuple(skip or ()), anyway)
+    models = Models(
+        checkpoint, llm, vlm, detector, wanted, device, dtype, window, skip=tuple(skip or ()), anyway=anyway
+    )
     if batch is not None:
         if out is None or video or question is not None:
             raise ValueError("--batch needs --out FILE and accepts no video and no question.")
@@ -153,7 +158,7 @@ class _Shown:
 
 def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -> None:
     """Answer the questions of a JSONL file."""
-    from vot_kernels.pipelines.batch import answer_batch, read_questions
+    from vot_kernels.pipelines.batch import answer_batch, jobs_of, read_questions
     from vot_kernels.pipelines.progress import steps
 
     read_questions(batch)
@@ -162,6 +167,7 @@ def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -
     with steps() as step:
         step(models.loading)
         video_qa = models.load()
+    _print_estimate(video_qa, jobs_of(batch, out), sampling, verbose=False)
     answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
     print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
     if failed:
@@ -172,45 +178,64 @@ def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -
 def _answer_videos(models: Models, videos: Sequence[Path], asked: _Asked, shown: _Shown) -> None:
     """Answer one question about each video; one that cannot be read does not stop the others."""
     from vot_kernels.pipelines.progress import steps
-    from vot_kernels.pipelines.sampling import find_clips, sample_video, stream_samples
+    from vot_kernels.pipelines.sampling import find_clips
 
     paths = find_clips(videos)
     alone = len(paths) == 1
     if not alone and (shown.trace or shown.picture):
         raise ValueError(f"--trace and --picture are for one video, but there are {len(paths)}.")
-    failed = 0
     with steps(shown=not shown.json) as step:
-        clips: Sequence[Path | VideoClip | FrameStream] = paths
-        if alone:  # one bad file is reported before anything is loaded
-            if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
-                step(f"Reading {paths[0].name}")
-            decode = stream_samples if models.windows else sample_video
-            clips = [decode(paths[0], asked.sampling, models.fps)]
+        # One bad file is reported before anything is loaded.
+        clips: Sequence[Video] = [_opened(models, paths[0], asked.sampling, step)] if alone else paths
         models.check()
         step(models.loading)
         video_qa = models.load()
-        if alone and not models.windows:  # of a stream, the reader's clip is known when it was seen
-            _print_estimate(video_qa, clips[0], shown.verbose)  # type: ignore[arg-type]  # sample_video made it
-        for path, clip in zip(paths, clips, strict=True):
-            failure = None
-            try:
-                result = video_qa.ask(clip, asked.question, asked.candidates, asked.sampling, report=step)
-            except CORRECTABLE as error:
-                if alone:
-                    raise
-                failure = sentence(error)
-            step("")
-            if failure is None:
-                failure = _print_result(result, shown, None if alone else path, video_qa.kernels)
-            elif shown.json:
-                _print_json({"video": str(path), "question": asked.question, "error": failure})
-            if failure:
-                failed += 1
-                print(failure, file=sys.stderr)
+        _print_estimate(video_qa, [(clip, 1) for clip in clips], asked.sampling, shown.verbose)
+        answer = partial(_answer_video, video_qa, asked=asked, shown=shown, alone=alone, step=step)
+        failed = sum(not answer(path, clip) for path, clip in zip(paths, clips, strict=True))
     if failed:
         if not alone:
             print(f"{failed} of {len(paths)} videos failed.", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _opened(
+    models: Models, path: Path, sampling: "Sampling", step: Callable[[str], None]
+) -> "VideoClip | FrameStream":
+    """Decode a short video, or the beginning of a long one."""
+    from vot_kernels.pipelines.sampling import MAX_FRAMES, open_samples
+
+    if sys.stderr.isatty():  # elsewhere a bad file is one line, and decoding is short
+        step(f"Reading {path.name}")
+    return open_samples(path, sampling, models.fps, models.window or MAX_FRAMES)
+
+
+def _answer_video(
+    video_qa: "VideoQA",
+    path: Path,
+    clip: "Video",
+    *,
+    asked: _Asked,
+    shown: _Shown,
+    alone: bool,
+    step: Callable[[str], None],
+) -> bool:
+    """Answer the question about a video and print it, or what failed; return whether nothing did."""
+    try:
+        result = video_qa.ask(clip, asked.question, asked.candidates, asked.sampling, report=step)
+    except CORRECTABLE as error:
+        if alone:
+            raise
+        step("")
+        failure = sentence(error)
+        if shown.json:
+            _print_json({"video": str(path), "question": asked.question, "error": failure})
+    else:
+        step("")
+        failure = _print_result(result, shown, None if alone else path, video_qa.kernels)
+    if failure:
+        print(failure, file=sys.stderr)
+    return not failure
 
 
 def _print_result(result: "VideoAnswer", shown: _Shown, heading: Path | None, kernels: Sequence[str]) -> str:
@@ -230,9 +255,13 @@ def _print_result(result: "VideoAnswer", shown: _Shown, heading: Path | None, ke
     return " ".join(failures)
 
 
-def _print_estimate(video_qa: "VideoQA", clip: "VideoClip", verbose: bool) -> None:
+def _print_estimate(
+    video_qa: "VideoQA", jobs: "Sequence[tuple[Video, int]]", sampling: "Sampling", verbose: bool
+) -> None:
     """Say on stderr what a long run will take; with `verbose`, what any run will."""
-    estimate = video_qa.estimate(clip)
+    from vot_kernels.pipelines.estimates import estimate_run
+
+    estimate = estimate_run(video_qa, jobs, sampling)
     if estimate is not None and (verbose or estimate.long):
         print(estimate, file=sys.stderr)
 

@@ -8,7 +8,19 @@ import typer
 
 from vot_kernels.cli.answers import print_answer
 from vot_kernels.cli.manners import when_interrupted
-from vot_kernels.cli.options import PATH, Device, Verbose
+from vot_kernels.cli.models import Models
+from vot_kernels.cli.options import (
+    PATH,
+    Checkpoint,
+    Detector,
+    Device,
+    Dtype,
+    Llm,
+    Objects,
+    Verbose,
+    Vlm,
+    Window,
+)
 from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
 
@@ -34,18 +46,32 @@ def demo(
             help="With --web: the port (default: the first free one from 7860 on).", min=1, max=65535
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
+    llm: Llm = None,
+    vlm: Vlm = None,
+    detector: Detector = None,
+    objects: Objects = None,
     device: Device = "cpu",
+    dtype: Dtype = "auto",
+    window: Window = None,
     verbose: Verbose = False,
 ) -> None:
-    """Ask about a DigitWorld clip, which the checkpoint knows, and a natural clip, which it does not."""
+    """Ask about a DigitWorld clip, which the checkpoint knows, and a natural clip, which it does not.
+
+    With --web, the models are those that you give, as with vot ask.
+    """
     if port is not None and not web:
         raise ValueError("--port is the port of the web page: give --web, too.")
+    if not web and any((checkpoint, llm, vlm, detector, objects, window)):
+        raise ValueError("The demo without --web has the bundled models: give --web, or ask with vot ask.")
     require("vot demo --web" if web else "vot demo", "video", "llm", *(["web"] if web else []))
     from vot_kernels.pipelines.sampling import check_device
+    from vot_kernels.reasoning.reasoning import split_candidates
 
     check_device(device)
     if web:
-        _serve(port, device)
+        wanted = split_candidates(objects) or ()
+        _serve(port, Models(checkpoint, llm, vlm, detector, wanted, device, dtype, window))
     else:
         check_output_folder(out)
         _print_answers(out, device, verbose)
@@ -63,15 +89,16 @@ def _print_answers(out: Path, device: str, verbose: bool) -> None:
             print(flush=True)
 
 
-def _serve(port: int | None, device: str) -> None:
+def _serve(port: int | None, models: Models) -> None:
     from vot_kernels.pipelines.demo import demo_questions
     from vot_kernels.pipelines.progress import steps
 
+    models.check()
     with steps() as step:
-        step("Loading the perception checkpoint")
-        from vot_kernels.pipelines.web import build, load, served
+        step(models.loading)
+        from vot_kernels.pipelines.web import build, served
 
-        page = build(load(device), demo_questions())
+        page = build(models.load(), demo_questions())
     with served(page, port) as address:
         print(f"{address} answers questions until Ctrl-C.", flush=True)
         _forever()

@@ -21,6 +21,7 @@ class Models:
     objects: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "auto"
+    window: int | None = None
     skip: tuple[str, ...] = ()
     anyway: bool = False
 
@@ -32,11 +33,6 @@ class Models:
         return wanted_fps(self.checkpoint, self.vlm, self.detector)
 
     @property
-    def windows(self) -> bool:
-        """Whether the eyes are a perception checkpoint, which sees a stream in windows; others look at one clip."""
-        return self.detector is None and (self.vlm is None or self.checkpoint is not None)
-
-    @property
     def loading(self) -> str:
         """What a user waits for while they are loaded."""
         eyes = "detector" if self.detector else "perception checkpoint"
@@ -44,7 +40,7 @@ class Models:
 
     def check(self) -> None:
         """Find whatever can be wrong with the options before a model is imported."""
-        from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
+        from vot_kernels.pipelines.sampling import check_device, check_window, checkpoint_folder
         from vot_kernels.reasoning.llm import check_model_folder
         from vot_kernels.watching.loading import (
             check_detector_folder,
@@ -63,9 +59,14 @@ class Models:
             raise ValueError("Give --checkpoint or --detector to see the scene graph with, not both.")
         if self.objects and self.detector is None:
             raise ValueError("--objects says what a detector looks for; give --detector PATH with it.")
+        if self.window is not None and self.vlm is None:
+            raise ValueError(
+                "--window says how many frames a video-language model sees at once; give --vlm PATH with it."
+            )
+        check_window(self.window)
         check_device(self.device)
         check_dtype(self.dtype)
-        if self.windows:
+        if self.detector is None and (self.vlm is None or self.checkpoint is not None):
             checkpoint_folder(self.checkpoint)
         if self.llm is not None:
             check_model_folder(self.llm)
@@ -90,6 +91,7 @@ class Models:
             objects=self.objects,
             device=self.device,
             dtype=self.dtype,
+            window=self.window,
             switches=switches,
             anyway=self.anyway,
         )

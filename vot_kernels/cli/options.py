@@ -29,10 +29,7 @@ PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
 
 Fps = Annotated[
     float | None,
-    typer.Option(
-        help="Frames per second to look at (default: 8; with --vlm 2 and with --detector 4, where no more than 32 "
-        "frames are looked at)."
-    ),
+    typer.Option(help="Frames per second to look at (default: 8; with --vlm 2 and with --detector 4)."),
 ]
 NumFrames = Annotated[
     int | None, typer.Option(help="Look at this many frames, evenly spread, instead of --fps.")
@@ -68,6 +65,13 @@ Objects = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(help="Numbers of --vlm and --detector: auto (as in the files), float32, bfloat16, float16."),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="With --vlm: frames that the model sees at once (default: 32). It sees a longer video in windows of so "
+        "many, and answers from as many around the moments that matter."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps …")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the five steps and all the evidence.")]

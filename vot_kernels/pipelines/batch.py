@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,8 +46,7 @@ def answer_batch(
     """
     source, target = Path(questions), Path(out)
     items = read_questions(source)
-    done = _finished(target)
-    todo = [item for item in items if item["id"] not in done]
+    todo = _unanswered(items, target)
     with append_json_lines(target) as append:
         failed = 0
         for item in track(todo, source.name, shown=bool(todo)):
@@ -54,6 +54,22 @@ def answer_batch(
             failed += "error" in row
             append(row)
     return BatchCounts(len(todo) - failed, len(items) - len(todo), failed)
+
+
+def jobs_of(questions: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[tuple[Path, int]]:
+    """Return the videos of the questions that `out` does not answer, each with the number of its questions in a row.
+
+    Raises:
+        ValueError: as in `answer_batch`.
+    """
+    todo = _unanswered(read_questions(questions), Path(out))
+    videos = groupby(Path(questions).parent / item["video"] for item in todo)
+    return [(video, len(list(group))) for video, group in videos]
+
+
+def _unanswered(items: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    done = _finished(out)
+    return [item for item in items if item["id"] not in done]
 
 
 def _answer(
@@ -64,7 +80,8 @@ def _answer(
     except (ValueError, OSError) as error:
         return {"id": item["id"], "video": item["video"], "question": item["question"], "error": str(error)}
     eyes = result.sight.to_dict()
-    return {"id": item["id"], "video": item["video"], **result.answer.to_dict(), "eyes": eyes}
+    read = {} if result.read is None else {"reader_looked_at": result.read.info.describe()}
+    return {"id": item["id"], "video": item["video"], **result.answer.to_dict(), "eyes": eyes, **read}
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

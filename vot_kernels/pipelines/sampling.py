@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vot_kernels.data.video import FrameStream, VideoClip, load_video, stream_video
+from vot_kernels.data.video import FrameStream, VideoClip, count_frames, load_video, stream_video
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, PERCEPTION, checkpoint_kind, read_config
 from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
 
 MAX_FRAMES = 32
+MIN_WINDOW = 4  # frames, of which a quarter is shared with the window before
 CLIP_SUFFIXES = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
     *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
@@ -89,6 +90,36 @@ def stream_samples(
         end=sampling.end,
         progress=progress,
     )
+
+
+def open_samples(
+    path: str | os.PathLike[str],
+    sampling: Sampling,
+    fps: float = DEFAULT_FPS,
+    window: int = MAX_FRAMES,
+    progress: bool = False,
+) -> VideoClip | FrameStream:
+    """Return what `sampling` asks for as a clip if it is at most a window of frames, else as a stream."""
+    stream = stream_samples(path, sampling, fps, progress)
+    return stream if stream.is_longer(window) else stream.clip()
+
+
+def count_samples(path: str | os.PathLike[str], sampling: Sampling, fps: float = DEFAULT_FPS) -> int:
+    """Return how many frames `stream_samples` yields at most, as the header of the file says."""
+    rate = fps if sampling.fps is None and sampling.num_frames is None else sampling.fps
+    return count_frames(
+        path, fps=rate, num_frames=sampling.num_frames, start=sampling.start, end=sampling.end
+    )
+
+
+def check_window(frames: int | None) -> None:
+    """Refuse a number of frames that windows cannot have.
+
+    Raises:
+        ValueError: there are fewer than `MIN_WINDOW`.
+    """
+    if frames is not None and frames < MIN_WINDOW:
+        raise ValueError(f"A window must have at least {MIN_WINDOW} frames, got {frames}.")
 
 
 def check_device(name: str) -> None:

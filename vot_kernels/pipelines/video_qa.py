@@ -4,28 +4,31 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vot_kernels.data.video import FrameStream, VideoClip
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.pipelines.long_video.reading import WINDOW, see_stream, shown_part
-from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, sample_video, stream_samples
+from vot_kernels.pipelines.long_video.looking import PER_MOMENT, look_at
+from vot_kernels.pipelines.long_video.reading import see_stream, see_windows, shown_part
+from vot_kernels.pipelines.sampling import Sampling, check_window, checkpoint_folder, open_samples
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
+from vot_kernels.reasoning.moments import moments_to_look_at
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, EvidenceEvent, EvidenceRelation, Switches
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.watching.detector import load_detector
 from vot_kernels.watching.loading import load_video_language_model
 from vot_kernels.watching.perception import PerceptionEyes
-from vot_kernels.watching.protocols import DeferredModel, Eyes, Reader, Sight, as_reader
+from vot_kernels.watching.protocols import WINDOW, DeferredModel, Eyes, Reader, Sight, as_reader
 from vot_kernels.watching.video_language import VideoLanguageModel
 from vot_kernels.watching.written import WrittenGraph
 
-if TYPE_CHECKING:
-    from vot_kernels.watching.cost import Estimate
+Video = str | os.PathLike[str] | VideoClip | FrameStream
+"""A file, or what was decoded of one."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,23 @@ class VideoAnswer:
     """An answer, and the clip and the sight of it that it comes from.
 
     Of a video longer than a window the clip holds an even choice of frames, and the graph is about all of them.
+
+    Attributes:
+        read: the clip that the reader was shown, around the moments that matter; None if it is `clip`, or if the
+            reader sees none.
     """
 
     answer: Answer
     clip: VideoClip
     sight: Sight
+    read: VideoClip | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the answer with its trace, what the clip is, who saw it and the scene graph, as plain data."""
         return {
             "video": os.fspath(self.clip.info.path),
             "looked_at": self.clip.info.describe(),
+            "reader_looked_at": None if self.read is None else self.read.info.describe(),
             **self.answer.to_dict(),
             "in_domain": self.sight.in_domain,
             "eyes": self.sight.to_dict(),
@@ -128,72 +137,75 @@ class VideoQA:
         found = (getattr(part, "kernels", None) for part in (self.eyes, self.reader))
         return tuple(str(kernels) for kernels in found if kernels is not None)
 
-    def estimate(self, clip: VideoClip) -> "Estimate | None":
-        """Return what a question about `clip` takes, None if the reader does not look at it."""
-        return self.reader.estimate(clip) if hasattr(self.reader, "estimate") else None
+    @property
+    def window(self) -> int:
+        """The most frames that the eyes see at once."""
+        return getattr(self.eyes, "window", WINDOW)
+
+    @property
+    def max_frames(self) -> int:
+        """The most frames that the reader is shown, 0 if it sees none."""
+        return getattr(self.reader, "max_frames", 0)
 
     def see(
         self,
-        video: str | os.PathLike[str] | VideoClip | FrameStream,
+        video: Video,
         sampling: Sampling | None = None,
         progress: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> tuple[VideoClip, Sight]:
-        """Decode a file, unless it is already decoded, and see its scene graph.
+        """Decode a video, unless it is decoded already, and see its scene graph.
 
-        A perception checkpoint sees a video of any length window by window, and `report` is called with the progress
-        of one that is longer; other eyes see a clip. The last clip and its graph are kept, for the next question about
-        the same file or clip.
+        What is longer than a window is seen window by window in bounded memory, and `report` is called with the
+        progress; the clip that is returned holds an even choice of its frames then. The last clip and its graph are
+        kept, for the next question about the same file or clip.
         """
         if isinstance(video, VideoClip) and self._seen is not None and self._seen[0] is video:
             return self._seen
-        short = isinstance(video, VideoClip) and len(video.times) <= WINDOW
-        if isinstance(self.eyes, PerceptionEyes) and not short:
-            return self._see_windows(self.eyes, video, sampling or Sampling(), progress, report)
-        clip = video.clip() if isinstance(video, FrameStream) else video
-        if not isinstance(clip, VideoClip):
-            key = _key(clip, sampling or Sampling())
-            if self._file is None or self._file[0] != key:
-                self._file = key, sample_video(clip, sampling or Sampling(), self.eyes.fps, progress)
-            clip = self._file[1]
-        if self._seen is None or self._seen[0] is not clip:
-            self._seen = clip, self.eyes.see(clip)
+        sampling = sampling or Sampling()
+        key = None if isinstance(video, VideoClip | FrameStream) else _key(video, sampling)
+        known = self._file[1] if key is not None and self._file is not None and self._file[0] == key else None
+        if known is not None and self._seen is not None and self._seen[0] is known:
+            return self._seen
+        frames = self._opened(video, sampling, progress)
+        if isinstance(frames, VideoClip):
+            self._seen = frames, self.eyes.see(frames)
+        elif isinstance(self.eyes, PerceptionEyes):
+            self._seen = self._stream(self.eyes, frames, report)
+        else:
+            self._seen = see_windows(self.eyes, frames, self.window, report)
+        self._file = None if key is None else (key, self._seen[0])
         return self._seen
 
-    def _see_windows(
-        self,
-        eyes: PerceptionEyes,
-        video: str | os.PathLike[str] | VideoClip | FrameStream,
-        sampling: Sampling,
-        progress: bool,
-        report: Callable[[str], None] | None,
-    ) -> tuple[VideoClip, Sight]:
-        """See a video of any length; the clip returned holds at most one window of its frames."""
-        key = None
+    def _opened(self, video: Video, sampling: Sampling, progress: bool) -> VideoClip | FrameStream:
+        """Return a clip of at most a window of frames, or a stream."""
         if isinstance(video, VideoClip):
-            frames = FrameStream.of(video)
-        elif isinstance(video, FrameStream):
-            frames = video
-        else:
-            key = _key(video, sampling)
-            if (
-                self._seen is not None
-                and self._file is not None
-                and self._file[0] == key
-                and self._file[1] is self._seen[0]
-            ):
-                return self._seen
-            frames = stream_samples(video, sampling, eyes.fps, progress)
+            return video if len(video.times) <= self.window else FrameStream.of(video)
+        if isinstance(video, FrameStream):
+            return video if video.is_longer(self.window) else video.clip()
+        return open_samples(video, sampling, self.eyes.fps, self.window, progress)
+
+    def _stream(
+        self, eyes: PerceptionEyes, frames: FrameStream, report: Callable[[str], None] | None
+    ) -> tuple[VideoClip, Sight]:
+        """See a stream with a checkpoint, which may give up one that it does not know."""
         source = f"{frames.path.name} seen by {eyes.name}"
         seen = see_stream(eyes.model, eyes.processor, frames, source, give_up=not self.anyway, report=report)
         clip = VideoClip(seen.frames, seen.times, frames.info if seen.complete else frames.stop())
-        self._seen = clip, eyes.sight(seen.detection)
-        self._file = None if key is None else (key, clip)
-        return self._seen
+        return clip, eyes.sight(seen.detection)
+
+    def _look(self, video: Video, question: str, clip: VideoClip, stsg: STSG) -> VideoClip | None:
+        """Return what the reader is shown instead of `clip`: frames around the moments that the graph names."""
+        most = self.max_frames
+        if not most or len(clip.times) == stsg.num_frames <= most:
+            return None
+        moments = moments_to_look_at(question, stsg, max(1, most // PER_MOMENT))
+        within = Interval(stsg.frame_times_s[0], stsg.frame_times_s[-1])
+        return look_at(video.path if isinstance(video, FrameStream) else video, moments, most, within)
 
     def ask(
         self,
-        video: str | os.PathLike[str] | VideoClip | FrameStream,
+        video: Video,
         question: str,
         candidates: Sequence[str] | None = None,
         sampling: Sampling | None = None,
@@ -202,6 +214,8 @@ class VideoQA:
     ) -> VideoAnswer:
         """Answer a question about a file, a clip or a stream; without candidates the language model proposes them.
 
+        A reader that sees the video is shown all of a short one. Of a longer one it is shown as many frames as it takes
+        at once, around the moments that the scene graph names and that matter to the question.
         `report` is called with the name of the current activity.
         """
         question, given = check_question(question), check_candidates(candidates)
@@ -210,9 +224,10 @@ class VideoQA:
         clip, sight = self.see(video, sampling, progress, report)
         if sight.warning is not None and not self.anyway:
             return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
+        read = self._look(video, question, clip, sight.stsg)
         report("Loading the language model")
         world = getattr(self.eyes, "world", None) if sight.in_domain else None
-        reasoning = VideoOfThought(self.reader.about(clip), self.switches, world=world)
+        reasoning = VideoOfThought(self.reader.about(read or clip), self.switches, world=world)
         answer = reasoning.run(
             question,
             given,
@@ -220,7 +235,7 @@ class VideoQA:
             domain_warning=sight.warning,
             report=lambda step: report(f"Reasoning: {step.replace('_', ' ')}"),
         )
-        return VideoAnswer(answer, clip, sight)
+        return VideoAnswer(answer, clip, sight, read)
 
     def _refusal(self, question: str, candidates: tuple[str, ...] | None, warning: str) -> Answer:
         return Answer(
@@ -259,6 +274,7 @@ def load_video_qa(
     objects: Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
+    window: int | None = None,
     switches: Switches | None = None,
     anyway: bool = False,
 ) -> VideoQA:
@@ -275,19 +291,23 @@ def load_video_qa(
         objects: the labels that the detector looks for; see `vot_kernels.watching.detector.DetectorEyes`.
         device: where the models run.
         dtype: of the weights of other people's models but the `llm`, "auto" for that of the files.
+        window: frames that the `vlm` is shown at once, 32 for None: of a longer video it sees the scene graph in
+            windows of so many, and reads as many around the moments that matter.
         switches, anyway: as in `VideoQA`.
 
     Raises:
-        ValueError: a folder does not hold what it should, or there are two language models, or two pairs of eyes.
+        ValueError: a folder does not hold what it should, there are two language models, or two pairs of eyes, or the
+            window is below 4.
         ImportError: a model needs a package that is not installed.
     """
     if llm is not None and vlm is not None:
         raise ValueError("Give one language model: an llm, which reads text alone, or a vlm.")
     if checkpoint is not None and detector is not None:
         raise ValueError("Give one pair of eyes: a checkpoint or a detector.")
+    check_window(window)
     reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
     if vlm is not None:
-        reader = load_video_language_model(vlm, device, dtype)
+        reader = load_video_language_model(vlm, device, dtype, window or WINDOW)
     eyes: Eyes
     if detector is not None:
         eyes = load_detector(detector, objects, device, dtype)

@@ -6,7 +6,7 @@ The page is served to this machine alone, and its browser loads nothing from any
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from vot_kernels.extras import imports_for
 from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 from vot_kernels.pipelines.long_video.reading import spacing
 from vot_kernels.pipelines.timeline import timeline
-from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA, load_eyes, load_language_model
+from vot_kernels.pipelines.video_qa import VideoAnswer, VideoQA
 from vot_kernels.reasoning.reasoning import check_question, split_candidates
-from vot_kernels.watching.protocols import DeferredModel
+from vot_kernels.watching.perception import PerceptionEyes
 
 with imports_for("The web page", "web"):
     import gradio as gr
@@ -35,7 +35,8 @@ _POLICY = (
 )
 _INTRODUCTION = """# Video of Thought
 A question about a clip is answered in five steps from its scene graph: the objects it tracks, their relations and
-events. The bundled checkpoint knows DigitWorld alone; it says so of any other clip."""
+events. """
+_BUNDLED = "The bundled checkpoint knows DigitWorld alone; it says so of any other clip."
 
 Clip = tuple[Path, str, Sequence[str]]
 """A bundled clip: its path, a question about it and the candidates."""
@@ -62,7 +63,9 @@ def show(result: VideoAnswer) -> Shown:
     answer, stsg = result.answer, result.known_stsg
     how = f"confidence {answer.confidence:.2f}, decided by {answer.decided_by}"
     notes = "".join(f"<p>{escape(note)}</p>" for note in result.clip.info.warnings)
-    clip = f"<details><summary>Clip</summary>{escape(result.clip.info.describe())}</details>"
+    looks = [result.clip, *([result.read] if result.read else [])]
+    told = "<br>".join(escape(look.info.describe()) for look in looks)
+    clip = f"<details><summary>Clip</summary>{told}</details>"
     headline = f"<h2>{escape(answer.text)}</h2><p>{how}</p>{notes}"
     drawn = ""
     if stsg is not None:
@@ -115,8 +118,10 @@ def answer_question(
         raise gr.Error(escape(said), print_exception=False) from error
 
 
-def build(make: Callable[..., VideoQA], clips: Sequence[Clip]) -> gr.Blocks:
-    """Return the page, which asks `make(anyway=...)` about one of `clips` or an uploaded file."""
+def build(video_qa: VideoQA, clips: Sequence[Clip]) -> gr.Blocks:
+    """Return the page, which asks the models of `video_qa` about one of `clips` or an uploaded file."""
+    make = partial(VideoQA, video_qa.eyes, video_qa.reader)
+    checkpoint = isinstance(video_qa.eyes, PerceptionEyes)
     bundled = {path.name: (path, question, "|".join(choices)) for path, question, choices in clips}
     first = next(iter(bundled))
 
@@ -136,7 +141,8 @@ def build(make: Callable[..., VideoQA], clips: Sequence[Clip]) -> gr.Blocks:
         return answer_question(make, uploaded or bundled[name][0], question, candidates, anyway, report)
 
     with gr.Blocks(title="vot-kernels", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(_INTRODUCTION)
+        seen_by = _BUNDLED if checkpoint else f"The graph is seen by {video_qa.eyes.name}."
+        gr.Markdown(_INTRODUCTION + seen_by)
         with gr.Row():
             with gr.Column(scale=1):
                 clip = gr.Dropdown(list(bundled), value=first, label="Bundled clip")
@@ -147,7 +153,9 @@ def build(make: Callable[..., VideoQA], clips: Sequence[Clip]) -> gr.Blocks:
                     label="Candidates",
                     info="Separated by |; if there are none, the language model proposes them.",
                 )
-                anyway = gr.Checkbox(label="Guess about a clip that the checkpoint does not know")
+                anyway = gr.Checkbox(
+                    label="Guess about a clip that the checkpoint does not know", visible=checkpoint
+                )
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Column(scale=2):
                 headline = gr.HTML(elem_id="answer")
@@ -225,9 +233,3 @@ def served(page: gr.Blocks, port: int | None = None) -> Iterator[str]:
         yield address.rstrip("/")
     finally:
         page.close(verbose=False)
-
-
-def load(device: str = "cpu") -> Callable[..., VideoQA]:
-    """Load the bundled checkpoint, and the language model on the first question: what `build` takes."""
-    llm = DeferredModel(cache(partial(load_language_model, device=device)))
-    return partial(VideoQA, load_eyes(device=device), llm)

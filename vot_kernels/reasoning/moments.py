@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vot_kernels.reasoning.claims import (
     MOVES,
     Fact,
     events_of,
+    find_windows,
     part_in_question,
     stated_interval,
     without_times,
     words_left,
 )
-from vot_kernels.reasoning.names import absent_words, find_directions, find_events, fold, unknown_words
-from vot_kernels.scene_graph.graph import STSG, Relation
+from vot_kernels.reasoning.names import (
+    absent_words,
+    find_directions,
+    find_events,
+    find_tracklets,
+    fold,
+    unknown_words,
+)
+from vot_kernels.scene_graph.graph import STSG, Event, Relation
 from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.scene_graph.relations import INVERSES
+from vot_kernels.scene_graph.summary import evenly
 
 FITS = 0.5  # temporal IoU from which an answer is right without a comparison, as in R@0.5
 _VERB = r"(?:do|does|did|is|are|was|were|will|has|have|had|can|could)\b"
@@ -65,6 +74,55 @@ def asked_moments(question: str, named: Sequence[str], graph: STSG) -> list[Inte
     if turn is None:
         return found
     return found[:1] if turn[1] == "first" else found[-1:]
+
+
+def importance_of(
+    question: str, named: Sequence[str], graph: STSG
+) -> Callable[[Event | Relation], tuple[float, int]]:
+    """Return how much an event or relation matters to `question`, greater for what matters more.
+
+    That is first how near it lies to the times that the question names; then come events of the kind that it asks for
+    with all that it names, other events, the relations that it names, and all others.
+    """
+    windows = find_windows(question, graph)
+    kinds, asked = find_events(question, graph.vocabulary.events), fold(question)
+
+    def importance(item: Event | Relation) -> tuple[float, int]:
+        when = graph.interval(item)
+        apart = max((max(w.start_s - when.end_s, when.start_s - w.end_s, 0.0) for w in windows), default=0.0)
+        if isinstance(item, Event):
+            return -apart, 3 if item.kind in kinds and set(named) <= set(item.participants) else 2
+        return -apart, int(re.search(rf"\b{re.escape(fold(item.predicate))}\b", asked) is not None)
+
+    return importance
+
+
+def moments_to_look_at(question: str, graph: STSG, most: int) -> list[Interval]:
+    """Return when to look for the answer to `question`: at least one and at most `most` moments, by time.
+
+    Those that it asks for, if it is a question of when; else those of the most important events and relations of what
+    it names, in the times that it names; else how long that is seen, or all of these times.
+    """
+    named = find_tracklets(question, graph)
+    if moments := asked_moments(question, named, graph):
+        return list(evenly(moments, most))
+    part = part_in_question(question, graph)
+    things: tuple[Event | Relation, ...] = (*part.events, *part.relations)
+    items = [item for item in things if not named or set(named) & _who(item)]
+    if not items:
+        whole = Interval(graph.frame_times_s[0], graph.frame_times_s[-1])
+        seen = [part.tracklet(id).frames for id in named]
+        times = graph.frame_times_s
+        spans = [Interval(times[frames[0]], times[frames[-1]]) for frames in seen if frames]
+        return spans[:most] or [stated_interval(question, graph) or whole]
+    importance = importance_of(question, named, graph)
+    best = max(map(importance, items))
+    found = {graph.interval(item) for item in items if importance(item) == best}
+    return list(evenly(sorted(found, key=lambda i: (i.start_s, i.end_s)), most))
+
+
+def _who(item: Event | Relation) -> set[str]:
+    return set(item.participants) if isinstance(item, Event) else {item.subject, item.object}
 
 
 def proposed_moments(question: str, named: Sequence[str], graph: STSG) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import get_args
 
 from vot_kernels.reasoning import prompts
-from vot_kernels.reasoning.claims import events_of, find_windows, part_in_question
+from vot_kernels.reasoning.claims import events_of, part_in_question
 from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
-from vot_kernels.reasoning.moments import WHEN, asks_when, proposed_moments
+from vot_kernels.reasoning.moments import WHEN, asks_when, importance_of, proposed_moments
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -29,7 +29,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import check
 from vot_kernels.reasoning.what_if import World
-from vot_kernels.scene_graph.graph import STSG, Event, Relation
+from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.summary import summarised
 
 # New tokens per request; a small model on a CPU generates about 20 a second.
@@ -199,25 +199,11 @@ def _told(part: STSG, task: Task) -> STSG:
 
 
 def _fitted(part: STSG, task: Task) -> STSG:
-    """Return `part` of a long video without what the prompt has no room for: what the question asks about stays.
-
-    That is first what lies in the times that it names, or near them; then events of the kind that it asks for with
-    all that it names; then other events, the relations that it names, and all others.
-    """
+    """Return `part` of a long video without what the prompt has no room for: what matters to the question stays."""
     room = prompts.MAX_LINES - len(part.tracklets) - 3
     if part.num_frames <= LONG or len(part.events) + len(part.relations) <= room:
         return part
-    windows = find_windows(task.question, part)
-    kinds, asked = find_events(task.question, part.vocabulary.events), fold(task.question)
-
-    def importance(item: Event | Relation) -> tuple[float, int]:
-        when = part.interval(item)
-        apart = max((max(w.start_s - when.end_s, when.start_s - w.end_s, 0.0) for w in windows), default=0.0)
-        if isinstance(item, Event):
-            return -apart, 3 if item.kind in kinds and set(task.named) <= set(item.participants) else 2
-        return -apart, int(re.search(rf"\b{re.escape(fold(item.predicate))}\b", asked) is not None)
-
-    return summarised(part, max(room, 0), importance)
+    return summarised(part, max(room, 0), importance_of(task.question, task.named, part))
 
 
 def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from vot_kernels.scene_graph.graph import STSG, Event, Relation
 
 Item = Event | Relation
+T = TypeVar("T")
 
 
 def summarised(stsg: STSG, most: int, importance: Callable[[Item], Any]) -> STSG:
@@ -30,7 +31,7 @@ def summarised(stsg: STSG, most: int, importance: Callable[[Item], Any]) -> STSG
     ranked = sorted(items, key=importance, reverse=True)
     kept: set[int] = set()
     for _, group in groupby(ranked, key=importance):
-        kept.update(map(id, _spread(sorted(group, key=_begin), most - len(kept))))
+        kept.update(map(id, evenly(sorted(group, key=_begin), most - len(kept))))
     return replace(
         stsg,
         events=tuple(e for e in stsg.events if id(e) in kept),
@@ -38,7 +39,7 @@ def summarised(stsg: STSG, most: int, importance: Callable[[Item], Any]) -> STSG
     )
 
 
-def _spread(items: Sequence[Item], most: int) -> Sequence[Item]:
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
     """Return an even choice of at most `most` items."""
     if len(items) <= most:
         return items

@@ -1,17 +1,19 @@
-"""What a question about a clip costs, before it is asked: counted memory and work, and two measured rates."""
+"""What questions about videos cost, before they are asked: counted memory and work, and two measured rates."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-NEW_TOKENS = 800
-"""Tokens that a question makes a model write: a graph, an analysis, proposals and ratings."""
+GRAPH_TOKENS = 512
+"""Tokens of a graph that a model writes."""
+ANSWER_TOKENS = 288
+"""Tokens that a question makes it write: an analysis, proposals and ratings."""
 READ_TOKENS = 3000
 """Tokens of prompts besides the clip that it reads for one question."""
 PROMPT_TOKENS = 600
@@ -20,30 +22,64 @@ LONG = 20.0
 """Seconds from which on a run is long."""
 
 
+class Run(NamedTuple):
+    """What is asked of a model.
+
+    Attributes:
+        videos, questions: how many there are.
+        clips: how many clips it reads. A video longer than a window is several, and one more for each question.
+        graphs: how many scene graphs it writes.
+    """
+
+    videos: int = 1
+    questions: int = 1
+    clips: int = 1
+    graphs: int = 1
+
+    def __str__(self) -> str:
+        if self == (1, 1, 1, self.graphs):
+            return "a question"
+        asked = f"{_counted(self.questions, 'question')} about {_counted(self.videos, 'video')}"
+        return f"for {asked} (clips to read: {self.clips:,}, graphs to write: {self.graphs:,})"
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """What a question about a clip takes.
+    """What questions about videos take.
 
     Attributes:
         parameters: of the whole model.
         weight_bytes, cache_bytes: of the weights, and of the keys and values of the clip and of prompts about it.
-        visual_tokens: tokens of the prompt that stand for the clip.
-        flop: floating-point operations to read the clip and the prompts.
+        visual_tokens: tokens of the prompt that stand for a clip.
+        clip_flop, prompt_flop: floating-point operations to read a clip, and the prompts of a question.
         flop_per_s, bytes_per_s: measured rates of a matrix product and of reading memory.
+        run: what is asked.
     """
 
     parameters: int
     weight_bytes: int
     cache_bytes: int
     visual_tokens: int
-    flop: float
+    clip_flop: float
+    prompt_flop: float
     flop_per_s: float
     bytes_per_s: float
+    run: Run = Run()
+
+    @property
+    def flop(self) -> float:
+        """Operations to read all clips and prompts."""
+        return self.run.clips * self.clip_flop + self.run.questions * self.prompt_flop
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that are written."""
+        return self.run.graphs * GRAPH_TOKENS + self.run.questions * ANSWER_TOKENS
 
     @property
     def seconds(self) -> float:
-        """Seconds for one question: reading is bound by arithmetic, each new token by reading all weights."""
-        return self.flop / self.flop_per_s + NEW_TOKENS * self.weight_bytes / self.bytes_per_s
+        """Seconds for all of it: reading is bound by arithmetic, each new token by reading all weights."""
+        return self.flop / self.flop_per_s + self.new_tokens * self.weight_bytes / self.bytes_per_s
 
     @property
     def long(self) -> bool:
@@ -53,15 +89,15 @@ class Estimate:
     def __str__(self) -> str:
         return (
             f"Estimate: {_size(self.weight_bytes)} of memory for {_count(self.parameters)} parameters and "
-            f"{_size(self.cache_bytes)} for keys and values; about {_duration(self.seconds)} a question. "
-            f"It rests on {self.visual_tokens} tokens of the clip, {self.flop:.1e} operations to read them and the "
-            f"prompts at {self.flop_per_s:.1e} a second (measured), and {NEW_TOKENS} new tokens, each of which reads "
+            f"{_size(self.cache_bytes)} for keys and values; about {_duration(self.seconds)} {self.run}. "
+            f"It rests on {self.visual_tokens} tokens of a clip, {self.flop:.1e} operations to read clips and prompts "
+            f"at {self.flop_per_s:.1e} a second (measured), and {self.new_tokens} new tokens, each of which reads "
             f"all weights at {_size(self.bytes_per_s)} a second (measured)."
         )
 
 
 def estimate(model: Any, inputs: Any, visual_tokens: int, batch: int) -> Estimate:
-    """Estimate what a question about a clip takes.
+    """Estimate what a graph of a clip and a question about it take.
 
     Args:
         model: a model for images or videos and text.
@@ -73,12 +109,14 @@ def estimate(model: Any, inputs: Any, visual_tokens: int, batch: int) -> Estimat
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     tower = _tower_parameters(model)
     head = inputs["input_ids"].shape[1]
-    flop = 2.0 * (parameters - tower) * (head + READ_TOKENS) + 2.0 * tower * _patches(model, inputs)
+    clip_flop = 2.0 * (parameters - tower) * head + 2.0 * tower * _patches(model, inputs)
+    prompt_flop = 2.0 * (parameters - tower) * READ_TOKENS
     weight = next(model.parameters())
     flop_per_s, bytes_per_s = _rates(str(weight.device), str(weight.dtype).removeprefix("torch."))
     kept = head + batch * (head + PROMPT_TOKENS)  # the clip once, and once in each prompt
     cache_bytes = kept * _cache_width(model.config) * weight.element_size()
-    return Estimate(parameters, weight_bytes, cache_bytes, visual_tokens, flop, flop_per_s, bytes_per_s)
+    flop, rates = (clip_flop, prompt_flop), (flop_per_s, bytes_per_s)
+    return Estimate(parameters, weight_bytes, cache_bytes, visual_tokens, *flop, *rates)
 
 
 def _tower_parameters(model: Any) -> int:
@@ -136,6 +174,10 @@ def _seconds(work: Any, device: str) -> float:
 
     once()
     return max(1e-9, min(once() for _ in range(3)))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _size(number: float) -> str:

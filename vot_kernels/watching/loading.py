@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vot_kernels.extras import imports_for, require
 from vot_kernels.reasoning.llm import LanguageModelError, check_model_folder, quiet_transformers
+from vot_kernels.watching.protocols import WINDOW
 
 if TYPE_CHECKING:
     from vot_kernels.watching.kernels import Kernels
@@ -87,7 +88,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_video_language_model(
-    path: str | os.PathLike[str], device: str = "cpu", dtype: str = "auto"
+    path: str | os.PathLike[str], device: str = "cpu", dtype: str = "auto", max_frames: int = WINDOW
 ) -> VideoLanguageModel:
     """Load a local image- or video-text-to-text model of transformers, on the kernels of this package.
 
@@ -95,6 +96,7 @@ def load_video_language_model(
         path: a folder with config.json, safetensors, a processor and its chat template.
         device: where it runs.
         dtype: of the weights, one of `DTYPES`; "auto" is that of the files.
+        max_frames: most frames that it is shown at once.
 
     Raises:
         LanguageModelError: the folder does not hold such a model.
@@ -109,7 +111,10 @@ def load_video_language_model(
 
     folder = Path(path).expanduser()
     loaded = load_patched(folder, device, dtype, _video_language_classes)
-    return VideoLanguageModel(loaded.model, loaded.processor, folder.resolve().name, kernels=loaded.kernels)
+    name = folder.resolve().name
+    return VideoLanguageModel(
+        loaded.model, loaded.processor, name, kernels=loaded.kernels, max_frames=max_frames
+    )
 
 
 def load_patched(

@@ -17,6 +17,8 @@ VIDEO_LANGUAGE_FPS = 2.0  # what most video-language models were trained on
 """Frames per second that a video-language model is shown by default."""
 DETECTOR_FPS = 4.0  # objects still overlap from frame to frame
 """Frames per second that a detector is shown by default."""
+WINDOW = 32
+"""Frames that are looked at together by default; a longer video is seen window by window."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Sight:
 class Eyes(Protocol):
     """Sees the scene graph of a clip.
 
+    Eyes may have an attribute `window`, the most frames of a clip that they are shown; without it that is `WINDOW`.
+
     Attributes:
         name: for people.
         fps: frames per second that it wants where the user does not say.
@@ -67,7 +71,10 @@ class Eyes(Protocol):
 
 @runtime_checkable
 class Reader(Protocol):
-    """Answers questions about clips."""
+    """Answers questions about clips.
+
+    A reader that sees them has an attribute `max_frames`, the most frames of a clip that it is shown.
+    """
 
     def about(self, clip: VideoClip) -> LanguageModel:
         """Return a language model for prompts about `clip`; it need not see the clip itself."""

@@ -23,6 +23,7 @@ from vot_kernels.watching.cost import Estimate, estimate
 from vot_kernels.watching.frames import check_all_seen, media, takes_videos, times_in_words
 from vot_kernels.watching.kernels import Kernels
 from vot_kernels.watching.memory import enough_memory
+from vot_kernels.watching.protocols import WINDOW
 
 _NOT_FOR_THE_MODEL = ("video_metadata",)
 
@@ -36,6 +37,7 @@ class VideoLanguageModel:
         name: name of the model in traces.
         kernels: the model on the kernels of this package; None leaves it as it is.
         max_batch: largest number of sequences in one forward pass, which bounds memory.
+        max_frames: most frames that it is shown at once, which bounds memory, too.
 
     Raises:
         LanguageModelError: the processor has no chat template, or neither an image nor a video part.
@@ -49,6 +51,7 @@ class VideoLanguageModel:
         *,
         kernels: Kernels | None = None,
         max_batch: int = 4,
+        max_frames: int = WINDOW,
     ) -> None:
         if not getattr(processor, "chat_template", None):
             raise LanguageModelError(
@@ -57,7 +60,7 @@ class VideoLanguageModel:
         if not takes_videos(processor) and getattr(processor, "image_processor", None) is None:
             raise LanguageModelError(f"The processor of '{name}' has a part for neither videos nor images.")
         self.model, self.processor, self.name = model, processor, name
-        self.kernels, self.max_batch = kernels, max_batch
+        self.kernels, self.max_batch, self.max_frames = kernels, max_batch, max_frames
         self._last: tuple[VideoClip, ClipLanguageModel] | None = None
 
     def about(self, clip: VideoClip) -> ClipLanguageModel:
@@ -72,7 +75,7 @@ class VideoLanguageModel:
         return self._last[1]
 
     def estimate(self, clip: VideoClip) -> Estimate:
-        """Return what answering a question about `clip` takes; errors as in `about`."""
+        """Return what a graph of `clip` and a question about it take; errors as in `about`."""
         read = self.about(clip)
         return estimate(self.model, read.inputs, read.visual_tokens, self.max_batch)
 

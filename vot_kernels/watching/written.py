@@ -11,7 +11,7 @@ from vot_kernels.reasoning.types import ModelCall
 from vot_kernels.scene_graph.graph import STSG, Tracklet, Vocabulary
 from vot_kernels.scene_graph.relations import GEOMETRIC_PREDICATES, with_geometric_relations
 from vot_kernels.scene_graph.text import from_text
-from vot_kernels.watching.protocols import VIDEO_LANGUAGE_FPS, Reader, Sight
+from vot_kernels.watching.protocols import VIDEO_LANGUAGE_FPS, WINDOW, Reader, Sight
 
 WRITTEN_TOKENS = 512  # a dozen objects with three boxes each
 PROMPT = """\
@@ -38,6 +38,7 @@ class WrittenGraph:
 
     def __init__(self, reader: Reader, name: str, fps: float = VIDEO_LANGUAGE_FPS) -> None:
         self.reader, self.fps = reader, fps
+        self.window = getattr(reader, "max_frames", WINDOW)
         self.name = f"the video-language model {name}, which wrote the graph"
 
     def see(self, clip: VideoClip) -> Sight:

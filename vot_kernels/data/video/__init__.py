@@ -8,7 +8,7 @@ from vot_kernels.extras import imports_for
 
 with imports_for("Reading video", "video"):
     from vot_kernels.data.video.clip import VideoClip, VideoInfo
-    from vot_kernels.data.video.load import FrameStream, load_video, stream_video
+    from vot_kernels.data.video.load import FrameStream, count_frames, load_video, stream_video
     from vot_kernels.data.video.request import DEFAULT_NUM_FRAMES, MAX_FPS, MAX_NUM_FRAMES, VideoError
     from vot_kernels.data.video.write import save_mp4
 
@@ -20,6 +20,7 @@ __all__ = [
     "VideoClip",
     "VideoError",
     "VideoInfo",
+    "count_frames",
     "load_video",
     "save_mp4",
     "stream_video",

@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def _open(file: Path, request: Request, progress: bool) -> "FrameStream":
         return FrameStream.of(load(file, image, request))
 
 
+def count_frames(
+    path: str | os.PathLike[str],
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> int:
+    """Return how many frames `stream_video` yields at most. The header says it, so that nothing is decoded.
+
+    Raises:
+        VideoError: as in `load_video`, but for what decoding alone finds.
+    """
+    request, file = Request(fps, num_frames, start, end, None, None), _local_file(path)
+    image = open_image(file)
+    if image is None:
+        with Reader(file) as reader:
+            return len(request.times(*request.span(reader.duration()[0], f"'{file}'")))
+    with image:
+        frames = getattr(image, "n_frames", 1) if is_animated(image) else 1
+        return min(frames, request.num_frames or frames)
+
+
 class FrameStream:
     """Sampled frames in order of time, once: pairs of a frame, uint8 `[height, width, 3]`, and its time in seconds.
 
@@ -100,9 +125,9 @@ class FrameStream:
 
     def __init__(self, path: Path, frames: Iterator[tuple[np.ndarray, float]], info: VideoInfo | None = None):
         self.path = path
-        self._info = info
-        self._first = next(frames, None)
+        self._info = self._begun = info
         self._rest = frames
+        self._ahead = deque(islice(frames, 1))  # frames that were decoded before anybody asked for them
 
     @classmethod
     def of(cls, clip: VideoClip) -> "FrameStream":
@@ -111,10 +136,15 @@ class FrameStream:
         return FrameStream(Path(clip.info.path), iter(pairs), clip.info)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            yield first
+        while self._ahead:
+            yield self._ahead.popleft()
         yield from self._rest
+
+    @property
+    def begun(self) -> VideoInfo:
+        """What the file is, as its header and its first frame say; of what was sampled it says nothing."""
+        assert self._begun is not None  # the first frame is read
+        return self._begun
 
     @property
     def info(self) -> VideoInfo:
@@ -126,6 +156,11 @@ class FrameStream:
         if self._info is None:
             raise VideoError(f"'{self.path}' must be read to its end before its description is known.")
         return self._info
+
+    def is_longer(self, frames: int) -> bool:
+        """Whether more than `frames` are left. So many are decoded now, and yielded all the same."""
+        self._ahead.extend(islice(self._rest, max(0, frames + 1 - len(self._ahead))))
+        return len(self._ahead) > frames
 
     def clip(self) -> VideoClip:
         """Return all frames as one clip."""
@@ -177,14 +212,25 @@ class _VideoStream(FrameStream):
             start, end = request.span(duration, f"'{path}'")
             converter = _Converter(request, reader.pixel_aspect)
             picker = Picker(request.times(start, end), reader.tolerance, converter)
+
+            def told(times: list[float], complete: bool = False, warnings: Sequence[str] = ()) -> VideoInfo:
+                source, container = reader.stream.codec_context, reader.container.format.name
+                still = container == "image2" or container.endswith("_pipe")
+                return make_info(
+                    path, request, times, self._size, kind="image" if still else "video", container=container,
+                    codec=source.name, source_width=converter.source[0], source_height=converter.source[1],
+                    orientation=converter.orientation, average_fps=None if still else reader.rate,
+                    duration_s=duration, complete=complete, decoded_until_s=reader.end, warnings=tuple(warnings),
+                )  # fmt: skip
+
             cut = stopped = False
             try:
                 with progress_bar(path.name, start, end, shown=progress) as report:
                     for _ in _pick(reader, picker, report):
-                        yield from self._new(picker)
+                        yield from self._new(picker, told)
                 cut = _cut_off(reader, picker, end, present)
                 picker.close(reader.end if cut else math.inf)
-                yield from self._new(picker)
+                yield from self._new(picker, told)
             except GeneratorExit:
                 stopped = True
             if not picker.times:
@@ -192,20 +238,16 @@ class _VideoStream(FrameStream):
             complete = not cut and not stopped and not reader.damage.count
             warnings = _video_warnings(reader, picker, converter, duration, cut)
             warnings += sampling_warnings(picker, complete)
-            source, container = reader.stream.codec_context, reader.container.format.name
-            still = container == "image2" or container.endswith("_pipe")
-            self._info = make_info(
-                path, request, picker.times, self._size, kind="image" if still else "video", container=container,
-                codec=source.name, source_width=converter.source[0], source_height=converter.source[1],
-                orientation=converter.orientation, average_fps=None if still else reader.rate,
-                duration_s=duration, complete=complete, decoded_until_s=reader.end, warnings=tuple(warnings),
-            )  # fmt: skip
+            self._info = told(picker.times, complete, warnings)
 
-    def _new(self, picker: Picker) -> Iterator[tuple[np.ndarray, float]]:
+    def _new(
+        self, picker: Picker, told: Callable[[list[float]], VideoInfo]
+    ) -> Iterator[tuple[np.ndarray, float]]:
         """Yield what the picker has kept since the last call."""
         frames = picker.take()
         for frame, time in zip(frames, picker.times[len(picker.times) - len(frames) :], strict=True):
             self._size = frame.shape[1], frame.shape[0]
+            self._begun = self._begun or told([])
             yield frame, time
 
     def stop(self) -> VideoInfo:

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class GraphJoiner:
         end = len(self.times)
         if not 0 <= start <= end:
             raise ValueError(f"A window must start at one of the frames 0 to {end}, got {start}.")
-        self.vocabulary = window.vocabulary
+        self.vocabulary = _both(self.vocabulary, window.vocabulary)
         self.times += window.frame_times_s[end - start :]
         tracks = self._identify(window, start, end)
         cut = (start + end) // 2
@@ -171,6 +171,12 @@ class GraphJoiner:
             if start / self.every <= MAX_BOXES:
                 return
             self.every, begin = 2 * self.every, 0
+
+
+def _both(first: Vocabulary, second: Vocabulary) -> Vocabulary:
+    """Return the words of two vocabularies: eyes without a closed one know of a window what they found in it."""
+    parts = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(Vocabulary))
+    return first if first == second else Vocabulary(*(tuple(dict.fromkeys(a + b)) for a, b in parts))
 
 
 def _match(track: _Track, tracklet: Tracklet, start: int, shared: Iterable[int]) -> float:

@@ -2,20 +2,21 @@
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vot_kernels.data.video import FrameStream, VideoClip
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.models.perception.streaming import TokenStream, can_stream
-from vot_kernels.pipelines.long_video.frames import Frame, Showcase, windows
+from vot_kernels.pipelines.long_video.frames import Frame, Showcase, Window, windows
 from vot_kernels.pipelines.long_video.joining import EVERY, MAX_BOXES, GraphJoiner
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.summary import at_frames
+from vot_kernels.watching.protocols import WINDOW, Eyes, Sight
 
-WINDOW = 32  # frames that are read together
 OVERLAP = 8  # frames that a window shares with the one before
 REPORTED = 8  # windows from one report of the progress to the next
 PATIENCE = 8  # windows: if none of so many is in the checkpoint's domain, the rest is not read
@@ -71,7 +72,7 @@ def see_stream(
     complete = True
     for window in windows(showcase.watch(frames), size, overlap):
         if report is not None and len(distances) % REPORTED == 1:
-            report(f"Looking at the frames: {window.start + len(window.times):,}, {window.times[-1]:.0f} s")
+            report(_progress(window))
         read = None if stream is None else stream.reader(window.new)
         (only,) = detect(model, processor, [window.frames], [window.times], source, read=read)
         joiner.add(only.stsg, window.start)
@@ -86,6 +87,53 @@ def see_stream(
         only = Detection(joiner.graph(source), (), distance, only.domain_threshold)
     pixels, times = zip(*showcase.kept, strict=True)
     return Seen(only, np.stack(pixels), np.array(times), complete)
+
+
+def see_windows(
+    eyes: Eyes, frames: FrameStream, size: int = WINDOW, report: Callable[[str], None] | None = None
+) -> tuple[VideoClip, Sight]:
+    """Have any eyes see a stream window by window, and join what they see, in memory that does not grow.
+
+    Args:
+        eyes: what sees each window as a clip.
+        frames: the stream.
+        size: frames of a window, which shares a quarter of them with the one before.
+        report: called with the progress in words, at each window but the first.
+
+    Returns:
+        At most `size` of the frames, evenly spread, to be shown, and the sight of all of them. It has a warning if
+        every window has one.
+
+    Raises:
+        ValueError: `size` is below 4.
+    """
+    showcase, joiner = Showcase(size), GraphJoiner()
+    sights: list[Sight] = []
+    for window in windows(showcase.watch(frames), size, size // 4):
+        if report is not None and sights:
+            report(_progress(window))
+        times = tuple(window.times.tolist())
+        info = replace(frames.begun, frames_sampled=len(times), sampled_times_s=times)
+        seen = eyes.see(VideoClip(window.frames, window.times, info))
+        joiner.add(seen.stsg, window.start)
+        sights.append(replace(seen, stsg=STSG(())))
+    pixels, shown = zip(*showcase.kept, strict=True)
+    return VideoClip(np.stack(pixels), np.array(shown), frames.info), _joined(sights, joiner, frames)
+
+
+def _joined(sights: list[Sight], joiner: GraphJoiner, frames: FrameStream) -> Sight:
+    warned = all(sight.warning is not None for sight in sights)
+    return replace(
+        sights[0],
+        stsg=joiner.graph(f"{frames.path.name} seen by {sights[0].eyes}"),
+        warning=sights[0].warning if warned else None,
+        issues=tuple(issue for sight in sights for issue in sight.issues),
+        calls=tuple(call for sight in sights for call in sight.calls),
+    )
+
+
+def _progress(window: Window) -> str:
+    return f"Looking at the frames: {window.start + len(window.times):,}, {window.times[-1]:.0f} s"
 
 
 def shown_part(stsg: STSG, times: np.ndarray) -> STSG:
