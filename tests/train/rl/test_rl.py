@@ -207,6 +207,17 @@ def test_the_first_interrupt_ends_the_step(folder, tmp_path, lively):
     assert grpo.train_grpo(tmp_path, *load_vlm(folder), settings) == 3
 
 
+@pytest.mark.fixed_seed  # thirty steps of training
+def test_training_raises_the_reward(folder, tmp_path, lively):
+    model, processor = load_vlm(folder)
+    settings = GrpoReasoning(steps=30, learning_rate=1e-2, **SHORT | {"generations": 8})
+    found = []
+    grpo.train_grpo(
+        tmp_path, model, processor, settings, report=lambda _, terms: found.append(terms["reward"])
+    )
+    assert sum(found[-5:]) > sum(found[:5]) + 0.2
+
+
 # --- what the model reads -----------------------------------------------------------------------------------
 
 
@@ -369,7 +380,7 @@ def test_training_pairs_are_not_held_out(pairs):
 @pytest.fixture(scope="module")
 def reward_model(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("preference")
-    settings = PreferenceTraining(steps=16, batch_size=4, learning_rate=1e-2, warmup=2)
+    settings = PreferenceTraining(steps=16, batch_size=4, learning_rate=2e-3, warmup=2)
     run_preference(out, folder, settings, eval_clips=2)
     return out / "model"
 
@@ -384,7 +395,7 @@ def test_a_reward_model_learns_the_rules(reward_model):
 
 def test_a_reward_model_scores_replies(reward_model, pairs):
     reward = preferences.PreferenceReward(*preferences.load_reward_model(reward_model))
-    texts = [[{"role": "assistant", "content": pair.chosen}] for pair in pairs[:5]]
+    texts = [[{"role": "assistant", "content": pair.rejected}] for pair in pairs[:5]]
     asked = [pair.prompt for pair in pairs[:5]]
     scores = reward(texts, asked=asked, answer=["x"] * 5)
     assert all(0 <= score <= 1 for score in scores) and len(set(scores)) > 1
