@@ -13,11 +13,17 @@ EXTRAS = {
         "safetensors": "safetensors",
         "gguf": "gguf",
     },
-    "train": {"sklearn": "scikit-learn", "rich": "rich"},
+    "train": {"sklearn": "scikit-learn", "rich": "rich", "yaml": "pyyaml"},
     "cli": {"typer": "typer", "rich": "rich"},
     "vlm": {"torchvision": "torchvision", "num2words": "num2words"},
     "web": {"gradio": "gradio", "starlette": "gradio"},
-    "rl": {"peft": "peft"},
+    "rl": {
+        "peft": "peft",
+        "trl": "trl",
+        "datasets": "datasets",
+        "accelerate": "accelerate",
+        "tensorboard": "tensorboard",
+    },
     "lmms": {"lmms_eval": "lmms_eval"},
 }
 

@@ -56,7 +56,18 @@ LEAN = {
 OPTIONAL = {
     *("av", "PIL", "matplotlib", "sklearn", "scipy"),
     *("transformers", "safetensors", "tokenizers", "gguf", "huggingface_hub"),
-    *("typer", "click", "rich", "gradio", "hypothesis", "pytest", "triton"),
+    *(
+        "typer",
+        "click",
+        "rich",
+        "gradio",
+        "yaml",
+        "datasets",
+        "tensorboard",
+        "hypothesis",
+        "pytest",
+        "triton",
+    ),
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 NOT_IN_KERNELS = ("torch.nn", "torch.autograd", "os")
@@ -225,7 +236,7 @@ def test_file_keeps_the_rules(module, path):
         ("vot_kernels.nn.mlp", "from vot_kernels import hybrid_attention"),
         ("vot_kernels.models.encoder", "from vot_kernels.data.video import load_video"),
         ("vot_kernels.data.video", "from vot_kernels.reasoning import steps"),
-        ("vot_kernels.train.stages", "from vot_kernels.reasoning import steps"),
+        ("vot_kernels.train.stages", "from vot_kernels.pipelines import batch"),
         ("vot_kernels.reasoning.steps", "from vot_kernels.cli import main"),
         ("vot_kernels", "from vot_kernels.models import VotEncoder"),
         ("vot_kernels.something_new", ""),

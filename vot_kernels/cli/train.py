@@ -1,21 +1,40 @@
 """`vot train`: one command per stage."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
 from vot_kernels.cli.manners import checkpoints_are_kept, when_interrupted
 from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, examples
+from vot_kernels.cli.settings import with_settings
 from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.projector.settings import ProjectorTraining
+from vot_kernels.train.rl.settings import (
+    GrpoPerception,
+    GrpoPreference,
+    GrpoReasoning,
+    GrpoTraining,
+    PreferenceTraining,
+)
 from vot_kernels.train.sft.settings import SftTraining
 
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
+
+Out = Annotated[
+    Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH)
+]
+EvalClips = Annotated[int, typer.Option(help="Held-out clips in the metrics.")]
+VlmCheckpoint = Annotated[
+    Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage before.", **PATH)
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print parameters, operations, memory and time, and train nothing.")
+]
 
 
 @train_app.command(
@@ -26,26 +45,10 @@ train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **G
     ),
 )
 @when_interrupted(checkpoints_are_kept)
+@with_settings(PerceptionTraining)
 def train_perception_command(
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
-    ],
-    steps: Annotated[
-        int, typer.Option(help="Optimiser steps of the whole model.")
-    ] = PerceptionTraining.steps,
-    dynamics_steps: Annotated[
-        int, typer.Option(help="Further steps that train relations and events alone.")
-    ] = PerceptionTraining.dynamics_steps,
-    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = PerceptionTraining.batch_size,
-    learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate.")
-    ] = PerceptionTraining.learning_rate,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = PerceptionTraining.seed,
-    attention: Annotated[
-        Literal["hybrid", "softmax"],
-        typer.Option(help="Attention of the encoder; softmax reaches all frames."),
-    ] = PerceptionTraining.attention,
+    out: Out,
+    settings: Any,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
     device: Device = "cpu",
 ) -> None:
@@ -53,14 +56,6 @@ def train_perception_command(
     require("vot train perception", "video", "llm", "train")
     from vot_kernels.pipelines.sampling import check_device
 
-    settings = PerceptionTraining(
-        steps=steps,
-        dynamics_steps=dynamics_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        attention=attention,
-    )
     check_device(device)
     check_output_folder(out)
     from vot_kernels.train.perception.run import run
@@ -70,22 +65,15 @@ def train_perception_command(
 
 @train_app.command("linearize", epilog=examples("vot train linearize runs/softmax/model --out runs/hybrid"))
 @when_interrupted(checkpoints_are_kept)
+@with_settings(Linearization)
 def train_linearize_command(
     checkpoint: Annotated[
         Path, typer.Argument(help="Folder of a perception checkpoint with softmax attention.", **PATH)
     ],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
-    ],
+    out: Out,
+    settings: Any,
     window: Annotated[int, typer.Option(help="Frames on each side that stay exact.")] = 1,
-    layer_steps: Annotated[
-        int, typer.Option(help="Optimiser steps in which each layer learns alone.")
-    ] = Linearization.layer_steps,
-    steps: Annotated[
-        int, typer.Option(help="Further steps in which all layers learn together.")
-    ] = Linearization.steps,
-    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+    eval_clips: EvalClips = 200,
     device: Device = "cpu",
 ) -> None:
     """Turn exact attention into hybrid attention by distillation, layer by layer and then end to end."""
@@ -98,7 +86,6 @@ def train_linearize_command(
     check_output_folder(out)
     from vot_kernels.train.linearize.run import run
 
-    settings = Linearization(layer_steps=layer_steps, steps=steps)
     print(run(out, checkpoint, settings, window, eval_clips, device))
 
 
@@ -110,11 +97,10 @@ def train_linearize_command(
     ),
 )
 @when_interrupted(checkpoints_are_kept)
+@with_settings(EncoderTraining)
 def train_encoder_command(
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
-    ],
+    out: Out,
+    settings: Any,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -123,17 +109,7 @@ def train_encoder_command(
             **PATH,
         ),
     ] = None,
-    distillation: Annotated[
-        float, typer.Option(help="Weight of distillation; 0 is off.")
-    ] = EncoderTraining.distillation,
-    contrastive: Annotated[
-        float, typer.Option(help="Weight of contrast; 0 is off.")
-    ] = EncoderTraining.contrastive,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = EncoderTraining.steps,
-    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = EncoderTraining.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = EncoderTraining.learning_rate,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = EncoderTraining.seed,
-    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 200,
+    eval_clips: EvalClips = 200,
     device: Device = "cpu",
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
@@ -141,14 +117,6 @@ def train_encoder_command(
     from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, ENCODER, PERCEPTION, checkpoint_kind
     from vot_kernels.pipelines.sampling import check_device
 
-    settings = EncoderTraining(
-        distillation=distillation,
-        contrastive=contrastive,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
     check_device(device)
     folder = None if teacher == Path(RANDOM_TEACHER) else teacher or BUNDLED_CHECKPOINT
     if folder is not None and settings.distillation:
@@ -161,78 +129,159 @@ def train_encoder_command(
 
 @train_app.command("projector", epilog=examples("vot train projector --out runs/projector"))
 @when_interrupted(checkpoints_are_kept)
+@with_settings(ProjectorTraining)
 def train_projector_command(
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
-    ],
-    language_model: Annotated[
-        Literal["nano", "smollm2"],
-        typer.Option(help="nano is new and is trained too; SmolLM2-135M-Instruct stays as it is."),
-    ] = ProjectorTraining.language_model,
+    out: Out,
+    settings: Any,
     checkpoint: Checkpoint = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = ProjectorTraining.steps,
-    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = ProjectorTraining.batch_size,
-    learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate.")
-    ] = ProjectorTraining.learning_rate,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = ProjectorTraining.seed,
-    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 64,
+    eval_clips: EvalClips = 64,
     device: Device = "cpu",
+    dry_run: DryRun = False,
 ) -> None:
     """Align clips and scene graphs with a language model: it learns to write captions and graphs."""
     require("vot train projector", "video", "llm", "train")
     from vot_kernels.pipelines.sampling import check_device, checkpoint_folder
 
-    settings = ProjectorTraining(
-        language_model=language_model,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
     check_device(device)
     perception = checkpoint_folder(checkpoint)
     check_output_folder(out)
     from vot_kernels.reasoning.smollm2 import ensure_smollm2
     from vot_kernels.train.projector.run import run
 
-    text = ensure_smollm2() if language_model == "smollm2" else None
-    print(run(out, settings, perception, text, eval_clips, device))
+    text = ensure_smollm2() if settings.language_model == "smollm2" else None
+    print(run(out, settings, perception, text, eval_clips, device, dry_run))
 
 
 @train_app.command("sft", epilog=examples("vot train sft runs/projector/model --out runs/sft"))
 @when_interrupted(checkpoints_are_kept)
+@with_settings(SftTraining)
 def train_sft_command(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage projector.", **PATH)
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH),
-    ],
-    text: Annotated[
-        Literal["all", "lora"],
-        typer.Option(help="What of the language model is trained: all of it, or adapters."),
-    ] = SftTraining.text,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = SftTraining.steps,
-    batch_size: Annotated[int, typer.Option(help="Clips per step.")] = SftTraining.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = SftTraining.learning_rate,
-    seed: Annotated[int, typer.Option(help="Seed of adapters and data.")] = SftTraining.seed,
-    eval_clips: Annotated[int, typer.Option(help="Held-out clips in the metrics.")] = 56,
+    checkpoint: VlmCheckpoint,
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
     device: Device = "cpu",
+    dry_run: DryRun = False,
 ) -> None:
     """Teach a video-language model to answer with Video-of-Thought traces made from ground truth."""
-    require("vot train sft", "video", "llm", "train", *(("rl",) if text == "lora" else ()))
+    require("vot train sft", "video", "llm", "train", *(("rl",) if settings.text == "lora" else ()))
+    _check(checkpoint, out, device)
+    from vot_kernels.train.sft.run import run
+
+    print(run(out, checkpoint, settings, eval_clips, device, dry_run))
+
+
+@train_app.command(
+    "grpo-perception", epilog=examples("vot train grpo-perception runs/sft/model --out runs/see")
+)
+@when_interrupted(checkpoints_are_kept)
+@with_settings(GrpoPerception)
+def train_grpo_perception_command(
+    checkpoint: VlmCheckpoint,
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Reinforce well-formed replies whose scene graph is that of the frames, by GRPO."""
+    _train_grpo("grpo-perception", checkpoint, out, settings, eval_clips, device, dry_run)
+
+
+@train_app.command(
+    "grpo-reasoning", epilog=examples("vot train grpo-reasoning runs/see/model --out runs/reason")
+)
+@when_interrupted(checkpoints_are_kept)
+@with_settings(GrpoReasoning)
+def train_grpo_reasoning_command(
+    checkpoint: VlmCheckpoint,
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Reinforce right answers that rest on the right objects, events and times, by GRPO."""
+    _train_grpo("grpo-reasoning", checkpoint, out, settings, eval_clips, device, dry_run)
+
+
+@train_app.command("preference", epilog=examples("vot train preference runs/sft/model --out runs/preference"))
+@when_interrupted(checkpoints_are_kept)
+@with_settings(PreferenceTraining)
+def train_preference_command(
+    checkpoint: VlmCheckpoint,
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Train a reward model on synthetic preferences: true traces against traces that rules have spoilt."""
+    require("vot train preference", "video", "llm", "train", "rl")
+    _check(checkpoint, out, device)
+    from vot_kernels.train.rl.run import run_preference
+
+    print(run_preference(out, checkpoint, settings, eval_clips, device, dry_run))
+
+
+@train_app.command(
+    "grpo-preference",
+    epilog=examples(
+        "vot train grpo-preference runs/reason/model --reward-model runs/preference/model --out runs/prefer"
+    ),
+)
+@when_interrupted(checkpoints_are_kept)
+@with_settings(GrpoPreference)
+def train_grpo_preference_command(
+    checkpoint: VlmCheckpoint,
+    reward_model: Annotated[
+        Path, typer.Option(help="Folder of a reward model, of the stage preference.", **PATH)
+    ],
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Reinforce as in grpo-reasoning, and a little of what a reward model of preferences likes."""
+    from vot_kernels.models.checkpoint import check_reward_model
+
+    check_reward_model(reward_model)
+    _train_grpo("grpo-preference", checkpoint, out, settings, eval_clips, device, dry_run, reward_model)
+
+
+@train_app.command("recipe", epilog=examples("vot train recipe sft"))
+def recipe_command(
+    stage: Annotated[str, typer.Argument(help="A stage, such as sft.")],
+) -> None:
+    """Print the YAML file of a stage: all of its settings, their defaults, and what they mean."""
+    from vot_kernels.train.recipes import recipe
+
+    print(recipe(stage), end="")
+
+
+def _train_grpo(
+    stage: str,
+    checkpoint: Path,
+    out: Path,
+    settings: GrpoTraining,
+    eval_clips: int,
+    device: str,
+    dry_run: bool,
+    reward_model: Path | None = None,
+) -> None:
+    require(f"vot train {stage}", "video", "llm", "train", "rl")
+    _check(checkpoint, out, device)
+    from vot_kernels.train.rl.run import run_grpo
+
+    print(run_grpo(stage, out, checkpoint, settings, eval_clips, device, dry_run, reward_model))
+
+
+def _check(checkpoint: Path, out: Path, device: str) -> None:
+    """Check what a run needs before anything is loaded."""
     from vot_kernels.models.checkpoint import VLM, checkpoint_kind
     from vot_kernels.pipelines.sampling import check_device
 
-    settings = SftTraining(
-        text=text, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
-    )
     check_device(device)
     checkpoint_kind(checkpoint, VLM)
     check_output_folder(out)
-    from vot_kernels.train.sft.run import run
-
-    print(run(out, checkpoint, settings, eval_clips, device))

@@ -31,17 +31,35 @@ def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
         ValueError: config.json is not JSON, or names another kind of model.
     """
     wanted = " or ".join(_NAMES[kind] for kind in allowed)
-    for name in _FILES:
-        if not (Path(folder) / name).is_file():
-            raise FileNotFoundError(f"{folder} is not {wanted}: it has no {name}.")
-    try:
-        kind = read_config(folder).get("model_type")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
-        raise ValueError(f"{folder} is not {wanted}: its config.json is not a JSON object.") from None
+    kind = _entry(folder, "model_type", wanted)
     if kind not in allowed:
         what = _NAMES.get(str(kind), f"a model of the type {kind!r}")
         raise ValueError(f"{folder} must be {wanted}, but its config.json says that it is {what}.")
     return str(kind)
+
+
+def check_reward_model(folder: str | os.PathLike[str]) -> None:
+    """Check that a folder holds a language model with one score as its output.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file that every checkpoint has.
+        ValueError: config.json is not JSON, or names another kind of model.
+    """
+    wanted = "a reward model, of the stage preference"
+    names = _entry(folder, "architectures", wanted) or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in names):
+        raise ValueError(f"{folder} must be {wanted}, but its config.json says that it is {names}.")
+
+
+def _entry(folder: str | os.PathLike[str], name: str, wanted: str) -> Any:
+    """Return an entry of config.json in a folder that should be `wanted`."""
+    for file in _FILES:
+        if not (Path(folder) / file).is_file():
+            raise FileNotFoundError(f"{folder} is not {wanted}: it has no {file}.")
+    try:
+        return read_config(folder).get(name)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{folder} is not {wanted}: its config.json is not a JSON object.") from None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

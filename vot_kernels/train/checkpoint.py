@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,17 @@ _PREFIX = "checkpoint-"
 
 
 def save_state(
-    out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    out: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    further: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `out/checkpoint-<step>`, then delete older checkpoints. A killed run leaves the older one whole."""
+    """Write `out/checkpoint-<step>`, then delete older checkpoints. A killed run leaves the older one whole.
+
+    `further` are the texts of further files by their names.
+    """
     target = out / f"{_PREFIX}{step}"
     draft = out / f".{target.name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -28,6 +36,8 @@ def save_state(
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, draft / "model.safetensors")
     save_file(_flatten(optimizer), draft / "optimizer.safetensors")
     (draft / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+    for name, text in (further or {}).items():
+        (draft / name).write_text(text, encoding="utf-8")
     if target.exists():
         shutil.rmtree(target)
     draft.rename(target)
@@ -45,10 +55,9 @@ def load_state(
     Raises:
         ValueError: the checkpoint was made with other settings, which the message names.
     """
-    found = _checkpoints(out)
-    if not found:
+    folder = newest_checkpoint(out)
+    if folder is None:
         return 0
-    folder = found[-1]
     state = json.loads((folder / "state.json").read_text())
     saved = state["settings"]
     differing = sorted(key for key in saved.keys() | settings.keys() if saved.get(key) != settings.get(key))
@@ -96,6 +105,11 @@ def _checksum(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         total = zlib.crc32(tensor.cpu().contiguous().float().numpy().tobytes(), total)
     return f"{total:08x}"
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """Return the newest complete checkpoint under `out`, None if there is none."""
+    return next(reversed(_checkpoints(out)), None)
 
 
 def _checkpoints(out: Path) -> list[Path]:

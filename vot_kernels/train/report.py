@@ -1,9 +1,12 @@
 """The output and the records of the train commands."""
 
+import csv
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vot_kernels.files import atomic_write
 from vot_kernels.train.loop import Report
 
 
 @contextmanager
 def progress_bar(steps: int) -> Iterator[Report]:
-    """Show a bar of `steps` steps; yield the function that the training loop reports to."""
+    """Show a bar of `steps` steps with an estimate; yield the function that the training loop reports to."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=steps)
@@ -27,9 +31,74 @@ def progress_bar(steps: int) -> Iterator[Report]:
         yield report
 
 
-def command_line(command: str, settings: Any, options: Sequence[str], *words: str) -> str:
-    """Return the `vot` command that repeats a run: `options` are the fields of `settings` that it can set."""
-    pairs = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in options]
+@contextmanager
+def reporting(out: Path, steps: int) -> Iterator[Report]:
+    """Show a progress bar, and log every step to `out/log.csv` and, if it is installed, to `out/tensorboard`."""
+    with progress_bar(steps) as show, Log(out) as log:
+
+        def report(step: int, terms: dict[str, float]) -> None:
+            show(step, terms)
+            log.write(step, terms)
+
+        yield report
+
+
+class Log:
+    """The values of each step as lines of a CSV file, and as scalars of TensorBoard if that is installed.
+
+    A resumed run goes on after the step of its checkpoint; what a killed run had written of later steps is dropped.
+    """
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.file = out, out / "log.csv"
+        self.names: dict[str, None] | None = None
+        self.board: Any = None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step; those of other steps that it lacks, or that they lack, are empty."""
+        if self.board is None and find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=step)
+        if self.names is None or not self.names.keys() >= values.keys():
+            self._begin(step, values)
+        with self.file.open("a", encoding="utf-8", newline="") as lines:
+            csv.writer(lines).writerow([step, *(values.get(name, "") for name in self.names or ())])
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def _begin(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the file anew, with all columns and the lines before this step."""
+        rows: list[dict[str, str]] = []
+        if self.file.is_file():
+            with self.file.open(encoding="utf-8", newline="") as lines:
+                rows = [row for row in csv.DictReader(lines) if _is_before(row, step)]
+        self.names = dict.fromkeys([*(rows[0] if rows else ()), *values])
+        self.names.pop("step", None)
+        with atomic_write(self.file) as draft, draft.open("w", encoding="utf-8", newline="") as lines:
+            writer = csv.DictWriter(lines, ["step", *self.names])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _is_before(row: Mapping[str, str | None], step: int) -> bool:
+    """Whether a line was written as a whole, for an earlier step."""
+    number = row.get("step") or ""
+    return None not in row.values() and number.isdigit() and int(number) < step
+
+
+def command_line(command: str, settings: Any, *words: str) -> str:
+    """Return the `vot` command that repeats a run with these settings."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in asdict(settings).items()]
     return f"{command} {shlex.join([*words, *(word for pair in pairs for word in pair)])}"
 
 

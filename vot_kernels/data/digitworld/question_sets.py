@@ -59,6 +59,25 @@ def generate_questions(
     return [next(taken[place]) for place in plan]
 
 
+def draw_question(split: str, index: int, seed: int = 0) -> AskedEpisode:
+    """Return question `index` of an endless set about clips of `split`, which takes no time for those before it.
+
+    Kinds, and the cells of each kind, take turns. Every question is about a clip of its own: the first that admits it
+    among those set apart for it.
+    """
+    kind = KINDS[index % len(KINDS)]
+    cell = CELLS[kind][index // len(KINDS) % len(CELLS[kind])]
+    for attempt in range(_MAX_CLIPS_PER_QUESTION):
+        episode = generate_episode(split, index * _MAX_CLIPS_PER_QUESTION + attempt, seed)
+        asker = Asker(Facts(episode.scene, episode.motion), episode.rng("question set"))
+        question = asker.ask(kind, cell)
+        if question is not None:
+            return AskedEpisode(episode, question)
+    raise ValueError(
+        f"No clip of '{split}' from {index * _MAX_CLIPS_PER_QUESTION} on admits {kind} ({cell})."
+    )
+
+
 def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
     """Move the answer of the questions of one cell to each position in the list of candidates in turn."""
     turns: Counter[int] = Counter()

@@ -28,9 +28,6 @@ from vot_kernels.train.report import (
     write_record,
 )
 
-OPTIONS = ("steps", "batch_size", "learning_rate", "distillation", "contrastive", "seed")
-"""The settings that the command line has options for, in addition to the teacher."""
-
 
 def run(
     out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: int = 200, device: str = "cpu"
@@ -67,7 +64,7 @@ def run(
     }
     teacher_words = ("--teacher", RANDOM_TEACHER if teacher is None else str(teacher))
     record = {
-        "command": command_line("vot train encoder", settings, OPTIONS, *teacher_words),
+        "command": command_line("vot train encoder", settings, *teacher_words),
         **same,
         "training_seconds": round(seconds),
         **machine(),

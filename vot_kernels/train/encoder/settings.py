@@ -2,37 +2,30 @@
 
 from dataclasses import dataclass
 
+from vot_kernels.train.config import setting
+
 RANDOM_TEACHER = "random"
 
 
 @dataclass(frozen=True)
 class EncoderTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
+    """Settings of a run; two runs with equal settings give equal weights on one machine."""
 
-    Attributes:
-        steps, learning_rate, warmup, clip: see `vot_kernels.train.loop.Schedule`.
-        batch_size: clips per step, of mixed sizes.
-        weight_decay: weight decay of AdamW.
-        distillation, contrastive: weights of the objectives; 0 leaves one out.
-        num_frames: frames per clip.
-        caption_width, caption_layers: size of the caption encoder.
-        h264_share: share of the clips that are encoded with H.264 and decoded.
-        seed: seed of weights and data.
-    """
-
-    steps: int = 1000
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    distillation: float = 1.0
-    contrastive: float = 1.0
-    num_frames: int = 16
-    caption_width: int = 96
-    caption_layers: int = 2
-    h264_share: float = 0.5
-    seed: int = 0
+    steps: int = setting(1000, "Optimiser steps.")
+    batch_size: int = setting(16, "Clips per step, of mixed sizes.")
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+    )
+    warmup: int = setting(50, "Steps in which the learning rate rises.")
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
+    clip: float = setting(1.0, "Largest gradient norm.")
+    distillation: float = setting(1.0, "Weight of distillation; 0 is off.")
+    contrastive: float = setting(1.0, "Weight of contrast; 0 is off.")
+    num_frames: int = setting(16, "Frames per clip.")
+    caption_width: int = setting(96, "Width of the caption encoder.")
+    caption_layers: int = setting(2, "Layers of the caption encoder.")
+    h264_share: float = setting(0.5, "Share of the clips that are encoded with H.264 and decoded.")
+    seed: int = setting(0, "Seed of weights and data.")
 
     def __post_init__(self) -> None:
         weights = (self.distillation, self.contrastive)

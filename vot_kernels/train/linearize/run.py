@@ -28,8 +28,6 @@ from vot_kernels.train.report import (
     progress_bar,
 )
 
-OPTIONS = ("layer_steps", "steps")
-"""The settings that the command line has options for, in addition to the teacher and the window."""
 _BATCH, _SEED = 12, 1
 _GRID = (16, 8, 8)  # patches of a DigitWorld clip
 
@@ -100,7 +98,7 @@ def run(
     def describe(published: VotPerceptionModel) -> dict[str, Any]:
         return {
             "command": command_line(
-                "vot train linearize", settings, OPTIONS, str(checkpoint), "--window", str(window)
+                "vot train linearize", settings, str(checkpoint), "--window", str(window)
             ),
             **same,
             "training_seconds": round(seconds),

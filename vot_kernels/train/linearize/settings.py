@@ -2,21 +2,16 @@
 
 from dataclasses import dataclass
 
+from vot_kernels.train.config import setting
+
 
 @dataclass(frozen=True)
 class Linearization:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
+    """Settings of a run; two runs with equal settings give equal weights on one machine."""
 
-    Attributes:
-        layer_steps: steps in which each attention module on its own learns to return what the teacher's returns.
-        steps: steps after those, in which all modules together learn the teacher's outputs.
-        layer_learning_rate, learning_rate: peak learning rates of the two stages. The second moves all layers at once.
-        warmup, clip: those of both stages; see `vot_kernels.train.loop.Schedule`.
-    """
-
-    layer_steps: int = 150
-    steps: int = 0
-    layer_learning_rate: float = 3e-3
-    learning_rate: float = 1e-5
-    warmup: int = 10
-    clip: float = 1.0
+    layer_steps: int = setting(150, "Optimiser steps in which each layer learns alone.")
+    steps: int = setting(0, "Further steps in which all layers learn together.")
+    layer_learning_rate: float = setting(3e-3, "Peak learning rate of the layers alone.")
+    learning_rate: float = setting(1e-5, "Peak learning rate of all layers together.")
+    warmup: int = setting(10, "Steps of either part in which the learning rate rises.")
+    clip: float = setting(1.0, "Largest gradient norm.")

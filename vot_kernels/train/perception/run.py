@@ -24,8 +24,6 @@ from vot_kernels.train.report import (
     write_record,
 )
 
-OPTIONS = ("steps", "dynamics_steps", "batch_size", "learning_rate", "seed", "attention")
-"""The settings that the command line has options for."""
 SPLITS = ("test", "held_out_pairs", "five_objects", "long", "resolution")
 
 
@@ -48,7 +46,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
     def describe(published: VotPerceptionModel) -> dict[str, Any]:
         processor = make_processor(on_device(published, device))
         return {
-            "command": command_line("vot train perception", settings, OPTIONS),
+            "command": command_line("vot train perception", settings),
             **same,
             "training_seconds": round(seconds),
             **machine(),

@@ -3,28 +3,23 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vot_kernels.train.config import setting
+
 
 @dataclass(frozen=True)
 class PerceptionTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
+    """Settings of a run; two runs with equal settings give equal weights on one machine."""
 
-    Attributes:
-        steps: optimiser steps of the whole model.
-        batch_size: clips per step.
-        learning_rate, warmup: those of both stages; see `vot_kernels.train.loop.Schedule`.
-        dynamics_steps: further steps, in a second stage that trains only relations and events.
-        weight_decay: weight decay of AdamW.
-        clip: largest gradient norm of the first stage.
-        seed: seed of weights and data.
-        attention: attention of the encoder: "hybrid", or "softmax" to all frames.
-    """
-
-    steps: int = 420
-    batch_size: int = 12
-    learning_rate: float = 2e-3
-    dynamics_steps: int = 800
-    warmup: int = 50
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    seed: int = 0
-    attention: Literal["hybrid", "softmax"] = "hybrid"
+    steps: int = setting(420, "Optimiser steps of the whole model.")
+    batch_size: int = setting(12, "Clips per step.")
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+    )
+    dynamics_steps: int = setting(800, "Further steps that train relations and events alone.")
+    warmup: int = setting(50, "Steps in which the learning rate rises.")
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
+    clip: float = setting(1.0, "Largest gradient norm of the first stage.")
+    seed: int = setting(0, "Seed of weights and data.")
+    attention: Literal["hybrid", "softmax"] = setting(
+        "hybrid", "Attention of the encoder; softmax reaches all frames."
+    )

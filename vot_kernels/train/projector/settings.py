@@ -3,28 +3,25 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vot_kernels.train.config import setting
+
 
 @dataclass(frozen=True)
 class ProjectorTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
+    """Settings of a run; two runs with equal settings give equal weights on one machine."""
 
-    Attributes:
-        language_model: "nano", a small Llama with random weights, which is trained too, or "smollm2",
-            SmolLM2-135M-Instruct, which stays as it is.
-        steps, learning_rate, warmup, clip: see `vot_kernels.train.loop.Schedule`.
-        batch_size: clips per step.
-        weight_decay: weight decay of AdamW.
-        seed: seed of weights and data.
-    """
-
-    language_model: Literal["nano", "smollm2"] = "nano"
-    steps: int = 400
-    batch_size: int = 4
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    seed: int = 0
+    language_model: Literal["nano", "smollm2"] = setting(
+        "nano", "nano is new and is trained too; SmolLM2-135M-Instruct (smollm2) stays as it is."
+    )
+    steps: int = setting(400, "Optimiser steps.")
+    batch_size: int = setting(4, "Clips per step.")
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+    )
+    warmup: int = setting(50, "Steps in which the learning rate rises.")
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
+    clip: float = setting(1.0, "Largest gradient norm.")
+    seed: int = setting(0, "Seed of weights and data.")
 
     @property
     def parts(self) -> tuple[str, ...]:

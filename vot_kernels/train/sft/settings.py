@@ -3,27 +3,25 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vot_kernels.train.config import setting
+
 
 @dataclass(frozen=True)
 class SftTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine.
+    """Settings of a run; two runs with equal settings give equal weights on one machine."""
 
-    Attributes:
-        text: "all" trains the language model as a whole, "lora" adapters in it.
-        steps, learning_rate, warmup, clip: see `vot_kernels.train.loop.Schedule`.
-        batch_size: clips per step, each with up to three questions.
-        weight_decay: weight decay of AdamW.
-        seed: seed of weights and data.
-    """
-
-    text: Literal["all", "lora"] = "all"
-    steps: int = 1200
-    batch_size: int = 4
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    seed: int = 0
+    text: Literal["all", "lora"] = setting(
+        "all", "What of the language model is trained: all of it, or adapters (lora)."
+    )
+    steps: int = setting(1200, "Optimiser steps.")
+    batch_size: int = setting(4, "Clips per step, each with up to three questions.")
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+    )
+    warmup: int = setting(50, "Steps in which the learning rate rises.")
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
+    clip: float = setting(1.0, "Largest gradient norm.")
+    seed: int = setting(0, "Seed of adapters and data.")
 
     @property
     def parts(self) -> tuple[str, ...]:

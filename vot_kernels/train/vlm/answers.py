@@ -1,6 +1,6 @@
 """Answers of a video-language model to questions about clips."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +34,23 @@ def first_prompt(graph: STSG, question: str) -> str:
 def replies(model: Any, processor: VotProcessor, asked: Sequence[Asked]) -> Iterator[str]:
     """Yield the greedy reply to each question, in batches of eight."""
     for start in range(0, len(asked), _BATCH):
-        messages: Any = [
-            [{"role": "user", "content": _content(item)}] for item in asked[start : start + _BATCH]
-        ]
-        batch: Any = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-        )
-        inputs = batch.to(model.device)
+        messages = [[{"role": "user", "content": _content(item)}] for item in asked[start : start + _BATCH]]
+        inputs = prompt_inputs(processor, messages).to(model.device)
         new = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         yield from processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def prompt_inputs(processor: VotProcessor, messages: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+    """Return the inputs of `generate` for a batch of conversations, padded on the left."""
+    given: Any = messages
+    return processor.apply_chat_template(
+        given,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+    )
 
 
 def _content(item: Asked) -> list[dict[str, Any]]:

@@ -192,11 +192,11 @@ def check_trained(model: nn.Module, parts: Sequence[str]) -> None:
             raise RuntimeError(f"{name} is {state}, but the stage trains exactly {', '.join(parts)}.")
 
 
-def save_half(model: VotForConditionalGeneration, processor: VotProcessor, folder: Path) -> None:
-    """Write fp16 safetensors, configurations and processor; the model keeps its own dtype."""
+def save_half(model: Any, processor: Any, folder: Path) -> None:
+    """Write fp16 safetensors, configurations and processor or tokenizer; the model keeps its own dtype."""
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
-        half = VotForConditionalGeneration.from_pretrained(scratch, dtype=torch.float16)
+        half = type(model).from_pretrained(scratch, dtype=torch.float16)
     half.save_pretrained(folder)
     processor.save_pretrained(folder)
 

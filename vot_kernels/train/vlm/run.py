@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
-from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
 from vot_kernels.train.report import (
     check_eval_clips,
@@ -15,12 +14,13 @@ from vot_kernels.train.report import (
     finished,
     format_metrics,
     machine,
-    progress_bar,
+    reporting,
     write_record,
 )
+from vot_kernels.train.vlm.estimate import Work, estimate
 from vot_kernels.train.vlm.model import add_lora, count_parameters, save_half
 
-Loader = Callable[[], tuple[VotForConditionalGeneration, VotProcessor]]
+Loader = Callable[[], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,43 +32,47 @@ class VlmStage:
         train: `train(out, model, processor, settings, report=…)` trains in place, or resumes. If the stage's parts
             include "lora", it gets the model with adapters.
         measure: `measure(model, processor, clips)` returns metrics of that many held-out clips.
+        work: `work(model, processor, settings)` returns what a step computes, for an estimate.
         rows: what the rows of the table of metrics are, in the head of their column.
     """
 
     name: str
     train: Callable[..., Any]
-    measure: Callable[[Any, VotProcessor, int], dict[str, float]]
+    measure: Callable[[Any, Any, int], dict[str, float]]
+    work: Callable[[Any, Any, Any], Work]
     rows: str = "weights"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint that a run begins with.
+    """The checkpoints that a run begins with.
 
     Attributes:
-        kind: what the record calls it.
-        folder: of the checkpoint.
-        words: how the command names it.
+        folders: of the checkpoints, by what the record calls them.
+        words: how the command names them.
     """
 
-    kind: str
-    folder: Path
+    folders: Mapping[str, Path]
     words: Sequence[str]
 
     def record(self) -> dict[str, str]:
-        """Return what tells it from other checkpoints, folders of the same name among them."""
-        return {self.kind: self.folder.name, f"{self.kind}_fingerprint": folder_fingerprint(self.folder)}
+        """Return what tells them from other checkpoints, folders of the same name among them."""
+        names = {kind: folder.name for kind, folder in self.folders.items()}
+        return names | {
+            f"{kind}_fingerprint": folder_fingerprint(folder) for kind, folder in self.folders.items()
+        }
 
 
 def run_stage(
     stage: VlmStage,
     out: Path,
     settings: Any,
-    options: Sequence[str],
     origin: Origin,
     load: Loader,
     eval_clips: int,
     device: str = "cpu",
+    dry_run: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> str:
     """Train, or resume, and write `out/model`; return a table of held-out metrics before and after.
 
@@ -77,38 +81,43 @@ def run_stage(
 
     Args:
         stage: what is trained and measured.
-        out: folder of the checkpoints and the result.
-        settings: a dataclass with `parts`, the parts that are trained, and a seed.
-        options: the settings that the command line has options for.
-        origin: the checkpoint that the run begins with.
+        out: folder of the checkpoints, the logs and the result.
+        settings: a dataclass with `steps`, a seed, and `parts`, the parts that are trained.
+        origin: the checkpoints that the run begins with.
         load: returns the model and its processor before the first step.
         eval_clips: held-out clips in the metrics.
         device: where the model is trained.
+        dry_run: write nothing, and return what a run would take.
+        notes: further entries of the record.
 
     Raises:
         ValueError: `eval_clips` is below 1, or a checkpoint in `out` is of another run.
     """
     check_eval_clips(eval_clips)
     same = {"settings": asdict(settings), **origin.record(), "eval_clips": eval_clips}
-    record: Mapping[str, Any] | None = finished(out / "model", same)
+    record: Mapping[str, Any] | None = None if dry_run else finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], stage.rows)
     model, processor = load()
     on_device(model.eval(), device)
-    metrics = {"before": stage.measure(model, processor, eval_clips)}
     adapters = "lora" in settings.parts
-    trained: Any = add_lora(model, settings.seed) if adapters else model
+    if dry_run:
+        trained: Any = add_lora(model, settings.seed) if adapters else model
+        return estimate(trained, settings.parts, settings.steps, stage.work(trained, processor, settings))
+    metrics = {"before": stage.measure(model, processor, eval_clips)}
+    trained = add_lora(model, settings.seed) if adapters else model
     start = time.perf_counter()
-    with progress_bar(settings.steps) as report:
+    with reporting(out, settings.steps) as report:
         stage.train(out, trained, processor, settings, report=report)
     seconds = time.perf_counter() - start
     if adapters:
         model = trained.merge_and_unload()
-    metrics["after"] = stage.measure(model, processor, eval_clips)
+    metrics["after"] = stage.measure(model.eval(), processor, eval_clips)
     words = (*origin.words, "--eval-clips", str(eval_clips))
     record = {
-        "command": command_line(f"vot train {stage.name}", settings, options, *words),
+        "command": command_line(f"vot train {stage.name}", settings, *words),
         **same,
+        **(notes or {}),
         "trained": list(settings.parts),
         "training_seconds": round(seconds),
         **machine(),

@@ -12,6 +12,7 @@ from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.vlm.conversations import ConversationBatches, Speaker
+from vot_kernels.train.vlm.estimate import Work
 from vot_kernels.train.vlm.model import check_trained, train_only
 
 
@@ -69,6 +70,11 @@ def train_parts(
     )
     model.eval()
     return done
+
+
+def conversation_work(model: nn.Module, processor: VotProcessor, settings: Any, speak: Speaker) -> Work:
+    """Return what a step of `train_parts` computes."""
+    return Work(ConversationBatches(processor, speak, settings.seed, settings.batch_size)[0])
 
 
 @torch.no_grad()

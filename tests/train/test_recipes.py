@@ -1,0 +1,109 @@
+"""Settings, their YAML files, and the options of the command that are made of them."""
+
+import dataclasses
+import sys
+
+import pytest
+import yaml
+
+from vot_kernels import cli
+from vot_kernels.train.config import meanings, read_settings, recipe_text
+from vot_kernels.train.recipes import STAGES, recipe
+from vot_kernels.train.sft.settings import SftTraining
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_recipe_is_that_of_its_settings(stage, tmp_path):
+    text, settings = recipe(stage), STAGES[stage]
+    assert text == recipe_text(stage, settings), "run python -m vot_kernels.train.recipes"
+    comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")][1:]
+    assert comments == list(meanings(settings).values())
+    assert list(yaml.safe_load(text)) == [field.name for field in dataclasses.fields(settings)]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    assert read_settings(settings, file, {}) == settings()
+
+
+@pytest.mark.parametrize("settings", STAGES.values(), ids=STAGES)
+def test_every_setting_says_what_it_means(settings):
+    for name, meaning in meanings(settings).items():
+        assert meaning.endswith(".") and meaning[0].isupper() or meaning.startswith("nano"), name
+
+
+def test_stages_are_the_commands_of_train():
+    from typer.main import get_command
+
+    assert {*STAGES, "recipe"} == set(get_command(cli.app.app).commands["train"].commands)
+    with pytest.raises(ValueError, match="A stage must be one of perception, .* got 'stage'"):
+        recipe("stage")
+
+
+def test_what_is_given_wins_over_the_file(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("steps: 7\nlearning_rate: 1e-4\nclip: 2\n")
+    read = read_settings(SftTraining, file, {"steps": 3})
+    assert read == SftTraining(steps=3, learning_rate=1e-4, clip=2.0) and isinstance(read.clip, float)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("stepz: 7", "'stepz' is not a setting of this stage; these are: text, steps,"),
+        ("steps: many", "steps must be a whole number, got 'many'"),
+        ("steps: 1.5", "steps must be a whole number, got 1.5"),
+        ("steps: true", "steps must be a whole number, got True"),
+        ("clip: big", "clip must be a number, got 'big'"),
+        ("text: some", "text must be all or lora, got 'some'"),
+        ("steps", "must hold lines of `setting: value`, got str"),
+        ("steps: [", "is not YAML: "),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_in_a_sentence(tmp_path, text, said):
+    file = tmp_path / "sft.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_settings(SftTraining, file, {})
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        read_settings(SftTraining, tmp_path / "no.yaml", {})
+
+
+@pytest.fixture
+def vot(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vot", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words, steps",
+    [
+        ([], 9),
+        (["--steps", "3"], 3),
+        (["--steps", str(STAGES["perception"].steps)], STAGES["perception"].steps),
+    ],
+)
+def test_options_win_over_the_file(vot, monkeypatch, tmp_path, words, steps):
+    """Even an option that is given as its default."""
+    seen = []
+    monkeypatch.setattr(
+        "vot_kernels.train.perception.run.run", lambda out, settings, *_: seen.append(settings) or "done"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 9\nbatch_size: 2\n")
+    out = str(tmp_path / "run")
+    assert vot("train", "perception", "--out", out, "--config", str(file), *words)[:2] == (0, "done\n")
+    assert (seen[0].steps, seen[0].batch_size, seen[0].seed) == (steps, 2, 0)
+
+
+def test_the_command_says_what_is_wrong(vot, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: many\n")
+    code, out, err = vot("train", "perception", "--out", str(tmp_path / "run"), "--config", str(file))
+    assert code == 2 and not out and err.endswith("steps must be a whole number, got 'many'.\n")
+    assert vot("train", "recipe", "grpo-reasoning")[1] == recipe("grpo-reasoning")
+    assert "got 'stage'" in vot("train", "recipe", "stage")[2]

@@ -1,0 +1,188 @@
+"""The stages of GRPO (Shao et al. 2024, DeepSeekMath) on the video-language model, through TRL's trainer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vot_kernels.data.digitworld.truth import VOCABULARY
+from vot_kernels.extras import imports_for
+from vot_kernels.models.vot import PLACEHOLDERS, VotProcessor
+from vot_kernels.train import rewards
+from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.rewards import with_options
+from vot_kernels.train.rl.questions import Rows, as_dataset
+from vot_kernels.train.rl.settings import GrpoPerception, GrpoTraining
+from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
+from vot_kernels.train.vlm.answers import prompt_inputs
+from vot_kernels.train.vlm.estimate import Work
+
+Reward = Callable[..., list[float | None]]
+_BATCH = 8
+
+
+def rewards_of(settings: GrpoTraining, preference: Reward | None = None) -> dict[str, Reward]:
+    """Return the rewards of a stage by name; those of weight 0 are left out.
+
+    Args:
+        settings: which rewards there are, and their options.
+        preference: the score of a reward model, for the stage that has one.
+    """
+    known = {
+        name: with_options(getattr(rewards, name), vocabulary=VOCABULARY)
+        for name in ("accuracy", "form", "grounding", "consistency")
+    }
+    known["temporal"] = with_options(rewards.temporal, vocabulary=VOCABULARY, sigma_s=settings.sigma_s)
+    if preference is not None:
+        known["preference"] = preference
+    return {name: known[name] for name, weight in settings.weights.items() if weight}
+
+
+def train_grpo(
+    out: Path,
+    model: Any,
+    processor: VotProcessor,
+    settings: GrpoTraining,
+    *,
+    preference: Reward | None = None,
+    save_every: int = 20,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train the projector and the language model or its adapters in place, or resume; return the steps done.
+
+    Args:
+        out: folder of the checkpoints, which hold the trained parameters alone.
+        model: the video-language model, on its device; its other parameters stay as they are.
+        processor: of the model.
+        settings: of the stage.
+        preference: the score of a reward model, for the stage that has one.
+        save_every: steps between two checkpoints.
+        stop_at: end early after this step, with a checkpoint.
+        report: called after every step with what TRL logs of it.
+
+    Raises:
+        ImportError: trl is not installed.
+        ValueError: a checkpoint in `out` has other settings or began with other weights.
+        RuntimeError: other parameters are trained than the stage should train.
+        KeyboardInterrupt: Ctrl-C ended the run after a step.
+    """
+    with imports_for("GRPO", "rl"):
+        from trl import GRPOConfig, GRPOTrainer
+
+    class Trainer(Resumable, GRPOTrainer):
+        """Rows are taken in their order by `shuffle_dataset`, since each is repeated once per reply."""
+
+        _get_train_sampler = GRPOTrainer._get_train_sampler
+
+    run = Run(out, model, settings, reward_model=getattr(preference, "fingerprint", None))
+    scored = rewards_of(settings, preference)
+    rows = Rows(
+        "train",
+        settings.steps * settings.batch_size,
+        settings.seed,
+        settings.frames,
+        _reads_summary(settings),
+    )
+    replies = settings.batch_size * settings.generations
+    trainer = Trainer(
+        model,
+        list(scored.values()),
+        args=GRPOConfig(
+            output_dir=str(out),
+            per_device_train_batch_size=replies // settings.accumulation,
+            num_generations=settings.generations,
+            max_completion_length=settings.max_reply_tokens,
+            temperature=settings.temperature,
+            beta=0.0,
+            shuffle_dataset=False,
+            save_steps=save_every,
+            reward_weights=[settings.weights[name] for name in scored],
+            generation_kwargs={"suppress_tokens": _placeholders(processor)},
+            **arguments(settings, next(model.parameters()).device.type),
+        ),
+        train_dataset=as_dataset(rows),
+        processing_class=processor,
+        optimizers=(run.optimizer, run.schedule),
+    )
+    held_out = partial(grpo_metrics, model, processor, settings.validation_clips, settings=settings)
+    each = EachStep(run, report, partial(_in_between, model, held_out, preference), stop_at)
+    trainer.add_callback(each)
+    return train(trainer, run, each)
+
+
+def grpo_metrics(
+    model: Any,
+    processor: VotProcessor,
+    clips: int,
+    *,
+    settings: GrpoTraining,
+    preference: Reward | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Return the mean rewards of greedy replies about held-out clips ("val"), and the mean of their weighted sums."""
+    rows = Rows("val", clips, seed, settings.frames, _reads_summary(settings))
+    scored = rewards_of(settings, preference)
+    found: dict[str, list[float | None]] = {name: [] for name in scored}
+    for start in range(0, len(rows), _BATCH):
+        taken = rows.rows(start, start + _BATCH)
+        said = _greedy(model, processor, [row["prompt"] for row in taken], settings.max_reply_tokens)
+        columns = {name: [row[name] for row in taken] for name in taken[0]}
+        for name, reward in scored.items():
+            found[name] += reward(completions=said, **columns)
+    totals = [
+        sum(settings.weights[name] * (value or 0.0) for name, value in zip(found, values, strict=True))
+        for values in zip(*found.values(), strict=True)
+    ]
+    return {"reward": sum(totals) / len(totals), **mean_rewards(found)}
+
+
+def grpo_work(model: Any, processor: VotProcessor, settings: GrpoTraining) -> Work:
+    """Return what a step computes: replies to draw, and a pass over them of the greatest length."""
+    rows = Rows("train", settings.batch_size, settings.seed, settings.frames, _reads_summary(settings))
+    asked = [row["prompt"] for row in rows.rows(0, len(rows)) for _ in range(settings.generations)]
+    part = prompt_inputs(processor, asked[: len(asked) // settings.accumulation])
+    ids = part["input_ids"]
+    reply = ids.new_full((len(ids), settings.max_reply_tokens), processor.tokenizer.eos_token_id)
+    inputs: dict[str, Tensor] = {
+        **part,
+        "input_ids": torch.cat([ids, reply], 1),
+        "attention_mask": torch.cat([part["attention_mask"], torch.ones_like(reply)], 1),
+        "labels": torch.cat([torch.full_like(ids, -100), reply], 1),
+    }
+    return Work(inputs, settings.accumulation, prompt_inputs(processor, asked), settings.max_reply_tokens)
+
+
+def _reads_summary(settings: GrpoTraining) -> bool:
+    """Perception is of the frames alone."""
+    return not isinstance(settings, GrpoPerception)
+
+
+def _placeholders(processor: VotProcessor) -> list[int]:
+    """Return the tokens that no reply may have, because nothing stands for them."""
+    return processor.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+
+
+@torch.no_grad()
+def _greedy(
+    model: Any, processor: VotProcessor, prompts: Sequence[Sequence[Mapping[str, Any]]], tokens: int
+) -> list[str]:
+    inputs = prompt_inputs(processor, prompts).to(model.device)
+    new = model.generate(
+        **inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=_placeholders(processor)
+    )
+    return processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _in_between(
+    model: Any, measure: Callable[..., dict[str, float]], preference: Reward | None
+) -> dict[str, float]:
+    """Measure between two steps of training."""
+    model.eval()
+    try:
+        return measure(preference=preference)
+    finally:
+        model.train()

@@ -1,0 +1,293 @@
+"""Synthetic preferences: true traces against traces that a rule has spoilt, and the reward model that learns them.
+
+No person has judged these pairs. They say what the rules say: that an answer should be right, its graph true, its form
+whole, and its thought no longer than it needs to be.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vot_kernels.data.digitworld.questions import Question
+from vot_kernels.data.digitworld.traces import ask, evidence, evidence_text, read_reply, write_trace
+from vot_kernels.extras import imports_for
+from vot_kernels.models.checkpoint import check_reward_model
+from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
+from vot_kernels.scene_graph.graph import STSG, Tracklet
+from vot_kernels.scene_graph.text import outside_blocks
+from vot_kernels.train.checkpoint import fingerprint
+from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.rewards.reading import Completion, text_of
+from vot_kernels.train.rl.questions import asked_about
+from vot_kernels.train.rl.settings import PreferenceTraining
+from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
+from vot_kernels.train.vlm.answers import first_prompt
+from vot_kernels.train.vlm.estimate import Work
+
+SOURCE = "synthetic"
+"""The label of every pair."""
+_LATER = 4  # frames by which an event is moved
+_TIMES = 4  # so often is a thought repeated
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to the same prompt.
+
+    Attributes:
+        prompt: what the user says.
+        chosen: the true trace.
+        rejected: the trace that a rule has spoilt.
+        rule: name of the rule.
+        source: who prefers one to the other: "synthetic".
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rule: str
+    source: str = SOURCE
+
+
+def wrong_answer(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """Give another candidate as the answer."""
+    others = [candidate for candidate in question.candidates if candidate != question.answer]
+    graph, thought = _parts(question, stsg)
+    return _reply(graph, thought, others[rng.integers(len(others))])
+
+
+def wrong_objects(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """State an object by the name of another one of the clip, or of none; None for a graph without objects."""
+    seen = evidence(question, stsg)
+    if not seen.tracklets:
+        return None
+    tracks = list(seen.tracklets)
+    which = int(rng.integers(len(tracks)))
+    held = {track.name for track in tracks}
+    others = [t for t in stsg.tracklets if t.name not in held]
+    other = others[rng.integers(len(others))] if others else _next_digit(tracks[which])
+    tracks[which] = replace(tracks[which], label=other.label, attributes=other.attributes)
+    graph = evidence_text(replace(seen, tracklets=tuple(tracks)))
+    return _reply(graph, _parts(question, stsg)[1], question.answer)
+
+
+def wrong_times(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """State every event at another time; None without events."""
+    seen = evidence(question, stsg)
+    if not seen.events:
+        return None
+    moved = [replace(event, t=(event.t + _LATER) % stsg.num_frames) for event in seen.events]
+    graph = evidence_text(replace(seen, events=tuple(moved)))
+    return _reply(graph, _parts(question, stsg)[1], question.answer)
+
+
+def no_graph(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """Leave out the graph."""
+    return f"<think>{_parts(question, stsg)[1]}</think><answer>{question.answer}</answer>"
+
+
+def unclosed(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """Leave out the end of the thought."""
+    return write_trace(question, stsg).replace("</think>", "")
+
+
+def repeated(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+    """Say the same thought several times."""
+    graph, thought = _parts(question, stsg)
+    return _reply(graph, " ".join([thought] * _TIMES), question.answer)
+
+
+RULES: dict[str, Callable[[Question, STSG, np.random.Generator], str | None]] = {
+    rule.__name__: rule for rule in (wrong_answer, wrong_objects, wrong_times, no_graph, unclosed, repeated)
+}
+"""What spoils a true trace."""
+
+
+def all_pairs(split: str, clips: int, seed: int) -> Iterator[Pair]:
+    """Yield a pair per rule that applies to a question, for questions about so many clips of a split."""
+    for index in range(clips):
+        item = asked_about(split, index, seed)
+        question, stsg = item.question, item.episode.stsg
+        prompt = first_prompt(stsg, ask(question.text, question.candidates))
+        rng = item.episode.rng("preferences")
+        for name, rule in RULES.items():
+            spoilt = rule(question, stsg, rng)
+            if spoilt is not None:
+                yield Pair(prompt, write_trace(question, stsg), spoilt, name)
+
+
+def draw_pairs(count: int, seed: int) -> list[Pair]:
+    """Return so many training pairs, in random order."""
+    clips = -(-count // 4)  # at least four rules apply to every question
+    found = list(all_pairs("train", clips, seed))
+    order = np.random.default_rng(seed).permutation(len(found))[:count]
+    return [found[n] for n in order]
+
+
+def build_reward_model(
+    vlm: VotForConditionalGeneration, processor: VotProcessor, seed: int
+) -> tuple[Any, Any]:
+    """Return a copy of the language model with one score as its output, and its tokenizer.
+
+    It reads what is written, the scene graph's text included, and sees no frames.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = processor.chat_template
+    config = copy.deepcopy(vlm.config.text_config)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(vlm.model.language_model.state_dict())
+    return model, tokenizer
+
+
+def load_reward_model(folder: Path) -> tuple[Any, Any]:
+    """Load a reward model in float32, for inference, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file that every checkpoint has.
+        ValueError: it is another kind of checkpoint.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    check_reward_model(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class PreferenceReward:
+    """The score of a reward model in [0, 1], as a reward; it needs the column `asked`, which is what the user says."""
+
+    __name__ = "preference"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.fingerprint = fingerprint(model)
+
+    def __call__(
+        self, completions: Sequence[Completion], asked: Sequence[str], **_: Any
+    ) -> list[float | None]:
+        """Return the logistic function of the scores."""
+        pairs = zip(asked, map(text_of, completions), strict=True)
+        return torch.sigmoid(score(self.model, self.tokenizer, list(pairs))).tolist()
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, replies: Sequence[tuple[str, str]]) -> Tensor:
+    """Return the scores of replies, given as pairs of what the user says and what is replied, float32 `[replies]`."""
+    found = []
+    for start in range(0, len(replies), _BATCH):
+        batch = _padded([_tokens(tokenizer, *pair) for pair in replies[start : start + _BATCH]], tokenizer)
+        found.append(model(**{name: value.to(model.device) for name, value in batch.items()}).logits[:, 0])
+    return torch.cat(found).float().cpu()
+
+
+def preference_metrics(model: Any, tokenizer: Any, clips: int, seed: int = 0) -> dict[str, float]:
+    """Return the share of held-out pairs ("val") whose true trace has the higher score, of all and by rule."""
+    pairs = list(all_pairs("val", clips, seed))
+    chosen = score(model, tokenizer, [(pair.prompt, pair.chosen) for pair in pairs])
+    rejected = score(model, tokenizer, [(pair.prompt, pair.rejected) for pair in pairs])
+    right = (chosen > rejected).tolist()
+    rules = {
+        name: [float(r) for r, pair in zip(right, pairs, strict=True) if pair.rule == name] for name in RULES
+    }
+    return {
+        "accuracy": float(np.mean(right)),
+        **mean_rewards(rules),
+    }
+
+
+def train_preference(
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    settings: PreferenceTraining,
+    *,
+    save_every: int = 50,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train the reward model in place by TRL's RewardTrainer, or resume; return the steps done.
+
+    The loss is that of Bradley and Terry. See `train_grpo` for the options and errors.
+    """
+    with imports_for("A reward model", "rl"):
+        from datasets import Dataset
+        from trl import RewardConfig, RewardTrainer
+
+    class Trainer(Resumable, RewardTrainer):
+        """Of TRL."""
+
+    run = Run(out, model, settings)
+    rows = [
+        {"chosen_ids": chosen, "rejected_ids": rejected}
+        for chosen, rejected in _tokenized(tokenizer, settings.steps * settings.batch_size, settings.seed)
+    ]
+    trainer = Trainer(
+        model,
+        args=RewardConfig(
+            output_dir=str(out),
+            per_device_train_batch_size=settings.batch_size // settings.accumulation,
+            max_length=None,
+            save_steps=save_every,
+            **arguments(settings, next(model.parameters()).device.type),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        optimizers=(run.optimizer, run.schedule),
+    )
+    held_out = partial(preference_metrics, model, tokenizer, settings.validation_clips)
+    each = EachStep(run, report, held_out, stop_at)
+    trainer.add_callback(each)
+    return train(trainer, run, each)
+
+
+def preference_work(model: Any, tokenizer: Any, settings: PreferenceTraining) -> Work:
+    """Return what a step computes."""
+    pairs = _tokenized(tokenizer, settings.batch_size, settings.seed)
+    both = [ids for pair in pairs[: settings.batch_size // settings.accumulation] for ids in pair]
+    inputs = _padded(both, tokenizer)
+    return Work({**inputs, "labels": torch.zeros(len(both))}, settings.accumulation)
+
+
+def _next_digit(track: Tracklet) -> Tracklet:
+    return replace(track, label=f"digit {(int(track.label.split()[-1]) + 1) % 10}")
+
+
+def _parts(question: Question, stsg: STSG) -> tuple[str, str]:
+    """Return graph and thought of the true trace."""
+    parts = read_reply(write_trace(question, stsg))
+    return evidence_text(evidence(question, stsg)), outside_blocks(parts[0] if parts else "")
+
+
+def _reply(graph: str, thought: str, answer: str) -> str:
+    return f"<think>{graph}\n{thought}</think><answer>{answer}</answer>"
+
+
+def _tokenized(tokenizer: Any, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    return [
+        (_tokens(tokenizer, pair.prompt, pair.chosen), _tokens(tokenizer, pair.prompt, pair.rejected))
+        for pair in draw_pairs(count, seed)
+    ]
+
+
+def _tokens(tokenizer: Any, prompt: str, reply: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+
+
+def _padded(rows: Sequence[Sequence[int]], tokenizer: Any) -> Mapping[str, Tensor]:
+    """Return token ids and mask of rows padded on the right; the score is read at the last token."""
+    return tokenizer.pad({"input_ids": list(rows)}, padding_side="right", return_tensors="pt")
