@@ -14,7 +14,10 @@ class SftTraining:
         "all", "What of the language model is trained: all of it, or adapters (lora)."
     )
     steps: int = setting(1200, "Optimiser steps.")
-    batch_size: int = setting(4, "Clips per step, each with up to three questions.")
+    batch_size: int = setting(4, "Clips per step, each with up to four questions.")
+    frames: float = setting(
+        1.0, "Share of the clips whose frames are shown beside their graph; a graph alone takes less time."
+    )
     learning_rate: float = setting(
         2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
     )
