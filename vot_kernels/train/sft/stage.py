@@ -37,9 +37,7 @@ def reason(episode: Episode, rng: np.random.Generator, *, frames: float = 1.0) -
     return Conversation([first, *turns[1:]], clip, stsg)
 
 
-def train_sft(
-    out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any
-) -> int:
+def train_sft(out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any) -> int:
     """Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
     speak = partial(reason, frames=settings.frames)
     return train_parts(out, model, processor, settings, speak=speak, **options)
