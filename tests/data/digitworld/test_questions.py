@@ -235,7 +235,7 @@ def test_bad_requests_are_refused():
         generate_questions("test", 5, kinds=["colour"])
 
 
-def test_drawn_questions_are_of_different_kinds_which_are_about_equally_frequent():
+def test_drawn_questions_are_of_different_kinds_none_of_which_is_rare():
     counts = Counter()
     for index in range(60):
         episode = generate_episode("train", index)
@@ -244,5 +244,5 @@ def test_drawn_questions_are_of_different_kinds_which_are_about_equally_frequent
         assert len(kinds) == len(set(kinds)) <= 4
         assert all(question.answer in question.candidates for question in drawn)
         counts.update(kinds)
-    assert set(counts) == set(KINDS)
-    assert max(counts.values()) < 2.5 * min(counts[kind] for kind in KINDS if kind != "causal")
+    # Each clip is asked four of seven kinds; a kind that every clip admits comes in more than four of seven clips.
+    assert all(10 <= counts[kind] <= 50 for kind in KINDS), counts

@@ -84,8 +84,8 @@ def draw_question(split: str, index: int, seed: int = 0) -> AskedEpisode:
 def draw_questions(episode: Episode, count: int, rng: np.random.Generator) -> list[Question]:
     """Return up to `count` questions about one clip, of different kinds, for training.
 
-    Kinds come in random order, and of each a random one of the cells that the clip admits. So all kinds but those that
-    few clips admit are about equally frequent, which a set for testing must be exactly: see `generate_questions`.
+    Kinds come in random order, and of each a random one of the cells that the clip admits, so that none is rare. A set
+    for testing has all of them equally often: see `generate_questions`.
     """
     asker = Asker(Facts(episode.scene, episode.motion), rng)
     found: list[Question] = []
