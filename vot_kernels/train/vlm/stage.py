@@ -34,8 +34,8 @@ def train_parts(
         out: folder of the checkpoints, which hold the trained parameters alone.
         model: the video-language model, on its device; its other parameters stay as they are.
         processor: of the model.
-        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size and seed, and with parts, as
-            `train_only` takes them.
+        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size, precision and seed, and with
+            parts, as `train_only` takes them.
         speak: makes the conversations.
         save_every, stop_at, report: as in `run_steps`.
 
@@ -54,7 +54,7 @@ def train_parts(
 
     def loss_terms(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         check_trained(model, parts)
-        return {"reply": _loss(model, batch)}
+        return {"reply": _loss(model, batch, settings.precision)}
 
     with patched(model):
         done = run_steps(
@@ -90,7 +90,16 @@ def nats_per_token(model: nn.Module, batches: ConversationBatches, clips: int) -
     return total / tokens
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss of a packed batch. Without a cache, transformers and the kernels tell its conversations apart."""
+def _loss(model: nn.Module, batch: dict[str, Tensor], precision: str = "float32") -> Tensor:
+    """Return the mean loss of the learnt tokens of a packed batch.
+
+    Without a cache, transformers and the kernels tell its conversations apart. Logits are computed where they are
+    learnt, which is a third of the tokens.
+    """
     device = next(model.parameters()).device
-    return model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).loss
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    following = inputs.pop("labels")[0, 1:]
+    learnt = (following >= 0).nonzero().flatten()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(**inputs, use_cache=False, logits_to_keep=learnt).logits
+    return nn.functional.cross_entropy(logits[0].float(), following[learnt])
