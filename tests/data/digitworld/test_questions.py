@@ -245,4 +245,4 @@ def test_drawn_questions_are_of_different_kinds_none_of_which_is_rare():
         assert all(question.answer in question.candidates for question in drawn)
         counts.update(kinds)
     # Each clip is asked four of seven kinds; a kind that every clip admits comes in more than four of seven clips.
-    assert all(10 <= counts[kind] <= 50 for kind in KINDS), counts
+    assert all(10 <= counts[kind] <= 55 for kind in KINDS), counts
