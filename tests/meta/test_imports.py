@@ -28,7 +28,7 @@ ALLOWED = {
     "distributed": MODELS | {"models"},
     "integrations": TOP,
     "data": DATA,
-    "train": TOP | {"reasoning"},  # rewards judge a reply as the reasoning steps do
+    "train": TOP | {"reasoning", "integrations"},  # rewards judge a reply as the reasoning steps do
     "reasoning": TOP,
     "watching": TOP | {"reasoning", "integrations"},
     "pipelines": TOP

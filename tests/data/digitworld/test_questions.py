@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vot_kernels.data.digitworld import KINDS, AskedEpisode, Scene, generate_episode, generate_questions
+from vot_kernels.data.digitworld.question_sets import draw_questions
 from vot_kernels.data.digitworld.questions import CELLS, HORIZON, direction
 
 STEP = 2e-4  # seconds; a disc moves less than 0.01 px
@@ -232,3 +233,16 @@ def test_bad_requests_are_refused():
         generate_questions("test", 0)
     with pytest.raises(ValueError, match="kinds must be some of motion"):
         generate_questions("test", 5, kinds=["colour"])
+
+
+def test_drawn_questions_are_of_different_kinds_none_of_which_is_rare():
+    counts = Counter()
+    for index in range(60):
+        episode = generate_episode("train", index)
+        drawn = draw_questions(episode, 4, np.random.default_rng(index))
+        kinds = [question.kind for question in drawn]
+        assert len(kinds) == len(set(kinds)) <= 4
+        assert all(question.answer in question.candidates for question in drawn)
+        counts.update(kinds)
+    # Each clip is asked four of seven kinds; a kind that every clip admits comes in more than four of seven clips.
+    assert all(10 <= counts[kind] <= 55 for kind in KINDS), counts

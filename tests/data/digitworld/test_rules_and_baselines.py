@@ -109,21 +109,21 @@ def test_tracks_recover_the_box_and_the_state(split):
         assert np.allclose(velocities * episode.radius, episode.scene.velocities, atol=1e-5)
 
 
-def test_blind_baselines_are_near_chance(test_set, train_questions):
-    questions, graphs = test_set
+def test_blind_baselines_are_near_chance(train_questions):
+    """Of 40 questions of a kind, 20 points are 2.5 standard deviations; counting alone needs no order of frames."""
+    asked = generate_questions("test", 40 * len(KINDS), seed=5)
+    questions, graphs = [item.question for item in asked], [item.episode.stsg for item in asked]
     answers = baseline_answers(train_questions, questions, graphs)
     assert tuple(answers) == BASELINES
-    for kind in KINDS:
-        chance = np.mean([1 / len(q.candidates) for q in questions if q.kind == kind])
-        for name in ("chance", "majority", "question_only"):
-            assert accuracy_by_kind(questions, answers[name])[kind] <= chance + 0.17, (kind, name)
+    answers["first"] = [q.candidates[0] for q in questions]
     expected = np.mean([1 / len(q.candidates) for q in questions])
-    for name in ("chance", "majority", "question_only"):
-        assert accuracy_by_kind(questions, answers[name])["all"] <= expected + 0.06, name
-    first = accuracy_by_kind(questions, [q.candidates[0] for q in questions])
-    assert first["all"] <= expected + 0.06
-    assert accuracy_by_kind(questions, answers["single_frame"])["all"] <= expected + 0.12
-    assert accuracy_by_kind(questions, answers["shuffled_frames"])["all"] <= 0.75
+    for name, given in answers.items():
+        found = accuracy_by_kind(questions, given)
+        for kind in KINDS:
+            chance = np.mean([1 / len(q.candidates) for q in questions if q.kind == kind])
+            if (kind, name) != ("count", "shuffled_frames"):
+                assert found[kind] <= chance + 0.2, (kind, name)
+        assert found["all"] <= expected + (0.12 if name == "shuffled_frames" else 0.06), name
 
 
 def test_baselines_would_find_a_shortcut(train_questions):

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausa
 
 from tests.models.vot.tiny import tiny_tokenizer
 from vot_kernels.data.digitworld import generate_episode
+from vot_kernels.integrations.patching import patched
 from vot_kernels.models.checkpoint import load_checkpoint
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.vot import VotForConditionalGeneration
@@ -80,13 +81,38 @@ def test_exactly_the_replies_are_learnt(nano, speak):
     _, processor = nano
     conversations = [speak(generate_episode("train", n), np.random.default_rng(n)) for n in range(3)]
     batch = encode(processor, conversations)
-    for ids, labels, conversation in zip(batch["input_ids"], batch["labels"], conversations, strict=True):
-        learnt = labels >= 0
+    ids, labels, positions = (batch[name][0] for name in ("input_ids", "labels", "position_ids"))
+    starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+    assert len(starts) == len(conversations) + 1
+    for start, stop, conversation in zip(starts, starts[1:], conversations, strict=False):
+        assert positions[start:stop].tolist() == [*range(stop - start)]
+        learnt = [*(labels[start:stop] >= 0).nonzero().flatten() + start]
         assert torch.equal(labels[learnt], ids[learnt])
         said = "".join(f"{turn.reply}<|im_end|>" for turn in conversation.turns)
         assert processor.tokenizer.decode(labels[learnt]) == said
-        text = processor.tokenizer.decode(ids)
+        text = processor.tokenizer.decode(ids[start:stop])
         assert all(turn.prompt in text for turn in conversation.turns)
+
+
+def test_packed_conversations_do_not_see_one_another(nano):
+    model, processor = nano
+    speakers = [describe, reason, reason]
+    conversations = [
+        s(generate_episode("train", n), np.random.default_rng(n)) for n, s in enumerate(speakers)
+    ]
+    with patched(model), torch.no_grad():
+        packed = model(**encode(processor, conversations), use_cache=False).logits
+        alone = [model(**encode(processor, [one]), use_cache=False).logits for one in conversations]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_may_be_shown_without_its_clip(nano):
+    _, processor = nano
+    rng = np.random.default_rng(0)
+    shown = [reason(generate_episode("train", n), rng, frames=0.5).clip is not None for n in range(24)]
+    assert 4 <= sum(shown) <= 20
+    batch = encode(processor, [reason(generate_episode("train", 0), rng, frames=0.0)])
+    assert "pixel_values_videos" not in batch and "graph_nodes" in batch
 
 
 def test_a_prompt_is_tokenized_in_training_as_for_an_answer(nano):
@@ -184,7 +210,7 @@ def test_metrics_are_of_all_clips(nano):
     """Of three clips in batches of two, the last batch has one."""
     model, processor = nano
     by_two, by_one = (ConversationBatches(processor, describe, 0, size, split="test") for size in (2, 1))
-    assert [len(batch["input_ids"]) for batch in by_two.first(3)] == [2, 1]
+    assert [int((batch["position_ids"] == 0).sum()) for batch in by_two.first(3)] == [2, 1]
     likelihood = nats_per_token(model, by_two, 3)
     assert likelihood == pytest.approx(nats_per_token(model, by_one, 3), abs=1e-3)
     assert likelihood != pytest.approx(nats_per_token(model, by_two, 2), abs=1e-3)

@@ -1,8 +1,11 @@
 """Balanced sets of questions, each about a clip of its own."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.data.digitworld.questions import CELLS, KINDS, Asker, Facts, Question
@@ -76,6 +79,22 @@ def draw_question(split: str, index: int, seed: int = 0) -> AskedEpisode:
     raise ValueError(
         f"No clip of '{split}' from {index * _MAX_CLIPS_PER_QUESTION} on admits {kind} ({cell})."
     )
+
+
+def draw_questions(episode: Episode, count: int, rng: np.random.Generator) -> list[Question]:
+    """Return up to `count` questions about one clip, of different kinds, for training.
+
+    Kinds come in random order, and of each a random one of the cells that the clip admits, so that none is rare. A set
+    for testing has all of them equally often: see `generate_questions`.
+    """
+    asker = Asker(Facts(episode.scene, episode.motion), rng)
+    found: list[Question] = []
+    for kind in rng.permutation(KINDS):
+        if len(found) == count:
+            break
+        asked = (asker.ask(kind, str(cell)) for cell in rng.permutation(CELLS[kind]))
+        found += itertools.islice((question for question in asked if question is not None), 1)
+    return found
 
 
 def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:

@@ -29,7 +29,8 @@ TIMED_KINDS = ("when",)
 """Kinds whose answer is an interval of time instead of a candidate."""
 MOMENT_FORMS = ("hit", "bounce", "place", "motion")
 THIRDS = ("early", "middle", "late")
-DIRECTIONS = ("left", "right", "up", "down")
+OPPOSITES = (("left", "right"), ("up", "down"))
+DIRECTIONS = tuple(itertools.chain(*OPPOSITES))
 YES_NO = ("yes", "no")
 MAX_COUNT = {"all hits": 4, "hits": 3, "bounces": 3}
 CELLS: dict[str, tuple[str, ...]] = {
@@ -39,14 +40,15 @@ CELLS: dict[str, tuple[str, ...]] = {
     "which_first": ("of one digit", "of two hits"),
     "causal": ("turn", "needed"),
     "counterfactual": ("yes: flip", "no: flip", "yes: same", "no: same"),
-    "next": ("next",),
+    "next": ("the nearer", "the farther"),
     "when": tuple(f"{form}: {third}" for form in MOMENT_FORMS for third in THIRDS),
 }
 """Per kind, the cells that are filled equally. "flip": the counterfactual answer is not the fact."""
 
 AVAILABILITY: dict[str, dict[str, float]] = {
-    "did_hit: first half": {"first half: yes": 0.51, "first half: no": 0.90},
-    "did_hit: second half": {"second half: yes": 0.55, "second half: no": 0.91},
+    "did_hit: whole": {"whole: yes": 0.84, "whole: no": 0.24},
+    "did_hit: first half": {"first half: yes": 0.51, "first half: no": 0.51},
+    "did_hit: second half": {"second half: yes": 0.55, "second half: no": 0.47},
     "count: all hits": {f"all hits: {n}": p for n, p in enumerate((0.16, 0.29, 0.23, 0.18, 0.09))},
     "count: hits": {f"hits: {n}": p for n, p in enumerate((0.62, 0.75, 0.49, 0.18))},
     "count: bounces": {f"bounces: {n}": p for n, p in enumerate((0.62, 0.89, 0.65, 0.18))},
@@ -61,7 +63,7 @@ MIN_APART = 2  # frames between two hits whose order is asked
 MIN_LASTING = 3  # frames of a place or motion that is asked for
 MAX_LASTING = 0.6  # of the clip
 MIN_MISS = 0.1  # radii; discs that do not hit each other stay at least this far apart
-NEAR_MISS = 1.0  # radii; discs that could have hit each other come at least this close
+NEAR_MISS = 0.4  # radii; in some frame, discs that could have hit each other are at least this close
 CHANGED = 0.25  # radii by which removing an object must move another one to matter
 WOBBLE = math.radians(1.5)  # answers of re-simulations must survive velocities turned by this much
 
@@ -229,7 +231,9 @@ class Asker:
         moved = (self.facts.centers[last] - self.facts.centers[first]) / self.facts.scene.radius
         for body, (x, y) in enumerate(moved.tolist()):
             if direction(x, y) == wanted:
-                yield self._question("motion", text.format(self.names[body]), DIRECTIONS, wanted, body)
+                # Frames in any order show along which axis it moves, so only the way along it is asked.
+                ways = next(pair for pair in OPPOSITES if wanted in pair)
+                yield self._question("motion", text.format(self.names[body]), ways, wanted, body)
 
     def _did_hit(self, cell: str) -> Iterator[Question]:
         part, wanted = cell.split(": ")
@@ -244,17 +248,18 @@ class Asker:
             if part != "whole" and any(abs(time - middle) < frame for time in times):
                 continue
             inside = any(begin <= time < end for time in times)
-            if inside != (wanted == "yes") or (not times and not self._could_have_hit(a, b)):
-                continue
+            possible = self._could_have_hit(a, b) if part == "whole" else False
+            if inside != (wanted == "yes") or not (times or possible):
+                continue  # a pair that never hits is asked about only if it seems to, and not about a half
             first, second = self._swap(a, b)
             when = "" if part == "whole" else f" in the {part} of the clip"
             text = f"Does {self.names[first]} hit {self.names[second]}{when}?"
             yield self._question("did_hit", text, YES_NO, wanted, first, second)
 
     def _could_have_hit(self, a: int, b: int) -> bool:
-        """Whether a pair that does not hit each other could seem to: a near miss, or both hit others."""
-        space = self.facts.space(a, b)
-        return MIN_MISS < space < NEAR_MISS or (space > MIN_MISS and {a, b} <= self.facts.busy)
+        """Whether a pair that does not hit each other seems to in some frame."""
+        gap = np.linalg.norm(self.facts.centers[:, a] - self.facts.centers[:, b], axis=1).min()
+        return self.facts.space(a, b) > MIN_MISS and gap / self.facts.scene.radius - 2 < NEAR_MISS
 
     def _count(self, cell: str) -> Iterator[Question]:
         form, wanted = cell.split(": ")
@@ -316,18 +321,21 @@ class Asker:
         yield from self._cause_of_turn() if cell == "turn" else self._needed_for_hit()
 
     def _cause_of_turn(self) -> Iterator[Question]:
-        """Ask whose hit turned an object; the other objects are candidates whether or not they hit it too."""
+        """Ask whose hit turned an object, among those that hit it at some time."""
         apart = MIN_APART / self.facts.scene.fps
         for body, name in enumerate(self.names):
             hits = self.facts.hits_of(body)
+            partners = dict.fromkeys(hit.b if hit.a == body else hit.a for hit in hits)
             for hit in hits:
-                if any(other is not hit and abs(other.time - hit.time) < apart for other in hits):
+                if len(partners) < 2 or any(
+                    other is not hit and abs(other.time - hit.time) < apart for other in hits
+                ):
                     continue
                 cause = hit.b if hit.a == body else hit.a
                 yield self._question(
                     "causal",
                     f"Which digit causes {name} to change direction at {hit.time:.1f} s?",
-                    tuple(other for other in self.names if other != name),
+                    tuple(self.names[partner] for partner in partners),
                     self.names[cause],
                     body,
                 )
@@ -335,7 +343,11 @@ class Asker:
     def _needed_for_hit(self) -> Iterator[Question]:
         """Ask for the one object without which a hit would not have happened, found by removing each in turn."""
         for hit in self.facts.motion.hits:
-            others = [body for body in range(self.facts.count) if body not in hit.pair]
+            others = [
+                body
+                for body in range(self.facts.count)
+                if body not in hit.pair and any(self.facts.hits_of(body, one) for one in hit.pair)
+            ]
             if len(others) < 2 or len(self.facts.hits_of(*hit.pair)) != 1:
                 continue
             still = {body: self.facts.hit_without(*hit.pair, body) for body in others}
@@ -373,19 +385,23 @@ class Asker:
                 yield self._question("counterfactual", text, YES_NO, wanted, body, first, second, flip=flip)
 
     def _next(self, cell: str) -> Iterator[Question]:
-        del cell  # this kind has one cell only
         last = self.facts.motion.times[-1]
         if self.facts.scene.duration - last < 1.5 / self.facts.scene.fps:
             return  # the last velocities cannot be seen
+        last = self.facts.centers[-1]
         for body, partner in self.facts.next_partners().items():
-            name = self.names[body]
-            yield self._question(
-                "next",
-                f"After the clip ends, which digit will {name} hit next?",
-                tuple(other for other in self.names if other != name),
-                self.names[partner],
-                body,
-            )
+            distances = np.linalg.norm(last - last[body], axis=1)
+            for other in {*range(self.facts.count)} - {body, partner}:
+                # How near each is in the last frame must not give the answer away.
+                if (distances[partner] < distances[other]) != (cell == "the nearer"):
+                    continue
+                yield self._question(
+                    "next",
+                    f"After the clip ends, which digit will {self.names[body]} hit next?",
+                    (self.names[partner], self.names[other]),
+                    self.names[partner],
+                    body,
+                )
 
     def _when(self, cell: str) -> Iterator[Question]:
         """Ask when the only event or relation of its kind happens; the cell says in which third of the clip."""

@@ -21,6 +21,9 @@ class ProjectorTraining:
     warmup: int = setting(50, "Steps in which the learning rate rises.")
     weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
     clip: float = setting(1.0, "Largest gradient norm.")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "Numbers of matrix products in training; weights stay in float32."
+    )
     seed: int = setting(0, "Seed of weights and data.")
 
     @property

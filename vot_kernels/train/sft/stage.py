@@ -2,37 +2,45 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vot_kernels.data.digitworld.baselines import accuracy_by_kind
 from vot_kernels.data.digitworld.episode import Episode
-from vot_kernels.data.digitworld.question_sets import generate_questions
+from vot_kernels.data.digitworld.question_sets import draw_questions, generate_questions
 from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.encoder.stage import caption
 from vot_kernels.train.projector.stage import CAPTION
+from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
 from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
 from vot_kernels.train.vlm.stage import nats_per_token, train_parts
 
-MAX_QUESTIONS = 3
+MAX_QUESTIONS = 4
 _EVAL_BATCH = 8
 
 
-def reason(episode: Episode, rng: np.random.Generator) -> Conversation:
-    """Return questions about an episode, in random order, each with its trace; one without questions is captioned."""
-    stsg, order = episode.stsg, rng.permutation(len(episode.questions))[:MAX_QUESTIONS]
-    questions = [episode.questions[n] for n in order]
+def reason(episode: Episode, rng: np.random.Generator, *, frames: float = 1.0) -> Conversation:
+    """Return questions about an episode, each with its trace; one that admits none is captioned.
+
+    frames: share of the conversations that show the clip beside its graph.
+    """
+    stsg = episode.stsg
+    questions = draw_questions(episode, MAX_QUESTIONS, rng)
     turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg)) for q in questions]
     turns = turns or [Turn(CAPTION, caption(stsg))]
     first = Turn(first_prompt(stsg, turns[0].prompt), turns[0].reply)
-    return Conversation([first, *turns[1:]], render(episode), stsg)
+    clip = render(episode) if rng.random() < frames else None
+    return Conversation([first, *turns[1:]], clip, stsg)
 
 
-train_sft = partial(train_parts, speak=reason)
-"""Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
+def train_sft(out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any) -> int:
+    """Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
+    speak = partial(reason, frames=settings.frames)
+    return train_parts(out, model, processor, settings, speak=speak, **options)
 
 
 def sft_metrics(model: Any, processor: VotProcessor, clips: int, seed: int = 0) -> dict[str, float]:

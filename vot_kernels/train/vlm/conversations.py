@@ -107,9 +107,10 @@ def render(episode: Episode, h264_share: float = 0.5) -> Clip:
 
 
 def encode(processor: VotProcessor, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
-    """Return the model's inputs for a batch of conversations, with `labels` -100 for all but the replies.
+    """Return the model's inputs for a batch of conversations, packed into one row.
 
-    Tokens are padded on the right, after all that a causal model attends to, so no mask is needed.
+    `input_ids`, `position_ids` and `labels` are int64 `[1, tokens]`. Positions begin at 0 with each conversation, which
+    tells a patched language model where it begins; labels are -100 for all but the replies.
     """
     pieces = [piece for conversation in conversations for piece in _pieces(processor, conversation)]
     clips = [c.clip for c in conversations if c.clip is not None]
@@ -122,21 +123,18 @@ def encode(processor: VotProcessor, conversations: Sequence[Conversation]) -> di
     )
     rows = iter(zip(inputs.pop("input_ids"), (learnt for _, learnt in pieces), strict=True))
     inputs.pop("attention_mask")
-    ids, labels = [], []
+    tokens: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
     for conversation in conversations:
-        tokens: list[int] = []
-        wanted: list[int] = []
+        begin = len(tokens)
         for _ in range(2 * len(conversation.turns)):
             piece, learnt = next(rows)
             tokens += piece
-            wanted += piece if learnt else [_IGNORED] * len(piece)
-        ids.append(torch.tensor(tokens))
-        labels.append(torch.tensor(wanted))
-    return {
-        "input_ids": _padded(ids, processor.tokenizer.pad_token_id),
-        "labels": _padded(labels, _IGNORED),
-        **inputs,
-    }
+            labels += piece if learnt else [_IGNORED] * len(piece)
+        positions += range(len(tokens) - begin)
+    packed = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+    return {**{name: torch.tensor([row]) for name, row in packed.items()}, **inputs}
 
 
 def shown(conversation: Conversation) -> list[dict[str, str]]:
@@ -154,7 +152,3 @@ def _pieces(processor: VotProcessor, conversation: Conversation) -> list[tuple[s
         asked = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         pieces += [(asked if n == 0 else f"\n{asked}", False), (f"{turn.reply}{END}", True)]
     return pieces
-
-
-def _padded(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)

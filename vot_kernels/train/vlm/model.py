@@ -43,7 +43,8 @@ NANO_TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 NUM_FRAMES = 4
-_VOCABULARY_SIZE = 640
+_VOCABULARY_SIZE = 768
+_WORDS = r"<\|?/?[a-z_]+\|?>| ?[A-Za-z]+[0-9]*=?| ?@?[0-9]+|\n| ?[^ A-Za-z0-9\n]+| "
 _TOKENIZER_EPISODES = 150
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 _LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -97,13 +98,18 @@ def build_model(
 
 
 def nano_tokenizer() -> Any:
-    """Return a byte-level BPE tokenizer trained on the text of DigitWorld; the same in every run."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Return a byte-level BPE tokenizer trained on the text of DigitWorld; the same in every run.
+
+    An identifier, a number and a moment are one token each ("o1=", "47", "@12"): what a small model must find again in
+    its prompt is then a single token, and what follows it the next.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
+    words: Any = pre_tokenizers.Split(Regex(_WORDS), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.integrations.patching import patched
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
@@ -33,8 +34,8 @@ def train_parts(
         out: folder of the checkpoints, which hold the trained parameters alone.
         model: the video-language model, on its device; its other parameters stay as they are.
         processor: of the model.
-        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size and seed, and with parts, as
-            `train_only` takes them.
+        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size, precision and seed, and with
+            parts, as `train_only` takes them.
         speak: makes the conversations.
         save_every, stop_at, report: as in `run_steps`.
 
@@ -49,25 +50,25 @@ def train_parts(
     groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
-    device = next(model.parameters()).device
     model.train()
 
     def loss_terms(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         check_trained(model, parts)
-        return {"reply": model(**{name: value.to(device) for name, value in batch.items()}).loss}
+        return {"reply": _loss(model, batch, settings.precision)}
 
-    done = run_steps(
-        out,
-        trained,
-        optimizer,
-        schedule,
-        batches.loader,
-        loss_terms,
-        signature={**asdict(settings), "start": start},
-        save_every=save_every,
-        stop_at=stop_at,
-        report=report,
-    )
+    with patched(model):
+        done = run_steps(
+            out,
+            trained,
+            optimizer,
+            schedule,
+            batches.loader,
+            loss_terms,
+            signature={**asdict(settings), "start": start},
+            save_every=save_every,
+            stop_at=stop_at,
+            report=report,
+        )
     model.eval()
     return done
 
@@ -80,11 +81,25 @@ def conversation_work(model: nn.Module, processor: VotProcessor, settings: Any, 
 @torch.no_grad()
 def nats_per_token(model: nn.Module, batches: ConversationBatches, clips: int) -> float:
     """Return the mean negative log-likelihood of the replies about the first `clips`, in nats per token."""
-    device = next(model.parameters()).device
     total, tokens = 0.0, 0
-    for inputs in batches.first(clips):
-        batch = {name: value.to(device) for name, value in inputs.items()}
-        learnt = int((batch["labels"][:, 1:] >= 0).sum())
-        total += learnt * model(**batch).loss.item()
-        tokens += learnt
+    with patched(model):
+        for batch in batches.first(clips):
+            learnt = int((batch["labels"][:, 1:] >= 0).sum())
+            total += learnt * _loss(model, batch).item()
+            tokens += learnt
     return total / tokens
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor], precision: str = "float32") -> Tensor:
+    """Return the mean loss of the learnt tokens of a packed batch.
+
+    Without a cache, transformers and the kernels tell its conversations apart. Logits are computed where they are
+    learnt, which is a third of the tokens.
+    """
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    following = inputs.pop("labels")[0, 1:]
+    learnt = (following >= 0).nonzero().flatten()
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(**inputs, use_cache=False, logits_to_keep=learnt).logits
+    return nn.functional.cross_entropy(logits[0].float(), following[learnt])
