@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vot_kernels.cli.ask import ask
+from vot_kernels.cli.data import data_app
 from vot_kernels.cli.demo import demo
 from vot_kernels.cli.encode import encode
 from vot_kernels.cli.evaluate import eval_app
@@ -34,6 +35,7 @@ app.command(
         "vot encode clips/ --num-frames 8 --out embeddings.safetensors",
     )
 )(encode)
+app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 app.command(epilog=examples("vot info", "vot info --model base --json"))(info)

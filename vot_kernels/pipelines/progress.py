@@ -27,6 +27,18 @@ def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool
 
 
 @contextmanager
+def meter(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows on a terminal how much is done, and of how much, in any unit."""
+    with imports_for("A progress bar", "cli"):
+        from rich.console import Console
+        from rich.progress import Progress
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def steps(shown: bool = True) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the current activity: beside a spinner on a terminal, else in a line each.
 

@@ -97,7 +97,7 @@ def from_dict(document: Any) -> STSG:
         STSGFormatError: another format or version, a missing or unknown key, or a wrong type.
     """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        given = repr(document.get("format")) if isinstance(document, dict) else _kind(document)
+        given = repr(document.get("format")) if isinstance(document, dict) else described(document)
         raise STSGFormatError(f'A scene graph must be an object with "format": "{FORMAT}", got {given}.')
     if document.get("version") != VERSION:
         raise STSGFormatError(f"version must be {VERSION}, got {document.get('version')!r}.")
@@ -118,7 +118,7 @@ def _tracklet(reader: "_Reader") -> Tracklet:
     for i, entry in enumerate(reader.list("boxes")):
         where = f"{reader.where}.boxes[{i}]"
         if not isinstance(entry, list) or len(entry) != 6:
-            raise STSGFormatError(f"{where} must be [frame, x1, y1, x2, y2, score], got {_kind(entry)}.")
+            raise STSGFormatError(f"{where} must be [frame, x1, y1, x2, y2, score], got {described(entry)}.")
         frame = _integer(entry[0], where)
         if frame in boxes:
             raise STSGFormatError(f"{where} must be the only box in frame {frame}, got a second one.")
@@ -145,7 +145,7 @@ class _Reader:
 
     def __init__(self, value: Any, where: str, keys: tuple[str, ...]) -> None:
         if not isinstance(value, dict):
-            raise STSGFormatError(f"{where} must be an object, got {_kind(value)}.")
+            raise STSGFormatError(f"{where} must be an object, got {described(value)}.")
         for key in keys:
             if key not in value:
                 raise STSGFormatError(f"{where} has no {key!r}; its keys are {', '.join(keys)}.")
@@ -163,7 +163,7 @@ class _Reader:
     def list(self, key: str) -> list:
         value = self.value[key]
         if not isinstance(value, list):
-            raise STSGFormatError(f"{self.where}.{key} must be a list, got {_kind(value)}.")
+            raise STSGFormatError(f"{self.where}.{key} must be a list, got {described(value)}.")
         return value
 
     def string(self, key: str) -> str:
@@ -184,19 +184,19 @@ class _Reader:
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise STSGFormatError(f"{where} must be a string, got {_kind(value)}.")
+        raise STSGFormatError(f"{where} must be a string, got {described(value)}.")
     return value
 
 
 def _integer(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise STSGFormatError(f"{where} must be a whole number, got {_kind(value)}.")
+        raise STSGFormatError(f"{where} must be a whole number, got {described(value)}.")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
-        raise STSGFormatError(f"{where} must be a finite number, got {_kind(value)}.")
+        raise STSGFormatError(f"{where} must be a finite number, got {described(value)}.")
     return float(value)
 
 
@@ -207,7 +207,8 @@ def _float(value: int | float) -> float:
         return math.inf
 
 
-def _kind(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return what a JSON value is, for a sentence: "a list of 3", "the number 2"; of a string only that it is one."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     names = {dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
