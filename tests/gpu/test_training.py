@@ -26,7 +26,7 @@ def short_domain(monkeypatch):
 
 
 def test_perception_goes_on_from_the_cpu(tmp_path):
-    settings = PerceptionTraining(steps=2, batch_size=2, warmup=2, dynamics_steps=1)
+    settings = PerceptionTraining(steps=2, batch_size=2, warmup=2, dynamics_steps=1, name_steps=1)
     train_perception(tmp_path, settings, stop_at=1)
     assert "five_objects" in run(tmp_path, settings, eval_clips=1, device="cuda")
 

@@ -15,7 +15,7 @@ for package in ("trl", "datasets", "peft"):
 
 GRPO = "steps: 2\nbatch_size: 1\ngenerations: 2\nmax_reply_tokens: 4\nframes: 2\nwarmup: 1\n"
 FILES = {
-    "perception": "steps: 1\ndynamics_steps: 1\nbatch_size: 2\nwarmup: 1\nattention: softmax\n",
+    "perception": "steps: 1\ndynamics_steps: 1\nname_steps: 1\nbatch_size: 2\nwarmup: 1\nattention: softmax\n",
     "linearize": "layer_steps: 1\nsteps: 1\nwarmup: 1\n",
     "encoder": "steps: 1\nbatch_size: 2\nwarmup: 1\nnum_frames: 4\n",
     "projector": "steps: 2\nbatch_size: 1\nwarmup: 1\n",

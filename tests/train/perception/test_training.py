@@ -1,5 +1,6 @@
 """Training is resumable bit for bit, refuses other settings, and learns."""
 
+import copy
 import dataclasses
 import json
 
@@ -11,10 +12,16 @@ from vot_kernels.models.perception import VotPerceptionModel
 from vot_kernels.train.perception.batches import TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish, run
-from vot_kernels.train.perception.stage import PerceptionTraining, make_processor, train_perception
+from vot_kernels.train.perception.stage import (
+    PerceptionTraining,
+    make_processor,
+    recoloured,
+    train_names,
+    train_perception,
+)
 from vot_kernels.train.report import format_metrics
 
-SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2)
+SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2, name_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +46,7 @@ def test_resuming_gives_the_same_weights(trained, tmp_path):
     resumed = train_perception(
         tmp_path, SETTINGS, report=lambda step, terms: seen.append((step, terms["loss"]))
     )
-    assert seen == [
-        (n + 1, losses[n]) for n in range(2, 6)
-    ]  # two steps, then the two of relations and events
+    assert seen == [(n + 1, losses[n]) for n in range(2, 8)]  # two steps of each stage
     for name, value in straight.state_dict().items():
         if not name.startswith("domain_"):
             assert torch.equal(value, resumed.state_dict()[name]), name
@@ -57,10 +62,33 @@ def test_the_second_stage_is_resumed_and_skipped_when_done(trained, tmp_path):
         resumed = train_perception(
             tmp_path, SETTINGS, report=lambda step, terms: seen.append((step, terms["loss"]))
         )
-        assert seen == [(6, losses[5])]
+        assert seen == [(n + 1, losses[n]) for n in range(5, 8)]
         for name, value in straight.state_dict().items():
             if not name.startswith("domain_"):
                 assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_names_are_learnt_without_touching_anything_else(trained, tmp_path):
+    _, model, _ = trained
+    model = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = train_names(tmp_path, model, make_processor(model), SETTINGS)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert done == 2 and {name.split(".")[1] for name in changed} == {"namer"}
+    parts = {name.split(".")[2] for name in changed}
+    assert parts == {"glimpse", "label", "attribute"}
+
+
+def test_crops_change_their_colour_and_nothing_else():
+    """Black stays black; the brightness of every pixel stays, in one colour for an object in all frames."""
+    crops = torch.rand(2, 3, 4, 3 * 5 * 5) * 2 - 1
+    crops.view(2, 3, 4, 3, 25)[..., 0] = -1
+    found = recoloured(crops, torch.Generator().manual_seed(0)).view(2, 3, 4, 3, 25)
+    assert (found[..., 0] == -1).all()
+    brightness = crops.view(2, 3, 4, 3, 25).amax(3) + 1
+    torch.testing.assert_close(found.amax(3) + 1, brightness)
+    colour = (found[..., 1:] + 1) / brightness[..., None, 1:]
+    torch.testing.assert_close(colour, colour[:, :, :1, :, :1].expand_as(colour), rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_is_published_before_it_is_measured(trained, tmp_path):
@@ -81,7 +109,7 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
     record = json.loads((out / "model" / "training.json").read_text())
     assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
     assert record["command"] == (
-        "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --dynamics-steps 2 --warmup 2 "
+        "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --dynamics-steps 2 --name-steps 2 --warmup 2 "
         "--weight-decay 0.02 --clip 1.0 --seed 0 --attention hybrid"
     )
 
@@ -110,7 +138,9 @@ def test_a_device_that_torch_lacks_is_one_sentence(tmp_path):
 def test_other_settings_are_not_resumed(trained):
     out, _, _ = trained
     with pytest.raises(ValueError, match="batch_size was 2, now 3"):
-        train_perception(out, PerceptionTraining(steps=4, batch_size=3, warmup=2, dynamics_steps=2))
+        train_perception(
+            out, PerceptionTraining(steps=4, batch_size=3, warmup=2, dynamics_steps=2, name_steps=2)
+        )
 
 
 def test_an_interrupted_run_leaves_a_whole_checkpoint(tmp_path):

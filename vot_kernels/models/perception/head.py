@@ -203,13 +203,19 @@ class Namer(nn.Module):
 
     def forward(self, queries: Tensor, place: Place, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[B, Q, labels]` and `[B, Q, attributes]`."""
-        seen = self.glimpse(
-            take_glimpses(frames, place.centers.detach(), 1.1 * place.sizes.detach(), self.glimpse_size)
-        )
-        features = torch.cat([seen, place.features], -1)
+        seen = self.glimpse(self.glimpses(place, frames))
+        return self.read(self.label, seen, place), self.read(self.attribute, seen, place)
+
+    def glimpses(self, place: Place, frames: Tensor) -> Tensor:
+        """Return a crop of each object in each frame; see `take_glimpses`."""
+        return take_glimpses(frames, place.centers.detach(), 1.1 * place.sizes.detach(), self.glimpse_size)
+
+    def read(self, names: nn.Module, seen: Tensor, place: Place, features: Tensor | None = None) -> Tensor:
+        """Return the logits of `names` for what was `seen` `[B, Q, T, dim]` and features, by default those of `place`."""
+        joined = torch.cat([seen, place.features if features is None else features], -1)
         weight = torch.sigmoid(place.presence.detach())[..., None] + 1e-3
         weight = weight / weight.sum(2, keepdim=True)
-        return (weight * self.label(features)).sum(2), (weight * self.attribute(features)).sum(2)
+        return (weight * names(joined)).sum(2)
 
 
 class Dynamics(nn.Module):

@@ -113,6 +113,18 @@ def dynamics_loss(read: dict[str, Tensor], targets: Targets) -> dict[str, Tensor
     return terms
 
 
+def naming_loss(
+    labels: Tensor, attributes: Tensor, targets: Targets, pairs: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the terms for names only; labels `[B, Q, labels]` and attributes `[B, Q, attributes]` are logits."""
+    clip = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs)])
+    query, item = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return {
+        "label": F.cross_entropy(labels[clip, query], targets.labels[clip, item]),
+        "attribute": F.cross_entropy(attributes[clip, query], targets.attributes[clip, item]),
+    }
+
+
 def _pair_loss(logits: Tensor, truth: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Compute the loss over ordered pairs of different objects; `[B, Q, Q, T, kinds]`, `[B, N, N, T, kinds]`."""
     losses = []

@@ -39,7 +39,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
     if record is not None:
         return format_metrics(record["metrics"])
     start = time.perf_counter()
-    with progress_bar(settings.steps + settings.dynamics_steps) as report:
+    with progress_bar(settings.steps + settings.dynamics_steps + settings.name_steps) as report:
         model = train_perception(out, settings, report=report, device=device)
     seconds = time.perf_counter() - start
 

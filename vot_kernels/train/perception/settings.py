@@ -16,6 +16,7 @@ class PerceptionTraining:
         2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
     )
     dynamics_steps: int = setting(800, "Further steps that train relations and events alone.")
+    name_steps: int = setting(250, "Further steps that train labels by shape, whatever the colour.")
     warmup: int = setting(50, "Steps in which the learning rate rises.")
     weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
     clip: float = setting(1.0, "Largest gradient norm of the first stage.")

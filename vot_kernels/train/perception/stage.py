@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
-from vot_kernels.models.perception.loss import dynamics_loss, match, perception_loss
+from vot_kernels.models.perception.head import HeadOutput, Place
+from vot_kernels.models.perception.loss import dynamics_loss, match, naming_loss, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
@@ -32,10 +34,10 @@ def train_perception(
     report: Report = no_report,
     device: str = "cpu",
 ) -> VotPerceptionModel:
-    """Train both stages, or resume from the newest checkpoint; the caller saves the result.
+    """Train the three stages, or resume from the newest checkpoint; the caller saves the result.
 
-    Checkpoints of the first stage are in `out`, those of the second in `out/dynamics`. Steps are counted
-    through both, also in `stop_at`. A run may be resumed on another `device`. See
+    Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are counted
+    through all, also in `stop_at`. A run may be resumed on another `device`. See
     `vot_kernels.train.loop.run_steps` for the other options.
 
     Raises:
@@ -67,7 +69,10 @@ def train_perception(
         more = None if stop_at is None else max(0, stop_at - step)
         done = train_dynamics(out / "dynamics", model, settings, save_every, more, report)
         if done == settings.dynamics_steps:
-            fit_domain(model, processor, batches, settings.steps)
+            more = None if more is None else max(0, more - done)
+            named = train_names(out / "names", model, processor, settings, save_every, more, report)
+            if named == settings.name_steps:
+                fit_domain(model, processor, batches, settings.steps)
     return model.eval()
 
 
@@ -107,6 +112,75 @@ def train_dynamics(
         stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + step, terms),
     )
+
+
+def train_names(
+    out: Path,
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    settings: PerceptionTraining,
+    save_every: int = 100,
+    stop_at: int | None = None,
+    report: Report = no_report,
+) -> int:
+    """Train what names the objects so that a label rests on shape alone, whatever the colour.
+
+    The training clips do not have every digit in every colour, so the colour says something about the digit, and after
+    the first stage a digit in a colour that it never had is often called another. Here labels are learnt from glimpses
+    in random colours and beside features of other objects. Attributes are learnt from what is really there. All other
+    parameters are frozen. The function returns the number of steps done.
+    """
+    namer = model.head.namer
+
+    def losses(step: int, batch: Batch) -> dict[str, Tensor]:
+        targets = batch.targets.to(model.device)
+        place, frames, head = _located(model, processor, batch)
+        generator = torch.Generator().manual_seed(_noise_seed(settings.seed, step))
+        crops = namer.glimpses(place, frames)
+        others = torch.randperm(place.features.shape[:2].numel(), generator=generator).to(model.device)
+        features = place.features.flatten(0, 1)[others].view_as(place.features)
+        labels = namer.read(namer.label, namer.glimpse(recoloured(crops, generator)), place, features)
+        attributes = namer.read(namer.attribute, namer.glimpse(crops), place)
+        return naming_loss(labels, attributes, targets, match(head, targets))
+
+    return run_steps(
+        out,
+        namer,
+        torch.optim.AdamW(
+            namer.parameters(), lr=settings.learning_rate / 2, weight_decay=settings.weight_decay
+        ),
+        Schedule(settings.name_steps, settings.learning_rate / 2, settings.warmup, settings.clip),
+        TrainingBatches(settings.seed + 2, settings.batch_size).loader,
+        losses,
+        signature=asdict(settings),
+        save_every=save_every,
+        stop_at=stop_at,
+        report=lambda step, terms: report(settings.steps + settings.dynamics_steps + step, terms),
+    )
+
+
+@torch.no_grad()
+def _located(
+    model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch
+) -> tuple[Place, Tensor, HeadOutput]:
+    """Return where the model sees the objects of a batch, the frames, and all that it makes of them."""
+    given: list[Any] = []
+    handle = model.head.namer.register_forward_pre_hook(lambda module, args: given.append(args))
+    try:
+        (head,) = model(**processor(list(batch.clips), fps=batch.fps).to(model.device)).clips
+    finally:
+        handle.remove()
+    ((_, place, frames),) = given
+    return place, frames, head
+
+
+def recoloured(crops: Tensor, generator: torch.Generator) -> Tensor:
+    """Return crops `[B, Q, T, 3 * n * n]` of normalised pixels in a random colour for each object."""
+    pixels = crops.unflatten(-1, (3, -1))
+    brightness = (pixels.amax(-2, keepdim=True) + 1) / 2  # 0 is black
+    colour = torch.rand(*crops.shape[:2], 1, 3, 1, generator=generator).to(crops.device)
+    colour = colour / colour.amax(-2, keepdim=True)
+    return (2 * brightness * colour - 1).flatten(-2)
 
 
 def _noise_seed(seed: int, step: int) -> int:
