@@ -4,6 +4,7 @@ from vot_kernels.reasoning.llm import GenerateOnlyModel, HFLanguageModel, Langua
 from vot_kernels.reasoning.reasoning import VideoOfThought
 from vot_kernels.reasoning.smollm2 import load_smollm2
 from vot_kernels.reasoning.types import Answer, Evidence, Switches
+from vot_kernels.reasoning.what_if import World
 
 __all__ = [
     "Answer",
@@ -14,5 +15,6 @@ __all__ = [
     "LanguageModelError",
     "Switches",
     "VideoOfThought",
+    "World",
     "load_smollm2",
 ]

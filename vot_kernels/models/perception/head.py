@@ -211,7 +211,7 @@ class Namer(nn.Module):
         return take_glimpses(frames, place.centers.detach(), 1.1 * place.sizes.detach(), self.glimpse_size)
 
     def read(self, names: nn.Module, seen: Tensor, place: Place, features: Tensor | None = None) -> Tensor:
-        """Return the logits of `names` for what was `seen` `[B, Q, T, dim]` and features, by default those of `place`."""
+        """Return the logits of `names` for glimpses `seen` `[B, Q, T, dim]` and features, of `place` by default."""
         joined = torch.cat([seen, place.features if features is None else features], -1)
         weight = torch.sigmoid(place.presence.detach())[..., None] + 1e-3
         weight = weight / weight.sum(2, keepdim=True)

@@ -36,8 +36,8 @@ def train_perception(
 ) -> VotPerceptionModel:
     """Train the three stages, or resume from the newest checkpoint; the caller saves the result.
 
-    Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are counted
-    through all, also in `stop_at`. A run may be resumed on another `device`. See
+    Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are
+    counted through all, also in `stop_at`. A run may be resumed on another `device`. See
     `vot_kernels.train.loop.run_steps` for the other options.
 
     Raises:
