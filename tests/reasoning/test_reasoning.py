@@ -549,3 +549,18 @@ def test_parsers_take_what_models_write():
     assert parse_sentences("…!? 123") == ""
     assert parse_proposals("Answer: the wall\n2) 'blue'\nblue\n\n") == ("the wall", "blue")
     assert parse_proposals("...") == ()
+
+
+def test_a_choice_about_a_known_clip_has_its_calibrated_confidence(world):
+    question, candidates = "Which direction does the red digit move?", ["left", "right"]
+
+    def ask(given, **options):
+        calibrated = VideoOfThought(lambda prompt: "right", calibration=lambda raw: raw / 2)
+        raw = VideoOfThought(lambda prompt: "right")
+        return [v.run(question, given, world, **options).confidence for v in (calibrated, raw)]
+
+    halved, raw = ask(candidates)
+    assert raw > 0 and halved == raw / 2
+    for given, options in ((None, {}), (["right"], {}), (candidates, {"domain_warning": "it is dark"})):
+        same, raw = ask(given, **options)
+        assert same == raw

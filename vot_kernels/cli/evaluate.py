@@ -52,3 +52,21 @@ def eval_digitworld(
         out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering, when=when
     )
     print(format_table(result))
+
+
+@eval_app.command(
+    "calibrate", epilog=examples("vot eval calibrate results.rows.jsonl --checkpoint runs/perception/model")
+)
+def eval_calibrate(
+    rows: Annotated[Path, typer.Argument(help="File of rows that `vot eval digitworld` wrote.", **PATH)],
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Fit the confidence of answers to how often they were right, and keep it beside the checkpoint."""
+    require("vot eval calibrate", "train")
+    from vot_kernels.pipelines.calibration import calibrate
+    from vot_kernels.pipelines.sampling import checkpoint_folder
+
+    fitted = calibrate(rows, checkpoint_folder(checkpoint))
+    print(
+        f"Fitted to {fitted.questions} answers: sigmoid({fitted.slope:.2f} * logit(raw) + {fitted.offset:.2f})."
+    )

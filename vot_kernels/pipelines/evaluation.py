@@ -20,6 +20,7 @@ from vot_kernels.files import atomic_write, check_output
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.perception.reading import Detection
 from vot_kernels.pipelines.asking import aligned, answer_rows, looked_at, looked_note, named
+from vot_kernels.pipelines.calibration import MIN_QUESTIONS, answered, calibration_errors
 from vot_kernels.pipelines.localisation import evaluate_localisation, format_localisation
 from vot_kernels.pipelines.video_qa import load_language_model, load_perception
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel
@@ -146,6 +147,9 @@ def _choice_table(result: dict[str, Any]) -> str:
     if "verification" in result:
         fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
         notes.insert(0, f"Verification fixed {fixed} answers and broke {broke}.")
+    if "calibration" in result:
+        raw, calibrated = (100 * result["calibration"][name] for name in ("raw", "calibrated"))
+        notes.insert(1, f"Expected calibration error: {raw:.1f} per cent raw, {calibrated:.1f} calibrated.")
     return "\n".join([*aligned(lines), *notes])
 
 
@@ -241,6 +245,9 @@ def _summarise(
     }
     if "vot" in answers:
         result["verification"] = _verification(questions, answers)
+        confidences, right = answered(rows)
+        if len(right) >= 2 * MIN_QUESTIONS and len({*right}) == 2:
+            result["calibration"] = calibration_errors(confidences, right)
     if "vlm" in answers:
         result["vlm_format"] = sum(read_reply(row["reply"]) is not None for row in rows) / len(rows)
     return {

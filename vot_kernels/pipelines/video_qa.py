@@ -13,6 +13,7 @@ from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.pipelines.long_video.looking import PER_MOMENT, look_at
 from vot_kernels.pipelines.long_video.reading import see_stream, see_windows, shown_part
 from vot_kernels.pipelines.sampling import Sampling, check_window, checkpoint_folder, open_samples
+from vot_kernels.reasoning.calibration import read_calibrations
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, quiet_transformers
 from vot_kernels.reasoning.moments import moments_to_look_at
 from vot_kernels.reasoning.reasoning import VideoOfThought, check_candidates, check_question, outside
@@ -226,8 +227,11 @@ class VideoQA:
             return VideoAnswer(self._refusal(question, given, sight.warning), clip, sight)
         read = self._look(video, question, clip, sight.stsg)
         report("Loading the language model")
+        model = self.reader.about(read or clip)
         world = getattr(self.eyes, "world", None) if sight.in_domain else None
-        reasoning = VideoOfThought(self.reader.about(read or clip), self.switches, world=world)
+        # The confidence was fitted to answers of all five steps.
+        whole = getattr(self.eyes, "calibrations", {}) if self.switches == Switches() else {}
+        reasoning = VideoOfThought(model, self.switches, world=world, calibration=whole.get(model.name))
         answer = reasoning.run(
             question,
             given,
@@ -262,7 +266,8 @@ def _key(path: str | os.PathLike[str], sampling: Sampling) -> tuple[Path, Sampli
 
 def load_eyes(path: str | os.PathLike[str] | None = None, device: str = "cpu") -> PerceptionEyes:
     """Load a perception checkpoint as eyes. Arguments and errors as in `load_perception`."""
-    return PerceptionEyes(*load_perception(path, device))
+    model, processor = load_perception(path, device)
+    return PerceptionEyes(model, processor, read_calibrations(checkpoint_folder(path)))
 
 
 def load_video_qa(

@@ -43,6 +43,8 @@ class VideoOfThought:
         switches: which steps run.
         graph_style: how the model reads the graph: "sentences", "stsg" (the compact text form) or "both".
         world: simulates what the clip does not show, so that verification can check it; None leaves that unchecked.
+        calibration: maps the raw confidence of an answer to how often such answers are right, of a choice among given
+            candidates about a known clip; see `vot_kernels.reasoning.calibration`. None leaves it raw.
 
     Raises:
         TypeError: `llm` is neither.
@@ -56,6 +58,7 @@ class VideoOfThought:
         *,
         graph_style: prompts.GraphStyle = "sentences",
         world: World | None = None,
+        calibration: Callable[[float], float] | None = None,
     ) -> None:
         if graph_style not in prompts.GRAPH_STYLES:
             raise ValueError(
@@ -65,6 +68,7 @@ class VideoOfThought:
         self.switches = switches or Switches()
         self.graph_style = graph_style
         self.world = world
+        self.calibration = calibration
 
     def run(
         self,
@@ -159,6 +163,8 @@ class VideoOfThought:
             # A single candidate has not won against another.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
+            if self.calibration is not None and warning is None and given is not None and len(given) > 1:
+                sure = self.calibration(sure)
         return Answer(
             question=task.question,
             text=_wording(choice, verification, warning, only=given is not None and len(given) == 1),

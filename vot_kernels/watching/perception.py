@@ -1,5 +1,6 @@
 """The eyes that this package trains itself: a perception checkpoint, which knows the world that it was trained on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vot_kernels.data.digitworld.physics import Physics
@@ -8,6 +9,7 @@ from vot_kernels.data.video import VideoClip
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.models.perception.reading import Detection, detect, vocabulary
+from vot_kernels.reasoning.calibration import Calibration
 from vot_kernels.watching.protocols import Sight
 
 
@@ -16,14 +18,21 @@ class PerceptionEyes:
 
     Args:
         model, processor: the checkpoint and the processor that was saved with it.
+        calibrations: of the confidence of answers, by the name of the language model that reads what it sees.
 
     Attributes:
         world: simulates what a clip does not show; None where the checkpoint was trained on a world without mechanics
             that this package knows.
     """
 
-    def __init__(self, model: VotPerceptionModel, processor: VotImageProcessor) -> None:
+    def __init__(
+        self,
+        model: VotPerceptionModel,
+        processor: VotImageProcessor,
+        calibrations: Mapping[str, Calibration] | None = None,
+    ) -> None:
         self.model, self.processor = model, processor
+        self.calibrations = calibrations or {}
         self.world = Physics() if vocabulary(model.config) == VOCABULARY else None
         self.name = model.config.name_or_path or "an unnamed checkpoint"
         self.fps = float(model.config.fps)

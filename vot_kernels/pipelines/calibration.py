@@ -1,0 +1,85 @@
+"""Fits the confidence of answers to how often they were right, on the rows of an evaluation."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vot_kernels.extras import imports_for
+from vot_kernels.files import atomic_write
+from vot_kernels.reasoning.calibration import (
+    FILE,
+    Calibration,
+    calibration_error,
+    calibrations_text,
+    logit,
+    read_calibrations,
+)
+
+MIN_QUESTIONS = 40
+_FOLDS = 5
+
+
+def fit_calibration(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
+    """Fit a calibration to answers to held-out questions.
+
+    Raises:
+        ValueError: there are fewer than 40 answers, or all are right, or none.
+    """
+    if len(right) < MIN_QUESTIONS or len({*right}) < 2:
+        raise ValueError(
+            f"A calibration needs {MIN_QUESTIONS} answers, right ones and wrong ones, got {len(right)}, "
+            f"of which {sum(right)} are right."
+        )
+    with imports_for("A calibration", "train"):
+        from sklearn.linear_model import LogisticRegression
+    features = np.array([[logit(c)] for c in confidences])
+    model = LogisticRegression().fit(features, np.asarray(right))
+    return Calibration(float(model.coef_[0, 0]), float(model.intercept_[0]), len(right))
+
+
+def calibration_errors(confidences: Sequence[float], right: Sequence[bool]) -> dict[str, float]:
+    """Return the expected calibration error of the raw confidences and of calibrated ones.
+
+    Each fifth of the answers is calibrated by the other four, so none by itself. Raises what `fit_calibration` raises.
+    """
+    fold = np.arange(len(right)) % _FOLDS
+    values, hits = np.asarray(confidences, float), np.asarray(right, bool)
+    calibrated = np.zeros(len(values))
+    for n in range(_FOLDS):
+        fitted = fit_calibration(values[fold != n].tolist(), hits[fold != n].tolist())
+        calibrated[fold == n] = [fitted(value) for value in values[fold == n]]
+    return {
+        "raw": calibration_error(confidences, right),
+        "calibrated": calibration_error(calibrated.tolist(), right),
+    }
+
+
+def answered(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[bool]]:
+    """Return confidence, and whether the answer was right, of the rows of `evaluate_digitworld` that have an answer."""
+    given = [row for row in rows if row["answers"].get("vot") and row["in_domain"]]
+    return [row["confidence"] for row in given], [
+        row["answers"]["vot"] == row["question"]["answer"] for row in given
+    ]
+
+
+def calibrate(rows_file: Path, folder: Path) -> Calibration:
+    """Fit the confidence of one language model, on the rows of an evaluation, and keep it with a checkpoint.
+
+    Args:
+        rows_file: the file of rows that `vot eval digitworld` writes.
+        folder: of the perception checkpoint; its calibration.json gets, or changes, the entry of the language model.
+
+    Raises:
+        ValueError: the rows have no language model, or too few answers.
+    """
+    settings, *rows = (json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines())
+    name = settings["settings"].get("llm")
+    if name is None:
+        raise ValueError(f"{rows_file} has no answers of a language model with VoT.")
+    calibration = fit_calibration(*answered(rows))
+    with atomic_write(folder / FILE) as temporary:
+        temporary.write_text(calibrations_text({**read_calibrations(folder), name: calibration}))
+    return calibration
