@@ -157,10 +157,20 @@ def question_table() -> str:
     note = (
         f"`vot eval digitworld --videos {settings['videos']} --out results.json`: as many held-out videos, one "
         f"question each, {settings['llm']}, per cent right. Verification fixed {fixed} answers and broke {broke}. "
-        f"Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with VoT, "
-        f"{seconds['direct']:.1f} direct."
+        f"{_calibration_note(result)}Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with "
+        f"VoT, {seconds['direct']:.1f} direct."
     )
     return _accuracy_table(result) + f"\n{note}\n"
+
+
+def _calibration_note(result: Any) -> str:
+    if "calibration" not in result:
+        return ""
+    raw, calibrated = (100 * result["calibration"][name] for name in ("raw", "calibrated"))
+    return (
+        f"Expected calibration error of the confidence, of answers that it was not fitted to: {calibrated:.1f} per cent, "
+        f"{raw:.1f} before. "
+    )
 
 
 def vlm_table() -> str:
@@ -168,6 +178,8 @@ def vlm_table() -> str:
     result = _read(RESULTS / "digitworld-vlm.json")
     settings, seconds = result["settings"], result["seconds_per_question"]["vlm"]
     records = {name: _read(RESULTS / f"digitworld-vlm-{name}.json") for name in ("projector", "sft")}
+    small = records["projector"]["settings"]["language_model"] == "nano"
+    language_model = "nano" if small else "SmolLM2-135M-Instruct with adapters"
     stages = [
         f"{name} for {record.get('steps_done', record['settings']['steps'])} steps of "
         f"{record['settings']['batch_size']} clips"
@@ -176,8 +188,8 @@ def vlm_table() -> str:
     note = (
         f"`vot eval digitworld --videos {settings['videos']} --vlm runs/sft/model --only vlm --only rules`: per cent "
         f"right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The "
-        f"model is nano, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on two cores that "
-        f"had other work too: {seconds:.1f}."
+        f"model is {language_model}, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on "
+        f"two cores that had other work too: {seconds:.1f}."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 

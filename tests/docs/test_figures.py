@@ -48,7 +48,7 @@ def test_scores_of_questions_follow_from_their_rows():
         assert sum(found) / len(found) == pytest.approx(scores[system]["all"]["miou"]), system
     accuracy = read("digitworld-vlm.json")["accuracy"]
     rows = read_json_lines(RESULTS / "digitworld-vlm.rows.jsonl")[1:]
-    for system in ("vlm", "rules"):
+    for system in ("vlm", "vlm_verified", "rules"):
         right = [row["answers"][system] == row["question"]["answer"] for row in rows]
         assert sum(right) / len(right) == pytest.approx(accuracy[system]["all"]), system
 

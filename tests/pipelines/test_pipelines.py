@@ -365,7 +365,8 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
     assert result["settings"]["vlm"].startswith("vlm (") and "llm" not in result["settings"]
     table = evaluation.format_table(result)
     assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table
-    assert result["accuracy"].keys() == {"vlm", "rules", "rules_truth"}
+    assert result["accuracy"].keys() == {"vlm", "vlm_verified", "rules", "rules_truth"}
+    assert result["accuracy"]["vlm_verified"]["all"] == 1  # the graph contradicts what was wrong
     with pytest.raises(ValueError, match="only must be some of vlm, llm, rules, blind, got eyes"):
         evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("eyes",))
     with pytest.raises(ValueError, match="its folder is not given"):

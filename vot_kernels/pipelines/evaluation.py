@@ -23,9 +23,11 @@ from vot_kernels.pipelines.asking import aligned, answer_rows, looked_at, looked
 from vot_kernels.pipelines.calibration import MIN_QUESTIONS, answered, calibration_errors
 from vot_kernels.pipelines.localisation import evaluate_localisation, format_localisation
 from vot_kernels.pipelines.video_qa import load_language_model, load_perception
-from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModel, as_language_model
 from vot_kernels.reasoning.reasoning import VideoOfThought
+from vot_kernels.reasoning.steps import Recorder, define_task
 from vot_kernels.reasoning.types import Switches
+from vot_kernels.reasoning.verification import check
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.train.vlm.answers import Asked, replies
 from vot_kernels.train.vlm.conversations import Clip
@@ -33,6 +35,7 @@ from vot_kernels.train.vlm.model import load_vlm
 from vot_kernels.watching.perception import domain_warning
 
 SYSTEMS = {
+    "vlm_verified": "our VLM, verified",
     "vlm": "our VLM",
     "vot": "language model + VoT",
     "vot_unverified": "the same, before verification",
@@ -62,7 +65,8 @@ def evaluate_digitworld(
     Each answer is at once appended to a file named like `out` with the suffix .rows.jsonl, from which an interrupted
     run is resumed. "Language model direct" reads the whole graph and takes the most likely candidate. "Before
     verification" shows what step 5 fixed and broke. "Our VLM" reads frames, the tokens of the seen graph and its events
-    as text, and writes its thought and answer; what is no candidate counts as wrong.
+    as text, and writes its thought and answer; what is no candidate counts as wrong. "Verified" is its answer after
+    step 5.
 
     Args:
         vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
@@ -197,8 +201,23 @@ def _answer(
     if reader is not None:
         read = reader.answer(item, frames, seen)
         answers["vlm"], seconds["vlm"] = read["answer"], read["seconds"]
+        answers["vlm_verified"] = _verified(question, read["answer"], seen)
         row["reply"] = read["reply"]
     return {**row, "in_domain": seen.in_domain, "seconds": seconds, "stsg": seen.stsg.to_dict()}
+
+
+def _verified(question: Question, answer: str, seen: Detection) -> str:
+    """Return the answer, or where the seen graph contradicts it the first candidate that it does not contradict.
+
+    An answer that is no candidate counts as contradicted; if all are, the answer stays.
+    """
+    silent = Recorder(as_language_model(lambda prompt: ""))
+    task = define_task(silent, question.text, seen.stsg)
+    others = [candidate for candidate in question.candidates if candidate != answer]
+    for text in ([answer] if answer in question.candidates else []) + others:
+        if check(task, text, question.candidates, seen.stsg, Physics()).verdict != "contradicted":
+            return text
+    return answer
 
 
 def _think(
