@@ -157,8 +157,8 @@ def question_table() -> str:
     note = (
         f"`vot eval digitworld --videos {settings['videos']} --out results.json`: as many held-out videos, one "
         f"question each, {settings['llm']}, per cent right. Verification fixed {fixed} answers and broke {broke}. "
-        f"{_calibration_note(result)}Seconds a question on two cores that had other work too: {seconds['vot']:.1f} with "
-        f"VoT, {seconds['direct']:.1f} direct."
+        f"{_calibration_note(result)}Seconds a question on two cores that had other work too: {seconds['vot']:.1f} "
+        f"with VoT, {seconds['direct']:.1f} direct."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 
@@ -168,8 +168,8 @@ def _calibration_note(result: Any) -> str:
         return ""
     raw, calibrated = (100 * result["calibration"][name] for name in ("raw", "calibrated"))
     return (
-        f"Expected calibration error of the confidence, of answers that it was not fitted to: {calibrated:.1f} per cent, "
-        f"{raw:.1f} before. "
+        f"Expected calibration error of the confidence, of answers that it was not fitted to: {calibrated:.1f} per "
+        f"cent, {raw:.1f} before. "
     )
 
 

@@ -366,7 +366,8 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
     table = evaluation.format_table(result)
     assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table
     assert result["accuracy"].keys() == {"vlm", "vlm_verified", "rules", "rules_truth"}
-    assert result["accuracy"]["vlm_verified"]["all"] == 1  # the graph contradicts what was wrong
+    # The seen graph contradicts what was wrong, and misleads nobody but as it misleads the rules.
+    assert result["accuracy"]["vlm_verified"]["all"] == result["accuracy"]["rules"]["all"] > 1 / 3
     with pytest.raises(ValueError, match="only must be some of vlm, llm, rules, blind, got eyes"):
         evaluation.evaluate_digitworld(tmp_path / "x.json", videos=2, only=("eyes",))
     with pytest.raises(ValueError, match="its folder is not given"):
