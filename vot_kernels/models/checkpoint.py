@@ -17,7 +17,8 @@ _NAMES = {
     ENCODER: "an encoder checkpoint",
     VLM: "a video-language checkpoint",
 }
-_FILES = ("config.json", "model.safetensors")
+_WEIGHTS = ("model.safetensors", "adapters.safetensors")
+"""A checkpoint has one of these; adapters are joined with a model that others publish."""
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 Module = TypeVar("Module", bound="nn.Module")
@@ -53,9 +54,10 @@ def check_reward_model(folder: str | os.PathLike[str]) -> None:
 
 def _entry(folder: str | os.PathLike[str], name: str, wanted: str) -> Any:
     """Return an entry of config.json in a folder that should be `wanted`."""
-    for file in _FILES:
-        if not (Path(folder) / file).is_file():
-            raise FileNotFoundError(f"{folder} is not {wanted}: it has no {file}.")
+    files = {file for file in ("config.json", *_WEIGHTS) if (Path(folder) / file).is_file()}
+    if "config.json" not in files or not files & {*_WEIGHTS}:
+        missing = "config.json" if "config.json" not in files else _WEIGHTS[0]
+        raise FileNotFoundError(f"{folder} is not {wanted}: it has no {missing}.")
     try:
         return read_config(folder).get(name)
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):

@@ -210,10 +210,16 @@ def save_half(model: Any, processor: Any, folder: Path) -> None:
 def load_vlm(folder: Path) -> tuple[VotForConditionalGeneration, VotProcessor]:
     """Load a video-language model in float32, for inference, and its processor.
 
+    A folder with adapters is joined with its language model, which is fetched once; see `load_adapters`.
+
     Raises:
         FileNotFoundError: the folder lacks a file that every checkpoint has.
         ValueError: it is another kind of checkpoint, or does not have all weights.
     """
+    from vot_kernels.train.vlm.adapters import has_adapters, load_adapters
+
+    if has_adapters(folder):
+        return load_adapters(folder)
     model = load_checkpoint(VotForConditionalGeneration, folder)
     return model, VotProcessor.from_pretrained(folder, local_files_only=True)
 

@@ -1,0 +1,102 @@
+"""A model of adapters: what is kept of a run, and what it becomes beside its language model."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vot_kernels.data.digitworld import generate_episode
+from vot_kernels.integrations.patching import patched
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
+from vot_kernels.train.projector.stage import describe
+from vot_kernels.train.vlm import adapters
+from vot_kernels.train.vlm import model as vlm
+from vot_kernels.train.vlm.conversations import encode
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A new model, the same with adapters that have learnt something, and the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
+        whole, processor = vlm.build_model("nano", BUNDLED_CHECKPOINT, seed=0)
+    adapted = vlm.add_lora(copy.deepcopy(whole), 0)
+    torch.manual_seed(1)
+    for parameter in vlm.train_only(adapted, ("projector", "graph", "lora")).values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return whole, adapted, processor
+
+
+@pytest.fixture
+def run(parts, tmp_path):
+    """The folder of a finished run."""
+    whole, adapted, processor = parts
+    vlm.save_half(whole, processor, tmp_path / "run" / "model")
+    trained = vlm.train_only(adapted, ("projector", "graph", "lora"))
+    (tmp_path / "run" / "model" / "training.json").write_text(json.dumps({"trained": ["lora"], "seed": 7}))
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    learnt = {name: p.detach().contiguous() for name, p in trained.items()}
+    save_file(learnt, tmp_path / "run" / "checkpoint-3" / "model.safetensors")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    adapters.export_adapters(run, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def load(parts, folder, monkeypatch):
+    monkeypatch.setattr(adapters, "build_model", lambda *_: (copy.deepcopy(parts[0]), parts[2]))
+    return adapters.load_adapters(folder, language_model=folder)
+
+
+@torch.no_grad()
+def logits(model, processor):
+    batch = encode(processor, [describe(generate_episode("test", 0), np.random.default_rng(0))])
+    with patched(model):
+        return model(**batch, use_cache=False).logits
+
+
+def test_adapters_and_their_language_model_are_the_model_again(parts, folder, monkeypatch):
+    model, processor = load(parts, folder, monkeypatch)
+    wanted = logits(copy.deepcopy(parts[1]).merge_and_unload().eval(), processor)
+    new = logits(parts[0].eval(), processor)
+    error = (logits(model, processor) - wanted).abs().max()
+    assert error < 0.02 * (new - wanted).abs().max()  # half precision, beside what was learnt
+
+
+def test_what_is_kept_is_small_and_says_how_it_was_made(folder):
+    assert {f.name for f in folder.iterdir()} >= {"adapters.safetensors", "config.json", "training.json"}
+    assert not (folder / "model.safetensors").exists()
+    kept = load_file(folder / "adapters.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.float16}
+    assert {vlm.part_of(name) for name in kept} == {"lora", "projector", "graph"}
+    assert json.loads((folder / "training.json").read_text())["seed"] == 7
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra"])
+def test_damaged_adapters_are_one_sentence(parts, folder, monkeypatch, damage):
+    kept = load_file(folder / "adapters.safetensors")
+    name = sorted(kept)[0]
+    if damage == "missing":
+        del kept[name]
+    else:
+        kept["what.is.this"] = torch.zeros(1)
+    save_file(kept, folder / "adapters.safetensors")
+    with pytest.raises(
+        ValueError, match="has no weights" if damage == "missing" else "among them what.is.this"
+    ):
+        load(parts, folder, monkeypatch)
+
+
+def test_runs_without_adapters_are_one_sentence(run, tmp_path):
+    (run / "model" / "training.json").write_text(json.dumps({"trained": ["text"]}))
+    with pytest.raises(ValueError, match="trained no adapters"):
+        adapters.export_adapters(run, tmp_path / "kept")
+    with pytest.raises(FileNotFoundError, match="has no finished run"):
+        adapters.export_adapters(tmp_path, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
