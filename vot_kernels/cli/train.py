@@ -152,23 +152,43 @@ def train_projector_command(
     print(run(out, settings, perception, text, eval_clips, device, dry_run))
 
 
-@train_app.command("sft", epilog=examples("vot train sft runs/projector/model --out runs/sft"))
+@train_app.command(
+    "sft",
+    epilog=examples(
+        "vot train sft runs/projector/model --out runs/sft",
+        "vot train sft runs/projector/model --out runs/own --data questions.jsonl",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 @with_settings(SftTraining)
 def train_sft_command(
     checkpoint: VlmCheckpoint,
     out: Out,
     settings: Any,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of questions about your own videos; vot data check looks through it.",
+            show_default="DigitWorld",
+            **PATH,
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the videos of --data to measure with, where it has no splits.")
+    ] = 0.1,
     eval_clips: EvalClips = 56,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Teach a video-language model to answer with Video-of-Thought traces made from ground truth."""
+    """Teach a video-language model to answer with Video-of-Thought traces: of DigitWorld, or your own questions."""
     require("vot train sft", "video", "llm", "train", *(("rl",) if settings.text == "lora" else ()))
     _check(checkpoint, out, device)
-    from vot_kernels.train.sft.run import run
+    from vot_kernels.train.sft.run import run, run_on_questions
 
-    print(run(out, checkpoint, settings, eval_clips, device, dry_run))
+    if data is None:
+        print(run(out, checkpoint, settings, eval_clips, device, dry_run))
+    else:
+        print(run_on_questions(out, checkpoint, data, settings, held_out, eval_clips, device, dry_run))
 
 
 @train_app.command(
