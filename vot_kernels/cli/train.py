@@ -1,5 +1,6 @@
 """`vot train`: one command per stage."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,6 +183,9 @@ def train_sft_command(
 ) -> None:
     """Teach a video-language model to answer with Video-of-Thought traces: of DigitWorld, or your own questions."""
     require("vot train sft", "video", "llm", "train", *(("rl",) if settings.text == "lora" else ()))
+    if data is not None and _is_foreign(checkpoint):
+        _finetune(checkpoint, out, data, settings, held_out, eval_clips, device, dry_run)
+        return
     _check(checkpoint, out, device)
     from vot_kernels.train.sft.run import run, run_on_questions
 
@@ -295,6 +299,38 @@ def _train_grpo(
     from vot_kernels.train.rl.run import run_grpo
 
     print(run_grpo(stage, out, checkpoint, settings, eval_clips, device, dry_run, reward_model))
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model that is none of ours."""
+    from vot_kernels.models.checkpoint import read_config
+
+    try:
+        return not str(read_config(folder).get("model_type")).startswith("vot")
+    except (ValueError, AttributeError, OSError):
+        return False  # which the check of our own says in a sentence
+
+
+def _finetune(
+    folder: Path,
+    out: Path,
+    data: Path,
+    settings: Any,
+    held_out: float,
+    eval_clips: int,
+    device: str,
+    dry_run: bool,
+) -> None:
+    from vot_kernels.pipelines.sampling import check_device
+
+    if dry_run:
+        raise ValueError("--dry-run measures models of our own alone.")
+    check_device(device)
+    check_output_folder(out)
+    from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning
+
+    own = Finetuning(**asdict(settings))
+    print(run_finetuning(out, folder, data, own, held_out, eval_clips, device))
 
 
 def _check(checkpoint: Path, out: Path, device: str) -> None:
