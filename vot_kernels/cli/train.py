@@ -1,5 +1,6 @@
 """`vot train`: one command per stage."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,23 +153,46 @@ def train_projector_command(
     print(run(out, settings, perception, text, eval_clips, device, dry_run))
 
 
-@train_app.command("sft", epilog=examples("vot train sft runs/projector/model --out runs/sft"))
+@train_app.command(
+    "sft",
+    epilog=examples(
+        "vot train sft runs/projector/model --out runs/sft",
+        "vot train sft runs/projector/model --out runs/own --data questions.jsonl",
+    ),
+)
 @when_interrupted(checkpoints_are_kept)
 @with_settings(SftTraining)
 def train_sft_command(
     checkpoint: VlmCheckpoint,
     out: Out,
     settings: Any,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of questions about your own videos; vot data check looks through it.",
+            show_default="DigitWorld",
+            **PATH,
+        ),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the videos of --data to measure with, where it has no splits.")
+    ] = 0.1,
     eval_clips: EvalClips = 56,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Teach a video-language model to answer with Video-of-Thought traces made from ground truth."""
+    """Teach a video-language model to answer with Video-of-Thought traces: of DigitWorld, or your own questions."""
     require("vot train sft", "video", "llm", "train", *(("rl",) if settings.text == "lora" else ()))
+    if data is not None and _is_foreign(checkpoint):
+        _finetune(checkpoint, out, data, settings, held_out, eval_clips, device, dry_run)
+        return
     _check(checkpoint, out, device)
-    from vot_kernels.train.sft.run import run
+    from vot_kernels.train.sft.run import run, run_on_questions
 
-    print(run(out, checkpoint, settings, eval_clips, device, dry_run))
+    if data is None:
+        print(run(out, checkpoint, settings, eval_clips, device, dry_run))
+    else:
+        print(run_on_questions(out, checkpoint, data, settings, held_out, eval_clips, device, dry_run))
 
 
 @train_app.command(
@@ -275,6 +299,38 @@ def _train_grpo(
     from vot_kernels.train.rl.run import run_grpo
 
     print(run_grpo(stage, out, checkpoint, settings, eval_clips, device, dry_run, reward_model))
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds a model that is none of ours."""
+    from vot_kernels.models.checkpoint import read_config
+
+    try:
+        return not str(read_config(folder).get("model_type")).startswith("vot")
+    except (ValueError, AttributeError, OSError):
+        return False  # which the check of our own says in a sentence
+
+
+def _finetune(
+    folder: Path,
+    out: Path,
+    data: Path,
+    settings: Any,
+    held_out: float,
+    eval_clips: int,
+    device: str,
+    dry_run: bool,
+) -> None:
+    from vot_kernels.pipelines.sampling import check_device
+
+    if dry_run:
+        raise ValueError("--dry-run measures models of our own alone.")
+    check_device(device)
+    check_output_folder(out)
+    from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning
+
+    own = Finetuning(**asdict(settings))
+    print(run_finetuning(out, folder, data, own, held_out, eval_clips, device))
 
 
 def _check(checkpoint: Path, out: Path, device: str) -> None:

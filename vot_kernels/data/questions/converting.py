@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vot_kernels.data.questions.formats import FORMATS, Given, LeftOut
-from vot_kernels.data.questions.formats.given import read_json
+from vot_kernels.data.questions.formats import FORMATS
+from vot_kernels.data.questions.formats.given import Given, LeftOut, read_json
 from vot_kernels.data.questions.question import question_from_dict, question_to_dict
 from vot_kernels.files import atomic_write, check_output
 

@@ -1,14 +1,15 @@
 """Answers of a video-language model to questions about clips."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from vot_kernels.data.digitworld.traces import ask, summary_text
+from vot_kernels.data.digitworld.traces import ask
 from vot_kernels.models.vot.processing import VotProcessor
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.relations import GEOMETRIC_PREDICATES
 from vot_kernels.train.vlm.conversations import Clip
 
 MAX_NEW_TOKENS = 192
@@ -17,17 +18,23 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a clip and its graph, true or seen, with the answers to choose from."""
+    """A question about a clip, with its graph, true or seen, if there is one, and the answers to choose from."""
 
     clip: Clip
-    graph: STSG
+    graph: STSG | None
     question: str
     candidates: Sequence[str] | None
 
 
-def first_prompt(graph: STSG, question: str) -> str:
-    """Return what the user says first: the tracklets and events of the graph, then the question."""
-    return f"{summary_text(graph)}\n{question}"
+def first_prompt(graph: STSG | None, question: str) -> str:
+    """Return what the user says first: the graph, if there is one, then the question.
+
+    Of the graph it has the tracklets, the events, and the relations that do not follow from boxes.
+    """
+    if graph is None:
+        return question
+    relations = tuple(r for r in graph.relations if r.predicate not in GEOMETRIC_PREDICATES)
+    return f"{replace(graph, relations=relations).to_text(boxes=False)}\n{question}"
 
 
 @torch.no_grad()
@@ -55,8 +62,5 @@ def prompt_inputs(processor: VotProcessor, messages: Sequence[Sequence[Mapping[s
 
 def _content(item: Asked) -> list[dict[str, Any]]:
     text = first_prompt(item.graph, ask(item.question, item.candidates))
-    return [
-        {"type": "video", "video": item.clip},
-        {"type": "graph", "graph": item.graph},
-        {"type": "text", "text": text},
-    ]
+    graph = [] if item.graph is None else [{"type": "graph", "graph": item.graph}]
+    return [{"type": "video", "video": item.clip}, *graph, {"type": "text", "text": text}]

@@ -1,6 +1,6 @@
 """Conversations about clips as training batches: what the model reads, and which tokens it learns to write."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,8 +49,8 @@ class Conversation:
     graph: STSG | None = None
 
 
-Speaker = Callable[[Episode, np.random.Generator], Conversation]
-"""Makes a conversation about an episode; all of its choices come from the generator."""
+Speaker = Callable[[Any, np.random.Generator], Conversation]
+"""Makes a conversation about an episode, or what else there is; all of its choices come from the generator."""
 
 
 class ConversationBatches(Dataset[dict[str, Tensor]]):
@@ -63,7 +63,12 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
         batch_size: conversations per batch.
         split: of DigitWorld; sizes vary in "train" alone.
         h264_share: share of the clips that are encoded with H.264 and decoded.
+
+    Attributes:
+        signature: what must be equal, besides the settings, for a run to be resumed.
     """
+
+    signature: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
         size = TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] if self.split == "train" else None
         return self.speak(generate_episode(self.split, index, self.seed, size=size), rng)
 
-    def loader(self, start: int, stop: int) -> DataLoader[dict[str, Tensor]]:
+    def loader(self, start: int, stop: int) -> Iterable[dict[str, Tensor]]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
         return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
 

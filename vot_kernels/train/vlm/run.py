@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,18 @@ class Origin:
     Attributes:
         folders: of the checkpoints, by what the record calls them.
         words: how the command names them.
+        data: what tells other data than DigitWorld from any other.
     """
 
     folders: Mapping[str, Path]
     words: Sequence[str]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return what tells them from other checkpoints, folders of the same name among them."""
         names = {kind: folder.name for kind, folder in self.folders.items()}
-        return names | {
-            f"{kind}_fingerprint": folder_fingerprint(folder) for kind, folder in self.folders.items()
-        }
+        prints = {f"{kind}_fingerprint": folder_fingerprint(folder) for kind, folder in self.folders.items()}
+        return names | prints | dict(self.data)
 
 
 def run_stage(

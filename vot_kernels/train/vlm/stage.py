@@ -1,5 +1,6 @@
 """Supervised training of parts of the video-language model on conversations."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from vot_kernels.train.vlm.conversations import ConversationBatches, Speaker
 from vot_kernels.train.vlm.estimate import Work
 from vot_kernels.train.vlm.model import check_trained, train_only
 
+Batches = Callable[[VotProcessor, Speaker, int, int], ConversationBatches]
+"""Makes the batches for a processor, a speaker, a seed and a batch size."""
+
 
 def train_parts(
     out: Path,
@@ -24,6 +28,7 @@ def train_parts(
     settings: Any,
     *,
     speak: Speaker,
+    batches: Batches = ConversationBatches,
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
@@ -37,6 +42,7 @@ def train_parts(
         settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size, precision and seed, and with
             parts, as `train_only` takes them.
         speak: makes the conversations.
+        batches: makes what is learned from; by default from DigitWorld.
         save_every, stop_at, report: as in `run_steps`.
 
     Raises:
@@ -44,7 +50,7 @@ def train_parts(
         RuntimeError: other parameters than those of the parts are trained.
     """
     parts = settings.parts
-    batches = ConversationBatches(processor, speak, settings.seed, settings.batch_size)
+    data = batches(processor, speak, settings.seed, settings.batch_size)
     start = fingerprint(model)
     trained = train_only(model, parts)
     groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
@@ -62,9 +68,9 @@ def train_parts(
             trained,
             optimizer,
             schedule,
-            batches.loader,
+            data.loader,
             loss_terms,
-            signature={**asdict(settings), "start": start},
+            signature={**asdict(settings), **data.signature, "start": start},
             save_every=save_every,
             stop_at=stop_at,
             report=report,
@@ -73,9 +79,15 @@ def train_parts(
     return done
 
 
-def conversation_work(model: nn.Module, processor: VotProcessor, settings: Any, speak: Speaker) -> Work:
+def conversation_work(
+    model: nn.Module,
+    processor: VotProcessor,
+    settings: Any,
+    speak: Speaker,
+    batches: Batches = ConversationBatches,
+) -> Work:
     """Return what a step of `train_parts` computes."""
-    return Work(ConversationBatches(processor, speak, settings.seed, settings.batch_size)[0])
+    return Work(batches(processor, speak, settings.seed, settings.batch_size)[0])
 
 
 @torch.no_grad()

@@ -42,5 +42,3 @@ FORMATS = {
     "activitynet-qa": Format("ActivityNet-QA", activitynet_qa.records, activitynet_qa.questions),
     "action-genome": Format("Action Genome", action_genome.records, action_genome.questions),
 }
-
-__all__ = ["FORMATS", "Format", "Given", "LeftOut"]
