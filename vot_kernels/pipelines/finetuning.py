@@ -38,7 +38,6 @@ class Finetuning(SftTraining):
     """The settings of the stage sft for a model whose adapters alone are trained, and what its trainer must know."""
 
     accumulation: ClassVar = 1
-    precision: ClassVar = "float32"
     validate_every: ClassVar = 0
 
     def __post_init__(self) -> None:
