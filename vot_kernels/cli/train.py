@@ -284,6 +284,20 @@ def recipe_command(
     print(recipe(stage), end="")
 
 
+@train_app.command("export", epilog=examples("vot train export runs/sft --out my-adapters"))
+def export_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run of sft with adapters.", **PATH)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", **PATH)],
+) -> None:
+    """Keep the adapters of a run without the language model: 12 MB, which every --vlm takes."""
+    require("vot train export", "llm", "train")
+    check_output_folder(out)
+    from vot_kernels.train.vlm.adapters import export_adapters
+
+    export_adapters(run, out)
+    print(f"{out}: adapters, configuration, processor and training.json")
+
+
 def _train_grpo(
     stage: str,
     checkpoint: Path,
