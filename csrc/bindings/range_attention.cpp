@@ -9,11 +9,18 @@ FarRows far_rows(const MaybeTensor& states, const MaybeTensor& slots, const Mayb
   return {in<float>(states), in<int32_t>(slots), head_rows(features), FeatureMap(feature_map), width};
 }
 
-// `ranges` is [2, rows]; tasks, here and below, are rows of numbers as their struct has them.
+FarPairs far_pairs(const MaybeTensor& reach, const MaybeTensor& features) {
+  if (!reach) return {};
+  const int32_t* low = in<int32_t>(*reach);
+  return {low, low + reach->stride(0), head_rows(features)};
+}
+
+// `ranges` and `reach` are [2, rows]; tasks, here and below, are rows of numbers as their struct has them.
 void range_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ranges,
                              const Tensor& tasks, double scale, const MaybeTensor& states, const MaybeTensor& slots,
-                             const MaybeTensor& features, int64_t feature_map, const MaybeTensor& beta,
-                             const Tensor& result, const Tensor& lse) {
+                             const MaybeTensor& features, int64_t feature_map, const MaybeTensor& reach,
+                             const MaybeTensor& key_features, const MaybeTensor& beta, const Tensor& result,
+                             const Tensor& lse) {
   RangeForward problem = {};
   problem.q = head_rows(q);
   problem.k = head_rows(k);
@@ -29,6 +36,7 @@ void range_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, 
   problem.tasks = in<RowsTask>(tasks);
   problem.num_tasks = tasks.size(0);
   problem.far = far_rows(states, slots, features, feature_map);
+  problem.pairs = far_pairs(reach, key_features);
   problem.beta = in<float>(beta);
   kernels().range_attention_forward(problem, torch_threads());
 }
@@ -60,9 +68,10 @@ void range_attention_rows_backward(const Tensor& d_out, const MaybeTensor& d_lse
 void range_attention_keys_backward(const Tensor& d_out, const Tensor& lse, const Tensor& delta, const Tensor& q,
                                    const Tensor& k, const Tensor& v, const Tensor& ranges, const Tensor& tasks,
                                    double scale, const MaybeTensor& begun, const MaybeTensor& states,
-                                   const MaybeTensor& slots, const MaybeTensor& features, int64_t feature_map,
-                                   const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                                   const MaybeTensor& d_features) {
+                                   const MaybeTensor& slots, const MaybeTensor& features, int64_t feature_map, const MaybeTensor& reach,
+                                   const MaybeTensor& row_features, const MaybeTensor& far_weight, const Tensor& dq,
+                                   const Tensor& dk, const Tensor& dv, const MaybeTensor& d_features,
+                                   const MaybeTensor& d_beta, const MaybeTensor& dq_features) {
   RangeKeysBackward problem = {};
   problem.d_out = head_rows(d_out);
   problem.q = head_rows(q);
@@ -85,6 +94,10 @@ void range_attention_keys_backward(const Tensor& d_out, const Tensor& lse, const
   problem.num_tasks = tasks.size(0);
   problem.far = far_rows(states, slots, features, feature_map);
   problem.d_features = head_rows(d_features);
+  problem.pairs = far_pairs(reach, row_features);
+  problem.far_weight = in<float>(far_weight);
+  problem.d_beta = out<float>(d_beta);
+  problem.dq_features = out<float>(dq_features);
   kernels().range_attention_keys_backward(problem, torch_threads());
 }
 
@@ -107,8 +120,8 @@ void range_attention_sum_parts(const MaybeTensor& begun, const Tensor& parts, co
 STABLE_TORCH_LIBRARY_FRAGMENT(vot_kernels_cpp, library) {
   library.def(
       "range_attention_forward(Tensor q, Tensor k, Tensor v, Tensor ranges, Tensor tasks, float scale, "
-      "Tensor? states, Tensor? slots, Tensor? features, int feature_map, Tensor? beta, Tensor(a!) out, "
-      "Tensor(b!) lse) -> ()");
+      "Tensor? states, Tensor? slots, Tensor? features, int feature_map, Tensor? reach, Tensor? key_features, "
+      "Tensor? beta, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def(
       "range_attention_rows_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, int kv_heads, "
       "Tensor tasks, Tensor? states, Tensor? slots, Tensor? features, int feature_map, Tensor? beta, "
@@ -116,7 +129,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vot_kernels_cpp, library) {
   library.def(
       "range_attention_keys_backward(Tensor d_out, Tensor lse, Tensor delta, Tensor q, Tensor k, Tensor v, "
       "Tensor ranges, Tensor tasks, float scale, Tensor? begun, Tensor? states, Tensor? slots, Tensor? features, "
-      "int feature_map, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? d_features) -> ()");
+      "int feature_map, Tensor? reach, Tensor? row_features, Tensor? far_weight, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, Tensor(d!)? d_features, Tensor(e!)? d_beta, Tensor(f!)? dq_features) -> ()");
   library.def(
       "range_attention_sum_parts(Tensor? begun, Tensor parts, Tensor tasks, Tensor(a!) dq) -> ()");
 }

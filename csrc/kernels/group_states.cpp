@@ -95,25 +95,32 @@ typedef float UnalignedHalfVec __attribute__((vector_size(VOT_VECTOR_BYTES / 2),
 typedef double DoubleVec __attribute__((vector_size(VOT_VECTOR_BYTES)));
 constexpr int DOUBLE_LANES = LANES / 2;
 
-// target[g] (+)= the sum of the states `lag` and more groups before g, or after it, for numbers [begin, end) of a state.
-void scan(const FarStates& problem, int64_t segment, int64_t lag, bool reverse, bool add, int64_t begin, int64_t end) {
-  const int64_t first = problem.bounds[segment], count = problem.bounds[segment + 1] - first;
-  const auto slot = [&](int64_t i) { return (first + (reverse ? count - 1 - i : i)) * problem.size; };
-  DoubleVec totals[SCAN_NUMBERS / DOUBLE_LANES] = {};
-  for (int64_t i = 0; i < count; i++) {
-    float* target = problem.sums + slot(i);
-    const float* source = i >= lag && lag >= 0 ? problem.states + slot(i - lag) : nullptr;
-    for (int64_t c = begin; c < end; c += DOUBLE_LANES) {
-      DoubleVec& total = totals[(c - begin) / DOUBLE_LANES];
-      const auto numbers = [&](const float* from) {
-        return HalfVec(*reinterpret_cast<const UnalignedHalfVec*>(from + c));
-      };
-      if (source) total += __builtin_convertvector(numbers(source), DoubleVec);
-      const HalfVec sum = __builtin_convertvector(total, HalfVec);
-      *reinterpret_cast<UnalignedHalfVec*>(target + c) = add ? numbers(target) + sum : sum;
-    }
+VOT_INLINE HalfVec half_vector(const float* from) { return *reinterpret_cast<const UnalignedHalfVec*>(from); }
+
+// Sums over more and more states, for numbers [begin, end) of them.
+class RunningSum {
+ public:
+  RunningSum(int64_t begin, int64_t end) : begin_(begin), end_(end) {}
+
+  void add(const float* state) {
+    each([&](int64_t c, DoubleVec& total) { total += __builtin_convertvector(half_vector(state + c), DoubleVec); });
   }
-}
+  void put(float* target, bool keep) {
+    each([&](int64_t c, const DoubleVec& total) {
+      const HalfVec sum = __builtin_convertvector(total, HalfVec);
+      *reinterpret_cast<UnalignedHalfVec*>(target + c) = keep ? half_vector(target + c) + sum : sum;
+    });
+  }
+
+ private:
+  template <class Visit>
+  VOT_INLINE void each(const Visit& visit) {
+    for (int64_t c = begin_; c < end_; c += DOUBLE_LANES) visit(c, totals_[(c - begin_) / DOUBLE_LANES]);
+  }
+
+  const int64_t begin_, end_;
+  DoubleVec totals_[SCAN_NUMBERS / DOUBLE_LANES] = {};
+};
 
 }  // namespace
 
@@ -157,8 +164,23 @@ void far_states(const FarStates& problem, const Parallel& parallel) {
   parallel(problem.segments * blocks, [&](int64_t task) {
     const int64_t segment = task / blocks, begin = task % blocks * SCAN_NUMBERS;
     const int64_t end = least(begin + SCAN_NUMBERS, problem.size);
-    if (problem.behind >= 0 || problem.ahead < 0) scan(problem, segment, problem.behind, false, false, begin, end);
-    if (problem.ahead >= 0) scan(problem, segment, problem.ahead, true, problem.behind >= 0, begin, end);
+    const int64_t first = problem.bounds[segment], last = problem.bounds[segment + 1];
+    const auto state = [&](int64_t g) { return problem.states + g * problem.size; };
+    const auto sum = [&](int64_t g) { return problem.sums + g * problem.size; };
+    if (problem.before) {
+      RunningSum total(begin, end);
+      for (int64_t g = first, next = first; g < last; g++) {
+        while (next < problem.before[g]) total.add(state(next++));
+        total.put(sum(g), false);
+      }
+    }
+    if (problem.after) {
+      RunningSum total(begin, end);
+      for (int64_t g = last - 1, next = last; g >= first; g--) {
+        while (next > problem.after[g]) total.add(state(--next));
+        total.put(sum(g), problem.before != nullptr);
+      }
+    }
   });
 }
 

@@ -24,14 +24,14 @@ struct GroupStates {
   float* states;                 // [groups][kv_heads][width][state_row(head_dim)]
 };
 
-// sums[g] = the sum of the states of the groups j <= g - behind, and of those j >= g + ahead, in the segment of g. One
-// side may be missing (-1), and sums overlap if the sides do.
+// sums[g] = the sum of the states of the groups j < before[g], and of those j >= after[g], in the segment of g; neither
+// falls along a segment. One side may be missing (null), and sums overlap if the sides do.
 struct FarStates {
   const float* states;  // [groups][size]
   int64_t size, segments;
-  const int32_t* bounds;  // [segments + 1], groups
-  int64_t behind, ahead;
-  float* sums;  // [groups][size], other memory than the states
+  const int32_t* bounds;          // [segments + 1], groups
+  const int32_t *before, *after;  // [groups]
+  float* sums;                    // [groups][size], other memory than the states
 };
 
 // sums[s] = the sum of the states of the groups of segment s.

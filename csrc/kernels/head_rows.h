@@ -75,6 +75,13 @@ inline void read_transposed(const HeadRows& rows, int64_t first, int count, int6
   }
 }
 
+// `count` rows of floats into panels. Rows up to a multiple of 16, and whole blocks of 16 columns, must be there.
+inline void transpose_to_panels(const float* rows, ptrdiff_t row, int count, int width, float* panels) {
+  for (int i = 0; i < count; i += 16)
+    for (int j = 0; j < width; j += 16)
+      transpose_16x16(rows + i * row + j, row, panels + i / PANEL * panel_size(width) + i % PANEL + j * PANEL, PANEL);
+}
+
 // out[rows x columns] = A[rows x depth] . panels, for columns from `begin` to before `end`, multiples of LANES.
 inline void multiply_panels(int rows, int begin, int end, Left a, const float* panels, int depth, Result out) {
   for (int c = begin; c < end;) {

@@ -428,7 +428,10 @@ const float* sums_of(const LinearAttention& inputs, const Plan& plan, const floa
   const int64_t size = inputs.kv_heads * Shape(inputs).size;
   float* sums = scratch<5>(size_t((inputs.causal ? plan.num_parts : plan.num_segments) * size));
   if (inputs.causal) {
-    far_states({states, size, plan.num_segments, plan.bounds, later ? -1 : 1, later ? 1 : -1, sums}, parallel);
+    int32_t* numbers = reinterpret_cast<int32_t*>(scratch<7>(size_t(plan.num_parts + 1)));
+    for (int64_t i = 0; i <= plan.num_parts; i++) numbers[i] = int32_t(i);
+    const int32_t *before = later ? nullptr : numbers, *after = later ? numbers + 1 : nullptr;
+    far_states({states, size, plan.num_segments, plan.bounds, before, after, sums}, parallel);
   } else {
     segment_states({states, size, plan.num_segments, plan.bounds, sums}, parallel);
   }

@@ -1,5 +1,6 @@
 #include "range_attention.h"
 
+#include "head_features.h"
 #include "range_products.h"
 #include "scratch.h"
 #include "space.h"
@@ -43,6 +44,13 @@ VOT_INLINE void exponentials(const float* scores, int vectors, Vec factor, float
   for (int r = 0; r < R; r++) store(sums + r * LANES, total[r]);
 }
 
+// The exponent of the next power of two above x > 0.
+VOT_INLINE float exponent_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return float((bits >> 23) - 126);
+}
+
 // Scores of keys that a row does not see become -inf; `first` is the key of the first score.
 VOT_INLINE void hide(float* scores, int vectors, int64_t first, int64_t low, int64_t high) {
   if (first >= low && first + vectors * LANES <= high) return;
@@ -69,6 +77,9 @@ class Forward {
         rows_((task.end - task.begin) * repeats_),
         depth_(problem.head_dim),
         columns_(int(round_up(problem.head_dim, LANES))),
+        stride_(int(round_up(problem.far.width, 16))),
+        reach_low_(problem.pairs.low ? problem.pairs.low : problem.low),
+        reach_high_(problem.pairs.low ? problem.pairs.high : problem.high),
         products_(problem, kv_head, rows_) {
     Space space;
     divide(space);
@@ -78,10 +89,11 @@ class Forward {
 
   void run() {
     begin();
-    const int64_t low = p_.low[task_.begin], high = p_.high[task_.end - 1];
+    const int64_t low = reach_low_[task_.begin], high = reach_high_[task_.end - 1];
     for (int64_t key = task_.first_key + (low - task_.first_key) / KEYS * KEYS; key < high; key += KEYS) {
       const int count = int(least<int64_t>(KEYS, high - key));
       products_.read_keys(key, count);
+      if (p_.pairs.low) read_key_features(key, count);
       for (int i = 0; i < rows_;) {
         const int next = block_end(i);
         prefetch(key + KEYS + i * KEYS / rows_, least(high, key + KEYS + next * KEYS / rows_));
@@ -95,22 +107,29 @@ class Forward {
 
  private:
   void divide(Space& space) {
-    const int64_t width = p_.far.states ? round_up(p_.far.width, LANES) : 0;
     products_.divide(space);
     outputs_ = space.take(rows_ * columns_);
     sums_ = space.take(rows_ * LANES);
     pivots_ = space.take(rows_);
-    scores_ = space.take(ROWS * most<int64_t>(SCORES_ROW, width));
+    scores_ = space.take(ROWS * SCORES_ROW);
     decays_ = space.take(ROWS);
-    far_ = space.take(p_.far.states ? ROWS * state_row(depth_) : 0);
+    if (!p_.far.any()) return;
+    features_ = space.take(rows_ * stride_);
+    far_ = space.take(ROWS * most<int64_t>(SCORES_ROW, state_row(depth_)));
+    if (!p_.pairs.low) return;
+    key_features_ = space.take(KEYS * stride_);
+    key_panels_ = space.take(KEYS / PANEL * panel_size(p_.far.width));
   }
 
   int token(int row) const { return task_.begin + row / repeats_; }
   int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
 
+  bool has_pairs(int token) const { return reach_low_[token] < p_.low[token] || p_.high[token] < reach_high_[token]; }
+
   // Rows before the next block: at most ROWS, and if many have one range, these alone, which need no mask.
   int block_end(int row) const {
-    const int end = least(row + ROWS, rows_), first = token(row), last = token(end - 1);
+    const int first = token(row), most_rows = has_pairs(first) ? Products::PAIR_ROWS : ROWS;
+    const int end = least(row + most_rows, rows_), last = token(end - 1);
     int other = first + 1;
     while (other <= last && p_.low[other] == p_.low[first] && p_.high[other] == p_.high[first]) other++;
     const int run = (other - task_.begin) * repeats_;
@@ -121,10 +140,22 @@ class Forward {
     for (int i = 0; i < rows_; i++) {
       if (i + AHEAD < rows_) prefetch_row(p_.q, token(i + AHEAD), head(i + AHEAD), depth_);
       products_.read_query(i, token(i), head(i));
+      if (p_.far.map == FeatureMap::GIVEN && p_.far.any() && i + AHEAD < rows_)
+        prefetch_row(p_.far.features, token(i + AHEAD), head(i + AHEAD), p_.far.width);
       pivots_[i] = -INF;
     }
+    const auto token_of = [&](int i) { return int64_t(token(i)); };
+    if (p_.far.any())
+      read_features(p_.far.features, p_.far.map, p_.far.width, rows_, token_of, [&](int i) { return head(i); }, features_,
+                    stride_);
     std::memset(outputs_, 0, sizeof(float) * size_t(rows_ * columns_));
     std::memset(sums_, 0, sizeof(float) * size_t(rows_ * LANES));
+  }
+
+  void read_key_features(int64_t key, int count) {
+    read_features(p_.pairs.features, p_.far.map, p_.far.width, count, [&](int i) { return key + i; },
+                  [&](int) { return kv_head_; }, key_features_, stride_);
+    transpose_to_panels(key_features_, stride_, count, p_.far.width, key_panels_);
   }
 
   // Keys of the next block, a few for each block of rows: many at once would wait for each other.
@@ -138,8 +169,25 @@ class Forward {
   // The block of `count` keys from `key` on for the rows from `row` on.
   void attend(int row, int rows, int64_t key, int count) {
     const int first = token(row), last = token(row + rows - 1);
-    const int begin = int(most<int64_t>(p_.low[first] - key, 0)), end = int(least<int64_t>(p_.high[last] - key, count));
+    const auto place = [&](int64_t bound) { return int(most<int64_t>(0, least<int64_t>(bound - key, count))); };
+    const int begin = place(reach_low_[first]), end = place(reach_high_[last]);
     if (begin >= end) return;
+    bool pairs = false;
+    for (int i = first; i <= last; i++)
+      pairs |= place(reach_low_[i]) < place(p_.low[i]) || place(p_.high[i]) < place(reach_high_[i]);
+    if (pairs) {
+      weigh_all(row, rows, key, begin, end, place(p_.low[first]), place(p_.high[last]));
+    } else {
+      weigh_near(row, rows, key, begin, end,
+                 [&](int r, int j, Vec weight) { products_.put_weight(scores_, r, j, weight); });
+    }
+    products_.add_values(rows, begin, end, scores_, outputs_ + row * columns_, decays_);
+  }
+
+  // put(row, key, weights) for near keys of the block from `begin` to before `end`; what a row does not see weighs 0.
+  template <class Put>
+  VOT_INLINE void weigh_near(int row, int rows, int64_t key, int begin, int end, const Put& put) {
+    const int first = token(row), last = token(row + rows - 1);
     const int start = begin / LANES * LANES, stop = int(round_up(end, LANES)), vectors = (stop - start) / LANES;
     products_.scores(row, rows, start, stop, scores_);
     float* scores = scores_ + start;
@@ -147,14 +195,76 @@ class Forward {
       for (int i = 0; i < rows; i++)
         hide(scores + i * SCORES_ROW, vectors, key + start, p_.low[token(row + i)], p_.high[token(row + i)]);
     const auto weigh = [&](auto count, int i) {
-      const auto put = [&](int r, int j, Vec weight) { products_.put_weight(scores_, i + r, start + j * LANES, weight); };
       exponentials<decltype(count)::value>(scores + i * SCORES_ROW, vectors, products_.factor(), pivots_ + row + i,
-                                           sums_ + (row + i) * LANES, decays_ + i, put);
+                                           sums_ + (row + i) * LANES, decays_ + i,
+                                           [&](int r, int j, Vec weight) { put(i + r, start + j * LANES, weight); });
     };
     int i = 0;
     for (; i + 4 <= rows; i += 4) weigh(Number<4>{}, i);
     for (; i < rows; i++) weigh(Number<1>{}, i);
-    products_.add_values(rows, begin, end, scores_, outputs_ + row * columns_, decays_);
+  }
+
+  // The weights of all keys of the block that rows reach, from `begin` to before `end`; near ones are among those from
+  // `near_begin` to before `near_end`. Far ones raise the pivots first, for one pivot holds for both.
+  void weigh_all(int row, int rows, int64_t key, int begin, int end, int near_begin, int near_end) {
+    const int start = begin / LANES * LANES, stop = int(round_up(end, LANES));
+    multiply_panels(rows, start, stop, Left{features_ + row * stride_, stride_, 1}, key_panels_, p_.far.width,
+                    Result{far_, SCORES_ROW});
+    float raised[ROWS];
+    for (int i = 0; i < rows; i++) {
+      raised[i] = raise_pivot(row + i, keep_far(token(row + i), key, start, stop, far_ + i * SCORES_ROW));
+      std::memset(scores_ + i * SCORES_ROW + start, 0, sizeof(float) * size_t(stop - start));
+      decays_[i] = 1;
+    }
+    if (near_begin < near_end)
+      weigh_near(row, rows, key, near_begin, near_end,
+                 [&](int r, int j, Vec weight) { store(scores_ + r * SCORES_ROW + j, weight); });
+    float factors[ROWS + LANES];
+    find_far_factors(row, rows, factors);
+    for (int i = 0; i < rows; i++) {
+      decays_[i] *= raised[i];
+      float *sums = sums_ + (row + i) * LANES, *scores = scores_ + i * SCORES_ROW, *far = far_ + i * SCORES_ROW;
+      const Vec factor = splat(factors[i]);
+      Vec total = load(sums);
+      for (int j = start; j < stop; j += LANES) {
+        const Vec weight = load(far + j) * factor;
+        total += weight;
+        products_.put_weight(scores_, i, j, load(scores + j) + weight);
+      }
+      store(sums, total);
+    }
+  }
+
+  // The greatest product of features of a far pair. Those of other keys become 0.
+  VOT_INLINE float keep_far(int token, int64_t key, int start, int stop, float* far) const {
+    const auto place = [&](int64_t bound) { return IntVec{} + int32_t(bound - key); };
+    const IntVec begin = place(reach_low_[token]), low = place(p_.low[token]);
+    const IntVec end = place(reach_high_[token]), high = place(p_.high[token]);
+    IntVec at = lane_numbers() + start;
+    Vec largest = {};
+    for (int j = start; j < stop; j += LANES, at += LANES) {
+      const Vec product = (at >= begin) & (at < end) & ((at < low) | (at >= high)) ? load(far + j) : Vec{};
+      largest = greater_of(product, largest);
+      store(far + j, product);
+    }
+    return greatest(largest);
+  }
+
+  float log_weight(int row) const { return p_.beta ? p_.beta[head(row)] * LOG2E : 0; }
+  // What products of features weigh under the pivots, bounded so that it times 0 is 0.
+  void find_far_factors(int row, int rows, float* factors) const {
+    for (int i = 0; i < rows; i++)
+      factors[i] = least(log_weight(row + i) - (pivots_[row + i] == -INF ? 0 : pivots_[row + i]), 120.f);
+    for (int i = 0; i < rows; i += LANES) store(factors + i, exp2(load(factors + i)));
+  }
+  // Raises the pivot of a row, as exponentials() does, to a far weight, and returns by how much all before shrinks.
+  VOT_INLINE float raise_pivot(int row, float product) {
+    const float raised = log_weight(row) + exponent_of(product);
+    if (!(product > 0) || raised <= pivots_[row] + LAZY) return 1;
+    const float decay = exp2f(pivots_[row] - raised);
+    pivots_[row] = raised;
+    store(sums_ + row * LANES, load(sums_ + row * LANES) * splat(decay));
+    return decay;
   }
 
   void add_far() {
@@ -168,21 +278,15 @@ class Forward {
   }
 
   void add_state(int row, int rows, int slot) {
-    const int width = p_.far.width, stride = int(round_up(width, LANES)), state = int(state_row(depth_));
-    for (int i = 0; i < rows; i++) {
-      const int later = least(row + i + AHEAD, rows_ - 1);
-      prefetch_row(p_.far.features, token(later), head(later), width);
-      with_row(p_.far.features, token(row + i), head(row + i),
-               [&](const auto* x) { feature_row(p_.far.map, x, width, scores_ + i * stride); });
-    }
+    const int width = p_.far.width, state = int(state_row(depth_));
     const float* states = p_.far.states + (int64_t(slot) * p_.kv_heads + kv_head_) * width * state;
-    multiply(rows, state, Left{scores_, stride, 1}, Right{states, state}, width, Result{far_, state});
+    multiply(rows, state, Left{features_ + row * stride_, stride_, 1}, Right{states, state}, width, Result{far_, state});
     for (int i = 0; i < rows; i++) join(row + i, far_ + i * state);
   }
 
   // Near and far sums of a row under the pivot that is greater, so that nothing overflows.
   void join(int row, const float* far) {
-    const float beta = p_.beta ? p_.beta[head(row)] * LOG2E : 0;
+    const float beta = log_weight(row);
     const float log_far = beta + log2f(far[depth_]), pivot = most(pivots_[row], log_far);
     if (log_far == -INF) return;
     const float near = exp2f(pivots_[row] - pivot), weight = exp2f(least(beta - pivot, 120.f));
@@ -205,9 +309,10 @@ class Forward {
 
   const RangeForward& p_;
   const RowsTask& task_;
-  const int kv_head_, repeats_, rows_, depth_, columns_;  // columns: head_dim in whole vectors
+  const int kv_head_, repeats_, rows_, depth_, columns_, stride_;  // columns: head_dim in whole vectors; stride: width
+  const int32_t *reach_low_, *reach_high_;                         // what rows see, near or far and in no state
   Products products_;
-  float *outputs_, *sums_, *pivots_, *scores_, *decays_, *far_;
+  float *outputs_, *sums_, *pivots_, *scores_, *decays_, *features_, *far_, *key_features_, *key_panels_;
 };
 
 template <class Products>

@@ -4,6 +4,10 @@
 // falls. With the states F of the groups far from row i (S, and beside it the normaliser z),
 //
 //   out_i = (sum over j of exp(scale q_i.k_j) v_j + exp(beta) phi(q_i) S) / Z_i,   lse_i = log Z_i.
+//
+// A state pays for itself where it stands for many keys. Next to the near keys there may be some that are far and in no
+// state: those of [reach_low[i], reach_high[i]) outside of [low[i], high[i]) are taken one by one, each with the weight
+// exp(beta) phi(q_i).phi(k_j).
 #pragma once
 #include "group_states.h"
 #include "head_rows.h"
@@ -11,13 +15,21 @@
 
 namespace vot {
 
-// The side of the far part that is known row by row. `states` is null where there is none.
+// The side of the far part that is known row by row.
 struct FarRows {
   const float* states;   // [slots, kv_heads, width, state_row(head_dim)]
-  const int32_t* slots;  // the slot of each row
-  HeadRows features;     // what phi is made of: [rows, heads, width]
+  const int32_t* slots;  // the slot of each row, -1 for none
+  HeadRows features;     // what phi is made of: [rows, heads, width]; without data where there is no far part
   FeatureMap map;
   int width;
+
+  bool any() const { return features.data; }
+};
+
+// Pairs of a row and a far key that are in no state. `low` is null where there are none.
+struct FarPairs {
+  const int32_t *low, *high;  // [rows], what a row reaches; along a segment neither bound falls
+  HeadRows features;          // of the other side of a pair than that of FarRows
 };
 
 // What a forward or a rows task does: rows of a piece, a run of rows that see no key in common with others. The bits of
@@ -37,10 +49,11 @@ struct RangeForward {
   const RowsTask* tasks;
   int64_t num_tasks;
   FarRows far;
+  FarPairs pairs;
   const float* beta;  // [heads], null for 0
 };
 
-// The first step of the backward, row by row: delta = d_out.out - d_lse, and what the far part has for the rows. With
+// The first step of the backward, row by row: delta = d_out.out - d_lse, and what far states have for the rows. With
 // weight = exp(beta - lse) and g = [d_out, -delta],
 //
 //   d_features = weight g F^T,   d_beta = phi(q).d_features.
@@ -71,12 +84,15 @@ struct KeysTask {
 //
 //   dv = p^T d_out + phi(k) F',   ds = p (d_out.v - delta),   dq = scale ds k,   dk = scale ds^T q + d_phi(k)
 //
-// where d_phi(k) = [v, 1] F'^T goes through the feature map, or into d_features if they are given.
+// where d_phi(k) = [v, 1] F'^T goes through the feature map, or into d_features if they are given. Far pairs add, with
+// weight the row's,
+//
+//   dv += weight phi(q).phi(k) d_out,   d_phi(q) += weight (d_out.v - delta) phi(k),   d_phi(k) likewise with phi(q).
 struct RangeKeysBackward {
   HeadRows d_out, q, k, v, dk, dv;
   const float *lse, *delta;  // [rows, heads]
   const float* begun;        // [rows, heads, head_dim]: what dq begins with, or null for 0
-  float* dq;                 // [parts, rows, heads, head_dim]; rows that no task of a part sees are not written
+  float* dq;                 // [parts, rows, heads, head_dim]; rows that no task of a part reaches are not written
   int64_t rows;
   int heads, kv_heads, head_dim;
   float scale;
@@ -85,6 +101,10 @@ struct RangeKeysBackward {
   int64_t num_tasks;
   FarRows far;  // of the keys
   HeadRows d_features;
+  FarPairs pairs;           // with the features of the rows
+  const float* far_weight;  // [rows, heads]
+  float* d_beta;            // [parts, rows, heads], the shares of pairs are added to it; null if nobody asks
+  float* dq_features;       // [parts, rows, heads, width], as dq: the shares of pairs in those of given features
 };
 
 // Rows whose dq is the sum of some parts.

@@ -1,4 +1,6 @@
 #include "range_attention.h"
+
+#include "head_features.h"
 #include "scratch.h"
 #include "space.h"
 
@@ -7,6 +9,7 @@ namespace VOT_ISA {
 namespace {
 
 constexpr int ROWS = 96, KEYS = 128;    // of a block of scores
+constexpr int PAIR_ROWS = 48;           // of one with far pairs: few, so that they see few other near keys than their own
 constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
 constexpr int CHUNK_ROWS = 4 * ROWS;    // rows and keys that stay in the cache while all blocks of their scores are done
 constexpr int CHUNK_KEYS = 4 * KEYS;
@@ -95,7 +98,7 @@ class RowsBackward {
         const int64_t at = int64_t(token) * p_.heads + head;
         p_.delta[at] = product(token, head) - (p_.d_lse ? p_.d_lse[at] : 0);
       }
-    if (!p_.far.states) return;
+    if (!p_.far.any()) return;
     for_slots(p_.far.slots, task_.begin, task_.end, most(1, FAR_ROWS / repeats_),
               [&](int first, int count, int slot) { add_far(first, count, slot); });
   }
@@ -103,7 +106,7 @@ class RowsBackward {
  private:
   void divide(Space& space) {
     d_out_ = space.take(round_up(depth_, 16));
-    if (!p_.far.states) return;
+    if (!p_.far.any()) return;
     const int64_t rows = most(FAR_ROWS, repeats_);
     values_ = space.take(rows * gradient_.value_row());
     gradients_ = space.take(rows * gradient_.gradient_row());
@@ -124,11 +127,14 @@ class RowsBackward {
   }
 
   void add_far(int first, int count, int slot) {
-    if (slot < 0) return;
     const int rows = count * repeats_, row = gradient_.value_row();
     const auto each = [&](const auto& body) {
       for (int i = 0; i < rows; i++) body(i, first + i / repeats_, kv_head_ * repeats_ + i % repeats_);
     };
+    if (slot < 0) {
+      std::memset(gradients_, 0, sizeof(float) * size_t(gradient_.gradient_row()));
+      return each([&](int, int token, int head) { put(token, head, far_weight(token, head), 0, gradients_); });
+    }
     each([&](int i, int token, int head) {
       read_row(p_.d_out, token, head, depth_, 1, values_ + i * row);
       values_[i * row + depth_] = -p_.delta[int64_t(token) * p_.heads + head];
@@ -140,18 +146,28 @@ class RowsBackward {
   void put_gradient(int token, int head, float* gradient) {
     const int64_t at = int64_t(token) * p_.heads + head;
     const int width = p_.far.width;
-    // Bounded, so that it times an absent far part is 0 and not NaN.
-    const float weight = expf(least((p_.beta ? p_.beta[head] : 0) - p_.lse[at], 80.f));
+    const float weight = far_weight(token, head);
     with_row(p_.far.features, token, head, [&](const auto* x) { feature_row(p_.far.map, x, width, features_); });
     Vec d_beta = {};
     for (int j = 0; j < width; j += LANES) {
       store(gradient + j, load(gradient + j) * splat(weight));
       d_beta += load(features_ + j) * load(gradient + j);
     }
-    p_.far_weight[at] = weight;
-    p_.d_beta[at] = sum(d_beta);
     if (p_.far.map != FeatureMap::GIVEN) feature_row_backward(p_.far.map, features_, gradient, width, gradient);
-    write_row(p_.d_features, token, head, width, 1, gradient);
+    put(token, head, weight, sum(d_beta), gradient);
+  }
+
+  // Bounded, so that it times an absent far part is 0 and not NaN.
+  float far_weight(int token, int head) const {
+    const float lse = p_.lse[int64_t(token) * p_.heads + head];
+    return expf(least((p_.beta ? p_.beta[head] : 0) - lse, 80.f));
+  }
+
+  void put(int token, int head, float weight, float d_beta, const float* gradient) {
+    const int64_t at = int64_t(token) * p_.heads + head;
+    p_.far_weight[at] = weight;
+    p_.d_beta[at] = d_beta;
+    write_row(p_.d_features, token, head, p_.far.width, 1, gradient);
   }
 
   const RangeRowsBackward& p_;
@@ -172,6 +188,9 @@ class KeysBackward {
         repeats_(problem.heads / problem.kv_heads),
         depth_(problem.head_dim),
         columns_(int(round_up(problem.head_dim, LANES))),
+        stride_(int(round_up(problem.far.width, 16))),
+        reach_low_(problem.pairs.low ? problem.pairs.low : problem.low),
+        reach_high_(problem.pairs.low ? problem.pairs.high : problem.high),
         gradient_(problem.far, problem.kv_heads, problem.head_dim) {
     Space space;
     divide(space);
@@ -184,16 +203,18 @@ class KeysBackward {
       first_key_ = key;
       num_keys_ = least(CHUNK_KEYS, task_.end - key);
       read_keys();
-      const int first = first_token(p_.high, key + 1), end = first_token(p_.low, key + num_keys_);
+      const int first = first_token(reach_high_, key + 1), end = first_token(reach_low_, key + num_keys_);
       for (first_token_ = first; first_token_ < end; first_token_ += tokens_at_once()) {
         num_rows_ = least(tokens_at_once(), end - first_token_) * repeats_;
         read_rows();
         for (int block = 0; block < num_keys_; block += KEYS)
-          for (int row = 0; row < num_rows_; row += ROWS)
-            add_block(block, least(KEYS, num_keys_ - block), row, least(ROWS, num_rows_ - row));
+          for (int row = 0, next; row < num_rows_; row = next) {
+            next = least(row + (has_pairs(token(row)) ? PAIR_ROWS : ROWS), num_rows_);
+            add_block(block, least(KEYS, num_keys_ - block), row, next - row);
+          }
         write_rows();
       }
-      if (p_.far.states)
+      if (p_.far.any())
         for_slots(p_.far.slots, key, key + num_keys_, FAR_ROWS,
                   [&](int first, int count, int slot) { add_far(first, count, slot); });
       write_keys();
@@ -215,13 +236,21 @@ class KeysBackward {
     delta_ = space.take(rows);
     weights_ = space.take(ROWS * SCORES_ROW);
     d_scores_ = space.take(ROWS * SCORES_ROW);
-    if (!p_.far.states) return;
-    features_ = space.take(FAR_ROWS * gradient_.gradient_row());
+    if (!p_.far.any()) return;
+    key_features_ = space.take(CHUNK_KEYS * stride_);
     far_values_ = space.take(FAR_ROWS * gradient_.value_row());
-    gradients_ = space.take(FAR_ROWS * gradient_.gradient_row());
+    gradients_ = space.take(FAR_ROWS * stride_);
     gradient_.divide(space);
+    if (!p_.pairs.low) return;
+    key_panels_ = space.take(CHUNK_KEYS / PANEL * panel_size(p_.far.width));
+    dk_features_ = space.take(CHUNK_KEYS * stride_);
+    row_features_ = space.take(rows * stride_);
+    dq_features_ = space.take(rows * stride_);
+    far_weight_ = space.take(rows);
+    far_ = space.take(ROWS * SCORES_ROW);
   }
 
+  bool has_pairs(int token) const { return reach_low_[token] < p_.low[token] || p_.high[token] < reach_high_[token]; }
   int tokens_at_once() const { return most(1, CHUNK_ROWS / repeats_); }
   int token(int row) const { return first_token_ + row / repeats_; }
   int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
@@ -247,12 +276,18 @@ class KeysBackward {
       read_row(p_.k, first_key_ + i, kv_head_, depth_, p_.scale, scaled_keys_ + i * columns_);
     std::memset(dk_, 0, sizeof(float) * size_t(num_keys_ * columns_));
     std::memset(dv_, 0, sizeof(float) * size_t(num_keys_ * columns_));
+    if (!p_.far.any()) return;
+    read_features(p_.far.features, p_.far.map, p_.far.width, num_keys_, [&](int i) { return int64_t(first_key_ + i); },
+                  [&](int) { return kv_head_; }, key_features_, stride_);
+    if (!p_.pairs.low) return;
+    transpose_to_panels(key_features_, stride_, num_keys_, p_.far.width, key_panels_);
+    std::memset(dk_features_, 0, sizeof(float) * size_t(num_keys_ * stride_));
   }
 
-  // Where dq of a row is summed.
-  int64_t place(int row) const {
-    return ((int64_t(task_.part) * p_.rows + token(row)) * p_.heads + head(row)) * depth_;
-  }
+  // Where what the part finds for a row is summed.
+  int64_t place(int row) const { return (int64_t(task_.part) * p_.rows + token(row)) * p_.heads + head(row); }
+  // Whether the part has begun the sums of a row.
+  bool reached_before(int row) const { return most(reach_low_[token(row)], task_.begin) < first_key_; }
 
   // Scores are found in powers of two.
   void read_rows() {
@@ -265,24 +300,54 @@ class KeysBackward {
       read_row(p_.d_out, token(i), head(i), depth_, 1, d_out_ + i * columns_);
       lse_[i] = p_.lse[at] == -INF ? INF : p_.lse[at] * LOG2E;
       delta_[i] = p_.delta[at];
-      const bool seen_before = most(p_.low[token(i)], task_.begin) < first_key_;
-      const float* from = seen_before ? p_.dq + place(i) : p_.begun ? p_.begun + at * depth_ : nullptr;
-      if (from) {
-        take_row(from, depth_, 1.f, dq_ + i * columns_);
-      } else {
-        std::memset(dq_ + i * columns_, 0, sizeof(float) * size_t(columns_));
-      }
+      const float* begun = p_.begun ? p_.begun + at * depth_ : nullptr;
+      take_sum(reached_before(i) ? p_.dq + place(i) * depth_ : begun, depth_, dq_ + i * columns_);
+      if (p_.pairs.low) far_weight_[i] = p_.far_weight[at];
     }
+    if (!p_.pairs.low) return;
+    const auto token_of = [&](int i) { return int64_t(token(i)); };
+    read_features(p_.pairs.features, p_.far.map, p_.far.width, num_rows_, token_of, [&](int i) { return head(i); },
+                  row_features_, stride_);
+    std::memset(dq_features_, 0, sizeof(float) * size_t(num_rows_ * stride_));
+  }
+  // to = from, null for 0.
+  static void take_sum(const float* from, int width, float* to) {
+    if (from) return take_row(from, width, 1.f, to);
+    std::memset(to, 0, sizeof(float) * size_t(round_up(width, LANES)));
   }
 
   void write_rows() {
-    for (int i = 0; i < num_rows_; i++) put_row(p_.dq + place(i), depth_, 1.f, dq_ + i * columns_);
+    for (int i = 0; i < num_rows_; i++) {
+      if (p_.pairs.low) write_row_of_pairs(i);
+      put_row(p_.dq + place(i) * depth_, depth_, 1.f, dq_ + i * columns_);
+    }
+  }
+  // The gradient through a feature map is linear in that of the features: each chunk of keys adds its share.
+  void write_row_of_pairs(int i) {
+    const int width = p_.far.width;
+    float *features = row_features_ + i * stride_, *gradient = dq_features_ + i * stride_;
+    if (p_.d_beta) add_d_beta(p_.d_beta + place(i), features, gradient);
+    if (p_.far.map == FeatureMap::GIVEN) {
+      float* sums = p_.dq_features + place(i) * width;
+      if (reached_before(i)) {
+        take_row(sums, width, 1.f, features);
+        add_row(features, gradient, width);
+      }
+      return put_row(sums, width, 1.f, gradient);
+    }
+    feature_row_backward(p_.far.map, features, gradient, width, gradient);
+    add_row(gradient, dq_ + i * columns_, depth_);
   }
 
   // One block of scores, and its part of all three gradients.
   void add_block(int key, int keys, int row, int rows) {
     const int first = token(row), last = token(row + rows - 1), here = first_key_ + key;
-    if (p_.high[last] <= here || p_.low[first] >= here + keys) return;
+    if (reach_high_[last] <= here || reach_low_[first] >= here + keys) return;
+    const auto place = [&](int64_t bound) { return int(most<int64_t>(0, least<int64_t>(bound - here, keys))); };
+    bool pairs = false;
+    for (int i = first; i <= last; i++)
+      pairs |= place(reach_low_[i]) < place(p_.low[i]) || place(p_.high[i]) < place(reach_high_[i]);
+    if (pairs) return add_block_of_pairs(key, keys, row, rows, place(p_.low[first]), place(p_.high[last]));
     const int stop = int(round_up(keys, LANES));
     const Left queries = {queries_ + row * columns_, columns_, 1}, d_out = {d_out_ + row * columns_, columns_, 1};
     const int64_t panel = key / PANEL * panel_size(depth_);
@@ -301,6 +366,58 @@ class KeysBackward {
              Result{dq_ + row * columns_, columns_}, Old::KEEP);
   }
 
+  // The same of a block with far pairs; near keys are among those from `begin` to before `end`.
+  void add_block_of_pairs(int key, int keys, int row, int rows, int begin, int end) {
+    const int stop = int(round_up(keys, LANES)), here = first_key_ + key, width = p_.far.width, near = end - begin;
+    const Left queries = {queries_ + row * columns_, columns_, 1}, d_out = {d_out_ + row * columns_, columns_, 1};
+    const Left features = {row_features_ + row * stride_, stride_, 1};
+    const int64_t panel = key / PANEL * panel_size(depth_);
+    if (near > 0)
+      multiply_panels(rows, begin / LANES * LANES, int(round_up(end, LANES)), queries, keys_ + panel, depth_,
+                      Result{weights_, SCORES_ROW});
+    multiply_panels(rows, 0, stop, d_out, values_ + panel, depth_, Result{d_scores_, SCORES_ROW});
+    multiply_panels(rows, 0, stop, features, key_panels_ + key / PANEL * panel_size(width), width,
+                    Result{far_, SCORES_ROW});
+    for (int i = 0; i < rows; i++) find_pair_gradients(i, row + i, here, stop);
+    multiply(keys, columns_, Left{weights_, 1, SCORES_ROW}, Right{d_out.data, columns_}, rows,
+             Result{dv_ + key * columns_, columns_}, Old::KEEP);
+    multiply(keys, stride_, Left{far_, 1, SCORES_ROW}, Right{features.data, stride_}, rows,
+             Result{dk_features_ + key * stride_, stride_}, Old::KEEP);
+    multiply(rows, stride_, Left{far_, SCORES_ROW, 1}, Right{key_features_ + key * stride_, stride_}, keys,
+             Result{dq_features_ + row * stride_, stride_}, Old::KEEP);
+    if (near <= 0) return;
+    const int64_t place = int64_t(key + begin) * columns_;
+    multiply(near, columns_, Left{d_scores_ + begin, 1, SCORES_ROW}, Right{queries.data, columns_}, rows,
+             Result{dk_ + place, columns_}, Old::KEEP);
+    multiply(rows, columns_, Left{d_scores_ + begin, SCORES_ROW, 1}, Right{scaled_keys_ + place, columns_}, near,
+             Result{dq_ + row * columns_, columns_}, Old::KEEP);
+  }
+
+  // Of one row of a block: p in place of the scores, ds of near keys in place of d_out.v, and of far keys the gradient
+  // of phi(q).phi(k) in place of that product.
+  void find_pair_gradients(int i, int row, int here, int stop) {
+    float *weights = weights_ + i * SCORES_ROW, *d_scores = d_scores_ + i * SCORES_ROW, *far = far_ + i * SCORES_ROW;
+    const Vec lse = splat(lse_[row]), delta = splat(delta_[row]), far_weight = splat(far_weight_[row]);
+    const auto place = [&](const int32_t* bounds) { return IntVec{} + int32_t(bounds[token(row)] - here); };
+    const IntVec begin = place(reach_low_), low = place(p_.low), end = place(reach_high_), high = place(p_.high);
+    IntVec key = lane_numbers();
+    for (int j = 0; j < stop; j += LANES, key += LANES) {
+      const IntVec near = (key >= low) & (key < high), reached = (key >= begin) & (key < end);
+      const Vec d_weight = load(d_scores + j) - delta;
+      const Vec near_weight = near ? exp2(load(weights + j) - lse) : Vec{};
+      const Vec weight = reached & ~near ? far_weight : Vec{};
+      store(weights + j, near_weight + weight * load(far + j));
+      store(d_scores + j, near_weight * d_weight);
+      store(far + j, weight * d_weight);
+    }
+  }
+
+  void add_d_beta(float* d_beta, const float* features, const float* gradient) const {
+    Vec total = {};
+    for (int j = 0; j < p_.far.width; j += LANES) total += load(features + j) * load(gradient + j);
+    *d_beta += sum(total);
+  }
+
   // Of one row of a block: p in place of the scores, and ds in place of d_out.v, 0 for keys outside [low, high).
   void find_gradients(int i, int row, int stop, int low, int high) {
     float *weights = weights_ + i * SCORES_ROW, *d_scores = d_scores_ + i * SCORES_ROW;
@@ -315,30 +432,43 @@ class KeysBackward {
     }
   }
 
-  // The states of the rows from which `count` keys from `first` on are far.
+  // What `count` keys from `first` on have of far rows: of states, and of pairs.
   void add_far(int first, int count, int slot) {
-    if (slot < 0) return;
-    const int width = p_.far.width, row = gradient_.value_row(), stride = gradient_.gradient_row();
-    for (int i = 0; i < count; i++) {
-      read_row(p_.v, first + i, kv_head_, depth_, 1, far_values_ + i * row);
-      far_values_[i * row + depth_] = 1;
-      with_row(p_.far.features, first + i, kv_head_,
-               [&](const auto* x) { feature_row(p_.far.map, x, width, features_ + i * stride); });
+    const int width = p_.far.width, offset = first - first_key_;
+    if (slot >= 0) {
+      add_state(first, count, slot);
+    } else {
+      std::memset(gradients_, 0, sizeof(float) * size_t(count * stride_));
     }
-    gradient_(slot, kv_head_, far_values_, count, gradients_);
-    const int64_t place = int64_t(first - first_key_) * columns_;
-    multiply(count, columns_, Left{features_, stride, 1}, Right{gradient_.state(slot, kv_head_), row}, width,
-             Result{dv_ + place, columns_}, Old::KEEP);
     for (int i = 0; i < count; i++) {
-      float* gradient = gradients_ + i * stride;
+      float* gradient = gradients_ + i * stride_;
+      if (p_.pairs.low) add_row(dk_features_ + (offset + i) * stride_, gradient, width);
       if (p_.far.map == FeatureMap::GIVEN) {
         write_row(p_.d_features, first + i, kv_head_, width, 1, gradient);
         continue;
       }
-      feature_row_backward(p_.far.map, features_ + i * stride, gradient, width, gradient);
-      float* dk = dk_ + place + i * columns_;  // in units of ln 2 until it is written
+      feature_row_backward(p_.far.map, key_features_ + (offset + i) * stride_, gradient, width, gradient);
+      float* dk = dk_ + (offset + i) * columns_;  // in units of ln 2 until it is written
       for (int j = 0; j < columns_; j += LANES) store(dk + j, load(dk + j) + load(gradient + j) * splat(LOG2E));
     }
+  }
+
+  // The gradients of the features of keys that a state of far rows gives, and its share of dv.
+  void add_state(int first, int count, int slot) {
+    const int row = gradient_.value_row(), offset = first - first_key_;
+    for (int i = 0; i < count; i++) {
+      read_row(p_.v, first + i, kv_head_, depth_, 1, far_values_ + i * row);
+      far_values_[i * row + depth_] = 1;
+    }
+    gradient_(slot, kv_head_, far_values_, count, gradients_);
+    multiply(count, columns_, Left{key_features_ + offset * stride_, stride_, 1},
+             Right{gradient_.state(slot, kv_head_), row}, p_.far.width, Result{dv_ + offset * columns_, columns_},
+             Old::KEEP);
+  }
+
+  // to += from, `width` numbers in whole vectors.
+  static void add_row(const float* from, float* to, int width) {
+    for (int j = 0; j < width; j += LANES) store(to + j, load(to + j) + load(from + j));
   }
 
   void write_keys() {
@@ -350,11 +480,13 @@ class KeysBackward {
 
   const RangeKeysBackward& p_;
   const KeysTask& task_;
-  const int kv_head_, repeats_, depth_, columns_;  // columns: head_dim in whole vectors
+  const int kv_head_, repeats_, depth_, columns_, stride_;  // columns: head_dim in whole vectors; stride: width
+  const int32_t *reach_low_, *reach_high_;                  // what rows see, near or far and in no state
   FarGradient gradient_;
   int first_key_, num_keys_, first_token_, num_rows_;  // of the chunk
   float *keys_, *values_, *scaled_keys_, *dk_, *dv_, *queries_, *d_out_, *dq_, *lse_, *delta_, *weights_, *d_scores_;
-  float *features_, *far_values_, *gradients_;
+  float *key_features_, *far_values_, *gradients_;
+  float *key_panels_, *dk_features_, *row_features_, *dq_features_, *far_weight_, *far_;  // of pairs
 };
 
 }  // namespace

@@ -13,7 +13,8 @@ constexpr int SCORES_ROW = KEYS + 16;  // floats from row to row: a power of two
 // In floats, whatever the types in memory.
 class FloatProducts {
  public:
-  static constexpr int ROWS = 48;  // of a block of scores
+  static constexpr int ROWS = 48;       // of a block of scores
+  static constexpr int PAIR_ROWS = 24;  // of one with far pairs: few, so that they see few other near keys than their own
 
   FloatProducts(const RangeForward& problem, int kv_head, int rows)
       : p_(problem),
@@ -62,7 +63,7 @@ class FloatProducts {
 // A tile has 16 rows of 64 bytes. The right operand of a product has its depth in pairs: [depth / 2][columns][2].
 class TileProducts {
  public:
-  static constexpr int ROWS = 32;
+  static constexpr int ROWS = 32, PAIR_ROWS = 32;
 
   TileProducts(const RangeForward& problem, int kv_head, int rows)
       : p_(problem),

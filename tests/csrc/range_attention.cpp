@@ -5,13 +5,14 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-// Two segments whose rows see their keys causally or in a window, and the forward and backward in plain loops.
+// Two segments whose rows see their keys causally or in a window, and perhaps more keys as far, one by one; and the
+// forward and backward in plain loops.
 template <class T>
 struct Problem {
   int heads, kv_heads, head_dim, width;
   float scale;
-  bool has_far;
-  std::vector<int32_t> low, high, row_slots;
+  bool has_far, has_pairs;
+  std::vector<int32_t> low, high, reach_low, reach_high, row_slots;
   std::vector<RowsTask> row_tasks;
   std::vector<KeysTask> key_tasks;
   std::vector<SumTask> sum_tasks;
@@ -25,7 +26,9 @@ struct Problem {
   Problem(Random& random) {
     kv_heads = int(random.whole(1, 2)), heads = kv_heads * int(random.whole(1, 3));
     head_dim = int(random.whole(1, random.chance(0.15) ? 90 : 20)), width = int(random.whole(1, 20));
-    scale = random.normal() / std::sqrt(float(head_dim)), has_far = random.chance(0.5);
+    scale = random.normal() / std::sqrt(float(head_dim)), has_far = random.chance(0.7);
+    has_pairs = has_far && random.chance(0.7);
+    const int64_t before = random.whole(0, 50), after = random.whole(0, 50);
     const int64_t window = random.chance(0.5) ? 100000 : random.whole(0, 40);
     const bool causal = random.chance(0.5);
     for (int32_t segment = 0, begin = 0; segment < 2; segment++) {
@@ -33,7 +36,9 @@ struct Problem {
       for (int64_t i = begin; i < end; i++) {
         low.push_back(int32_t(most<int64_t>(begin, i - window)));
         high.push_back(int32_t(causal ? i + 1 : least<int64_t>(end, i + window + 1)));
-        row_slots.push_back(segment);
+        reach_low.push_back(int32_t(most<int64_t>(begin, low.back() - (has_pairs ? before : 0))));
+        reach_high.push_back(int32_t(least<int64_t>(end, high.back() + (has_pairs ? after : 0))));
+        row_slots.push_back(random.chance(0.5) || !has_pairs ? segment : -1);
       }
       const int32_t half = (begin + end) / 2;
       for (const auto& [first, last] : {std::pair(begin, half), std::pair(half, end)})
@@ -71,6 +76,19 @@ struct Problem {
     if (!has_far) return {};
     return {from.data(), row_slots.data(), rows(features, count, width), FeatureMap::GIVEN, width};
   }
+  FarPairs pairs(const std::vector<T>& features, int count) const {
+    if (!has_pairs) return {};
+    return {reach_low.data(), reach_high.data(), rows(features, count, width)};
+  }
+  bool is_near(int64_t row, int64_t key) const { return low[size_t(row)] <= key && key < high[size_t(row)]; }
+  // The weight of a pair, before it is divided by the normaliser.
+  double weight(int64_t row, int head, int64_t key) const {
+    if (is_near(row, key)) return std::exp(score(row, head, key));
+    double sum = 0;
+    for (int f = 0; f < width; f++)
+      sum += double(at(q_features, heads, width, row, head, f)) * at(k_features, kv_heads, width, key, kv_head(head), f);
+    return sum * std::exp(double(beta[size_t(head)]));
+  }
   float at(const std::vector<T>& x, int count, int size, int64_t token, int head, int column) const {
     return to_float(x[size_t((token * count + head) * size + column)]);
   }
@@ -82,7 +100,11 @@ struct Problem {
   }
   int kv_head(int head) const { return head / (heads / kv_heads); }
   double state(const std::vector<float>& from, int64_t token, int head, int feature, int column) const {
-    const int64_t row = (row_slots[size_t(token)] * kv_heads + kv_head(head)) * width + feature;
+    return state_of_key(from, token, kv_head(head), feature, column);
+  }
+  double state_of_key(const std::vector<float>& from, int64_t token, int kv_head, int feature, int column) const {
+    if (!has_far || row_slots[size_t(token)] < 0) return 0;
+    const int64_t row = (row_slots[size_t(token)] * kv_heads + kv_head) * width + feature;
     return from[size_t(row * state_row(head_dim) + column)];
   }
   // phi(q) times a column of the state, with its weight.
@@ -103,7 +125,8 @@ void check(Random& random, const Parallel& parallel) {
   std::vector<T> out(size_t(pairs * d)), dq(out), dk(p.k), dv(p.v), dq_features(p.q_features),
       dk_features(p.k_features);
   std::vector<float> lse(size_t(pairs), NAN), delta(lse), far_weight(lse), d_beta(lse);
-  std::vector<float> sums(size_t(pairs * d), NAN);
+  std::vector<float> sums(size_t(pairs * d), NAN), feature_sums(size_t(pairs * p.width), 0);
+  std::vector<float> pair_d_beta(size_t(pairs), 0);
   const HeadRows q = p.rows(p.q, p.heads, d), k = p.rows(p.k, p.kv_heads, d), v = p.rows(p.v, p.kv_heads, d);
   const HeadRows d_out = p.rows(p.d_out, p.heads, d);
   const FarRows far = p.far_rows(p.states, p.q_features, p.heads);
@@ -111,7 +134,7 @@ void check(Random& random, const Parallel& parallel) {
 
   kernels.range_attention_forward(
       {q, k, v, p.rows(out, p.heads, d), lse.data(), p.heads, p.kv_heads, d, p.scale, p.low.data(), p.high.data(),
-       p.row_tasks.data(), row_tasks, far, p.beta.data()},
+       p.row_tasks.data(), row_tasks, far, p.pairs(p.k_features, p.kv_heads), p.beta.data()},
       parallel);
   kernels.range_attention_rows_backward(
       {d_out, p.rows(out, p.heads, d), lse.data(), nullptr, delta.data(), p.heads, p.kv_heads, d, p.row_tasks.data(),
@@ -120,19 +143,32 @@ void check(Random& random, const Parallel& parallel) {
   kernels.range_attention_keys_backward(
       {d_out, q, k, v, p.rows(dk, p.kv_heads, d), p.rows(dv, p.kv_heads, d), lse.data(), delta.data(), nullptr,
        sums.data(), rows, p.heads, p.kv_heads, d, p.scale, p.low.data(), p.high.data(), p.key_tasks.data(), key_tasks,
-       p.far_rows(p.mirrored, p.k_features, p.kv_heads), p.rows(dk_features, p.kv_heads, p.width)},
+       p.far_rows(p.mirrored, p.k_features, p.kv_heads), p.rows(dk_features, p.kv_heads, p.width),
+       p.pairs(p.q_features, p.heads), far_weight.data(), pair_d_beta.data(), feature_sums.data()},
       parallel);
   kernels.range_attention_sum_parts({nullptr, sums.data(), p.rows(dq, p.heads, d), rows, p.heads, d,
                                      p.sum_tasks.data(), int64_t(p.sum_tasks.size())},
                                     parallel);
 
+  std::vector<double> expected_dv(p.v.size(), 0), expected_dk(p.k_features.size(), 0);
+  for (int64_t j = 0; j < rows; j++)
+    for (int h = 0; h < p.kv_heads; h++)
+      for (int f = 0; f < p.width; f++) {
+        double& dk_feature = expected_dk[size_t((j * p.kv_heads + h) * p.width + f)];
+        dk_feature = p.state_of_key(p.mirrored, j, h, f, d);
+        for (int c = 0; c < d; c++) {
+          const double state = p.state_of_key(p.mirrored, j, h, f, c);
+          dk_feature += p.at(p.v, p.kv_heads, d, j, h, c) * state;
+          expected_dv[size_t((j * p.kv_heads + h) * d + c)] += p.at(p.k_features, p.kv_heads, p.width, j, h, f) * state;
+        }
+      }
   for (int64_t i = 0; i < rows; i++)
     for (int h = 0; h < p.heads; h++) {
       double total = p.far_sum(i, h, d), product = 0;
       std::vector<double> expected(size_t(d), 0), gradient(size_t(d), 0);
       for (int c = 0; c < d; c++) expected[c] = p.far_sum(i, h, c);
-      for (int64_t j = p.low[i]; j < p.high[i]; j++) {
-        const double weight = std::exp(p.score(i, h, j));
+      for (int64_t j = p.reach_low[i]; j < p.reach_high[i]; j++) {
+        const double weight = p.weight(i, h, j);
         total += weight;
         for (int c = 0; c < d; c++) expected[c] += weight * p.at(p.v, p.kv_heads, d, j, p.kv_head(h), c);
       }
@@ -142,16 +178,39 @@ void check(Random& random, const Parallel& parallel) {
       }
       expect_close("lse", lse[i * p.heads + h], std::log(total), 1e-4);
       expect_close("delta", delta[i * p.heads + h], product, 1e-4 * d);
-      for (int64_t j = p.low[i]; j < p.high[i]; j++) {
+      std::vector<double> d_features(size_t(p.width), 0);
+      double d_beta = 0;
+      for (int64_t j = p.reach_low[i]; j < p.reach_high[i]; j++) {
         double d_weight = -product;
         for (int c = 0; c < d; c++)
           d_weight += double(p.at(p.d_out, p.heads, d, i, h, c)) * p.at(p.v, p.kv_heads, d, j, p.kv_head(h), c);
-        const double d_score = std::exp(p.score(i, h, j)) / total * d_weight * p.scale;
-        for (int c = 0; c < d; c++) gradient[c] += d_score * p.at(p.k, p.kv_heads, d, j, p.kv_head(h), c);
+        const double share = p.weight(i, h, j) / total;
+        for (int c = 0; c < d; c++)
+          expected_dv[size_t((j * p.kv_heads + p.kv_head(h)) * d + c)] += share * p.at(p.d_out, p.heads, d, i, h, c);
+        if (p.is_near(i, j)) {
+          for (int c = 0; c < d; c++)
+            gradient[c] += share * d_weight * p.scale * p.at(p.k, p.kv_heads, d, j, p.kv_head(h), c);
+          continue;
+        }
+        const double far_gradient = std::exp(double(p.beta[size_t(h)])) / total * d_weight;
+        d_beta += share * d_weight;
+        for (int f = 0; f < p.width; f++) {
+          d_features[f] += far_gradient * p.at(p.k_features, p.kv_heads, p.width, j, p.kv_head(h), f);
+          expected_dk[size_t((j * p.kv_heads + p.kv_head(h)) * p.width + f)] +=
+              far_gradient * p.at(p.q_features, p.heads, p.width, i, h, f);
+        }
       }
+      expect_close("d_beta", pair_d_beta[size_t(i * p.heads + h)], d_beta, tolerance<T>(20.0 * d));
+      for (int f = 0; f < p.width; f++)
+        expect_close("dq_features", feature_sums[size_t((i * p.heads + h) * p.width + f)], d_features[f],
+                     tolerance<T>(20.0 * d));
       for (int c = 0; c < d; c++)
         expect_close("dq", to_float(dq[(i * p.heads + h) * d + c]), gradient[c], tolerance<T>(20.0 * d));
     }
+  for (size_t i = 0; i < expected_dv.size(); i++)
+    expect_close("dv", to_float(dv[i]), expected_dv[i], tolerance<T>(20.0 * d));
+  for (size_t i = 0; p.has_far && i < expected_dk.size(); i++)
+    expect_close("dk_features", to_float(dk_features[i]), expected_dk[i], tolerance<T>(20.0 * d));
 }
 
 Registered registered("range_attention", [](Random& random, const Parallel& parallel) {

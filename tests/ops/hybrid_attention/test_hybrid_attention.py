@@ -17,7 +17,6 @@ from vot_kernels.ops.hybrid_attention import (
     hybrid_attention_step,
     reference,
 )
-from vot_kernels.ops.hybrid_attention import cpp as hybrid_cpp
 from vot_kernels.ops.linear_attention.reference import linear_attention as linear_attention_reference
 from vot_kernels.ops.parts.range_attention import blocks as _blocks
 from vot_kernels.ops.parts.range_attention import torch as _range_attention
@@ -453,15 +452,50 @@ def test_any_number_of_threads_gives_the_same_bits(causal):
 
 
 @cpp
-def test_small_groups_share_states(monkeypatch):
-    """In PyTorch, whatever kernels there are; large ones have states of their own."""
-    monkeypatch.setattr(hybrid_cpp, "_MOST_NUMBERS", 0)
-    inputs = [*make_qkv(60, 4, 16), BETA]
-    for group_size, shared in ((3, True), (20, False)):
-        layout = PackedLayout.from_lengths((50, 10), group_size=group_size)
-        check(layout, inputs, backend="cpp")
-        own, torchs = (hybrid_attention(*inputs[:3], layout, backend=name) for name in ("cpp", "torch"))
-        assert torch.equal(own, torchs) == shared
+@pytest.mark.parametrize("name", ["softmax", "elu", "relu"])
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_small_groups_in_blocks(causal, name):
+    """Segments without states, with states beside pairs, and in parts of dq."""
+    for lengths, group_size, head_dim in (((64, 9, 0, 1), 1, 64), ((150, 300), 3, 16), ((1500, 40), 8, 8)):
+        layout = PackedLayout.from_lengths(lengths, group_size=group_size)
+        inputs = [*make_qkv(sum(lengths), 4, head_dim, kv_heads=2), BETA]
+        for window in (0, 5) if sum(lengths) < 1000 else (2,):
+            with uninitialized_is_nan():
+                check(layout, inputs, backend="cpp", window=window, causal=causal, feature_map=name)
+
+
+@cpp
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_small_groups_in_blocks_with_given_features(causal):
+    for lengths, group_size in (((64, 9, 0, 1), 1), ((1500, 40), 8)):
+        layout, tokens = PackedLayout.from_lengths(lengths, group_size=group_size), sum(lengths)
+        features = [make_tensor(tokens, heads, 12, seed=heads).abs() for heads in (4, 2)]
+        options = {"window": 2, "causal": causal}
+
+        def run(q, k, v, beta, x, y, layout=layout, options=options):
+            given = {"q_features": x, "k_features": y, "return_lse": True, "backend": "cpp"}
+            return hybrid_attention(q, k, v, layout, beta=beta, **given, **options)
+
+        def oracle(q, k, v, beta, x, y, layout=layout, options=options):
+            given = {"q_features": x, "k_features": y}
+            return reference.hybrid_attention(q, k, v, layout, beta=beta, **given, **options)
+
+        inputs = [*make_qkv(tokens, 4, 16, kv_heads=2), BETA, *features]
+        with uninitialized_is_nan():
+            check_against_reference(run, oracle, inputs, roundings=16.0, names=["out", "lse"])
+
+
+@cpp
+@pytest.mark.parametrize("causal", CAUSAL)
+def test_small_groups_give_the_same_bits_with_any_number_of_threads(causal):
+    layout = PackedLayout.from_lengths((1500, 3, 200, 40), group_size=3)
+    inputs = [x.requires_grad_() for x in (*make_qkv(1743, 4, 16, kv_heads=2), BETA.clone())]
+
+    def run(q, k, v, beta):
+        options = {"beta": beta, "causal": causal, "window": 4, "return_lse": True, "backend": "cpp"}
+        return hybrid_attention(q, k, v, layout, **options)
+
+    assert differing(lambda: [*run(*inputs), *gradients(run, *inputs)]) == []
 
 
 @cpp

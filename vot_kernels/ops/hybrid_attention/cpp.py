@@ -1,16 +1,19 @@
-"""Hybrid attention on the C++ kernels: states of groups, their sums over the far ones, and range attention."""
+"""Hybrid attention on the C++ kernels: states of blocks, their sums over the far ones, and range attention."""
 
 import torch
 from torch import Tensor
 
-from vot_kernels.ops.hybrid_attention import torch as composition
+from vot_kernels.ops.hybrid_attention.far_blocks import FarBlocks, plan_blocks
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.launch import rows_contiguous
 from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.group_states.cpp import far_states, group_states
+from vot_kernels.ops.parts.plans import remember
 from vot_kernels.ops.parts.range_attention.cpp import (
     FarPart,
     Plan,
+    RangeBounds,
+    make_plan,
     plan_ranges,
     range_attention_backward,
     range_attention_forward,
@@ -18,66 +21,67 @@ from vot_kernels.ops.parts.range_attention.cpp import (
     range_attention_rows_backward,
 )
 
-# A state has a row for each feature. Those of groups of up to _FEW_ROWS rows are much larger than the rows; beyond
-# _MOST_NUMBERS in all PyTorch is faster, where several groups share a state.
-_FEW_ROWS, _MOST_NUMBERS = 8, 2**20
-
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Output and lse, float32 `[tokens, heads]`."""
-    needs_far = geometry.needs_far(inputs.beta)
-    if needs_far and _shares_states(inputs, geometry):
-        return composition.forward(inputs, geometry, options)
-    plan = _plan(inputs, geometry)
-    far = _far_rows(inputs, geometry, options) if needs_far else None
+    plan, blocks = _plan(inputs, geometry)
+    far = None if blocks is None else _far_rows(inputs, blocks, options)
     return range_attention_forward(*inputs[:3], plan, options.scale, far)
 
 
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
     """Gradients of the inputs that were given. The far states are made again instead of kept."""
     inputs, out, lse = saved
-    needs_far = geometry.needs_far(inputs.beta)
-    if needs_far and _shares_states(inputs, geometry):
-        return composition.backward(saved, grads, geometry, options)
     q, k, v, beta, q_features, k_features = inputs
-    plan = _plan(inputs, geometry)
-    if not needs_far:
+    plan, blocks = _plan(inputs, geometry)
+    if blocks is None:
         near = range_attention_backward(*grads, out, lse, q, k, v, plan, options.scale)
         unused = (None if x is None else torch.zeros_like(x) for x in (beta, q_features, k_features))
         return Inputs(*near, *unused)
-    far = _far_rows(inputs, geometry, options)
+    far = _far_rows(inputs, blocks, options)
     if out.dtype != torch.float32:
         # d_out.(v - out) cancels, and a far weight may exceed 1 by much: then the rounding of out would be all of it.
         out, _ = range_attention_forward(q, k, v, plan, options.scale, far, torch.float32)
     found = range_attention_rows_backward(*grads, out, lse, k.shape[1], plan, far)
-    d_out = rows_contiguous(grads.d_out)
-    gradients = (far.features, d_out, geometry.cu_groups, k.shape[1], far.feature_map)
-    states = group_states(*gradients, found.far_weight, -found.delta)
-    keys, name = _features(k, k_features, options)
-    far = FarPart(far_states(states, geometry.segment_groups, *reversed(geometry.lags)), keys, name)
-    dq, dk, dv, d_keys = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, options.scale, far)
-    d_beta = None if beta is None or found.d_beta is None else found.d_beta.sum(0).to(beta.dtype)
-    return Inputs(dq, dk, dv, d_beta, found.d_features, d_keys)
+    d_out, states = rows_contiguous(grads.d_out), None
+    if far.states is not None:
+        weights = found.far_weight, -found.delta
+        states = group_states(far.features, d_out, blocks.states, k.shape[1], far.feature_map, *weights)
+        states = far_states(states, blocks.segments, *blocks.mirrored)
+    keys = FarPart(states, blocks.slots, far.others, far.features, far.feature_map, far.reach, far.beta)
+    gradients = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, options.scale, keys)
+    d_beta = None if beta is None or gradients.d_beta is None else gradients.d_beta.to(beta.dtype)
+    return Inputs(*gradients._replace(d_beta=d_beta))
 
 
-def _shares_states(inputs: Inputs, geometry: Geometry) -> bool:
-    """Whether the groups are too small for states of their own."""
-    groups, tokens = geometry.host_cu_groups.shape[0] - 1, int(geometry.host_cu_groups[-1])
-    width = (inputs.q if inputs.q_features is None else inputs.q_features).shape[2]
-    numbers = groups * inputs.v.shape[1] * inputs.v.shape[2] * width
-    return tokens <= _FEW_ROWS * groups and numbers > _MOST_NUMBERS
+def _plan(inputs: Inputs, geometry: Geometry) -> tuple[Plan, FarBlocks | None]:
+    """What rows see, and the far part if its weights are not known to be 0."""
+    heads, kv_heads, head_dim = inputs.q.shape[1], *inputs.k.shape[1:]
+    if not geometry.needs_far(inputs.beta):
+        return plan_ranges(geometry.key_ranges(), heads, kv_heads), None
+    width = head_dim if inputs.q_features is None else inputs.q_features.shape[2]
+    return _plan_far(geometry, heads, kv_heads, head_dim, width, torch.get_num_threads())
 
 
-def _plan(inputs: Inputs, geometry: Geometry) -> Plan:
-    return plan_ranges(geometry.key_ranges(), inputs.q.shape[1], inputs.k.shape[1])
+@remember
+def _plan_far(
+    geometry: Geometry, heads: int, kv_heads: int, head_dim: int, width: int, threads: int
+) -> tuple[Plan, FarBlocks]:
+    bounds = RangeBounds.of(geometry.key_ranges())
+    blocks = plan_blocks(geometry, bounds.near[1], head_dim, width, heads // kv_heads)
+    reach = bounds.near if blocks.reach is None else blocks.reach.numpy()
+    return make_plan(bounds, reach, heads, kv_heads, threads), blocks
 
 
-def _far_rows(inputs: Inputs, geometry: Geometry, options: Options) -> FarPart:
-    """For each group the sum of the states of the groups far from it, and what reads it."""
-    keys, name = _features(inputs.k, inputs.k_features, options)
-    states = group_states(keys, rows_contiguous(inputs.v), geometry.cu_groups, inputs.k.shape[1], name)
-    queries, _ = _features(inputs.q, inputs.q_features, options)
-    return FarPart(far_states(states, geometry.segment_groups, *geometry.lags), queries, name, inputs.beta)
+def _far_rows(inputs: Inputs, blocks: FarBlocks, options: Options) -> FarPart:
+    """For each block the sum of the states of the blocks far from it, and what reads it."""
+    queries, name = _features(inputs.q, inputs.q_features, options)
+    keys, _ = _features(inputs.k, inputs.k_features, options)
+    states = None
+    if blocks.states.shape[1]:
+        states = group_states(keys, rows_contiguous(inputs.v), blocks.states, inputs.k.shape[1], name)
+        states = far_states(states, blocks.segments, *blocks.sides)
+    return FarPart(states, blocks.slots, queries, keys, name, blocks.reach, inputs.beta)
 
 
 def _features(x: Tensor, given: Tensor | None, options: Options) -> tuple[Tensor, str]:

@@ -12,7 +12,7 @@ FEATURE_MAPS = {"softmax": 0, "elu": 1, "relu": 2, "none": 3}
 def group_states(
     features: Tensor,
     values: Tensor,
-    bounds: Tensor,
+    ranges: Tensor,
     kv_heads: int,
     feature_map: str,
     weights: Tensor | None = None,
@@ -22,23 +22,24 @@ def group_states(
 
     Args:
         features, values: `[tokens, heads, width]` and `[tokens, heads, head_dim]`, columns side by side.
-        bounds: int32 `[groups + 1]`, cumulative lengths; rows from bounds[-1] on are not read.
+        ranges: int32 `[2, groups]`, first row of each group and one past the last.
         kv_heads: heads // kv_heads heads add up.
         feature_map: a name of `FEATURE_MAPS`.
         weights, last: float32 `[tokens, heads]`, contiguous, or None for 1.
     """
     row = (values.shape[2] + 16) // 16 * 16
-    shape = (bounds.shape[0] - 1, kv_heads, features.shape[2], row)
+    shape = (ranges.shape[1], kv_heads, features.shape[2], row)
     states = values.new_empty(shape, dtype=torch.float32)
-    kernels().group_states(features, values, weights, last, bounds, FEATURE_MAPS[feature_map], states)
+    kernels().group_states(features, values, weights, last, ranges, FEATURE_MAPS[feature_map], states)
     return states
 
 
-def far_states(states: Tensor, bounds: Tensor, behind: int | None, ahead: int | None) -> Tensor:
-    """For each group the sum of the states from `behind` groups back and from `ahead` groups on, in its segment.
+def far_states(states: Tensor, bounds: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """For each group the sum of the states of its segment up to its `before`, and of those from its `after` on.
 
-    bounds: int32 `[segments + 1]`, the first group of each segment. None leaves a side out.
+    bounds: int32 `[segments + 1]`, the first group of each segment. before, after: int32 `[groups]`, which do not fall
+    along a segment; None leaves a side out, and one of them is given.
     """
     sums = torch.empty_like(states)
-    kernels().far_states(states, bounds, *(-1 if lag is None else lag for lag in (behind, ahead)), sums)
+    kernels().far_states(states, bounds, before, after, sums)
     return sums

@@ -5,6 +5,7 @@ Tensors `[tokens, heads, head_dim]` are read where they lie, if their columns li
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,17 +31,14 @@ class Plan:
     Attributes:
         rows, keys: packed; later ones are slack.
         ranges: int32 `[2, rows]`, first key of each row and one past the last.
-        row_groups: int32 `[rows]`, the group of each row; key_groups the same for keys.
         row_tasks, key_tasks, sum_tasks: of the forward and the first step of the backward, of its second and last step.
         parts: buffers of dq that the second step of the backward fills.
-        complete: every row sees a key.
+        complete: every row sees or reaches a key.
     """
 
     rows: int
     keys: int
     ranges: Tensor
-    row_groups: Tensor
-    key_groups: Tensor
     row_tasks: Tensor
     key_tasks: Tensor
     sum_tasks: Tensor
@@ -53,24 +51,36 @@ class FarPart:
     """Linear attention of rows to far groups, or of keys to the gradients of such rows.
 
     Attributes:
-        states: as `group_states.cpp.far_states` returns them.
+        states: as `group_states.cpp.far_states` returns them, None without any.
+        slots: int32 `[tokens]`, the state of each row, or key; -1 for none.
         features: `[tokens, heads, width]`: q or k, or given features.
+        others: the same of the other side, which pairs need.
         feature_map: what to apply to them, a name of `FEATURE_MAPS`.
+        reach: int32 `[2, rows]`, the keys around the near ones that each row sees as far, one by one; None if none.
         beta: `[heads]`, log of the weight of far tokens; None is 0.
     """
 
-    states: Tensor
+    states: Tensor | None
+    slots: Tensor
     features: Tensor
+    others: Tensor
     feature_map: str
+    reach: Tensor | None = None
     beta: Tensor | None = None
 
 
 def plan_ranges(ranges: KeyRanges, heads: int, kv_heads: int) -> Plan:
     """The plan of a packing, made once for all layers of a model."""
-    threads = torch.get_num_threads()
     fields = (ranges.cu_rows, ranges.cu_keys, ranges.row_groups, ranges.key_groups, ranges.segment_groups)
     sides = (ranges.left, ranges.right, ranges.tokens_left, ranges.tokens_right)
-    return _make_plan(*fields, *sides, heads, kv_heads, threads)
+    return _plan_once(*fields, *sides, heads, kv_heads, torch.get_num_threads())
+
+
+@remember
+def _plan_once(*arguments: Any) -> Plan:
+    *ranges, heads, kv_heads, threads = arguments
+    bounds = RangeBounds.of(KeyRanges(*ranges))
+    return make_plan(bounds, bounds.near, heads, kv_heads, threads)
 
 
 def range_attention_forward(
@@ -90,7 +100,7 @@ def range_attention_forward(
     out = q.new_empty(q.shape, dtype=dtype)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     kernels().range_attention_forward(
-        q, k, v, plan.ranges, plan.row_tasks, scale, *_far(far, plan.row_groups), _beta(far), out, lse
+        q, k, v, plan.ranges, plan.row_tasks, scale, *_far(far), *_pairs(far), _beta(far), out, lse
     )
     if plan.rows < q.shape[0]:
         out[plan.rows :].zero_()
@@ -107,7 +117,7 @@ class RowGradients:
         dq: float32 `[rows, heads, head_dim]`, its part through the feature map; None without one.
         far_weight: float32 `[rows, heads]`, exp(beta - lse); None without a far part.
         d_beta: float32 `[rows, heads]`, to be summed over the rows; None without a far part.
-        d_features: gradient of given features, else None.
+        d_features: gradient of given features, else None; float32 where pairs have a share in it.
     """
 
     delta: Tensor
@@ -131,7 +141,8 @@ def range_attention_rows_backward(
     found = RowGradients(_new_rows(lse, plan.rows))
     if far is not None:
         given = far.feature_map == "none"
-        gradient = _new_rows(far.features, plan.rows, None if given else torch.float32)
+        dtype = None if given and far.reach is None else torch.float32
+        gradient = _new_rows(far.features, plan.rows, dtype)
         found = RowGradients(
             found.delta,
             None if given else gradient,
@@ -146,7 +157,7 @@ def range_attention_rows_backward(
         lse.contiguous(),
         kv_heads,
         plan.row_tasks,
-        *_far(far, plan.row_groups),
+        *_far(far),
         _beta(far),
         found.delta,
         found.far_weight,
@@ -154,6 +165,17 @@ def range_attention_rows_backward(
         found.dq if found.d_features is None else found.d_features,
     )
     return found
+
+
+class KeyGradients(NamedTuple):
+    """The gradients of `q`, `k`, `v`, beta `[heads]` and given features; None for what was not given."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_beta: Tensor | None
+    d_q_features: Tensor | None
+    d_k_features: Tensor | None
 
 
 def range_attention_keys_backward(
@@ -166,10 +188,10 @@ def range_attention_keys_backward(
     plan: Plan,
     scale: float,
     far: FarPart | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The other steps: dq, dk, dv, and the gradient of given features of k, else None; 0 in slack rows.
+) -> KeyGradients:
+    """The other steps. Gradients are 0 in slack rows.
 
-    found: what the first step found. far: the key side: for each group the gradient states of the groups far from
+    found: what the first step found. far: the key side: for each block the gradient states of the blocks far from
     which it is, and the features of k.
     """
     d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
@@ -178,7 +200,7 @@ def range_attention_keys_backward(
     d_features = _new_rows(far.features, plan.keys) if far is not None and given else None
     at_once = plan.parts == 1 and q.dtype == torch.float32
     if not at_once:
-        sums = q.new_empty(plan.parts, *q.shape, dtype=torch.float32)
+        sums = _part_buffers(q, plan)
     elif found.dq is not None:
         sums = found.dq
     else:
@@ -187,6 +209,9 @@ def range_attention_keys_backward(
             if plan.complete
             else torch.zeros_like(q, memory_format=torch.contiguous_format)
         )
+    pairs = far if far is not None and far.reach is not None else None
+    buffers = None if pairs is None or not given else _part_buffers(pairs.others, plan)
+    d_beta = None if pairs is None or pairs.beta is None else lse.new_zeros(plan.parts, *lse.shape)
     kernels().range_attention_keys_backward(
         d_out,
         lse.contiguous(),
@@ -198,17 +223,38 @@ def range_attention_keys_backward(
         plan.key_tasks,
         scale,
         found.dq if at_once else None,
-        *_far(far, plan.key_groups),
+        *_far(far),
+        *_pairs(far),
+        found.far_weight,
         sums,
         dk,
         dv,
         d_features,
+        d_beta,
+        buffers,
     )
-    if at_once:
-        return sums, dk, dv, d_features
-    dq = _new_rows(q, plan.rows)
-    kernels().range_attention_sum_parts(found.dq, sums, plan.sum_tasks, dq)
-    return dq, dk, dv, d_features
+    dq = sums if at_once else _sum_parts(found.dq, sums, q, plan)
+    d_row_features = found.d_features
+    if pairs is not None and buffers is not None:
+        d_row_features = _sum_parts(found.d_features, buffers, pairs.others, plan)
+    d_beta = _sum_beta(found.d_beta, d_beta)
+    return KeyGradients(dq, dk, dv, d_beta, d_row_features, d_features)
+
+
+def _part_buffers(x: Tensor, plan: Plan) -> Tensor:
+    return x.new_empty(plan.parts, *x.shape, dtype=torch.float32)
+
+
+def _sum_parts(begun: Tensor | None, parts: Tensor, like: Tensor, plan: Plan) -> Tensor:
+    total = _new_rows(like, plan.rows)
+    kernels().range_attention_sum_parts(begun, parts, plan.sum_tasks, total)
+    return total
+
+
+def _sum_beta(of_states: Tensor | None, of_pairs: Tensor | None) -> Tensor | None:
+    if of_states is None or of_pairs is None:
+        return None if of_states is None else of_states.sum(0)
+    return of_states.sum(0) + of_pairs.sum((0, 1))
 
 
 def range_attention_backward(
@@ -224,8 +270,8 @@ def range_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv without a far part."""
     found = range_attention_rows_backward(d_out, d_lse, out, lse, k.shape[1], plan)
-    dq, dk, dv, _ = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, scale)
-    return dq, dk, dv
+    gradients = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, scale)
+    return gradients.dq, gradients.dk, gradients.dv
 
 
 def _new_rows(like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -236,34 +282,38 @@ def _new_rows(like: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tens
     return new
 
 
-def _far(far: FarPart | None, groups: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+def _far(far: FarPart | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
     if far is None:
         return None, None, None, 0
-    return far.states, groups, far.features, FEATURE_MAPS[far.feature_map]
+    return far.states, far.slots, far.features, FEATURE_MAPS[far.feature_map]
+
+
+def _pairs(far: FarPart | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if far is None or far.reach is None else (far.reach, far.others)
 
 
 def _beta(far: FarPart | None) -> Tensor | None:
     return None if far is None else contiguous(far.beta, torch.float32)
 
 
-@remember
-def _make_plan(
-    cu_rows: Tensor,
-    cu_keys: Tensor,
-    row_groups: Tensor,
-    key_groups: Tensor,
-    segment_groups: Tensor | None,
-    left: int | None,
-    right: int | None,
-    tokens_left: int | None,
-    tokens_right: int | None,
-    heads: int,
-    kv_heads: int,
-    threads: int,
-) -> Plan:
-    rows, keys = _bounds(cu_rows), _bounds(cu_keys)
-    groups = _Groups.of(_bounds(row_groups), _bounds(key_groups), segment_groups)
-    low, high = groups.key_ranges(left, right, tokens_left, tokens_right)
+class RangeBounds(NamedTuple):
+    """Cumulative lengths of the segments of rows and of keys, and `[2, rows]` the near keys of each row."""
+
+    rows: np.ndarray
+    keys: np.ndarray
+    near: np.ndarray
+
+    @classmethod
+    def of(cls, ranges: KeyRanges) -> "RangeBounds":
+        groups = _Groups.of(_bounds(ranges.row_groups), _bounds(ranges.key_groups), ranges.segment_groups)
+        near = groups.key_ranges(ranges.left, ranges.right, ranges.tokens_left, ranges.tokens_right)
+        return cls(_bounds(ranges.cu_rows), _bounds(ranges.cu_keys), np.stack(near))
+
+
+def make_plan(bounds: RangeBounds, reach: np.ndarray, heads: int, kv_heads: int, threads: int) -> Plan:
+    """The plan of rows that reach the keys `[2, rows]`, the near ones among them."""
+    rows, keys, near = bounds
+    low, high = reach
     pairs = rows[-1] * heads // (4 * threads) if threads > 1 else _MOST_ROWS
     at_once = int(np.clip(pairs, _LEAST_ROWS, _MOST_ROWS)) * kv_heads // heads
     pieces = _pieces(rows, low, high)
@@ -276,9 +326,7 @@ def _make_plan(
     return Plan(
         int(rows[-1]),
         int(keys[-1]),
-        _int32(np.stack([low, high])),
-        _int32(np.repeat(np.arange(len(groups.rows)), groups.rows)),
-        _int32(np.repeat(np.arange(len(groups.keys)), groups.keys)),
+        _int32(near),
         _int32(row_tasks),
         _int32(key_tasks),
         _int32(_sum_tasks(rows, low, high, begin, part)),
