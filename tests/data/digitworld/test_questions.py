@@ -246,3 +246,10 @@ def test_drawn_questions_are_of_different_kinds_none_of_which_is_rare():
         counts.update(kinds)
     # Each clip is asked four of seven kinds; a kind that every clip admits comes in more than four of seven clips.
     assert all(10 <= counts[kind] <= 55 for kind in KINDS), counts
+
+
+def test_answers_have_no_favourite_place_even_in_a_small_set():
+    """13 questions of counting, one of each cell: the place says as little as it can."""
+    questions = [item.question for item in generate_questions("test", 13, kinds=("count",))]
+    places = Counter(question.candidates.index(question.answer) for question in questions)
+    assert max(places.values()) <= 5 and set(places) >= {0, 1, 2, 3}

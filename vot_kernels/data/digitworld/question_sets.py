@@ -58,7 +58,7 @@ def generate_questions(
     else:
         missing = ", ".join(f"{kind} ({cell})" for kind, cell in wanted)
         raise ValueError(f"The clips of '{split}' do not admit enough questions of: {missing}.")
-    taken = {place: iter(_with_even_places(items)) for place, items in found.items()}
+    taken = {place: iter(_with_even_places(items, _number(place))) for place, items in found.items()}
     return [next(taken[place]) for place in plan]
 
 
@@ -97,8 +97,17 @@ def draw_questions(episode: Episode, count: int, rng: np.random.Generator) -> li
     return found
 
 
-def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
-    """Move the answer of the questions of one cell to each position in the list of candidates in turn."""
+def _number(place: tuple[str, str]) -> int:
+    """Return the number of a cell among those of its kind."""
+    return CELLS[place[0]].index(place[1])
+
+
+def _with_even_places(items: list[AskedEpisode], first: int) -> list[AskedEpisode]:
+    """Move the answer of the questions of one cell to each position in the list of candidates in turn.
+
+    The turns begin at the position `first`, another one for each cell; with few questions of a cell, all would else
+    have their answers near the beginning.
+    """
     turns: Counter[int] = Counter()
     moved = []
     for item in items:
@@ -107,7 +116,7 @@ def _with_even_places(items: list[AskedEpisode]) -> list[AskedEpisode]:
             moved.append(item)
             continue
         others = [candidate for candidate in question.candidates if candidate != question.answer]
-        others.insert(turns[len(others)] % (len(others) + 1), question.answer)
+        others.insert((first + turns[len(others)]) % (len(others) + 1), question.answer)
         turns[len(question.candidates) - 1] += 1
         moved.append(replace(item, question=replace(question, candidates=tuple(others))))
     return moved

@@ -21,8 +21,6 @@ from vot_kernels.train.checkpoint import newest_checkpoint, publish_folder
 from vot_kernels.train.vlm.model import add_lora, build_model, part_of
 
 FILE = "adapters.safetensors"
-BUNDLED_VLM = Path(__file__).parents[2] / "checkpoints" / "digitworld-smollm2"
-"""The video-language model that ships with this package, trained on DigitWorld."""
 _PARTS = ("lora", "projector", "graph")
 
 
