@@ -62,25 +62,26 @@ VOT_INLINE void hide(float* scores, int vectors, int64_t first, int64_t low, int
   }
 }
 
-// The attention of the rows of a task over one key head. Rows are (token, head) pairs of the heads that share it, token
-// by token, so that along them neither end of the range falls. `Products` multiplies them with keys and values.
+// The attention of the rows of a task over one key head. Rows are (token, head) pairs of heads that share it, token by
+// token, so that along them neither end of the range falls. `Products` multiplies them with keys and values.
 template <class Products>
 class Forward {
   static constexpr int ROWS = Products::ROWS;  // of a block of scores
 
  public:
-  Forward(const RangeForward& problem, const RowsTask& task, int kv_head)
+  Forward(const RangeForward& problem, const RowsTask& task, int first_head, int heads)
       : p_(problem),
         task_(task),
-        kv_head_(kv_head),
-        repeats_(problem.heads / problem.kv_heads),
+        first_head_(first_head),
+        kv_head_(first_head / (problem.heads / problem.kv_heads)),
+        repeats_(heads),
         rows_((task.end - task.begin) * repeats_),
         depth_(problem.head_dim),
         columns_(int(round_up(problem.head_dim, LANES))),
         stride_(int(round_up(problem.far.width, 16))),
         reach_low_(problem.pairs.low ? problem.pairs.low : problem.low),
         reach_high_(problem.pairs.low ? problem.pairs.high : problem.high),
-        products_(problem, kv_head, rows_) {
+        products_(problem, kv_head_, rows_) {
     Space space;
     divide(space);
     space = {scratch(size_t(space.taken))};
@@ -122,7 +123,7 @@ class Forward {
   }
 
   int token(int row) const { return task_.begin + row / repeats_; }
-  int head(int row) const { return kv_head_ * repeats_ + row % repeats_; }
+  int head(int row) const { return first_head_ + row % repeats_; }
 
   bool has_pairs(int token) const { return reach_low_[token] < p_.low[token] || p_.high[token] < reach_high_[token]; }
 
@@ -309,16 +310,46 @@ class Forward {
 
   const RangeForward& p_;
   const RowsTask& task_;
-  const int kv_head_, repeats_, rows_, depth_, columns_, stride_;  // columns: head_dim in whole vectors; stride: width
+  const int first_head_, kv_head_, repeats_, rows_, depth_, columns_, stride_;  // columns: head_dim in whole vectors; stride: width
   const int32_t *reach_low_, *reach_high_;                         // what rows see, near or far and in no state
   Products products_;
   float *outputs_, *sums_, *pivots_, *scores_, *decays_, *features_, *far_, *key_features_, *key_panels_;
 };
 
+// Heads to which far keys are nothing, in a task that was cut for those with pairs: piece by piece, as without pairs, so
+// that they have the bits of near attention alone.
+template <class Products>
+void forward_near(RangeForward problem, const RowsTask& task, int first_head, int heads) {
+  problem.far = {}, problem.pairs = {};
+  const auto apart = [&](int row) { return problem.low[row] >= problem.high[row - 1]; };
+  int begin = task.begin;
+  while (begin > 0 && !apart(begin)) begin--;
+  int32_t first_key = problem.low[begin];
+  for (int row = task.begin, end; row < task.end; row = end) {
+    end = row + 1;
+    while (end < task.end && !apart(end)) end++;
+    Forward<Products>(problem, {row, end, first_key}, first_head, heads).run();
+    if (end < task.end) first_key = problem.low[end];
+  }
+}
+
 template <class Products>
 void forward(const RangeForward& problem, const Parallel& parallel) {
-  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
-    Forward<Products>(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  const int repeats = problem.heads / problem.kv_heads;
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t index) {
+    const RowsTask& task = problem.tasks[index / problem.kv_heads];
+    const int first = int(index % problem.kv_heads) * repeats;
+    if (!problem.pairs.low) return Forward<Products>(problem, task, first, repeats).run();
+    const auto sees_far = [&](int head) { return !problem.beta || problem.beta[head] != -INF; };
+    for (int head = first, end; head < first + repeats; head = end) {
+      end = head + 1;
+      while (end < first + repeats && sees_far(end) == sees_far(head)) end++;
+      if (sees_far(head)) {
+        Forward<Products>(problem, task, head, end - head).run();
+      } else {
+        forward_near<Products>(problem, task, head, end - head);
+      }
+    }
   });
 }
 
