@@ -108,5 +108,5 @@ class Alone(nn.Module):
 
 def test_numbers_that_are_not_finite_are_wrong(script):
     nan = torch.tensor([float("nan"), 1.0])
-    assert script.relative(nan, torch.ones(2)) == float("inf")
-    assert script.relative(torch.ones(2), torch.tensor([1.0, 2.0])) == 0.5
+    assert listing.relative(nan, torch.ones(2)) == float("inf")
+    assert listing.relative(torch.ones(2), torch.tensor([1.0, 2.0])) == 0.5

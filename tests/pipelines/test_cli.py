@@ -89,7 +89,7 @@ def test_every_path_refuses_a_url():
     checked = 0
     for name, command in commands().items():
         for parameter in inspect.signature(command.callback).parameters.values():
-            given, option = typing.get_args(parameter.annotation)[:2]
+            given, option = (*typing.get_args(parameter.annotation), None, None)[:2]
             if given is Path or Path in typing.get_args(given):
                 assert option.parser is local_path, (name, parameter.name)
                 checked += 1

@@ -33,7 +33,7 @@ def test_every_setting_says_what_it_means(settings):
 def test_stages_are_the_commands_of_train():
     from typer.main import get_command
 
-    assert {*STAGES, "recipe"} == set(get_command(cli.app.app).commands["train"].commands)
+    assert {*STAGES, "recipe", "export"} == set(get_command(cli.app.app).commands["train"].commands)
     with pytest.raises(ValueError, match="A stage must be one of perception, .* got 'stage'"):
         recipe("stage")
 

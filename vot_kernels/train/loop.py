@@ -1,5 +1,6 @@
 """The loop that every stage runs: resume, step, report, save."""
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from vot_kernels.train.checkpoint import load_state, save_state
 from vot_kernels.train.optimization import cosine_schedule, update
@@ -17,6 +19,26 @@ Report = Callable[[int, dict[str, float]], None]
 
 def no_report(step: int, terms: dict[str, float]) -> None:
     """A report that does nothing."""
+
+
+def load_ahead(batches: Dataset[Batch], steps: range) -> DataLoader[Batch]:
+    """Load the batches of `steps` in order, prepared in advance by one worker process."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=1,
+        prefetch_factor=4,
+        worker_init_fn=_keep_inherited,
+    )
+
+
+def _keep_inherited(worker: int) -> None:
+    """Keep the objects that a worker inherits from being collected in it.
+
+    A video decoder among them would wait for threads of its own, which a forked process does not have.
+    """
+    gc.freeze()
 
 
 @dataclass(frozen=True)

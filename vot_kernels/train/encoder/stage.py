@@ -30,7 +30,7 @@ from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.encoder.settings import EncoderTraining
-from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
+from vot_kernels.train.loop import Report, Schedule, load_ahead, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import TRAIN_SIZES
 
@@ -183,7 +183,7 @@ class CaptionBatches(Dataset[CaptionedClips]):
 
     def loader(self, start: int, stop: int) -> DataLoader[CaptionedClips]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
-        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
+        return load_ahead(self, range(start, stop))
 
 
 def captioned(episodes: Sequence[Episode], h264_share: float = 0.0) -> CaptionedClips:

@@ -16,6 +16,7 @@ from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.loss import Targets
 from vot_kernels.scene_graph.relations import MOTIONS, geometric_relations
+from vot_kernels.train.loop import load_ahead
 
 UNARY_EVENTS = ["bounces"]
 TRAIN_SIZES = ((64, 64), (64, 64), (64, 64), (56, 72), (72, 56), (80, 64))
@@ -76,7 +77,7 @@ class TrainingBatches(Dataset[Batch]):
 
     def loader(self, start: int, stop: int) -> DataLoader[Batch]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
-        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
+        return load_ahead(self, range(start, stop))
 
 
 def dense_targets(batch: TrainingBatch, episodes: Sequence[Episode]) -> Targets:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vot_kernels.data.digitworld.batches import episode_batch
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.models.vot.processing import VotProcessor
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.loop import load_ahead
 from vot_kernels.train.perception.batches import TRAIN_SIZES
 
 END = "<|im_end|>"
@@ -103,7 +104,7 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
 
     def loader(self, start: int, stop: int) -> Iterable[dict[str, Tensor]]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""
-        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=1, prefetch_factor=4)
+        return load_ahead(self, range(start, stop))
 
 
 def render(episode: Episode, h264_share: float = 0.5) -> Clip:
