@@ -7,7 +7,7 @@ from vot_kernels.train.loop import load_ahead
 
 
 class Decoder:
-    """Like a video decoder with threads, it cannot be closed in a process that was forked: here it ends that process."""
+    """Like a video decoder with threads, it cannot be closed in a forked process: here it ends that process."""
 
     def __init__(self):
         self.me, self.process = self, os.getpid()
