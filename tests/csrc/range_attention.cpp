@@ -51,6 +51,7 @@ struct Problem {
     k = random.normals<T>(rows * kv_heads * head_dim), v = random.normals<T>(rows * kv_heads * head_dim);
     q_features = positive(random, rows * heads * width), k_features = positive(random, rows * kv_heads * width);
     states = far(random, true), mirrored = far(random, false), beta = random.normals<float>(heads);
+    if (random.chance(0.3)) beta[0] = -INFINITY;
   }
 
   static std::vector<T> positive(Random& random, int64_t count) {
