@@ -144,7 +144,7 @@ def perception_table() -> str:
     note = (
         f"{parameters:.2f} M parameters, trained in {record['training_seconds'] / 60:.1f} minutes on "
         f"{record['threads']} CPU threads by `{record['command']}`; {record['eval_clips_per_split']} clips a split, "
-        "all through H.264."
+        f"all through H.264. {record.get('note', '')}".rstrip()
     )
     return table(["split", *(title for title, _ in columns.values())], rows) + f"\n{note}\n"
 

@@ -60,7 +60,7 @@ def has_adapters(folder: Path) -> bool:
 def load_adapters(
     folder: Path, language_model: Path | None = None
 ) -> tuple[VotForConditionalGeneration, VotProcessor]:
-    """Return the model of a folder that `save_adapters` wrote, in float32, with its adapters merged.
+    """Return the model of a folder that `export_adapters` wrote, in float32, with its adapters merged.
 
     Args:
         folder: with adapters.safetensors.
