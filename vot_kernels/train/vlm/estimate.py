@@ -62,7 +62,7 @@ def estimate(model: Any, parts: Sequence[str], steps: int, work: Work) -> str:
 
 
 def _pass(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    model(**inputs).loss.backward()
+    model(**inputs, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -78,7 +78,7 @@ def _saved_bytes(model: Any, inputs: Mapping[str, Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss
+        loss = model(**inputs, use_cache=False).loss
     del loss
     return sum(kept.values())
 
