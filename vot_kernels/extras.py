@@ -24,6 +24,7 @@ EXTRAS = {
         "accelerate": "accelerate",
         "tensorboard": "tensorboard",
     },
+    "ray": {"ray": "ray", "pyarrow": "pyarrow"},
     "lmms": {"lmms_eval": "lmms_eval"},
 }
 

@@ -297,6 +297,29 @@ def long_video_table() -> str:
     return table(columns, rows) + f"\n{note}\n"
 
 
+def long_encoding_table() -> str:
+    """Return memory and time of encoding all frames of a video, from `python -m benchmarks.long_encoding`."""
+    result = _read(RESULTS / "long-encoding.json")
+    names = {"windows": "a window in every layer", "bundled": "the bundled one, with an exact layer"}
+    rows = [
+        [
+            names[row["encoder"]],
+            f"{row['frames']:,}",
+            f"{row['tokens']:,}",
+            f"{row['peak_mb']:.0f} MB",
+            f"{row['seconds']:.0f} s",
+            f"{row['out_mb']:.0f} MB",
+        ]
+        for row in result["rows"]
+    ]
+    loaded = max(row["loaded_mb"] for row in result["rows"])
+    threads = sorted({row["threads"] for row in result["rows"]})
+    note = f"`{result['command']}`: the largest resident set of the process, which has {loaded:.0f} MB with the encoder"
+    note += f" loaded; {' and '.join(map(str, threads))} threads, on a machine that had other work."
+    columns = ["encoder", "frames", "tokens", "peak memory", "time", "file of embeddings"]
+    return table(columns, rows) + f"\n{note}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
@@ -308,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linearize": linearize_table,
     "when": when_table,
     "long-video": long_video_table,
+    "long-encoding": long_encoding_table,
 }
 
 

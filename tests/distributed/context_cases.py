@@ -1,8 +1,6 @@
 """A whole encoder on rows that are spread over ranks, against the same encoder in one process."""
 
 import copy
-import multiprocessing
-import sys
 from functools import partial
 
 import pytest
@@ -13,16 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.distributed.ranks import Case
-from tests.torchvision_operators import FOLDER, make_torchvision_importable
 from vot_kernels import distributed
-
-# A rank has the path of the tests, but not what they declared. It is still being made, and has no parent yet.
-if multiprocessing.current_process().name != "MainProcess":
-    sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
-    make_torchvision_importable()
-from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig  # noqa: E402
-from vot_kernels.packing import PackedLayout  # noqa: E402
-from vot_kernels.testing import make_tensor, max_error  # noqa: E402
+from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
+from vot_kernels.packing import PackedLayout
+from vot_kernels.testing import make_tensor, max_error
 
 GRID = torch.tensor([[7, 2, 3], [1, 3, 2], [3, 2, 2]])  # a clip, an image and a clip
 FPS = torch.tensor([4.0, 0.0, 2.0])

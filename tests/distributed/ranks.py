@@ -5,6 +5,8 @@ where these differ. Processes are costly to start, so the tests of a file share 
 """
 
 import json
+import multiprocessing
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.multiprocessing import get_context
+
+from tests.torchvision_operators import FOLDER, make_torchvision_importable
+
+# A rank has the path of the tests, but not what they declared. It is still being made, and has no parent yet; this
+# module is the first that it imports, before those of the cases.
+if multiprocessing.current_process().name != "MainProcess":
+    sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
+    make_torchvision_importable()
 
 Case = Callable[[ProcessGroup], None]
 

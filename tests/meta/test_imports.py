@@ -28,7 +28,8 @@ ALLOWED = {
     "distributed": MODELS | {"models"},
     "integrations": TOP,
     "data": DATA,
-    "train": TOP | {"reasoning", "integrations"},  # rewards judge a reply as the reasoning steps do
+    "train": TOP
+    | {"reasoning", "integrations", "distributed"},  # rewards judge a reply as the reasoning steps do
     "reasoning": TOP,
     "watching": TOP | {"reasoning", "integrations"},
     "pipelines": TOP

@@ -37,6 +37,7 @@ BELONGS = {
     "vot_kernels.pipelines.calibration": ("train",),
     "vot_kernels.pipelines.evaluation": ("train",),
     "vot_kernels.pipelines.finetuning": ("rl",),
+    "vot_kernels.pipelines.on_ray": ("video", "llm", "ray"),
     "vot_kernels.pipelines.progress": ("cli",),
     "vot_kernels.pipelines.web": ("web",),
     "vot_kernels.reasoning": ("llm",),

@@ -19,7 +19,6 @@ import pytest
 import vot_kernels
 from tests.processes import default_signals
 from tests.reasoning.scripted import ScriptedLanguageModel
-from vot_kernels import cli
 from vot_kernels.cli.answers import EVIDENCE_LINES
 from vot_kernels.cli.options import STEPS
 from vot_kernels.data.sample_clips import digitworld_clip
@@ -28,20 +27,6 @@ from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.perception.settings import PerceptionTraining
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def vot(monkeypatch, capsys):
-    """Run `vot ...`; return (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vot", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize(

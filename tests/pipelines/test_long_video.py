@@ -8,12 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.pipelines.long_scenes import drawn, long_scene, part_of
 from vot_kernels.data.digitworld.truth import true_stsg
 from vot_kernels.data.video import VideoError, load_video, save_mp4, stream_video
 from vot_kernels.models.encoder import VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect
+from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.long_video import GraphJoiner, see_stream
 from vot_kernels.pipelines.long_video.frames import Showcase, windows
 from vot_kernels.pipelines.long_video.joining import MAX_BOXES
@@ -340,3 +344,34 @@ class TestAsking:
         assert part.frame_times_s == tuple(times) and part.validate() == []
         assert part.tracklets[0].box(2) == truth.tracklets[0].box(50)
         assert shown_part(truth, np.array(truth.frame_times_s)) is truth
+
+
+def test_all_frames_are_encoded_as_in_one_pass(vot, tmp_path):
+    scene, motion = long_scene(70)
+    frames = np.stack([frame for frame, _ in drawn(scene, motion)])
+    video = save_mp4(tmp_path / "long.mp4", frames, scene.fps)
+    image = tmp_path / "still.png"
+    Image.fromarray(frames[0]).save(image)
+    code, out, _ = vot(
+        "encode", str(video), str(image), "--out", str(tmp_path / "chunks.safetensors"), "--long"
+    )
+    assert code == 0 and out.strip() == str(tmp_path / "chunks.safetensors")
+    encode_videos([video, image], tmp_path / "whole.safetensors", sampling=Sampling(fps=scene.fps))
+    chunks, whole = (load_file(tmp_path / f"{name}.safetensors") for name in ("chunks", "whole"))
+    assert chunks.keys() == whole.keys() and len(whole["0.times_s"]) == 70
+    for name, tensor in whole.items():
+        assert chunks[name].dtype == tensor.dtype
+        torch.testing.assert_close(chunks[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    with safe_open(tmp_path / "chunks.safetensors", "pt") as file:
+        assert file.metadata() == {"0": str(video), "1": str(image)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "chunks.safetensors",
+        "long.mp4",
+        "still.png",
+        "whole.safetensors",
+    ]
+
+
+def test_long_encoding_and_ray_exclude_each_other(vot, tmp_path):
+    code, _, err = vot("encode", "a.mp4", "--out", "e.safetensors", "--long", "--engine", "ray")
+    assert code == 2 and "--long works in this process alone" in err

@@ -21,6 +21,7 @@ from vot_kernels.cli.options import (
     Device,
     Dtype,
     End,
+    Engine,
     Fps,
     Llm,
     NumFrames,
@@ -29,6 +30,8 @@ from vot_kernels.cli.options import (
     Verbose,
     Vlm,
     Window,
+    Workers,
+    check_engine,
 )
 from vot_kernels.extras import require
 from vot_kernels.files import atomic_write, check_output
@@ -36,6 +39,7 @@ from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 
 if TYPE_CHECKING:
     from vot_kernels.data.video import FrameStream, VideoClip
+    from vot_kernels.pipelines.batch import BatchCounts
     from vot_kernels.pipelines.sampling import Sampling
     from vot_kernels.pipelines.video_qa import Video, VideoAnswer, VideoQA
 
@@ -94,12 +98,15 @@ def ask(
             **PATH,
         ),
     ] = None,
+    engine: Engine = "local",
+    workers: Workers = None,
 ) -> None:
     """Answer a question about videos, with evidence (times in seconds, boxes as fractions of the frame)."""
     require("vot ask", "video", "llm")
     from vot_kernels.pipelines.sampling import Sampling
     from vot_kernels.reasoning.reasoning import check_question, split_candidates
 
+    check_engine(engine, workers)
     sampling = Sampling(fps, num_frames, start, end)
     wanted = split_candidates(objects) or ()
     models = Models(
@@ -115,7 +122,12 @@ def ask(
             json=json_,
             verbose=verbose,
         )
-        return _answer_file(models, batch, out, sampling)
+        answer_file = partial(_answer_file_on_ray, workers=workers) if engine == "ray" else _answer_file
+        return _print_counts(answer_file(models, batch, out, sampling), out)
+    if engine != "local":
+        raise ValueError(
+            f"--engine {engine} is for a file of questions: give --batch FILE and --out FILE, too."
+        )
     if out is not None:
         raise ValueError("--out is the file of a batch of answers: give --batch FILE, too.")
     if not video or question is None:
@@ -156,19 +168,41 @@ class _Shown:
     picture: Path | None
 
 
-def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -> None:
+def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -> "BatchCounts":
     """Answer the questions of a JSONL file."""
-    from vot_kernels.pipelines.batch import answer_batch, jobs_of, read_questions
+    from vot_kernels.pipelines.batch import answer_batch, jobs_of
     from vot_kernels.pipelines.progress import steps
 
-    read_questions(batch)
-    check_output(out)
-    models.check()
+    _check_files(models, batch, out)
     with steps() as step:
         step(models.loading)
         video_qa = models.load()
     _print_estimate(video_qa, jobs_of(batch, out), sampling, verbose=False)
-    answered, skipped, failed = answer_batch(video_qa, batch, out, sampling)
+    return answer_batch(video_qa, batch, out, sampling)
+
+
+def _answer_file_on_ray(
+    models: Models, batch: Path, out: Path, sampling: "Sampling", workers: int | None
+) -> "BatchCounts":
+    """Answer them on workers, which load the models."""
+    from vot_kernels.pipelines.on_ray import answer_batch_on_ray
+
+    _check_files(models, batch, out)
+    load = models.absolute().load  # workers are in other folders
+    return answer_batch_on_ray(load, batch, out, sampling, workers=workers, device=models.device)
+
+
+def _check_files(models: Models, batch: Path, out: Path) -> None:
+    """Find whatever can be wrong before anything is loaded."""
+    from vot_kernels.pipelines.batch import read_questions
+
+    read_questions(batch)
+    check_output(out)
+    models.check()
+
+
+def _print_counts(counts: "BatchCounts", out: Path) -> None:
+    answered, skipped, failed = counts
     print(f"{answered} answered, {skipped} already in {out}, {failed} failed.", file=sys.stderr)
     if failed:
         print("The same command tries the failed ones again.", file=sys.stderr)

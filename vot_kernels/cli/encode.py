@@ -2,16 +2,22 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vot_kernels.cli.manners import nothing_is_kept, when_interrupted
-from vot_kernels.cli.options import PATH, Device, End, NumFrames, Start
+from vot_kernels.cli.options import PATH, Device, End, Engine, NumFrames, Start, Workers, check_engine
 from vot_kernels.extras import require
 
 
-@when_interrupted(nothing_is_kept)
+def _kept(given: dict[str, Any]) -> str:
+    if given["engine"] == "local":
+        return nothing_is_kept(given)
+    return f"what is encoded is kept in {given['out']}.parts; the same command goes on from there."
+
+
+@when_interrupted(_kept)
 def encode(
     videos: Annotated[
         list[Path],
@@ -39,15 +45,46 @@ def encode(
     start: Start = None,
     end: End = None,
     device: Device = "cpu",
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Encode all frames at the checkpoint's rate, or at --fps, however many, in memory that does not "
+            "grow; activations lie on the disk beside OUT meanwhile.",
+        ),
+    ] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
 ) -> None:
     """Encode videos with the packed encoder and write their embeddings."""
     require("vot encode", "video", "llm")
-    from vot_kernels.pipelines.encode import encode_videos
     from vot_kernels.pipelines.sampling import Sampling, check_device, find_clips
 
     check_device(device)
-    for line in encode_videos(
-        find_clips(videos), out, checkpoint, Sampling(fps, num_frames, start, end), device
-    ):
-        print(line, file=sys.stderr)
+    check_engine(engine, workers)
+    if long and engine != "local":
+        raise ValueError(
+            f"--long encodes one video after the other in this process; it cannot go with --engine {engine}."
+        )
+    sampling, failed = Sampling(fps, num_frames, start, end), list[str]()
+    if engine == "ray":
+        from vot_kernels.pipelines.on_ray import encode_videos_on_ray
+
+        lines, failed = encode_videos_on_ray(
+            find_clips(videos), out, checkpoint, sampling, workers=workers, device=device
+        )
+    elif long:
+        from vot_kernels.pipelines.long_video.encoding import encode_long_videos
+        from vot_kernels.pipelines.progress import steps
+
+        with steps(shown=sys.stderr.isatty()) as step:
+            lines = encode_long_videos(find_clips(videos), out, checkpoint, sampling, device, step)
+    else:
+        from vot_kernels.pipelines.encode import encode_videos
+
+        lines = encode_videos(find_clips(videos), out, checkpoint, sampling, device)
+    print(*lines, *failed, sep="\n", file=sys.stderr)
     print(out)
+    if failed:
+        print(f"{len(failed)} failed and are not in it; the same command tries them again.", file=sys.stderr)
+        raise typer.Exit(1)

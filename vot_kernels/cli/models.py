@@ -1,6 +1,6 @@
 """From a command's options to the models that answer: what can be wrong is found before they are imported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,11 @@ class Models:
         """What a user waits for while they are loaded."""
         eyes = "detector" if self.detector else "perception checkpoint"
         return f"Loading the {'video-language model' if self.vlm else eyes}"
+
+    def absolute(self) -> "Models":
+        """The same, with paths that mean the same in any folder."""
+        given = {name: getattr(self, name) for name in ("checkpoint", "llm", "vlm", "detector")}
+        return replace(self, **{name: path.absolute() for name, path in given.items() if path is not None})
 
     def check(self) -> None:
         """Find whatever can be wrong with the options before a model is imported."""

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vot_kernels.extras import require
+
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 GROUP: dict[str, Any] = {"no_args_is_help": True, "context_settings": HELP}
 
@@ -75,3 +77,30 @@ Window = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where the models run: cpu, cuda, cuda:1, mps …")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the five steps and all the evidence.")]
+ENGINES = ("local", "ray")
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="'local' works in this process; 'ray' spreads the videos over the workers of a Ray cluster (the one that "
+        "RAY_ADDRESS names, else this machine), which read the same paths.",
+        metavar="ENGINE",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="With --engine ray: number of workers (default: one per GPU, or per four CPU cores)."),
+]
+
+
+def check_engine(engine: str, workers: int | None) -> None:
+    """Refuse an unknown engine, and workers without one that has them."""
+    if engine not in ENGINES:
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
+    if workers is not None and engine == "local":
+        raise ValueError(
+            "--workers is the number of workers of an engine that has them; give --engine ray, too."
+        )
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}.")
+    if engine == "ray":
+        require("--engine ray", "ray")

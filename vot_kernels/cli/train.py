@@ -1,5 +1,6 @@
 """`vot train`: one command per stage."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,19 @@ from vot_kernels.train.rl.settings import (
 from vot_kernels.train.sft.settings import SftTraining
 
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
+OVER_RANKS = ("encoder",)
+
+
+@train_app.callback()
+def check_ranks(context: typer.Context) -> None:
+    """Refuse processes of torchrun that would all train the same."""
+    count, stage = int(os.environ.get("WORLD_SIZE", "1")), context.invoked_subcommand
+    if count > 1 and stage not in OVER_RANKS:
+        raise ValueError(
+            f"vot train {stage} runs in one process, but torchrun has started {count}; "
+            f"over several run: {', '.join(OVER_RANKS)}."
+        )
+
 
 Out = Annotated[
     Path, typer.Option(help="Folder for checkpoints and the result; an unfinished run is resumed.", **PATH)
@@ -95,6 +109,7 @@ def train_linearize_command(
     epilog=examples(
         "vot train encoder --out run",
         f"vot train encoder --out run --teacher {RANDOM_TEACHER} --contrastive 0",
+        "torchrun --nproc-per-node 2 -m vot_kernels.cli train encoder --out run",
     ),
 )
 @when_interrupted(checkpoints_are_kept)
@@ -124,8 +139,12 @@ def train_encoder_command(
         checkpoint_kind(folder, PERCEPTION, ENCODER)
     check_output_folder(out)
     from vot_kernels.train.encoder.run import run
+    from vot_kernels.train.ranks import torchrun
 
-    print(run(out, settings, folder, eval_clips, device))
+    with torchrun(device) as (ranks, own_device):
+        table = run(out, settings, folder, eval_clips, own_device, ranks)
+    if ranks.first:
+        print(table)
 
 
 @train_app.command("projector", epilog=examples("vot train projector --out runs/projector"))

@@ -2,12 +2,14 @@
 
 from vot_kernels.distributed.attention import hybrid_attention, linear_attention, packed_attention
 from vot_kernels.distributed.context import ShardedLayout, context_parallel
-from vot_kernels.distributed.experts import aoe, expert_parallel, expert_slice, moe
-from vot_kernels.distributed.sharding import shard
+from vot_kernels.distributed.experts import aoe, balance_over_ranks, expert_parallel, expert_slice, moe
+from vot_kernels.distributed.sharding import assign, shard
 
 __all__ = [
     "ShardedLayout",
     "aoe",
+    "assign",
+    "balance_over_ranks",
     "context_parallel",
     "expert_parallel",
     "expert_slice",

@@ -30,6 +30,7 @@ from vot_kernels.distributed.collectives import (
 )
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
 from vot_kernels.ops.aoe import AoEAux
+from vot_kernels.ops.aoe import aoe as local_aoe
 from vot_kernels.ops.aoe import torch as composition
 from vot_kernels.ops.aoe.op import WEIGHTINGS
 from vot_kernels.ops.autocast import autocasts
@@ -225,6 +226,42 @@ def expert_parallel(
             aoe, group=process_group, num_experts=count, form=form, reduce_gradients=reduce_gradients
         )
     return model
+
+
+def balance_over_ranks(model: nn.Module, group: Group) -> nn.Module:
+    """Let the experts of every `AutonomyOfExperts` of a replica count the tokens of all ranks, in place.
+
+    This is for data parallel training, where ranks have replicas and average gradients: the `load` and `balance_loss`
+    that the layers return are then those of all ranks' tokens, and the average of the gradients is that of one process.
+
+    Args:
+        model: a replica; all ranks call it equally often.
+        group: a ProcessGroup, or one dimension of a DeviceMesh.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: its experts are spread over ranks.
+    """
+    process_group = group_of(group)
+    layers = [layer for layer in model.modules() if isinstance(layer, AutonomyOfExperts)]
+    if any(layer.spread is not None for layer in layers):
+        raise ValueError("The experts of this model are spread over ranks already, which counts all tokens.")
+    for layer in layers:
+        layer.spread = partial(_replica, group=process_group)
+    return model
+
+
+def _replica(*arguments: Any, group: ProcessGroup, **options: Any) -> Tensor | tuple[Tensor, AoEAux]:
+    """`vot_kernels.aoe` with the loads of all ranks."""
+    result = local_aoe(*arguments, **options)
+    if not isinstance(result, tuple):
+        return result
+    y, own = result
+    aux = _aux(own.norms, own.indices, own.weights, slice(None), group)
+    share = size_of(group) * aux.balance_loss  # its gradient, whose average is that of the whole
+    return y, aux._replace(balance_loss=aux.balance_loss.detach() + (share - share.detach()))
 
 
 def _validate(

@@ -66,6 +66,39 @@ def shard(
     return slice(bounds[rank], bounds[rank + 1])
 
 
+def assign(
+    layout: PackedLayout,
+    world_size: int,
+    *,
+    window: Window = 1,
+    causal: Causal = None,
+    token_cost: float = 1024.0,
+) -> list[list[int]]:
+    """The segments of each rank where ranks have whole ones, as in data parallel training, balanced by cost.
+
+    Segments go one by one, the costliest first, to the rank with the least so far; so all costs differ by at most that
+    of one segment. Cost is counted as in `shard`, whose arguments these are.
+
+    Returns:
+        For each rank the numbers of its segments, ascending; with fewer segments than ranks, some have none.
+
+    Raises:
+        ValueError: as in `shard`.
+    """
+    shard(layout, 0, world_size, window=window, causal=causal, token_cost=token_cost)  # checks the options
+    costs = group_costs(layout, window, check_causal(causal, CAUSAL_MODES), token_cost)
+    groups = np.searchsorted(layout.host_cu_groups.numpy(), layout.host_cu_seqlens.numpy())
+    done = np.concatenate([[0.0], np.cumsum(costs)])
+    segments = np.diff(done[groups])
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0.0] * world_size
+    for segment in sorted(range(len(segments)), key=lambda n: (-segments[n], n)):
+        least = min(range(world_size), key=loads.__getitem__)
+        ranks[least].append(segment)
+        loads[least] += float(segments[segment])
+    return [sorted(own) for own in ranks]
+
+
 def group_costs(layout: PackedLayout, window: Window, causal: str | None, token_cost: float) -> np.ndarray:
     """The cost of each group, in pairs of a query and a key: float64 `[groups]`."""
     begin, end, low, high = near_rows(layout, window, causal).T.astype(float)

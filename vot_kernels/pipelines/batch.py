@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,8 @@ from vot_kernels.pipelines.sampling import Sampling
 
 if TYPE_CHECKING:
     from vot_kernels.pipelines.video_qa import VideoQA
+
+Row = dict[str, Any]
 
 
 class BatchCounts(NamedTuple):
@@ -37,20 +40,40 @@ def answer_batch(
     """Answer every line of `questions` and append one line each to `out`.
 
     See `read_questions` for the format of a line. A question that `out` already answers is skipped, so that the same
-    call
-    resumes an interrupted run; a partly written last line is dropped first.
+    call resumes an interrupted run; a partly written last line is dropped first.
     A video that cannot be read gets a line with "error" instead of an answer; the next run tries it again.
 
     Raises:
         ValueError: `read_questions` refuses a line, or `out` has other contents; nothing is answered then.
+    """
+    folder = Path(questions).parent
+    return write_answers(
+        lambda todo: (answer_question(video_qa, item, folder, sampling) for item in todo), questions, out
+    )
+
+
+def write_answers(
+    answers: Callable[[Sequence[Row]], Iterable[Row]],
+    questions: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+) -> BatchCounts:
+    """Append to `out` what `answers` yields for those of the `questions` that `out` does not answer yet.
+
+    Args:
+        answers: takes the questions, as `read_questions` returns them, and yields a row for each, in their order.
+        questions: JSONL of questions.
+        out: JSONL of answers.
+
+    Raises:
+        ValueError: as in `answer_batch`.
     """
     source, target = Path(questions), Path(out)
     items = read_questions(source)
     todo = _unanswered(items, target)
     with append_json_lines(target) as append:
         failed = 0
-        for item in track(todo, source.name, shown=bool(todo)):
-            row = _answer(video_qa, item, source.parent, sampling)
+        rows = answers(todo) if todo else ()
+        for row in track(rows, source.name, total=len(todo), shown=bool(todo)):
             failed += "error" in row
             append(row)
     return BatchCounts(len(todo) - failed, len(items) - len(todo), failed)
@@ -67,16 +90,20 @@ def jobs_of(questions: str | os.PathLike[str], out: str | os.PathLike[str]) -> l
     return [(video, len(list(group))) for video, group in videos]
 
 
-def _unanswered(items: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+def _unanswered(items: list[Row], out: Path) -> list[Row]:
     done = _finished(out)
     return [item for item in items if item["id"] not in done]
 
 
-def _answer(
-    video_qa: "VideoQA", item: dict[str, Any], folder: Path, sampling: Sampling | None
-) -> dict[str, Any]:
+def answer_question(
+    video_qa: "VideoQA", item: Row, folder: str | os.PathLike[str], sampling: Sampling | None = None
+) -> Row:
+    """Return the row about a question of `read_questions`: its answer, or the "error" that prevented one.
+
+    `folder` is what a relative path of the video is relative to.
+    """
     try:
-        result = video_qa.ask(folder / item["video"], item["question"], item.get("candidates"), sampling)
+        result = video_qa.ask(Path(folder, item["video"]), item["question"], item.get("candidates"), sampling)
     except (ValueError, OSError) as error:
         return {"id": item["id"], "video": item["video"], "question": item["question"], "error": str(error)}
     eyes = result.sight.to_dict()
@@ -84,7 +111,7 @@ def _answer(
     return {"id": item["id"], "video": item["video"], **result.answer.to_dict(), "eyes": eyes, **read}
 
 
-def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_questions(path: str | os.PathLike[str]) -> list[Row]:
     """Return the questions of a JSONL file, each with an "id".
 
     A line is an object with "video" (a path, relative to the file's folder if not absolute), "question", and
@@ -93,7 +120,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not such an object, two lines have the same id, or there is no line.
     """
-    items: list[dict[str, Any]] = []
+    items: list[Row] = []
     seen: dict[str, int] = {}
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -113,7 +140,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return items
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse(line: str, where: str) -> Row:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
 """Encoding of files with the packed encoder."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, checkpoint_fps, sample_video
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vot_kernels.data.video import VideoClip
     from vot_kernels.models.encoder import VotEncoder, VotImageProcessor
 
 
@@ -39,35 +42,62 @@ def encode_videos(
         for path in track(paths, "Decoding", shown=len(paths) > 1)
     ]
     # These are imported after decoding, because they take seconds and a bad file should be reported at once.
+    encoder, processor = load_encoder(checkpoint_folder(checkpoint, ENCODER, PERCEPTION), device)
+    encoded = encode_clips(encoder, processor, clips)
+    save_encoded(dict(enumerate(encoded)), paths, out)
+    return [described(clip, len(one["tokens"])) for clip, one in zip(clips, encoded, strict=True)]
+
+
+def encode_clips(
+    encoder: "VotEncoder", processor: "VotImageProcessor", clips: "Sequence[VideoClip]"
+) -> "list[dict[str, Tensor]]":
+    """Encode clips of any sizes in one packed pass; return what `encode_videos` writes of each, by its name."""
     import torch
-    from safetensors.torch import save_file
 
     from vot_kernels.models.perception.reading import sampled_fps
 
-    encoder, processor = load_encoder(checkpoint_folder(checkpoint, ENCODER, PERCEPTION))
-    encoder = on_device(encoder, device)
     rates = [sampled_fps(clip.times) for clip in clips]
     inputs = processor([clip.frames for clip in clips], fps=rates).to(encoder.device)
     with torch.no_grad():
         seen = encoder(**inputs)
-    counts = inputs["image_grid_thw"].prod(1).tolist()
-    tensors: dict[str, torch.Tensor] = {}
-    for n, tokens in enumerate(seen.last_hidden_state.split(counts)):
-        tensors[f"{n}.pooled"] = seen.pooler_output[n].cpu().clone()
-        tensors[f"{n}.tokens"] = tokens.cpu().clone()
-        tensors[f"{n}.grid_thw"] = inputs["image_grid_thw"][n].cpu().clone()
-        tensors[f"{n}.times_s"] = torch.from_numpy(clips[n].times)
+    grids = inputs["image_grid_thw"]
+    return [
+        {
+            "pooled": seen.pooler_output[n].cpu().clone(),
+            "tokens": tokens.cpu().clone(),
+            "grid_thw": grids[n].cpu().clone(),
+            "times_s": torch.from_numpy(clips[n].times),
+        }
+        for n, tokens in enumerate(seen.last_hidden_state.split(grids.prod(1).tolist()))
+    ]
+
+
+def save_encoded(
+    encoded: Mapping[int, "dict[str, Tensor]"],
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+) -> None:
+    """Write what was encoded of the n-th of the files `paths`, for all n in `encoded`."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{n}.{name}": tensor for n, one in encoded.items() for name, tensor in one.items()}
     with atomic_write(out) as temporary:
         save_file(tensors, temporary, metadata={str(n): os.fspath(path) for n, path in enumerate(paths)})
-    return [f"{clip.info.describe()} {n} tokens." for clip, n in zip(clips, counts, strict=True)]
 
 
-def load_encoder(folder: Path) -> "tuple[VotEncoder, VotImageProcessor]":
+def described(clip: "VideoClip", tokens: int) -> str:
+    """Return the line that says what a clip is and how many tokens it has."""
+    return f"{clip.info.describe()} {tokens} tokens."
+
+
+def load_encoder(folder: Path, device: str = "cpu") -> "tuple[VotEncoder, VotImageProcessor]":
     """Load the encoder of an encoder or perception checkpoint, and its processor. Errors as in `load_checkpoint`."""
     from vot_kernels.models.encoder import VotEncoder, VotImageProcessor
     from vot_kernels.models.perception import VotPerceptionModel
 
     processor = VotImageProcessor.from_pretrained(folder, local_files_only=True)
     if checkpoint_kind(folder, ENCODER, PERCEPTION) == ENCODER:
-        return load_checkpoint(VotEncoder, folder), processor
-    return load_checkpoint(VotPerceptionModel, folder).encoder, processor
+        encoder = load_checkpoint(VotEncoder, folder)
+    else:
+        encoder = load_checkpoint(VotPerceptionModel, folder).encoder
+    return on_device(encoder, device), processor

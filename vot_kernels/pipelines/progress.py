@@ -1,7 +1,7 @@
 """Progress on stderr, so that stdout has only results: bars on a terminal, and the current activity."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,8 +10,15 @@ from vot_kernels.extras import imports_for
 Item = TypeVar("Item")
 
 
-def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool = True) -> Iterable[Item]:
-    """Iterate over `items` with a bar; `done` items were finished by an earlier run."""
+def track(
+    items: Iterable[Item], description: str, *, total: int | None = None, done: int = 0, shown: bool = True
+) -> Iterable[Item]:
+    """Iterate over `items` with a bar; `done` items were finished by an earlier run.
+
+    `total` is the number of items, for those that have no length.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with imports_for("A progress bar", "cli"):
         from rich.console import Console
         from rich.progress import track
@@ -19,7 +26,7 @@ def track(items: Sequence[Item], description: str, *, done: int = 0, shown: bool
     return track(
         items,
         description=description,
-        total=done + len(items),
+        total=None if total is None else done + total,
         completed=done,
         console=console,
         disable=not (shown and console.is_terminal),

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vot_kernels.train.checkpoint import load_state, save_state
 from vot_kernels.train.optimization import cosine_schedule, update
+from vot_kernels.train.ranks import ALONE, Ranks
 
 Batch = TypeVar("Batch")
 Report = Callable[[int, dict[str, float]], None]
@@ -71,6 +72,7 @@ def run_steps(
     stop_at: int | None = None,
     report: Report = no_report,
     after_backward: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Train `model`, or resume from the newest checkpoint under `out`, up to `schedule.steps`.
 
@@ -89,6 +91,8 @@ def run_steps(
         stop_at: end early after this step, with a checkpoint.
         report: called after every step with the number of steps done and the loss terms.
         after_backward: called when the gradients of a step have been computed.
+        ranks: the processes that train together, each with batches and loss terms of its own; the first saves and
+            reports.
 
     Returns:
         The number of steps done, earlier runs included.
@@ -104,14 +108,17 @@ def run_steps(
         for batch in batches(step, end):
             terms = loss_terms(step, batch)
             torch.stack(list(terms.values())).sum().backward()
+            ranks.average_gradients(model.parameters())
             after_backward()
             rate = cosine_schedule(step, schedule.steps, schedule.learning_rate, schedule.warmup)
             update(model, optimizer, rate, schedule.clip)
             step += 1
-            values = {name: term.item() for name, term in terms.items()}
-            report(step, {"loss": sum(values.values())} | values)
-            if step % save_every == 0 and step < end:
+            values = ranks.average(terms)
+            if ranks.first:
+                report(step, {"loss": sum(values.values())} | values)
+            if ranks.first and step % save_every == 0 and step < end:
                 save_state(out, step, model, optimizer, signature)
     finally:  # also on Ctrl-C
-        save_state(out, step, model, optimizer, signature)
+        if ranks.first:
+            save_state(out, step, model, optimizer, signature)
     return step

@@ -1,6 +1,7 @@
 """`vot train encoder`: measure, train, measure again, and publish the encoder with a record of the run."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from vot_kernels.train.encoder.stage import (
     random_features,
     train_encoder,
 )
+from vot_kernels.train.loop import no_report
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -30,7 +33,12 @@ from vot_kernels.train.report import (
 
 
 def run(
-    out: Path, settings: EncoderTraining, teacher: Path | None, eval_clips: int = 200, device: str = "cpu"
+    out: Path,
+    settings: EncoderTraining,
+    teacher: Path | None,
+    eval_clips: int = 200,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> str:
     """Train a nano encoder, or resume, and write `out/model`; returns a table of metrics before and after.
 
@@ -38,7 +46,7 @@ def run(
     checkpoint is loaded if the settings turn distillation off.
     `out/model` holds safetensors, the configurations, and training.json: the command, the settings, the
     teacher, the wall time, and the metrics of the random and of the trained weights on held-out clips.
-    A finished run is neither trained nor measured again.
+    A finished run is neither trained nor measured again. Of several `ranks` the first measures and writes.
     """
     check_eval_clips(eval_clips)
     config = VotEncoderConfig.preset("nano")
@@ -55,8 +63,10 @@ def run(
         return _table(record)
     on_device(guide.encoder, device)
     start = time.perf_counter()
-    with progress_bar(settings.steps) as report:
-        model = train_encoder(out, settings, config, guide, report=report)
+    with progress_bar(settings.steps) if ranks.first else nullcontext(no_report) as report:
+        model = train_encoder(out, settings, config, guide, report=report, ranks=ranks)
+    if not ranks.first:
+        return ""
     seconds = time.perf_counter() - start
     metrics = {
         "random weights": encoder_metrics(build(settings, config, guide), guide, settings, eval_clips),
@@ -68,6 +78,7 @@ def run(
         **same,
         "training_seconds": round(seconds),
         **machine(),
+        "processes": ranks.size,
         "parameters": {
             name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
         },

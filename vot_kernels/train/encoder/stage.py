@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from vot_kernels.models.encoder.objectives import (
 )
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.packing import PackedLayout
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
 from vot_kernels.train.checkpoint import fingerprint
@@ -33,6 +34,7 @@ from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.loop import Report, Schedule, load_ahead, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import TRAIN_SIZES
+from vot_kernels.train.ranks import ALONE, Ranks
 
 _MAX_PIXELS = 96 * 96
 _BALANCE_WEIGHT = 0.01
@@ -114,13 +116,15 @@ class EncoderPretraining(nn.Module):
             raise ValueError("This model was trained without contrast and has no shared space.")
         return self.contrast(seen.pooler_output, self.captions.encode(captions))
 
-    def distil(self, seen: VotEncoderOutput, teacher: Teacher, inputs: BatchFeature) -> dict[str, Tensor]:
-        """Return the distances from the teacher's tokens and from its mean token of each clip."""
+    def distil(
+        self, seen: VotEncoderOutput, teacher: Teacher, inputs: BatchFeature, ranks: Ranks = ALONE
+    ) -> dict[str, Tensor]:
+        """Return the distances from the teacher's tokens and from its mean token of each clip, over all `ranks`."""
         if self.distillation is None:
             raise ValueError("This model was trained without distillation and has no head for it.")
         grid = inputs["image_grid_thw"]
         tokens, pooled = teach(teacher, inputs)
-        return self.distillation(
+        distances = self.distillation(
             seen.last_hidden_state,
             seen.pooler_output,
             tokens,
@@ -128,19 +132,31 @@ class EncoderPretraining(nn.Module):
             self.encoder.layout(grid),
             teacher.encoder.layout(grid),
         )
+        rows = {"tokens": len(tokens), "pooled": len(pooled)}
+        return {name: ranks.weight(rows[name]) * distance for name, distance in distances.items()}
 
     def losses(
-        self, inputs: BatchFeature, captions: Sequence[str], teacher: Teacher, settings: EncoderTraining
+        self,
+        inputs: BatchFeature,
+        captions: Sequence[str],
+        teacher: Teacher,
+        settings: EncoderTraining,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
-        """Return the weighted terms of the loss, scalars, whose sum is minimised."""
+        """Return the weighted terms of the loss, scalars, whose sum is minimised.
+
+        With several ranks, `inputs` and `captions` are those of this one, and the averages of the terms are the whole
+        batch's.
+        """
         seen = self.encoder(**inputs)
         terms = {"balance": _BALANCE_WEIGHT * seen.balance_loss}
         if self.distillation is not None:
-            distances = self.distil(seen, teacher, inputs)
+            distances = self.distil(seen, teacher, inputs, ranks)
             terms |= {f"distil_{name}": settings.distillation * d for name, d in distances.items()}
         if self.captions is not None and self.contrast is not None:
-            texts = self.captions.encode(captions)
-            terms["contrast"] = settings.contrastive * self.contrast.loss(seen.pooler_output, texts)
+            texts = self.captions.encode(ranks.joined_texts(list(captions)))
+            clips = ranks.joined(seen.pooler_output)
+            terms["contrast"] = settings.contrastive * self.contrast.loss(clips, texts)
         return terms
 
 
@@ -160,24 +176,29 @@ class CaptionedClips:
 
 
 class CaptionBatches(Dataset[CaptionedClips]):
-    """The batches of the training split by step; the same on every machine and in every process."""
+    """The batches of the training split by step; the same on every machine and in every process.
 
-    def __init__(self, settings: EncoderTraining):
-        self.settings = settings
+    With several `ranks` an item is this rank's share of the batch.
+    """
+
+    def __init__(self, settings: EncoderTraining, ranks: Ranks = ALONE):
+        self.settings, self.ranks = settings, replace(ranks, group=None)  # a worker process has no group
 
     def __getitem__(self, step: int) -> CaptionedClips:
         settings = self.settings
         rng = np.random.default_rng([settings.seed, step])
-        first = step * settings.batch_size
+        sizes = [TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] for _ in range(settings.batch_size)]
+        # Patches have a fixed size, so pixels stand for tokens here.
+        pixels = PackedLayout.from_grid_thw([[settings.num_frames, *size] for size in sizes])
         episodes = [
             generate_episode(
                 "train",
-                first + i,
+                step * settings.batch_size + i,
                 settings.seed,
-                size=TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))],
+                size=sizes[i],
                 num_frames=settings.num_frames,
             )
-            for i in range(settings.batch_size)
+            for i in self.ranks.share(pixels)
         ]
         return captioned(episodes, settings.h264_share)
 
@@ -221,10 +242,12 @@ def train_encoder(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> EncoderPretraining:
     """Train, or resume from the newest checkpoint under `out`; the caller saves the result.
 
-    See `vot_kernels.train.loop.run_steps` for the options.
+    See `vot_kernels.train.loop.run_steps` for the options. With several `ranks` each trains on its share of every
+    batch, and the weights are, up to rounding, those of one process.
 
     Raises:
         ValueError: the teacher has another patch size, or the checkpoint has other settings.
@@ -238,21 +261,23 @@ def train_encoder(
 
     def losses(step: int, batch: CaptionedClips) -> dict[str, Tensor]:
         inputs = processor(batch.clips, fps=batch.fps).to(teacher.encoder.device)
-        return model.losses(inputs, batch.captions, teacher, settings)
+        return model.losses(inputs, batch.captions, teacher, settings, ranks)
 
-    run_steps(
-        out,
-        model,
-        optimizer,
-        Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
-        CaptionBatches(settings).loader,
-        losses,
-        signature=_signature(settings, config, teacher),
-        save_every=save_every,
-        stop_at=stop_at,
-        report=report,
-        after_backward=lambda: assert_trainable(model, optimizer, teacher, settings),
-    )
+    with ranks.balance(model):
+        run_steps(
+            out,
+            model,
+            optimizer,
+            Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+            CaptionBatches(settings, ranks).loader,
+            losses,
+            signature=_signature(settings, config, teacher),
+            save_every=save_every,
+            stop_at=stop_at,
+            report=report,
+            after_backward=lambda: assert_trainable(model, optimizer, teacher, settings),
+            ranks=ranks,
+        )
     return model.eval()
 
 

@@ -1,0 +1,162 @@
+"""What each rank runs for test_training.py: a stage over ranks beside the same stage in one process."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from vot_kernels.models.encoder.configuration import VotEncoderConfig
+from vot_kernels.nn import AutonomyOfExperts
+from vot_kernels.packing import PackedLayout
+from vot_kernels.testing import shifted
+from vot_kernels.train.encoder.settings import EncoderTraining
+from vot_kernels.train.encoder.stage import CaptionBatches, EncoderPretraining, random_features, train_encoder
+from vot_kernels.train.ranks import ALONE, Ranks
+
+CONFIG = VotEncoderConfig(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=96,
+    patch_size=16,
+    expert_rank=16,
+    full_attention_every=2,
+    projection_size=64,
+)
+# Clips of mixed sizes that the ranks cannot share evenly.
+SETTINGS = EncoderTraining(
+    steps=3, batch_size=7, num_frames=2, warmup=2, caption_width=16, caption_layers=1, h264_share=0.25
+)
+ATOL = (
+    0.02 * SETTINGS.learning_rate
+)  # of weights: Adam's step has one length, also where a gradient is but rounding
+STEPS = {"both": {}, "distillation": {"contrastive": 0.0}, "contrast": {"distillation": 0.0}}
+
+
+def _in_process(batches: CaptionBatches, start: int, stop: int) -> Iterator[object]:
+    """Make batches without a worker, which the processes of the tests may not have."""
+    return (batches[step] for step in range(start, stop))
+
+
+def ranks_of(group: ProcessGroup) -> Ranks:
+    return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def trained(
+    out: Path, settings: EncoderTraining, ranks: Ranks, stop_at: int | None = None
+) -> tuple[EncoderPretraining, list[dict[str, float]]]:
+    """Train in float64; return the model and the terms of each step that was reported."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        seen: list[dict[str, float]] = []
+        teacher = random_features(CONFIG, seed=1)
+        with mock.patch.object(CaptionBatches, "loader", _in_process):
+            model = train_encoder(
+                out,
+                settings,
+                CONFIG,
+                teacher,
+                ranks=ranks,
+                stop_at=stop_at,
+                report=lambda step, t: seen.append(t),
+            )
+        return model, seen
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def shared_folder(group: ProcessGroup) -> Path:
+    """A folder that all ranks know."""
+    name = [tempfile.mkdtemp() if dist.get_rank(group) == 0 else ""]
+    dist.broadcast_object_list(name, group=group)
+    return Path(name[0])
+
+
+def equals_one_process(group: ProcessGroup, **options: float) -> None:
+    settings, ranks = dataclasses.replace(SETTINGS, **options), ranks_of(group)
+    model, seen = trained(shared_folder(group), settings, ranks)
+    alone, wanted = trained(Path(tempfile.mkdtemp()), settings, ALONE)
+    assert all(layer.spread is None for layer in model.modules() if isinstance(layer, AutonomyOfExperts))
+    for (name, found), true in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, true, rtol=0, atol=ATOL, msg=lambda text, n=name: f"{n}: {text}")
+    assert len(seen) == (settings.steps if ranks.first else 0)
+    for found, true in zip(seen, wanted, strict=False):
+        assert found.keys() == true.keys()
+        for name, value in true.items():
+            assert abs(found[name] - value) <= 1e-6 * max(1.0, abs(value)), (name, found[name], value)
+
+
+def resumes_together(group: ProcessGroup) -> None:
+    ranks, folder = ranks_of(group), shared_folder(group)
+    trained(folder, SETTINGS, ranks, stop_at=1)
+    dist.barrier(group)
+    model, seen = trained(folder, SETTINGS, ranks)
+    straight, wanted = trained(shared_folder(group), SETTINGS, ranks)
+    assert seen == wanted[1:]
+    for found, true in zip(model.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(found, true)
+
+
+def too_few_clips(group: ProcessGroup) -> None:
+    ranks = ranks_of(group)
+    try:
+        ranks.share(PackedLayout.from_lengths([5] * (ranks.size - 1)))
+    except ValueError as error:
+        assert f"at least one clip for each of the {ranks.size} processes, got {ranks.size - 1}" in str(error)
+    else:
+        raise AssertionError("a batch of fewer clips than ranks was shared")
+
+
+def balances_over_all_tokens(group: ProcessGroup) -> None:
+    """Load, balance loss and its gradient are those of all tokens in one process."""
+    torch.manual_seed(shifted(0))
+    ranks = ranks_of(group)
+    layer = AutonomyOfExperts(16, num_experts=4, top_k=2, hidden=8).double()
+    counts = [3, 0, 6][: ranks.size]
+    tokens = torch.randn(sum(counts), 16, dtype=torch.float64).split(counts)
+    _, whole = layer(torch.cat(tokens), return_aux=True)
+    (wanted,) = torch.autograd.grad(whole.balance_loss, layer.w_down)
+    with ranks.balance(layer):
+        _, aux = layer(tokens[ranks.rank], return_aux=True)
+        aux.balance_loss.backward()
+    ranks.average_gradients([layer.w_down])
+    torch.testing.assert_close(aux.load, whole.load)
+    torch.testing.assert_close(aux.balance_loss, whole.balance_loss)
+    torch.testing.assert_close(layer.w_down.grad, wanted)
+
+
+def joins_rows_and_texts(group: ProcessGroup) -> None:
+    """A loss of all rows, taken on every rank, has the gradient of one process."""
+    torch.manual_seed(shifted(1))
+    ranks = ranks_of(group)
+    linear = nn.Linear(4, 3).double()
+    rows = torch.randn(9, 4, dtype=torch.float64).split([4, 3, 2][: ranks.size])
+
+    def loss(whole: torch.Tensor) -> torch.Tensor:
+        return (whole @ whole.T).tanh().sum()
+
+    wanted = torch.autograd.grad(loss(linear(torch.cat(rows))), linear.weight)[0]
+    whole = ranks.joined(linear(rows[ranks.rank]))
+    torch.testing.assert_close(whole, linear(torch.cat(rows)))
+    loss(whole).backward()
+    ranks.average_gradients(linear.parameters())
+    torch.testing.assert_close(linear.weight.grad, wanted)
+    assert ranks.joined_texts([str(ranks.rank)] * ranks.rank) == [
+        str(n) for n in range(ranks.size) for _ in range(n)
+    ]
+
+
+CASES: dict[str, Callable[[ProcessGroup], None]] = {
+    **{f"encoder_{name}": partial(equals_one_process, **options) for name, options in STEPS.items()},
+    "resumes_together": resumes_together,
+    "too_few_clips": too_few_clips,
+    "balances_over_all_tokens": balances_over_all_tokens,
+    "joins_rows_and_texts": joins_rows_and_texts,
+}

@@ -1,0 +1,210 @@
+"""Many videos on the workers of a Ray cluster, or on those of this machine."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vot_kernels.extras import imports_for
+from vot_kernels.files import check_output
+from vot_kernels.models.checkpoint import ENCODER, PERCEPTION
+from vot_kernels.pipelines.batch import BatchCounts, Row, write_answers
+from vot_kernels.pipelines.encode import save_encoded
+from vot_kernels.pipelines.progress import track
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder
+from vot_kernels.pipelines.workers import AnswerQuestions, EncodeVideos
+
+if TYPE_CHECKING:
+    from vot_kernels.pipelines.video_qa import VideoQA
+
+THREADS = 4  # of a worker without a GPU, where `workers` is not given
+RETRIES = 2  # of a block of rows whose worker ended
+Block = list[Row]
+
+
+def answer_batch_on_ray(
+    load: "Callable[[], VideoQA]",
+    questions: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    sampling: Sampling | None = None,
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> BatchCounts:
+    """Do what `answer_batch` does, on workers of Ray: the same lines in the same order, resumed in the same way.
+
+    The workers read the videos, so all need the same paths. A video at which a worker ends, also on the third try,
+    gets lines with "error".
+
+    Args:
+        load: returns what answers, in the worker; it is pickled.
+        questions, out, sampling: as for `answer_batch`.
+        workers: number of processes; by default one per GPU, or one per four CPU cores.
+        device: where `load` puts the models; on "cuda" each worker has a GPU of its own.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: as in `answer_batch`, or `workers` is below 1.
+    """
+    arguments = {"load": load, "folder": Path(questions).parent.absolute(), "sampling": sampling}
+
+    def answers(todo: Sequence[Row]) -> Iterator[Row]:
+        blocks = [
+            [_question(item) for item in group] for _, group in groupby(todo, lambda item: item["video"])
+        ]
+        for row, answered in _mapped(AnswerQuestions, arguments, blocks, "id", workers, device):
+            if answered is not None:
+                yield json.loads(answered["answer"])
+            else:
+                yield {key: row[key] for key in ("id", "video", "question")} | {"error": _ENDED}
+
+    return write_answers(answers, questions, out)
+
+
+def encode_videos_on_ray(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    sampling: Sampling | None = None,
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+) -> tuple[list[str], list[str]]:
+    """Do what `encode_videos` does, on workers of Ray that share the file system.
+
+    Each video is encoded into a file of its own in the folder `out` + ".parts", from which an interrupted run goes on;
+    then all are joined in `out`. A video that fails is left out of it; the others keep their number, and the folder
+    stays, so that the next run tries only that video again.
+
+    Returns:
+        The lines that describe the videos, and a sentence about each that failed.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: `out` is no safetensors file, or `workers` is below 1.
+    """
+    check_output(out, ".safetensors")
+    folder = checkpoint_folder(checkpoint, ENCODER, PERCEPTION).absolute()
+    parts = Path(f"{os.fspath(out)}.parts").absolute()
+    names = [str(Path(path).absolute()) for path in paths]
+    files = [parts / f"{_key(name, folder, sampling)}.safetensors" for name in names]
+    todo = {file: name for name, file in zip(names, files, strict=True) if not file.exists()}
+    blocks = [[{"video": name, "file": str(file)}] for file, name in todo.items()]
+    arguments = {"checkpoint": folder, "sampling": sampling, "device": device}
+    rows = _mapped(EncodeVideos, arguments, blocks, "video", workers, device) if todo else ()
+    errors = []
+    for row, encoded in track(rows, "Encoding", total=len(todo), shown=bool(todo)):
+        error = _ENDED if encoded is None else encoded["error"]
+        errors += [f"{row['video']}: {error}"] if error else []
+    lines = _join({n: file for n, file in enumerate(files) if file.exists()}, paths, out)
+    if not errors:
+        shutil.rmtree(parts, ignore_errors=True)
+    return lines, errors
+
+
+_ENDED = f"The worker that had this video ended, {RETRIES + 1} times: out of memory?"
+
+
+def _question(item: Row) -> Row:
+    return {key: item[key] for key in ("id", "video", "question")} | {
+        "candidates": item.get("candidates") or []
+    }
+
+
+def _key(video: str, checkpoint: Path, sampling: Sampling | None) -> str:
+    """Return a name that changes with the video, the checkpoint and the frames that are looked at."""
+    facts = []
+    for path in (video, checkpoint / "model.safetensors"):
+        there = os.stat(path) if os.path.exists(path) else None
+        facts.append((str(path), there and (there.st_size, there.st_mtime_ns)))
+    return hashlib.sha256(repr((facts, sampling or Sampling())).encode()).hexdigest()[:24]
+
+
+def _join(
+    files: dict[int, Path], paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
+) -> list[str]:
+    """Write the parts into one file; return their descriptions."""
+    from safetensors import safe_open
+
+    encoded, lines = {}, []
+    for n, file in files.items():
+        with safe_open(file, "pt") as part:
+            encoded[n] = {name: part.get_tensor(name) for name in part.keys()}  # noqa: SIM118 (it is no dict)
+            lines.append(part.metadata()["description"])
+    save_encoded(encoded, paths, out)
+    return lines
+
+
+def _mapped(
+    worker: type,
+    arguments: dict[str, Any],
+    blocks: Sequence[Block],
+    key: str,
+    workers: int | None,
+    device: str,
+) -> Iterator[tuple[Row, Row | None]]:
+    """Yield each row of `blocks` with what a worker made of it, in order; None where the worker ended again and again.
+
+    Args:
+        worker: a class that is made in the worker from `arguments` and called with blocks.
+        key: a column that rows and results have, equal for a row and its result, unique among the rows.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}.")
+    with _ray() as ray:
+        import pyarrow
+
+        on_gpu = device.startswith("cuda")
+        cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
+        workers = min(workers or (gpus if on_gpu else max(1, cores // THREADS)), len(blocks))
+        tables = [pyarrow.Table.from_pylist(block) for block in blocks]
+        results = ray.data.from_arrow(tables).map_batches(
+            worker,
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_kwargs=arguments,
+            num_cpus=max(1, cores // workers),  # Ray gives a worker as many threads
+            num_gpus=1 if on_gpu else None,
+            ray_remote_args_fn=_patience,
+        )
+        rows = iter(results.iter_rows())
+        result = next(rows, None)
+        for row in (row for block in blocks for row in block):
+            if result is not None and result[key] == row[key]:
+                yield row, result
+                result = next(rows, None)
+            else:
+                yield row, None
+
+
+def _patience() -> dict[str, int]:
+    """A worker that ends is made again, and its block is tried again, but not for ever."""
+    return {"max_restarts": -1, "max_task_retries": RETRIES}
+
+
+@contextmanager
+def _ray() -> Iterator[Any]:
+    """Yield Ray: the cluster that the environment names, or workers on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    with imports_for("--engine ray", "ray"):
+        import ray
+        import ray.data
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.max_errored_blocks = -1  # a block that fails is missing, and its rows get an error
+    context.enable_progress_bars = False
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
