@@ -18,7 +18,7 @@ from typing import Any
 
 from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
 
-LENGTHS = {"windows": (250, 1000, 4000, 10_000), "bundled": (250, 1000, 4000)}
+LENGTHS = {"windows": (250, 1000, 4000, 10_000), "bundled": (250, 1000)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +104,16 @@ def _encoder(name: str, folder: Path) -> Path:
 
     _, processor = load_encoder(BUNDLED_CHECKPOINT)
     bundled = VotPerceptionConfig.from_pretrained(BUNDLED_CHECKPOINT, local_files_only=True).encoder
-    config = VotEncoderConfig(**{**bundled.to_dict(), "full_attention_every": 0, "layer_windows": None})
+    config = VotEncoderConfig(**{**_plain(bundled), "full_attention_every": 0})
     target = folder / "encoder"
     VotEncoder(config).save_pretrained(target)
     processor.save_pretrained(target)
     return target
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return the arguments of a configuration, without what follows from them."""
+    return {name: value for name, value in config.to_dict().items() if name != "layer_windows"}
 
 
 def _peak_mb() -> float:

@@ -63,9 +63,7 @@ def encode(
     check_device(device)
     check_engine(engine, workers)
     if long and engine != "local":
-        raise ValueError(
-            f"--long encodes one video after the other in this process; it cannot go with --engine {engine}."
-        )
+        raise ValueError(f"--long works in this process alone, so it cannot go with --engine {engine}.")
     sampling, failed = Sampling(fps, num_frames, start, end), list[str]()
     if engine == "ray":
         from vot_kernels.pipelines.on_ray import encode_videos_on_ray
