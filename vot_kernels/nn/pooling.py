@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vot_kernels.ops.checks import check_layout, check_tensor
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.packing import PackedLayout
 
 
@@ -39,7 +40,8 @@ class PackedAttentionPooling(nn.Module):
         check_layout("x", x, layout)
         owner = layout.token_segments
         x = x[: layout.num_tokens]
-        score = self.score(x).float()
+        score = self.score(x)
+        score = score.to(accumulator(score.dtype))
         segments, heads = layout.num_segments, score.shape[1]
         index = owner[:, None].expand(-1, heads)
         top = score.new_full((segments, heads), -torch.inf)

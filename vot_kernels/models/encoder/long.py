@@ -29,6 +29,7 @@ from vot_kernels.models.encoder.modeling import VotEncoder, VotEncoderBlock
 from vot_kernels.nn.hybrid_attention import HybridAttention, magnitude
 from vot_kernels.nn.pooling import PackedAttentionPooling
 from vot_kernels.ops.attention_options import window_sides
+from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.flash_attention import flash_attn_varlen_func
 from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.parts.group_states.torch import feature_map, join_far, log_weight
@@ -415,7 +416,8 @@ class _Pooled:
 
     def add(self, x: Tensor) -> None:
         """Add tokens `[tokens, dim]`."""
-        score = self.pooling.score(x).float()
+        score = self.pooling.score(x)
+        score = score.to(accumulator(score.dtype))
         value = self.pooling.value(x).unflatten(-1, (score.shape[1], -1))
         top = score.amax(0)
         if self.top is None:
