@@ -70,6 +70,17 @@ def test_equals_the_reference(layout, window, causal):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("lengths", [[30, 17, 30, 5], [500, 30]])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_no_beta_is_a_beta_of_zero(lengths, kv_heads):
+    layout = PackedLayout.from_lengths(lengths, group_size=1)
+    q, k, v = (make_tensor(sum(lengths), n, 6, seed=n, dtype=torch.float64) for n in (4, kv_heads, kv_heads))
+    for beta in (None, torch.zeros(4)):
+        out = hybrid_attention(q, k, v, layout, window=2, beta=beta, backend="torch")
+        reference = hybrid_attention(q, k, v, layout, window=2, beta=beta, backend="reference")
+        torch.testing.assert_close(out, reference, rtol=1e-9, atol=1e-10)
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that is made."""
 

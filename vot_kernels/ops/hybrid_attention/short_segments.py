@@ -13,7 +13,7 @@ from torch import Tensor
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
-from vot_kernels.ops.parts.group_states.torch import far_weight, feature_map, feature_map_backward, log_weight
+from vot_kernels.ops.parts.group_states.torch import far_weight, feature_map, feature_map_backward
 from vot_kernels.ops.parts.range_attention.blocks import Blocks
 
 _CHUNK_NUMBERS = {"cpu": 2**18, "other": 2**26}  # weights at a time: a few such matrices stay in the cache
@@ -76,7 +76,7 @@ def forward(
         for rows in item.parts(inputs.q.shape[1]):
             some = _Part.of(inputs, rows, item, options)
             scores, far = some.scores(), some.far_products()
-            beta, far_sum = some.fold_heads(log_weight(inputs.beta, some.q)), far.sum(-1, keepdim=True)
+            beta, far_sum = some.log_weights(inputs.beta), far.sum(-1, keepdim=True)
             pivot = torch.maximum(scores.amax(-1, keepdim=True), beta + far_sum.log())
             weights, factor = scores.sub_(pivot).exp_(), far_weight(beta, pivot)
             total = weights.sum(-1, keepdim=True).add_(far_sum.mul_(factor))
@@ -95,7 +95,7 @@ def backward(
             some = _Part.of(inputs, rows, item, options)
             g, norm = some.fold(grads.d_out), some.fold(lse[..., None])
             near, far = some.scores().sub_(norm).exp_(), some.far_products()
-            factor = far_weight(some.fold_heads(log_weight(inputs.beta, some.q)), norm)
+            factor = far_weight(some.log_weights(inputs.beta), norm)
             weights = torch.addcmul(near, far, factor)
             # do.(v - o) cancels: a narrow output is computed again.
             o = some.fold(out) if out.dtype == g.dtype else weights @ some.v
@@ -162,10 +162,12 @@ class _Part:
         """The rows of `[tokens, heads, width]` like those of q."""
         return _fold(x, self.rows, self.kv_heads)
 
-    def fold_heads(self, x: Tensor) -> Tensor:
-        """`[heads, 1, 1]` for the rows of q."""
-        folded = x.expand(-1, self.rows.length, -1).reshape(self.kv_heads, -1, 1)
-        return folded.repeat(len(self.rows), 1, 1)
+    def log_weights(self, beta: Tensor | None) -> Tensor:
+        """Beta `[heads]`, 0 for None, for the rows of q."""
+        if beta is None:
+            return self.q.new_zeros(1, 1, 1)
+        heads = beta.to(self.q.dtype).reshape(self.kv_heads, -1, 1)
+        return heads.repeat_interleave(self.rows.length, 1).repeat(len(self.rows), 1, 1)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """`[segments, heads, length, width]` of the rows of q or of k."""
