@@ -166,7 +166,7 @@ def test_short_segments_have_all_their_pairs_in_one():
         assert plan.all_short and not plan.passes and not plan.pairs and not plan.far.groups
         assert [len(item.rows) for item in plan.short] == [lengths.count(n) for n in dict.fromkeys(lengths)]
         for item in plan.short:
-            assert (item.not_near ^ item.not_far).all() and (~item.not_near).sum(1).max() == 9
+            assert ((item.near == 0) ^ (item.far == 1)).all() and (item.near == 0).sum(1).max() == 9
         some_heads = make_plan(geometry, None, FAR, False)  # one of which may have no far weight
         assert not some_heads.short and some_heads.passes and some_heads.pairs
 

@@ -16,7 +16,7 @@ from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.group_states.torch import far_weight, feature_map, feature_map_backward
 from vot_kernels.ops.parts.range_attention.blocks import Blocks
 
-_CHUNK_NUMBERS = {"cpu": 2**18, "other": 2**26}  # weights at a time: a few such matrices stay in the cache
+_CHUNK_NUMBERS = {"cpu": 2**18, "other": 2**26}  # a few matrices of so many numbers stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +25,19 @@ class ShortSegments:
 
     Attributes:
         rows: a run for each segment.
-        not_near, not_far: bool `[length, length]`, which keys a row does not see in these ways.
+        near: float32 `[length, length]`, 0 where a row sees a key in this way, else -inf.
+        far: the same, 1 where it does, else 0. Sums and products with masks are faster than a choice.
     """
 
     rows: Blocks
-    not_near: Tensor
-    not_far: Tensor
+    near: Tensor
+    far: Tensor
 
-    def parts(self, heads: int) -> list[Blocks]:
-        """The segments, as many at a time as the budget allows."""
+    def parts(self, heads: int, width: int) -> list[Blocks]:
+        """The segments, as many at a time as the budget allows, for rows of so many heads of a width."""
         length, device = self.rows.length, self.rows.device
         budget = _CHUNK_NUMBERS["cpu" if device.type == "cpu" else "other"]
-        at_once = max(1, budget // (heads * length**2))
+        at_once = max(1, budget // (heads * length * max(length, width)))
         starts = self.rows.starts
         return [Blocks(starts[i : i + at_once], length, device) for i in range(0, len(starts), at_once)]
 
@@ -64,8 +65,9 @@ def _plan(geometry: Geometry, groups: np.ndarray, starts: list[int], device: tor
     before, after = (lag is not None for lag in geometry.lags)
     near = (low <= key) & (key < high)
     far = (key < low) & before | (key >= high) & after
-    masks = (torch.from_numpy(~seen).to(device) for seen in (near, far))
-    return ShortSegments(Blocks(np.array(starts), len(key), device), *masks)
+    masks = (np.where(near, 0, -np.inf), far)
+    near_mask, far_mask = (torch.from_numpy(mask.astype(np.float32)).to(device) for mask in masks)
+    return ShortSegments(Blocks(np.array(starts), len(key), device), near_mask, far_mask)
 
 
 def forward(
@@ -73,7 +75,7 @@ def forward(
 ) -> None:
     """Write the rows of `segments` of the output and of lse `[tokens, heads]`."""
     for item in segments:
-        for rows in item.parts(inputs.q.shape[1]):
+        for rows in item.parts(*inputs.q.shape[1:]):
             some = _Part.of(inputs, rows, item, options)
             scores, far = some.scores(), some.far_products()
             beta, far_sum = some.log_weights(inputs.beta), far.sum(-1, keepdim=True)
@@ -91,7 +93,7 @@ def backward(
     """Write the rows of `segments` of the gradients, and add to that of beta, in a dtype of at least float32."""
     inputs, out, lse = saved
     for item in segments:
-        for rows in item.parts(inputs.q.shape[1]):
+        for rows in item.parts(*inputs.q.shape[1:]):
             some = _Part.of(inputs, rows, item, options)
             g, norm = some.fold(grads.d_out), some.fold(lse[..., None])
             near, far = some.scores().sub_(norm).exp_(), some.far_products()
@@ -105,7 +107,7 @@ def backward(
             dv = weights.transpose(1, 2) @ g
             d_weights = torch.baddbmm(delta, g, some.v.transpose(1, 2), beta=-1)
             d_scores = near.mul_(d_weights).mul_(options.scale)
-            d_far = d_weights.masked_fill_(some.not_far, 0)
+            d_far = d_weights.mul_(some.far)
             dq, dk = d_scores @ some.k, d_scores.transpose(1, 2) @ some.q
             d_phi_q = (d_far @ some.k_features).mul_(factor)
             d_phi_k = d_far.transpose(1, 2) @ (some.q_features * factor)
@@ -129,8 +131,8 @@ class _Part:
     rows: Blocks
     kv_heads: int
     scale: float
-    not_near: Tensor
-    not_far: Tensor
+    near: Tensor
+    far: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -145,18 +147,16 @@ class _Part:
             feature_map(x, options.feature_map) if given is None else _fold(given, rows, kv_heads)
             for x, given in zip((q, k), inputs[4:], strict=True)
         )
-        not_near, not_far = (x.repeat(repeats, 1) for x in (item.not_near, item.not_far))
-        return cls(rows, kv_heads, options.scale, not_near, not_far, q, k, v, q_features, k_features)
+        near, far = (x.to(q.dtype).repeat(repeats, 1) for x in (item.near, item.far))
+        return cls(rows, kv_heads, options.scale, near, far, q, k, v, q_features, k_features)
 
     def scores(self) -> Tensor:
         """Scaled q.k, -inf where a key is not near."""
-        nothing = self.q.new_zeros(1, 1, 1)
-        scores = torch.baddbmm(nothing, self.q, self.k.transpose(1, 2), beta=0, alpha=self.scale)
-        return scores.masked_fill_(self.not_near, -torch.inf)
+        return torch.baddbmm(self.near, self.q, self.k.transpose(1, 2), alpha=self.scale)
 
     def far_products(self) -> Tensor:
         """phi(q).phi(k), 0 where a key is not far."""
-        return (self.q_features @ self.k_features.transpose(1, 2)).masked_fill_(self.not_far, 0)
+        return (self.q_features @ self.k_features.transpose(1, 2)).mul_(self.far)
 
     def fold(self, x: Tensor) -> Tensor:
         """The rows of `[tokens, heads, width]` like those of q."""

@@ -273,7 +273,7 @@ def feature_map(x: Tensor, name: str) -> Tensor:
 def feature_map_backward(x: Tensor, features: Tensor, d_features: Tensor, name: str) -> Tensor:
     """Return the gradient of x, given features = phi(x) and their gradient."""
     if name == "softmax":
-        return features * (d_features - (features * d_features).sum(-1, keepdim=True))
+        return torch.ops.aten._softmax_backward_data(d_features, features, -1, features.dtype)
     if name == "elu":  # elu(x) + 1 is its own derivative for x < 0
         return d_features * features.clamp(max=1)
     return d_features * (x > 0)
