@@ -105,7 +105,7 @@ class Attention:
         kept = [self.lengths[i] for i in sorted({*every[:24], max(every, key=self.lengths.__getitem__)})]
         scale = max(1.0, sum(kept) / 384)
         lengths = tuple(max(min(n, 4), round(n / scale)) for n in kept)
-        group = max(4, round(self.group_size / scale))
+        group = max(min(self.group_size, 4), round(self.group_size / scale))
         return replace(self, lengths=lengths, group_size=group)
 
     def work(self, direction: str, itemsize: int) -> Work:

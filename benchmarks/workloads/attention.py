@@ -96,6 +96,8 @@ def _cpu() -> Iterator[Workload]:
         ("4k-d64", hybrid((4 * K,)), TRAINING, TRAINING),
         ("2k-d64", hybrid((2 * K,)), TRAINING, FORWARD),
         ("1k-d64", hybrid((K,)), FORWARD, FORWARD),
+        # Groups of one token in short segments: a state for each would be larger than its rows.
+        ("short-2k-d64", hybrid(uniform(2 * K, 32), group_size=1, window=4), TRAINING, TRAINING),
         ("16k-d64", hybrid((16 * K,)), FORWARD, FORWARD),
         ("images-8k-d64", hybrid(qwen_vl(8 * K)), TRAINING, ()),
         ("4k-gqa-d64", hybrid((4 * K,), kv_heads=2), TRAINING, ()),

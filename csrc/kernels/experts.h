@@ -71,8 +71,8 @@ struct ExpertsCombine {
   float* out;  // [tokens][dim]
 };
 
-// The gradient of a matrix of every expert: element [e, r, c] is at data[e * expert + r * row + c * column]. One of the
-// last two strides is 1.
+// The gradient of a matrix of every expert: element [e, r, c] is at data[e * expert + r * row + c * column]. The last
+// stride is 1; for d_w_out one of the last two is.
 struct ExpertGradients {
   float* data;
   int64_t expert, row, column;

@@ -5,44 +5,60 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-// What the gradients of the weights need, a row [hidden] for each place of a group.
-struct HiddenGradients {
-  float *d_gate, *d_value, *weighted;
+// What the gradients of the weights need of a block, in panels. Where the numbers of d_w_out lie side by side along
+// hidden, `weighted` is its right operand, a row of hidden numbers for each place, and d_y its left one.
+struct Kept {
+  float *d_gate, *d_value, *weighted;  // [hidden]
+  float* d_y;                          // [dim], null where `weighted` lies in panels
 };
 
-// Strips [rows][PANEL] of an expert's hidden layer, and what belongs to each column.
+// What a block has of what its group keeps.
+Kept of_block(const Kept& kept, const ExpertsBackward& b, const Group& group, const Block& block) {
+  const auto hidden = [&](float* data) { return group.in_panels(data, b.hidden, block); };
+  if (!kept.d_y) return {hidden(kept.d_gate), hidden(kept.d_value), hidden(kept.weighted), nullptr};
+  float* rows = kept.weighted + group.columns_before(block.first, block.number) * b.hidden;
+  return {hidden(kept.d_gate), hidden(kept.d_value), rows, group.in_panels(kept.d_y, b.dim, block)};
+}
+
+// Strips [rows] of an expert's hidden layer, and what belongs to each column. Rows are PANEL apart, if not `row`.
 struct HiddenStrips {
   const float *gate, *value;
-  float* d_hidden;  // becomes weight * hidden
+  int64_t gate_row, value_row;
+  const float* d_hidden;
   float *d_gate, *d_value;
+  float* weighted;  // weight * hidden
   const float* weights;
   float* d_weights;  // sums over the rows are added
 };
 
 void hidden_strip_backward(const HiddenStrips& s, int rows, int count) {
-  for (int c = 0; c < count; c += LANES) {
+  const auto column = [&](int c, auto read) {
     const Vec weight = load(s.weights + c);
     Vec d_weight = {};
-    for (int i = c; i < c + rows * PANEL; i += PANEL) {
-      const Vec gate = load(s.gate + i), value = load(s.value + i), d_hidden = load(s.d_hidden + i);
-      const Vec slope = sigmoid(gate), silu = gate * slope, hidden = silu * value, d_weighted = d_hidden * weight;
+    for (int r = 0; r < rows; r++) {
+      const int i = r * PANEL + c;
+      const Vec gate = read(s.gate + r * s.gate_row + c), value = read(s.value + r * s.value_row + c);
+      const Vec d_hidden = load(s.d_hidden + i), d_weighted = d_hidden * weight;
+      const Vec slope = sigmoid(gate), silu = gate * slope, hidden = silu * value;
       d_weight += d_hidden * hidden;
       // d silu(x) / dx = s + silu(x) (1 - s), with s = sigmoid(x)
       store(s.d_gate + i, d_weighted * value * (slope + silu * (1.f - slope)));
       store(s.d_value + i, d_weighted * silu);
-      store(s.d_hidden + i, hidden * weight);
+      store(s.weighted + i, hidden * weight);
     }
     store(s.d_weights + c, load(s.d_weights + c) + d_weight);
-  }
+  };
+  int c = 0;
+  for (; c + LANES <= count; c += LANES) column(c, [](const float* from) { return load(from); });
+  if (c < count) column(c, [&](const float* from) { return load_part(from, count - c); });
 }
 
-// Fills the panels d_gate and d_value [hidden], and the block's rows of `kept`.
-void hidden_backward(const ExpertsBackward& b, const Block& block, const HiddenGradients& kept, float* d_gate,
-                     float* d_value) {
+// Fills `kept` and writes the gradients of the weights of slots.
+void hidden_backward(const ExpertsBackward& b, const Block& block, const Kept& kept) {
   const bool cached = b.rank > 0;
-  float* d_y = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL));
-  float *cache = d_y + panels_size(b.dim), *d_hidden = cache + panels_size(b.rank), *gates = d_hidden + STRIPS_SIZE;
-  float* value = gates + STRIPS_SIZE;
+  float* cache = scratch(size_t(panels_size(b.rank) + 2 * STRIPS_SIZE + STRIP * PANEL + panels_size(b.dim)));
+  float *d_hidden = cache + panels_size(b.rank), *gates = d_hidden + STRIPS_SIZE, *turned = gates + STRIPS_SIZE;
+  float* d_y = kept.d_y ? kept.d_y : turned + STRIP * PANEL;
   gather_tokens(block, b.slots, b.d_y, b.dim, d_y);
   if (cached) gather_slots(block, b.slots, b.cache, b.rank, cache);
   const int32_t* slot = b.slots.order + block.first;
@@ -55,47 +71,42 @@ void hidden_backward(const ExpertsBackward& b, const Block& block, const HiddenG
     if (cached) product(block, w_gate.below(r), rows, b.rank, cache, gates);
     for (int p = 0; p < block.panels; p++) {
       const int count = block.filled(p);
-      const auto saved = [&](const float* matrix, float* strip) {
-        copy_rows(block.in_panel(matrix, b.hidden, p) + r * count, count, rows, count, strip, PANEL);
-      };
-      const auto keep = [&](const float* strip, float* matrix) {
-        float* row = matrix + int64_t(p) * block.width * b.hidden + r;
-        scatter_panel(strip, rows, count, [&](int i) { return row + int64_t(i) * b.hidden; });
-      };
-      float *gate = gates + p * STRIP * PANEL, *weighted = d_hidden + p * STRIP * PANEL;
+      const auto saved = [&](const float* matrix) { return block.in_panel(matrix, b.hidden, p) + r * count; };
+      const float* gate = cached ? gates + p * STRIP * PANEL : saved(b.gate);
       const int64_t row = p * panel_size(b.hidden) + r * PANEL;
-      if (!cached) saved(b.gate, gate);
-      saved(b.value, value);
-      hidden_strip_backward({gate, value, weighted, d_gate + row, d_value + row, weights + p * PANEL,
+      float* weighted = kept.d_y ? turned : kept.weighted + row;
+      hidden_strip_backward({gate, saved(b.value), cached ? PANEL : count, count, d_hidden + p * STRIP * PANEL,
+                             kept.d_gate + row, kept.d_value + row, weighted, weights + p * PANEL,
                              d_weights + p * PANEL}, rows, count);
-      keep(d_gate + row, kept.d_gate);
-      keep(d_value + row, kept.d_value);
-      keep(weighted, kept.weighted);
+      float* first = kept.weighted + int64_t(p) * block.width * b.hidden + r;
+      if (kept.d_y) scatter_panel(turned, rows, count, [&](int i) { return first + int64_t(i) * b.hidden; });
     }
   });
   for (int i = 0; i < block.count; i++) b.d_weights[slot[i]] = d_weights[i / block.width * PANEL + i % block.width];
 }
 
-void body_backward(const ExpertsBackward& b, const Block& block, const HiddenGradients& kept) {
-  const bool cached = b.rank > 0;
-  float* d_gate = scratch(size_t(2 * panels_size(b.hidden)));
-  float* d_value = d_gate + panels_size(b.hidden);
-  hidden_backward(b, block, kept, d_gate, d_value);
-
-  float* sums = scratch<2>(size_t(panels_size(b.dim) + panels_size(b.rank)));
+void body_backward(const ExpertsBackward& b, const Block& block, const Kept& kept) {
+  hidden_backward(b, block, kept);
+  float* sums = scratch(size_t(panels_size(b.dim) + panels_size(b.rank)));
   const Left w_gate = transposed(of_expert(b.w_gate, block.expert));
-  whole_product(block, transposed(of_expert(b.w_value, block.expert)), b.dim, b.hidden, d_value, sums);
-  if (!cached) whole_product(block, w_gate, b.dim, b.hidden, d_gate, sums, Old::KEEP);
+  whole_product(block, transposed(of_expert(b.w_value, block.expert)), b.dim, b.hidden, kept.d_value, sums);
+  const bool cached = b.rank > 0;
+  if (!cached) whole_product(block, w_gate, b.dim, b.hidden, kept.d_gate, sums, Old::KEEP);
   scatter_slots(block, b.slots, sums, b.dim, b.d_x);
   if (!cached) return;
-  whole_product(block, w_gate, b.rank, b.hidden, d_gate, sums);
+  whole_product(block, w_gate, b.rank, b.hidden, kept.d_gate, sums);
   scatter_slots(block, b.slots, sums, b.rank, b.d_cache);
 }
 
-// Adds to d_x.
-void cache_backward(const ExpertsCacheBackward& b, const Block& block) {
-  float* d_cache = scratch(size_t(panels_size(b.rank) + panels_size(b.dim)));
-  float* sums = d_cache + panels_size(b.rank);
+// That of w_out where its numbers lie side by side along hidden.
+Gradient gradient_along_hidden(const ExpertsBackward& b) {
+  const PlaceRows weighted = {{nullptr, b.hidden}, b.hidden, PlaceRows::COLUMN};
+  return {nullptr, b.dim, weighted, b.d_w_out.data, b.d_w_out.expert, b.d_w_out.column};
+}
+
+// Fills the panels d_cache [rank], and adds to d_x.
+void cache_backward(const ExpertsCacheBackward& b, const Block& block, float* d_cache) {
+  float* sums = scratch(size_t(panels_size(b.dim)));
   gather_slots(block, b.slots, b.d_cache, b.rank, d_cache);
   whole_product(block, transposed(of_expert(b.w_down, block.expert)), b.dim, b.rank, d_cache, sums);
   scatter_slots</*ADD=*/true>(block, b.slots, sums, b.dim, b.d_x);
@@ -104,34 +115,38 @@ void cache_backward(const ExpertsCacheBackward& b, const Block& block) {
 }  // namespace
 
 void experts_backward(const ExpertsBackward& b, const Parallel& parallel) {
-  const bool cached = b.rank > 0;
   const PlaceRows x = {b.x, b.dim, PlaceRows::TOKEN}, d_y = {b.d_y, b.dim, PlaceRows::TOKEN};
-  const PlaceRows gate_input = cached ? PlaceRows{b.cache, b.rank, PlaceRows::SLOT} : x;
-  clear_unused(b.d_w_gate, b.hidden, gate_input.width, b.slots, parallel);
-  clear_unused(b.d_w_value, b.hidden, b.dim, b.slots, parallel);
-  clear_unused(b.d_w_out, b.hidden, b.dim, b.slots, parallel);
+  const PlaceRows gate_input = b.rank > 0 ? PlaceRows{b.cache, b.rank, PlaceRows::SLOT} : x;
+  const bool along_hidden = b.d_w_out.column != 1;
+  Gradient gradients[] = {gradient(b.hidden, gate_input, b.d_w_gate), gradient(b.hidden, x, b.d_w_value),
+                          along_hidden ? gradient_along_hidden(b) : gradient(b.hidden, d_y, b.d_w_out)};
+  for (const Gradient& g : gradients) clear_unused(g, b.slots, parallel);
   for_groups(b.slots, [&](const Group& group) {
-    const int64_t size = group.places * b.hidden;
-    float* memory = scratch<1>(size_t(3 * size));
-    const auto kept = [&](int64_t i) { return memory + i * size; };
+    const int64_t size = group.columns() * Group::padded(b.hidden);
+    float* memory = scratch<1>(size_t(3 * size + (along_hidden ? group.columns() * Group::padded(b.dim) : 0)));
+    const Kept kept = {memory, memory + size, memory + 2 * size, along_hidden ? memory + 3 * size : nullptr};
     parallel(group.blocks, [&](int64_t task) {
       const Block block = find_block(b.slots, group.first_block + task);
-      const int64_t at = (block.first - group.first) * b.hidden;
-      body_backward(b, block, {kept(0) + at, kept(1) + at, kept(2) + at});
+      body_backward(b, block, of_block(kept, b, group, block));
     });
-    const auto rows = [&](int64_t i) { return PlaceRows{{kept(i), b.hidden}, b.hidden, PlaceRows::PLACE}; };
-    const Gradient gradients[] = {gradient(rows(0), gate_input, b.d_w_gate), gradient(rows(1), x, b.d_w_value),
-                                  gradient(rows(2), d_y, b.d_w_out)};
+    gradients[0].left = kept.d_gate;
+    gradients[1].left = kept.d_value;
+    gradients[2].left = along_hidden ? kept.d_y : kept.weighted;
+    if (along_hidden) gradients[2].right.rows.data = kept.weighted;
     add_gradients(gradients, b.slots, group, parallel);
   });
 }
 
 void experts_cache_backward(const ExpertsCacheBackward& b, const Parallel& parallel) {
-  clear_unused(b.d_w_down, b.rank, b.dim, b.slots, parallel);
-  const Gradient gradients[] = {
-      gradient({b.d_cache, b.rank, PlaceRows::SLOT}, {b.x, b.dim, PlaceRows::TOKEN}, b.d_w_down)};
+  Gradient gradients[] = {gradient(b.rank, {b.x, b.dim, PlaceRows::TOKEN}, b.d_w_down)};
+  clear_unused(gradients[0], b.slots, parallel);
   for_groups(b.slots, [&](const Group& group) {
-    parallel(group.blocks, [&](int64_t task) { cache_backward(b, find_block(b.slots, group.first_block + task)); });
+    float* d_cache = scratch<1>(size_t(group.columns() * Group::padded(b.rank)));
+    parallel(group.blocks, [&](int64_t task) {
+      const Block block = find_block(b.slots, group.first_block + task);
+      cache_backward(b, block, group.in_panels(d_cache, b.rank, block));
+    });
+    gradients[0].left = d_cache;
     add_gradients(gradients, b.slots, group, parallel);
   });
 }

@@ -22,6 +22,7 @@ struct Block {
   int64_t first;  // place
   int count;      // places of the block
   int panels, width;
+  int64_t number = 0;  // of all blocks
 
   int filled(int panel) const { return least(width, count - panel * width); }
   // Numbers that lie in panels, from this one on: [rows][filled].
@@ -47,11 +48,12 @@ inline int64_t count_blocks(const ExpertSlots& slots) {
 }
 inline Block find_block(const ExpertSlots& slots, int64_t number) {
   int expert = 0;
-  for (; number >= blocks_of_expert(slots, expert); expert++) number -= blocks_of_expert(slots, expert);
+  int64_t within = number;
+  for (; within >= blocks_of_expert(slots, expert); expert++) within -= blocks_of_expert(slots, expert);
   const int64_t start = slots.offsets[expert], places = slots.offsets[expert + 1] - start;
-  const int64_t size = even_part(places, BLOCK), begin = number * size;
+  const int64_t size = even_part(places, BLOCK), begin = within * size;
   const int count = int(least(size, places - begin)), width = even_part(count, PANEL);
-  return {expert, start + begin, count, (count + width - 1) / width, width};
+  return {expert, start + begin, count, (count + width - 1) / width, width, number};
 }
 
 VOT_INLINE Left of_expert(const ExpertMatrices& w, int expert) { return {w.data + expert * w.expert, w.row, w.column}; }

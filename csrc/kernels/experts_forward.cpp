@@ -5,12 +5,23 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-// hidden = SiLU(gate) * value of a strip; overwrites nothing but `hidden`.
-void activate(const float* gate, const float* value, int rows, int count, float* hidden) {
+// The first `count` columns of a row of `to`, where there is one, become those of a vector at column c.
+VOT_INLINE void keep(float* to, int row, int c, int count, Vec x) {
+  if (!to || c >= count) return;
+  to += row * count + c;
+  if (count - c >= LANES) store(to, x);
+  else store_part(to, x, count - c);
+}
+
+// hidden = SiLU(gate) * value of a strip; both are kept in rows of `count` numbers where somebody reads them.
+void activate(const float* gate, const float* value, int rows, int count, float* hidden, float* kept_gate,
+              float* kept_value) {
   for (int r = 0; r < rows; r++)
-    for (int c = r * PANEL; c < r * PANEL + int(round_up(count, UNIT)); c += LANES) {
-      const Vec x = load(gate + c);
-      store(hidden + c, x * sigmoid(x) * load(value + c));
+    for (int c = 0; c < int(round_up(count, UNIT)); c += LANES) {
+      const Vec x = load(gate + r * PANEL + c), y = load(value + r * PANEL + c);
+      store(hidden + r * PANEL + c, x * sigmoid(x) * y);
+      keep(kept_gate, r, c, count, x);
+      keep(kept_value, r, c, count, y);
     }
 }
 
@@ -29,12 +40,9 @@ void forward_block(const ExpertsForward& f, const Block& block) {
     product(block, w_value.below(r), rows, f.dim, x, value);
     for (int p = 0; p < block.panels; p++) {
       const int count = block.filled(p), strip = p * STRIP * PANEL;
-      activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL);
-      const auto keep = [&](const float* from, float* to) {
-        if (to) copy_rows(from + strip, PANEL, rows, count, block.in_panel(to, f.hidden, p) + r * count, count);
-      };
-      keep(gate, f.gate);
-      keep(value, f.value);
+      const auto kept = [&](float* to) { return to ? block.in_panel(to, f.hidden, p) + r * count : nullptr; };
+      activate(gate + strip, value + strip, rows, count, hidden + p * panel_size(f.hidden) + r * PANEL, kept(f.gate),
+               kept(f.value));
     }
   });
 

@@ -73,19 +73,20 @@ int64_t total_bytes(const PackPatches& problem) {
   return pixels * problem.channels * problem.item_bytes;
 }
 
-// body(c, f, r, row) for each row of pixels that a strip has: channel, frame and row within the patch, and its first
-// number in the clip, counted from the clip's.
+// body(within, row) for each row of pixels that a strip has, channel by channel and frame by frame: its first number
+// within the patch, and in the clip.
 template <class Body>
 VOT_INLINE void for_rows(const PackPatches& problem, const Strip& strip, const Body& body) {
-  const Clip& clip = *strip.clip;
-  for (int64_t c = 0; c < problem.channels; c++)
-    for (int64_t f = 0; f < problem.temporal_patch_size; f++)
-      for (int64_t r = 0; r < problem.patch_size; r++) {
-        const int64_t frame = strip.t * problem.temporal_patch_size + f, y = strip.y * problem.patch_size + r;
-        const int64_t within = (c * problem.temporal_patch_size + f) * problem.patch_size + r;
-        body(within * problem.patch_size,
-             frame * clip.frame_stride + c * clip.channel_stride + y * clip.row_stride);
-      }
+  // In variables of their own, because what `body` writes might be anything else.
+  const int64_t channels = problem.channels, frames = problem.temporal_patch_size, rows = problem.patch_size;
+  const Clip clip = *strip.clip;
+  const int64_t first = strip.t * frames * clip.frame_stride + strip.y * rows * clip.row_stride;
+  int64_t within = 0;
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t f = 0; f < frames; f++) {
+      int64_t row = first + c * clip.channel_stride + f * clip.frame_stride;
+      for (int64_t r = 0; r < rows; r++, within += rows, row += clip.row_stride) body(within, row);
+    }
 }
 
 // Patches from x to before `end` of a strip, one after the other in `to`.
@@ -105,19 +106,20 @@ void cut(const PackPatches& problem, const Strip& strip, int64_t x, int64_t end,
   });
 }
 
-// The same for runs that are whole lines of the cache: nothing has to be put together.
+// The same for runs that are whole lines of the cache: nothing has to be put together. Patches are written one after the
+// other, because memory takes lines faster in their order than it gives them.
 template <class Item>
 void cut_lines(const PackPatches& problem, const Strip& strip, char* to) {
-  const int64_t item = sizeof(Item), run = problem.patch_size * item, bytes = patch_numbers(problem) * item;
-  const Item* clip = static_cast<const Item*>(strip.clip->data);
-  for_rows(problem, strip, [&](int64_t within, int64_t row) {
-    const char* pixels = reinterpret_cast<const char*>(clip + row);
-    char* patch = to + within * item;
-    for (int64_t i = 0; i < strip.length; i++)
+  const int64_t run = problem.patch_size * int64_t(sizeof(Item)), bytes = patch_numbers(problem) * int64_t(sizeof(Item));
+  for (int64_t i = 0; i < strip.length; i++) {
+    const char* clip = static_cast<const char*>(strip.clip->data) + i * run;
+    char* patch = to + i * bytes;
+    for_rows(problem, strip, [=](int64_t within, int64_t row) {
       for (int64_t j = 0; j < run; j += VOT_VECTOR_BYTES)
-        stream(reinterpret_cast<float*>(patch + i * bytes + j),
-               load(reinterpret_cast<const float*>(pixels + i * run + j)));
-  });
+        stream(reinterpret_cast<float*>(patch + within * int64_t(sizeof(Item)) + j),
+               load(reinterpret_cast<const float*>(clip + row * int64_t(sizeof(Item)) + j)));
+    });
+  }
 }
 
 template <class Item>

@@ -21,6 +21,12 @@ struct Matrix {
   int64_t column() const { return transposed ? rows : 1; }
   ExpertMatrices in() const { return {numbers.data(), int64_t(rows) * columns, row(), column()}; }
   ExpertGradients out() { return {numbers.data(), int64_t(rows) * columns, row(), column()}; }
+  // Another one of the same shape, whose rows lie side by side.
+  Matrix in_rows() const {
+    Matrix other = *this;
+    other.transposed = false;
+    return other;
+  }
   double at(int expert, int r, int c) const {
     return numbers[int64_t(expert) * rows * columns + r * row() + c * column()];
   }
@@ -102,7 +108,8 @@ void check(Random& random, const Parallel& parallel) {
                           parallel);
 
   Numbers d_x(p.slots() * p.dim, NAN), d_cache(p.slots() * p.rank, NAN), d_weights(p.slots(), NAN);
-  Matrix d_w_gate = p.w_gate, d_w_value = p.w_value, d_w_out(random, p.experts, p.hidden, p.dim), d_w_down = p.w_down;
+  Matrix d_w_gate = p.w_gate.in_rows(), d_w_value = p.w_value.in_rows(), d_w_down = p.w_down.in_rows();
+  Matrix d_w_out(random, p.experts, p.hidden, p.dim);
   kernels.experts_backward(
       {p.rows(p.d_y, p.dim), p.rows(p.x, p.dim), p.caches(), p.w_gate.in(), p.w_value.in(), p.w_out.in(),
        p.cached ? nullptr : gate.data(), value.data(), p.weights.data(), p.grouping(), p.dim, p.cached ? p.rank : 0, p.hidden,

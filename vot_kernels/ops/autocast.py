@@ -72,7 +72,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 def _autocasting(value: Any) -> str | None:
     """Return the device type of a tensor, or of the first of several, if autocast is on there."""
-    first = next(iter(_tensors(value)), None)
+    first = value if isinstance(value, Tensor) else next(iter(_tensors(value)), None)
     if first is None:
         return None
     device_type = first.device.type

@@ -5,10 +5,10 @@ its predicate to `CAPABILITIES`; nothing else changes here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ FUNCTIONS = {op: op for op in OPS} | {
 }
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The properties of a call that decide whether a backend accepts it.
 
     Attributes:

@@ -15,7 +15,7 @@ HEAD_DIM = 64
 def plan(lengths, group_size, window, causal=None):
     geometry = Geometry.of(PackedLayout.from_lengths(lengths, group_size=group_size), window, causal)
     near = RangeBounds.of(geometry.key_ranges()).near
-    return near, plan_blocks(geometry, near[1], HEAD_DIM, HEAD_DIM, 1)
+    return near, plan_blocks(geometry, HEAD_DIM, HEAD_DIM, 1)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 4, 8, 16, 32, 64])

@@ -94,7 +94,7 @@ def test_what_is_planned_under_inference_mode_serves_training():
         hybrid_attention(q, k, v, layout)
         linear_attention(q, k, v, layout, causal=True, log_decay=torch.tensor([-0.1, -0.2]))
         plans = [
-            hybrid_plan(HybridGeometry.of(layout, 1, None)),
+            hybrid_plan(HybridGeometry.of(layout, 1, None), None, (16, 16, 1), False),
             linear_plan(LinearGeometry(layout.cu_seqlens, layout.host_cu_seqlens, "token")),
         ]
     for plan in plans:

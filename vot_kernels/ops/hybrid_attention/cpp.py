@@ -57,18 +57,25 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
 def _plan(inputs: Inputs, geometry: Geometry) -> tuple[Plan, FarBlocks | None]:
     """What rows see, and the far part if its weights are not known to be 0."""
     heads, kv_heads, head_dim = inputs.q.shape[1], *inputs.k.shape[1:]
-    if not geometry.needs_far(inputs.beta):
-        return plan_ranges(geometry.key_ranges(), heads, kv_heads), None
     width = head_dim if inputs.q_features is None else inputs.q_features.shape[2]
-    return _plan_far(geometry, heads, kv_heads, head_dim, width, torch.get_num_threads())
+    weighs = Geometry.weighs(inputs.beta)
+    return _plan_once(geometry, weighs, heads, kv_heads, head_dim, width, torch.get_num_threads())
 
 
 @remember
+def _plan_once(
+    geometry: Geometry, weighs: bool, heads: int, kv_heads: int, head_dim: int, width: int, threads: int
+) -> tuple[Plan, FarBlocks | None]:
+    if not (weighs and geometry.has_far):
+        return plan_ranges(geometry.key_ranges(), heads, kv_heads), None
+    return _plan_far(geometry, heads, kv_heads, head_dim, width, threads)
+
+
 def _plan_far(
     geometry: Geometry, heads: int, kv_heads: int, head_dim: int, width: int, threads: int
 ) -> tuple[Plan, FarBlocks]:
     bounds = RangeBounds.of(geometry.key_ranges())
-    blocks = plan_blocks(geometry, bounds.near[1], head_dim, width, heads // kv_heads)
+    blocks = plan_blocks(geometry, head_dim, width, heads // kv_heads)
     reach = bounds.near if blocks.reach is None else blocks.reach.numpy()
     return make_plan(bounds, reach, heads, kv_heads, threads), blocks
 

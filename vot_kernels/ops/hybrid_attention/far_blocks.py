@@ -1,4 +1,4 @@
-"""How the C++ kernels compute far attention: states of blocks of groups, and pairs of rows beside these blocks.
+"""How C++ and PyTorch compute far attention: states of blocks of groups, and pairs of rows beside these blocks.
 
 A state stands for all keys of its block, but it is a matrix: one for each group of a few rows would be far larger than
 the rows. So small groups are joined to blocks. The far keys that lie in the own block, or in one that is partly near,
@@ -18,7 +18,7 @@ _BLOCK_ROWS = (
     64,
     128,
 )  # about how many rows a block may have, if not those of one group or of the whole segment
-_KEY_BLOCK = 128  # the kernels multiply the features of all keys of a block that has a far pair
+_KEY_BLOCK = 128  # the C++ kernels multiply the features of all keys of a block that has a far pair
 _STATE_ROWS = (
     150  # a state is written, summed up and read again in the time of as many products of a row with it
 )
@@ -48,17 +48,17 @@ class FarBlocks:
     products: int
 
 
-def plan_blocks(geometry: Geometry, high: np.ndarray, head_dim: int, width: int, repeats: int) -> FarBlocks:
+def plan_blocks(geometry: Geometry, head_dim: int, width: int, repeats: int) -> FarBlocks:
     """Choose the blocks of each segment that take the fewest products. What a segment gets depends on it alone.
 
-    high: one past the last near key of each row. width: of the features. repeats: query heads that share a key head.
+    width: of the features. repeats: query heads that share a key head.
     """
     groups = _Groups.of(geometry)
     ways = [_Blocks(groups, begins) for begins in groups.ways()]
     costs = np.stack([blocks.products(head_dim, width, repeats) for blocks in ways])
     best = costs.argmin(0)[groups.segment]
     begins = np.stack([blocks.begins for blocks in ways])[best, np.arange(len(best))]
-    return _Blocks(groups, begins).plan(high, int(costs.min(0).sum()))
+    return _Blocks(groups, begins).plan(int(costs.min(0).sum()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +70,7 @@ class _Groups:
         segment: `[groups]`.
         counts: `[segments]`, groups of each.
         before, after: whether there are far groups on that side.
+        near: `[2, rows]`, as `Geometry.near_rows`.
     """
 
     ranges: np.ndarray
@@ -77,13 +78,14 @@ class _Groups:
     counts: np.ndarray
     before: bool
     after: bool
+    near: np.ndarray
 
     @classmethod
     def of(cls, geometry: Geometry) -> "_Groups":
         counts = np.diff(geometry.host_segment_groups.numpy())
         segment = np.repeat(np.arange(len(counts)), counts)
-        sides = (lag is not None for lag in geometry.lags)
-        return cls(geometry.near_ranges().T, segment, counts, *sides)
+        before, after = (lag is not None for lag in geometry.lags)
+        return cls(geometry.near_ranges().T, segment, counts, before, after, geometry.near_rows())
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -146,7 +148,7 @@ class _Blocks:
             self.segment, states, segments
         )
 
-    def plan(self, high: np.ndarray, products: int) -> FarBlocks:
+    def plan(self, products: int) -> FarBlocks:
         groups, some = self.groups, self.has_states[self.segment]
         slots = np.where(some, np.cumsum(some) - 1, -1)
         offset = (slots - np.arange(len(slots)))[some]  # from blocks to states, the same within a segment
@@ -155,8 +157,8 @@ class _Blocks:
         mirrored = np.searchsorted(self.after, blocks, "right"), np.searchsorted(self.before, blocks, "right")
         has, mirrored_has = (groups.before, groups.after), (groups.after, groups.before)
         reach_low, reach_high = (np.repeat(x, self.rows) for x in self.reach)
+        low, high = groups.near
         reach_high = reach_high if groups.after else high
-        low = np.repeat(groups.ranges[2], groups.rows)
         reaches = (reach_low < low).any() or (reach_high > high).any()
         counts = np.diff(self.owned)[self.has_states]
         return FarBlocks(

@@ -82,11 +82,14 @@ class Geometry(NamedTuple):
         lags = [lag for lag in self.lags if lag is not None]
         return bool(lags) and int(np.diff(self.host_segment_groups.numpy()).max(initial=0)) > min(lags)
 
+    @staticmethod
+    def weighs(beta: Tensor | None) -> bool:
+        """Whether far groups may have a weight: False if all are known to be 0. Those on a GPU are not read."""
+        return beta is None or beta.device.type != "cpu" or bool((beta != -math.inf).any())
+
     def needs_far(self, beta: Tensor | None) -> bool:
-        """`has_far`, unless the weights are known to be 0; those on a GPU are not read."""
-        if beta is None or beta.device.type != "cpu":
-            return self.has_far
-        return self.has_far and bool((beta != -math.inf).any())
+        """`has_far`, unless the weights are known to be 0."""
+        return self.has_far and self.weighs(beta)
 
     def key_ranges(self) -> KeyRanges:
         """The near keys of each row, as the kernels take them."""
@@ -114,3 +117,9 @@ class Geometry(NamedTuple):
         low = low if self.left is None else np.maximum(low, index - self.left)
         high = high if self.right is None else np.minimum(high, index + self.right)
         return np.stack([groups[:-1], groups[1:], groups[low], groups[high + 1]], axis=1)
+
+    def near_rows(self) -> np.ndarray:
+        """The near keys of each row on the host: int64 `[2, rows]`, begin and end."""
+        begin, end, low, high = self.near_ranges().T
+        low, high = (np.repeat(side, end - begin) for side in (low, high))
+        return np.stack([low, np.arange(len(low)) + 1 if self.causal == "token" else high])

@@ -1,32 +1,36 @@
 """Hybrid attention in PyTorch operations: blocks of equal shape as batches, a few heads at a time.
 
-Near attention runs over ranges of keys, far attention over states of groups (see `parts`), head-major and in at
-least float32. Temporaries stay small, and no mask of all pairs is ever made.
+Near attention runs over ranges of keys, far attention over states of blocks and pairs of rows beside them (see
+`far_blocks`), head-major and in at least float32. Segments of a block or two take all their pairs at once, see
+`short_segments`. Temporaries stay small, and no mask of all pairs is ever made.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.hybrid_attention import short_segments
+from vot_kernels.ops.hybrid_attention.far_blocks import FarBlocks, plan_blocks
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
+from vot_kernels.ops.hybrid_attention.short_segments import ShortSegments, plan_short_segments
 from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.group_states.torch import (
-    StatePlan,
+    FarStates,
     add_pairs,
     add_pairs_transposed,
     apply_states,
+    far_states,
     far_weight,
     feature_map,
     feature_map_backward,
     group_states,
     join_far,
     log_weight,
-    plan_states,
-    scan_states,
+    plan_far_states,
 )
 from vot_kernels.ops.parts.plans import remember
 from vot_kernels.ops.parts.range_attention.blocks import (
@@ -50,11 +54,11 @@ from vot_kernels.ops.parts.range_attention.torch import (
     range_attention_backward,
 )
 
-# Groups of fewer rows on average than _SMALL are joined to blocks of _LEAST_ROWS to _MOST_ROWS rows; those of up to
-# _TINY rows share states of about _STATE_ROWS rows.
+# Groups of fewer rows on average than _SMALL are joined to blocks of _LEAST_ROWS to _MOST_ROWS rows. Segments of up to
+# _SHORT rows that need no states take all pairs at once.
 _SMALL = 32
 _LEAST_ROWS, _MOST_ROWS = 16, 128
-_TINY, _STATE_ROWS = 8, 64
+_SHORT = 256
 
 
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
@@ -64,10 +68,12 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
         return attend_rows(q, inputs.k, inputs.v, plan.views, options.scale)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
-    for heads, kv_heads in head_chunks(q, inputs.k, plan.state_size(inputs)):
+    out[plan.num_tokens :], lse[plan.num_tokens :] = 0, -math.inf
+    for heads, kv_heads in plan.head_chunks(inputs):
         part, part_lse = _forward(plan, _cut(inputs, heads, kv_heads), options)
         to_tokens(part, out[:, heads])
         to_tokens(part_lse, lse[:, heads, None], fill=-math.inf)
+    short_segments.forward(inputs, plan.short, options, out, lse)
     return out, lse
 
 
@@ -78,10 +84,8 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     if plan.far is None and plan.views is not None and grads.d_lse is None:
         near = attend_rows_backward(grads.d_out, *inputs[:3], saved.out, saved.lse, plan.views, options.scale)
         return Inputs(*near, *(None if x is None else torch.zeros_like(x) for x in inputs[3:]))
-    q, k, v, *optional = (None if x is None else x.new_empty(x.shape) for x in inputs)
-    assert q is not None and k is not None and v is not None
-    found = Inputs(q, k, v, *optional)
-    for heads, kv_heads in head_chunks(q, k, plan.state_size(inputs)):
+    found = _new_gradients(plan, inputs)
+    for heads, kv_heads in plan.head_chunks(inputs):
         some = Saved(_cut(inputs, heads, kv_heads), saved.out[:, heads], saved.lse[:, heads])
         parts = _backward(plan, some, Grads(grads.d_out[:, heads], cut_heads(grads.d_lse, heads)), options)
         for part, total in zip(parts, _cut(found, heads, kv_heads), strict=True):
@@ -93,13 +97,40 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
                 total.copy_(part)
             else:
                 to_tokens(part, total)
-    return found
+    short_segments.backward(saved, grads, plan.short, options, found)
+    beta = None if found.beta is None or inputs.beta is None else found.beta.to(inputs.beta.dtype)
+    return found._replace(beta=beta)
+
+
+def _new_gradients(plan: "Plan", inputs: Inputs) -> Inputs:
+    """Room for the gradients; that of beta is 0, in a dtype of at least float32, and so are slack rows."""
+    q, k, v, _, *features = (None if x is None else x.new_empty(x.shape) for x in inputs)
+    assert q is not None and k is not None and v is not None
+    for x in (q, k, v, *features):
+        if x is not None:
+            x[plan.num_tokens :] = 0
+    beta = None if inputs.beta is None else q.new_zeros(q.shape[1], dtype=accumulator(q.dtype))
+    return Inputs(q, k, v, beta, *features)
 
 
 def _plan(inputs: Inputs, geometry: Geometry) -> "Plan":
     """The plan of a packing for these tensors; without a far part if its weights are known to be 0."""
-    plan = make_plan(geometry, row_width(*inputs[:3]))
-    return plan if geometry.needs_far(inputs.beta) else replace(plan, far=None, pairs=())
+    width = row_width(*inputs[:3])
+    if not geometry.needs_far(inputs.beta):
+        return make_plan(geometry, width)
+    features = inputs.q if inputs.q_features is None else inputs.q_features
+    repeats = inputs.q.shape[1] // inputs.k.shape[1]
+    return make_plan(
+        geometry, width, (inputs.q.shape[2], features.shape[2], repeats), _all_weigh(inputs.beta)
+    )
+
+
+def _all_weigh(beta: Tensor | None) -> bool:
+    """Whether the far weights of all heads are known not to be 0. Those on a GPU are not read.
+
+    A head without far weight has the bits of near attention, which no other way to compute it has.
+    """
+    return beta is None or (beta.device.type == "cpu" and bool((beta > -math.inf).all()))
 
 
 def _cut(x: Inputs, heads: slice, kv_heads: slice) -> Inputs:
@@ -117,7 +148,7 @@ def _forward(plan: "Plan", inputs: Inputs, options: Options) -> tuple[Tensor, Te
     if plan.far is not None:
         query_features = _features(query, options.feature_map, inputs.q_features)
         key_features = _features(key, options.feature_map, inputs.k_features)
-        states = scan_states(group_states(key_features, append_column(value, 1.0), plan.far), plan.far)
+        states = far_states(group_states(key_features, append_column(value, 1.0), plan.far), plan.far)
         sums = apply_states(query_features, repeat_heads(states, repeats), plan.far)
         add_pairs(sums, query_features, key_features, append_column(value, 1.0), plan.pairs)
         out, lse = join_far(out, lse, sums, log_weight(inputs.beta, query))
@@ -146,13 +177,13 @@ def _backward(plan: "Plan", saved: Saved, grads: Grads, options: Options) -> tup
         g = torch.cat([d_out, -delta], -1)  # not times the weight yet: its products with [v, 1] cancel
         weights_q = query_features * weight
         values = append_column(value, 1.0)
-        states = scan_states(group_states(key_features, values, plan.far), plan.far)
+        states = far_states(group_states(key_features, values, plan.far), plan.far)
         d_phi_q = apply_states(g, repeat_heads(states, repeats).transpose(-1, -2), plan.far)
         add_pairs(d_phi_q, g, values, key_features, plan.pairs)
         d_phi_q.mul_(weight)
         d_beta = (query_features * d_phi_q).sum((1, 2))
         d_states = fold_heads(group_states(weights_q, g, plan.far), repeats)
-        d_states = scan_states(d_states, plan.far, transposed=True)
+        d_states = far_states(d_states, plan.far, transposed=True)
         d_phi_k = apply_states(values, d_states.transpose(-1, -2), plan.far)
         d_values = apply_states(key_features, d_states, plan.far)
         add_pairs_transposed(d_phi_k, g, values, weights_q, plan.pairs)
@@ -177,18 +208,27 @@ class Plan:
         passes: near ranges, each pass with at most one key range per query. Where near attention is exact attention
             of some segments they are what that has, so that a far weight of 0 gives the same bits.
         views: see `Passes`; for plans without a far part.
-        far: states of the far groups and their scan, None if no group has any. Small groups share a state.
-        pairs: far rows that a shared state leaves out, since some of its groups are near, or too many of another
-            group's: taken one by one.
+        far: states of blocks, None without a far part.
+        pairs: far rows beside these blocks, one by one.
+        short: segments that are in nothing of the above.
     """
 
     num_tokens: int
     passes: tuple[RangePass, ...]
     views: RangePass | None
-    far: StatePlan | None
+    far: FarStates | None = None
     pairs: RangePass = ()
+    short: tuple[ShortSegments, ...] = ()
 
-    def state_size(self, inputs: Inputs) -> int:
+    @property
+    def all_short(self) -> bool:
+        return sum(item.rows.num_rows for item in self.short) == self.num_tokens > 0
+
+    def head_chunks(self, inputs: Inputs) -> list[tuple[slice, slice]]:
+        """The query heads and key heads to work on at a time, for all but short segments."""
+        return [] if self.all_short else head_chunks(inputs.q, inputs.k, self._state_size(inputs))
+
+    def _state_size(self, inputs: Inputs) -> int:
         """Numbers in the far states, and in the weights of pairs, of one key head."""
         if self.far is None:
             return 0
@@ -199,14 +239,49 @@ class Plan:
 
 
 @remember
-def make_plan(geometry: Geometry, width: int | None = None) -> Plan:
-    """The plan of a packing on the device where its bounds lie, for rows of a `row_width`."""
+def make_plan(
+    geometry: Geometry,
+    width: int | None = None,
+    far: tuple[int, int, int] | None = None,
+    all_weigh: bool = False,
+) -> Plan:
+    """The plan of a packing on the device where its bounds lie, for rows of a `row_width`.
+
+    far: head_dim, the width of features and the query heads that share a key head; None for no far part.
+    all_weigh: whether every head has a far part.
+    """
     if geometry.causal == "group" and not (geometry.host_cu_groups.diff() > 1).any():
         geometry = geometry._replace(causal="token")  # the same, and without a window a plain triangle
-    device, ranges = geometry.cu_seqlens.device, geometry.near_ranges()
-    far, pairs = _plan_far(geometry, ranges, device) if geometry.has_far else (None, ())
-    near = _plan_own(geometry, ranges, width, device) or Passes(_plan_near(geometry, ranges, device))
-    return Plan(int(geometry.host_cu_seqlens[-1]), *near, far, pairs)
+    device, tokens = geometry.cu_seqlens.device, int(geometry.host_cu_seqlens[-1])
+    ranges, counts = geometry.near_ranges(), geometry.host_segment_groups.diff().numpy()
+    if far is None or not geometry.has_far:
+        return Plan(tokens, *_plan_any_near(geometry, ranges, width, device))
+    blocks = plan_blocks(geometry, *far)
+    alone = _short_segments(geometry, blocks) if all_weigh else np.zeros(0, dtype=np.int64)
+    short = plan_short_segments(geometry, ranges, alone, device)
+    in_short = np.isin(np.repeat(np.arange(len(counts)), counts), alone)
+    others = np.where(in_short[:, None], ranges[:, :1], ranges)  # where short segments have no rows
+    near = _plan_any_near(geometry, others, width, device)
+    states = plan_far_states(blocks.states, blocks.segments, blocks.sides, blocks.mirrored, device)
+    return Plan(tokens, *near, states, _plan_pairs(geometry, blocks, others, device), short)
+
+
+def _plan_any_near(geometry: Geometry, ranges: np.ndarray, width: int | None, device: torch.device) -> Passes:
+    return _plan_own(geometry, ranges, width, device) or Passes(_plan_near(geometry, ranges, device))
+
+
+def _short_segments(geometry: Geometry, blocks: FarBlocks) -> np.ndarray:
+    """Segments of up to _SHORT rows with far pairs, but without states; those without far pairs, too, if no others."""
+    low, high = geometry.near_rows()
+    reach = np.stack([low, high]) if blocks.reach is None else blocks.reach.numpy()
+    lengths = geometry.host_cu_seqlens.diff().numpy()
+    segment = np.repeat(np.arange(len(lengths)), lengths)
+    has_states, has_pairs = (
+        np.bincount(segment, rows, len(lengths)) > 0
+        for rows in (blocks.slots.numpy() >= 0, (reach[0] < low) | (high < reach[1]))
+    )
+    short = (lengths <= _SHORT) & ~has_states
+    return np.flatnonzero(short & ((lengths > 0) if short.all() else has_pairs))
 
 
 def _plan_own(
@@ -253,47 +328,20 @@ def _plan_near(geometry: Geometry, ranges: np.ndarray, device: torch.device) -> 
     return tuple(blocks for blocks in passes if blocks)
 
 
-def _plan_far(
-    geometry: Geometry, ranges: np.ndarray, device: torch.device
-) -> tuple[StatePlan | None, RangePass]:
-    """States of far groups, and the pairs of rows that they leave out.
-
-    With m groups to a state, a window of w groups ends within the ceil(w / m) states before or after a row's own: the
-    scan begins beyond them, and what is far in them, and in the own, makes the pairs.
-    """
-    sizes = _Sizes.of(geometry, ranges)
-    shared = np.rint(_STATE_ROWS / sizes.mean_rows)
-    few = sizes.counts <= 3 * shared  # of states: rather none
-    shared = np.where(few, np.maximum(1, sizes.counts), shared)
-    at_once = np.where(sizes.mean_rows <= _TINY, shared, 1).astype(np.int64)
-    counts = -(-sizes.counts // at_once)
-    first = np.concatenate([[0], np.cumsum(counts)])
-    state = first[sizes.segment] + sizes.place // at_once[sizes.segment]
-    groups = geometry.host_cu_groups.numpy().astype(np.int64)
-    bounds = np.append(groups[:-1][np.diff(state, prepend=-1) > 0], groups[-1])
-    behind, ahead = (None if lag is None else 1 - (1 - lag) // at_once for lag in geometry.lags)
-    far = plan_states(first, bounds, behind, ahead, device)
-    some = at_once[sizes.segment] > 1
-    rows, begin, end, owner, segment = (
-        _rows_of(ranges[some]),
-        *(np.repeat(x[some], sizes.rows[some]) for x in (ranges[:, 2], ranges[:, 3], state, sizes.segment)),
+def _plan_pairs(geometry: Geometry, blocks: FarBlocks, ranges: np.ndarray, device: torch.device) -> RangePass:
+    """The far rows that each row takes one by one, for the rows of `ranges`; pieces of blocks share a mask."""
+    if blocks.reach is None:
+        return ()
+    rows, (low, high) = _rows_of(ranges), geometry.near_rows()
+    reach_low, reach_high = blocks.reach.numpy().astype(np.int64)
+    starts, begins = geometry.host_cu_seqlens.numpy(), np.diff(blocks.slots.numpy(), prepend=-2) != 0
+    begins[starts[starts < len(begins)]] = True
+    first = np.flatnonzero(begins)
+    place = np.arange(len(begins)) - np.repeat(first, np.diff(np.append(first, len(begins))))
+    pieces = np.cumsum(place % _MOST_ROWS == 0)
+    return plan_limits(rows, reach_low[rows], low[rows], pieces[rows], device) + plan_limits(
+        rows, high[rows], reach_high[rows], pieces[rows], device
     )
-    pieces = owner * (len(rows) + 1) + (rows - bounds[owner]) // _MOST_ROWS
-    pairs: RangePass = ()
-    if behind is not None and ahead is not None:  # of a segment that is one state both sides at once
-        alone = counts[segment] == 1
-        within = bounds[first[segment[alone]]], bounds[first[segment[alone]] + 1]
-        pairs += plan_limits(rows[alone], begin[alone], end[alone], pieces[alone], device, within)
-        rows, begin, end, owner, segment, pieces = (
-            x[~alone] for x in (rows, begin, end, owner, segment, pieces)
-        )
-    if behind is not None:
-        start = np.maximum(owner - behind[segment] + 1, first[segment])
-        pairs += plan_limits(rows, bounds[start], begin, pieces, device)
-    if ahead is not None:
-        stop = np.minimum(owner + ahead[segment], first[segment + 1])
-        pairs += plan_limits(rows, end, bounds[stop], pieces, device)
-    return (far, pairs) if far.groups or pairs else (None, ())
 
 
 @dataclass(frozen=True, eq=False)

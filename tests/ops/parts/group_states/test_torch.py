@@ -6,11 +6,13 @@ import torch
 
 from vot_kernels.ops.parts.group_states.torch import (
     apply_states,
+    far_states,
     far_weight,
     feature_map,
     feature_map_backward,
     group_states,
     join_far,
+    plan_far_states,
     plan_states,
     scan_states,
 )
@@ -85,6 +87,38 @@ def test_segments_that_reach_nothing_have_no_states():
     assert plan(1, None).num_slots == 10
     assert plan(3, 4).num_slots == 8
     assert plan(4, None).num_slots == plan(None, None).num_slots == 0
+
+
+# Four, one, four and two states; where those end that are far before each of them, and where those after it begin.
+STATES, BEFORE = np.array([0, 4, 5, 9, 11]), np.array([0, 0, 0, 2, 4, 5, 5, 6, 8, 9, 10])
+AFTER = np.array([2, 3, 4, 4, 5, 6, 8, 9, 9, 11, 11])
+
+
+def far_plan(before, after):
+    index = np.arange(len(BEFORE))
+    far = (np.searchsorted(AFTER, index, "right"), np.searchsorted(BEFORE, index, "right"))
+    sides = (BEFORE if before else None, AFTER if after else None)
+    mirrored = (far[0] if after else None, far[1] if before else None)
+    given = [tuple(None if x is None else torch.from_numpy(x) for x in ends) for ends in (sides, mirrored)]
+    states = torch.from_numpy(np.stack([ROWS[:-1], ROWS[1:]]))
+    return plan_far_states(states, torch.from_numpy(STATES), *given, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_far_states_are_sums_over_what_is_far(before, after):
+    planned, ones = far_plan(before, after), torch.ones(1, TOKENS, 1)
+    numbers = make_tensor(1, TOKENS, 1, seed=1, dtype=torch.float64)
+    owner = np.repeat(np.arange(len(BEFORE)), np.diff(ROWS))
+    far = np.zeros((TOKENS, TOKENS), dtype=bool)
+    for row, state in enumerate(owner):
+        segment = np.searchsorted(STATES, state, "right") - 1
+        same = (STATES[segment] <= owner) & (owner < STATES[segment + 1])
+        far[row] = same & (before & (owner < BEFORE[state]) | after & (owner >= AFTER[state]))
+    for transposed in (False, True):
+        states = group_states(ones.double(), numbers, planned)
+        found = apply_states(ones.double(), far_states(states, planned, transposed=transposed), planned)
+        expected = torch.from_numpy(far.T if transposed else far).double() @ numbers
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["softmax", "elu", "relu"])

@@ -1,8 +1,9 @@
-"""Linear attention by states: S_g = sum over the tokens of a group of phi(k) [v, 1]^T, scanned over groups.
+"""Linear attention by states: S_g = sum over the tokens of a group of phi(k) [v, 1]^T, summed over far groups.
 
     F_g = sum of S_g' over g' <= g - left, plus the sum over g' >= g + right, within one segment.
 
-Prefixes and suffixes are summed, never computed as "all minus near", which would cancel when few groups are far.
+For blocks of groups, whose distances differ, each has bounds of its own in place of left and right. Prefixes and
+suffixes are summed, never computed as "all minus near", which would cancel when few groups are far.
 Buffers are head-major `[heads, tokens, width]`; states are `[heads, slots, width, head_dim + 1]`.
 """
 
@@ -24,18 +25,27 @@ from vot_kernels.ops.parts.range_attention.torch import (
 
 
 @dataclass(frozen=True, eq=False)
-class StatePlan:
-    """The places of the groups that take part, and how their states are scanned.
+class States:
+    """The places of the groups that take part.
 
     Attributes:
         groups: runs of groups of equal length, each with the slots of its states.
-        runs: segments with the same number of groups and the same offsets, side by side.
         num_slots: total number of states.
     """
 
     groups: tuple[tuple[Blocks, Tensor], ...]
-    runs: tuple["Run", ...]
     num_slots: int
+
+
+@dataclass(frozen=True, eq=False)
+class StatePlan(States):
+    """How states are scanned.
+
+    Attributes:
+        runs: segments with the same number of groups and the same offsets, side by side.
+    """
+
+    runs: tuple["Run", ...]
 
 
 class Run(NamedTuple):
@@ -77,17 +87,98 @@ def plan_states(
         slots.append((segment_groups[members][:, None] + np.arange(per_segment)).reshape(-1))
         filled += len(members) * per_segment
     order = np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)
-    starts, lengths = cu_groups[order], cu_groups[order + 1] - cu_groups[order]
+    return StatePlan(_alike(cu_groups[order], cu_groups[order + 1], device), filled, tuple(runs))
+
+
+def _alike(begin: np.ndarray, end: np.ndarray, device: torch.device) -> tuple[tuple[Blocks, Tensor], ...]:
+    """Groups of equal length together; their slots are the places in `begin`."""
     groups = []
-    for rows in bucket(lengths[:, None]):
-        rows = rows[np.argsort(starts[rows], kind="stable")]
-        if lengths[rows[0]]:
-            blocks = Blocks(starts[rows], int(lengths[rows[0]]), device)
-            groups.append((blocks, torch.from_numpy(rows).to(device, non_blocking=True)))
-    return StatePlan(tuple(groups), tuple(runs), filled)
+    for slots in bucket((end - begin)[:, None]):
+        slots = slots[np.argsort(begin[slots], kind="stable")]
+        if length := int(end[slots[0]] - begin[slots[0]]):
+            blocks = Blocks(begin[slots], length, device)
+            groups.append((blocks, torch.from_numpy(slots).to(device, non_blocking=True)))
+    return tuple(groups)
 
 
-def group_states(features: Tensor, values: Tensor, plan: StatePlan) -> Tensor:
+Sides = tuple[Tensor | None, Tensor | None]
+
+
+class FarRun(NamedTuple):
+    """Segments with the same number of states.
+
+    Attributes:
+        first: slot of their first state.
+        segments, states: how many there are, and how many states each has.
+        sides: for each state how many are far before it and how many after it, counted from either end of its
+            segment, plus (states + 1) times the number of the segment; None for a side without any.
+        mirrored: the same with the states that are far of which it is.
+    """
+
+    first: int
+    segments: int
+    states: int
+    sides: Sides
+    mirrored: Sides
+
+
+@dataclass(frozen=True, eq=False)
+class FarStates(States):
+    """Which states of blocks are far from which; `runs` are side by side."""
+
+    runs: tuple[FarRun, ...]
+
+
+def plan_far_states(
+    states: Tensor, segments: Tensor, sides: Sides, mirrored: Sides, device: torch.device
+) -> FarStates:
+    """Return the plan for states as `FarBlocks` describes them."""
+    bounds, begin, end = segments.numpy().astype(np.int64), *states.numpy().astype(np.int64)
+    counts, order, runs, filled = np.diff(bounds), [np.zeros(0, dtype=np.int64)], [], 0
+    for members in bucket(counts[:, None]):
+        each = int(counts[members[0]])
+        here = (bounds[members][:, None] + np.arange(each)).reshape(-1)
+        place = np.repeat(np.arange(len(members)) * (each + 1), each)
+        first = np.repeat(bounds[members], each)
+        counts_of = [
+            _counts(ends, here, place - first, place + first + each, device) for ends in (sides, mirrored)
+        ]
+        runs.append(FarRun(filled, len(members), each, *counts_of))
+        order.append(here)
+        filled += len(here)
+    slots = np.concatenate(order)
+    return FarStates(_alike(begin[slots], end[slots], device), filled, tuple(runs))
+
+
+def _counts(ends: Sides, here: np.ndarray, low: np.ndarray, high: np.ndarray, device: torch.device) -> Sides:
+    """Where the states `here` end before and begin after, as distances from the ends of their segment."""
+    before, after = (None if side is None else side.numpy()[here].astype(np.int64) for side in ends)
+    return (
+        None if before is None else torch.from_numpy(before + low).to(device),
+        None if after is None else torch.from_numpy(high - after).to(device),
+    )
+
+
+def far_states(states: Tensor, plan: FarStates, *, transposed: bool = False) -> Tensor:
+    """Return for each slot the sum of the states far from it; transposed, of those from which it is far."""
+    sums = torch.zeros_like(states)
+    for first, segments, count, sides, mirrored in plan.runs:
+        here = slice(first, first + segments * count)
+        source = states[:, here].unflatten(1, (segments, count))
+        before, after = mirrored if transposed else sides
+        if before is not None:
+            sums[:, here] += _sums_of_first(source).index_select(1, before)
+        if after is not None:
+            sums[:, here] += _sums_of_first(source.flip(2)).index_select(1, after)
+    return sums
+
+
+def _sums_of_first(x: Tensor) -> Tensor:
+    """Return the sums of the first 0, 1, … of the states of `[heads, segments, states, …]`, those of all segments."""
+    return torch.nn.functional.pad(x.cumsum(2), (0, 0, 0, 0, 1, 0)).flatten(1, 2)
+
+
+def group_states(features: Tensor, values: Tensor, plan: States) -> Tensor:
     """Return S_g of features `[heads, tokens, width]` and values `[heads, tokens, e]`, one state per slot."""
     shape = (features.shape[0], plan.num_slots, features.shape[2], values.shape[2])
     states = features.new_zeros(shape)
@@ -132,7 +223,7 @@ def _running_sum(x: Tensor, log_step: Tensor | None) -> Tensor:
     return total
 
 
-def apply_states(features: Tensor, states: Tensor, plan: StatePlan) -> Tensor:
+def apply_states(features: Tensor, states: Tensor, plan: States) -> Tensor:
     """Return features_i F_g(i) `[heads, tokens, e]`; rows outside the plan are 0."""
     heads, tokens, _ = features.shape
     if len(plan.groups) == 1 and plan.groups[0][0].num_rows == tokens:
@@ -182,7 +273,7 @@ def feature_map(x: Tensor, name: str) -> Tensor:
 def feature_map_backward(x: Tensor, features: Tensor, d_features: Tensor, name: str) -> Tensor:
     """Return the gradient of x, given features = phi(x) and their gradient."""
     if name == "softmax":
-        return features * (d_features - (features * d_features).sum(-1, keepdim=True))
+        return torch.ops.aten._softmax_backward_data(d_features, features, -1, features.dtype)
     if name == "elu":  # elu(x) + 1 is its own derivative for x < 0
         return d_features * features.clamp(max=1)
     return d_features * (x > 0)

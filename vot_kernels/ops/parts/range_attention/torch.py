@@ -24,14 +24,13 @@ class RangeBlocks:
     """Runs of queries and of their keys, all of one shape; causal aligns the two and hides later keys.
 
     With limits `[2, queries]`, query i of a run sees only its keys from limits[0, i] up to, but not including,
-    limits[1, i], or with `outside` all but these.
+    limits[1, i].
     """
 
     queries: Blocks
     keys: Blocks
     causal: bool
     limits: Tensor | None = None
-    outside: bool = False
 
     def part(self, runs: slice) -> "RangeBlocks":
         """Select some of the runs."""
@@ -49,8 +48,7 @@ class RangeBlocks:
             return None
         low, high = self.limits[..., None]
         key = torch.arange(self.keys.length, device=self.limits.device)
-        beyond = (key < low) | (key >= high)
-        return (~beyond if self.outside else beyond).repeat(repeats, 1)
+        return ((key < low) | (key >= high)).repeat(repeats, 1)
 
 
 RangePass = tuple[RangeBlocks, ...]
@@ -116,26 +114,16 @@ def plan_windows(ranges: np.ndarray, left: int, right: int | None, device: torch
 
 
 def plan_limits(
-    rows: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    owners: np.ndarray,
-    device: torch.device,
-    within: tuple[np.ndarray, np.ndarray] | None = None,
+    rows: np.ndarray, low: np.ndarray, high: np.ndarray, owners: np.ndarray, device: torch.device
 ) -> RangePass:
     """Return blocks of `rows` (ascending), each of which sees the keys from low up to high, one block per owner.
 
-    within: the first key of each row and one past the last, the same for all rows of an owner; a row then sees the
-    keys in this range that are outside low to high.
     Rows of one owner are adjacent. Blocks whose rows see keys at the same positions are computed together.
     """
     found: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
     for begin, end in pairwise([*np.flatnonzero(np.diff(owners, prepend=-1)), len(rows)]):
         limits = np.stack([low[begin:end], high[begin:end]])
         seen = limits[:, limits[1] > limits[0]]
-        if within is not None:
-            seen = np.stack([side[begin:end] for side in within])
-            seen = seen[:, :0] if (limits == seen).all() else seen
         if seen.size:
             key, keys = int(seen[0].min()), int(seen[1].max() - seen[0].min())
             pattern = (limits - key).clip(0, keys)
@@ -145,14 +133,9 @@ def plan_limits(
         places = np.array(starts, dtype=np.int64)
         limits = np.frombuffer(places_seen, dtype=np.int64).reshape(2, -1)
         whole = bool((limits[0] == 0).all() and (limits[1] == keys).all())
+        runs = Blocks(places[:, 0], limits.shape[1], device), Blocks(places[:, 1], keys, device)
         blocks.append(
-            RangeBlocks(
-                Blocks(places[:, 0], limits.shape[1], device),
-                Blocks(places[:, 1], keys, device),
-                False,
-                None if whole else torch.from_numpy(limits.copy()).to(device),
-                within is not None,
-            )
+            RangeBlocks(*runs, False, None if whole else torch.from_numpy(limits.copy()).to(device))
         )
     return tuple(blocks)
 
