@@ -167,7 +167,8 @@ def _mapped(
         results = ray.data.from_arrow(tables).map_batches(
             worker,
             batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            # A video that waits at a worker would be tried again, too, when another one ends it.
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             fn_constructor_kwargs=arguments,
             num_cpus=max(1, cores // workers),  # Ray gives a worker as many threads
             num_gpus=1 if on_gpu else None,
