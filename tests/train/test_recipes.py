@@ -48,7 +48,7 @@ def test_what_is_given_wins_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("stepz: 7", "'stepz' is not a setting of this stage; these are: text, steps,"),
+        ("stepz: 7", "'stepz' is not a setting of this stage; these are: steps, batch_size,"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("steps: 1.5", "steps must be a whole number, got 1.5"),
         ("steps: true", "steps must be a whole number, got True"),

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,6 @@ from vot_kernels.train.rl.settings import (
     GrpoPerception,
     GrpoPreference,
     GrpoReasoning,
-    GrpoTraining,
     PreferenceTraining,
 )
 from vot_kernels.train.sft.settings import SftTraining
@@ -214,57 +214,43 @@ def train_sft_command(
         print(run_on_questions(out, checkpoint, data, settings, held_out, eval_clips, device, dry_run))
 
 
-@train_app.command(
-    "grpo-perception", epilog=examples("vot train grpo-perception runs/sft/model --out runs/see")
+def _add_stage(stage: str, settings_of: type, meaning: str, before: str) -> None:
+    """Add the command of a stage that needs the checkpoint of the stage before, and nothing else."""
+
+    @train_app.command(
+        stage, help=meaning, epilog=examples(f"vot train {stage} runs/{before}/model --out runs/{stage}")
+    )
+    @when_interrupted(checkpoints_are_kept)
+    @with_settings(settings_of)
+    def command(
+        checkpoint: VlmCheckpoint,
+        out: Out,
+        settings: Any,
+        eval_clips: EvalClips = 56,
+        device: Device = "cpu",
+        dry_run: DryRun = False,
+    ) -> None:
+        _reinforce(stage, checkpoint, out, settings, eval_clips, device, dry_run)
+
+
+_add_stage(
+    "grpo-perception",
+    GrpoPerception,
+    "Reinforce well-formed replies whose scene graph is that of the frames, by GRPO.",
+    before="sft",
 )
-@when_interrupted(checkpoints_are_kept)
-@with_settings(GrpoPerception)
-def train_grpo_perception_command(
-    checkpoint: VlmCheckpoint,
-    out: Out,
-    settings: Any,
-    eval_clips: EvalClips = 56,
-    device: Device = "cpu",
-    dry_run: DryRun = False,
-) -> None:
-    """Reinforce well-formed replies whose scene graph is that of the frames, by GRPO."""
-    _train_grpo("grpo-perception", checkpoint, out, settings, eval_clips, device, dry_run)
-
-
-@train_app.command(
-    "grpo-reasoning", epilog=examples("vot train grpo-reasoning runs/see/model --out runs/reason")
+_add_stage(
+    "grpo-reasoning",
+    GrpoReasoning,
+    "Reinforce right answers that rest on the right objects, events and times, by GRPO.",
+    before="grpo-perception",
 )
-@when_interrupted(checkpoints_are_kept)
-@with_settings(GrpoReasoning)
-def train_grpo_reasoning_command(
-    checkpoint: VlmCheckpoint,
-    out: Out,
-    settings: Any,
-    eval_clips: EvalClips = 56,
-    device: Device = "cpu",
-    dry_run: DryRun = False,
-) -> None:
-    """Reinforce right answers that rest on the right objects, events and times, by GRPO."""
-    _train_grpo("grpo-reasoning", checkpoint, out, settings, eval_clips, device, dry_run)
-
-
-@train_app.command("preference", epilog=examples("vot train preference runs/sft/model --out runs/preference"))
-@when_interrupted(checkpoints_are_kept)
-@with_settings(PreferenceTraining)
-def train_preference_command(
-    checkpoint: VlmCheckpoint,
-    out: Out,
-    settings: Any,
-    eval_clips: EvalClips = 56,
-    device: Device = "cpu",
-    dry_run: DryRun = False,
-) -> None:
-    """Train a reward model on synthetic preferences: true traces against traces that rules have spoilt."""
-    require("vot train preference", "video", "llm", "train", "rl")
-    _check(checkpoint, out, device)
-    from vot_kernels.train.rl.run import run_preference
-
-    print(run_preference(out, checkpoint, settings, eval_clips, device, dry_run))
+_add_stage(
+    "preference",
+    PreferenceTraining,
+    "Train a reward model on synthetic preferences: true traces against traces that rules have spoilt.",
+    before="sft",
+)
 
 
 @train_app.command(
@@ -290,7 +276,7 @@ def train_grpo_preference_command(
     from vot_kernels.models.checkpoint import check_reward_model
 
     check_reward_model(reward_model)
-    _train_grpo("grpo-preference", checkpoint, out, settings, eval_clips, device, dry_run, reward_model)
+    _reinforce("grpo-preference", checkpoint, out, settings, eval_clips, device, dry_run, reward_model)
 
 
 @train_app.command("recipe", epilog=examples("vot train recipe sft"))
@@ -317,21 +303,22 @@ def export_command(
     print(f"{out}: adapters, configuration, processor and training.json")
 
 
-def _train_grpo(
+def _reinforce(
     stage: str,
     checkpoint: Path,
     out: Path,
-    settings: GrpoTraining,
+    settings: Any,
     eval_clips: int,
     device: str,
     dry_run: bool,
-    reward_model: Path | None = None,
+    *reward_model: Path,
 ) -> None:
     require(f"vot train {stage}", "video", "llm", "train", "rl")
     _check(checkpoint, out, device)
-    from vot_kernels.train.rl.run import run_grpo
+    from vot_kernels.train.rl.run import run_grpo, run_preference
 
-    print(run_grpo(stage, out, checkpoint, settings, eval_clips, device, dry_run, reward_model))
+    run = run_preference if stage == "preference" else partial(run_grpo, stage)
+    print(run(out, checkpoint, settings, eval_clips, device, dry_run, *reward_model))
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -64,6 +64,11 @@ def _entry(folder: str | os.PathLike[str], name: str, wanted: str) -> Any:
         raise ValueError(f"{folder} is not {wanted}: its config.json is not a JSON object.") from None
 
 
+def weights_file(folder: Path) -> Path:
+    """Return the file with the weights, or the adapters, of a checkpoint."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), folder / _WEIGHTS[0])
+
+
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the contents of config.json."""
     return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))

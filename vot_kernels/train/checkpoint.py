@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vot_kernels.models.checkpoint import weights_file
+
 _PREFIX = "checkpoint-"
 
 
@@ -96,8 +98,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a string that changes with the weights in a checkpoint's folder, whose model is not made for it."""
-    return _checksum(load_file(folder / "model.safetensors").values())
+    """Return a string that changes with the weights or adapters in a checkpoint's folder, whose model is not made for
+    it."""
+    return _checksum(load_file(weights_file(folder)).values())
 
 
 def _checksum(tensors: Iterable[Tensor]) -> str:

@@ -16,9 +16,40 @@ def setting(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What stages have in common; two runs with equal settings give equal weights on one machine.
+
+    A stage repeats a field to give it another default, and its meaning where that is another one, too.
+    """
+
+    steps: int = setting(1000, "Optimiser steps.")
+    batch_size: int = setting(4, "Clips per step.")
+    learning_rate: float = setting(
+        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+    )
+    warmup: int = setting(50, "Steps in which the learning rate rises.")
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
+    clip: float = setting(1.0, "Largest gradient norm.")
+    seed: int = setting(0, "Seed of weights and data.")
+
+
+@dataclasses.dataclass(frozen=True)
+class VlmTraining(Training):
+    """What the stages of the video-language model have in common."""
+
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "Numbers of matrix products in training; weights stay in float32."
+    )
+
+
 def meanings(settings: type) -> dict[str, str]:
-    """Return what each field of a settings dataclass means, in their order."""
-    return {field.name: field.metadata["meaning"] for field in dataclasses.fields(settings)}
+    """Return what each field of a settings dataclass means, in their order; a field without a meaning inherits it."""
+    found: dict[str, str] = {}
+    for base in reversed(settings.__mro__):
+        for name, field in getattr(base, "__dataclass_fields__", {}).items():
+            found[name] = field.metadata.get("meaning", found.get(name))
+    return {field.name: found[field.name] for field in dataclasses.fields(settings)}
 
 
 def read_settings(settings: type[Settings], file: Path | None, given: Mapping[str, Any]) -> Settings:
@@ -71,6 +102,6 @@ def _checked(where: str, value: Any, hint: Any) -> Any:
 def recipe_text(stage: str, settings: type) -> str:
     """Return a YAML file with the defaults of a stage, each after a comment that says what it means."""
     lines = [f"# Settings of `vot train {stage} --config FILE`; options of the command win over the file."]
-    for field in dataclasses.fields(settings):
-        lines += ["", f"# {field.metadata['meaning']}", f"{field.name}: {field.default}"]
+    for name, meaning in meanings(settings).items():
+        lines += ["", f"# {meaning}", f"{name}: {getattr(settings, name)}"]
     return "\n".join(lines) + "\n"

@@ -109,8 +109,8 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
     record = json.loads((out / "model" / "training.json").read_text())
     assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
     assert record["command"] == (
-        "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --dynamics-steps 2 --name-steps 2 "
-        "--warmup 2 --weight-decay 0.02 --clip 1.0 --seed 0 --attention hybrid"
+        "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --warmup 2 --weight-decay 0.02 "
+        "--clip 1.0 --seed 0 --dynamics-steps 2 --name-steps 2 --num-frames 16 --attention hybrid"
     )
 
 

@@ -22,8 +22,10 @@ from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.train.report import Log
 from vot_kernels.train.rewards import accuracy, form, grounding, temporal
 from vot_kernels.train.rewards.reading import text_of
+from vot_kernels.train.rl.graphs import GraphMemory
 from vot_kernels.train.rl.questions import Rows, asked_about
 from vot_kernels.train.rl.settings import GrpoPerception, GrpoPreference, GrpoReasoning, PreferenceTraining
+from vot_kernels.train.vlm.answers import prompt_inputs
 from vot_kernels.train.vlm.model import add_lora, load_vlm, part_of, save_half
 
 for package in ("trl", "datasets", "peft"):
@@ -250,6 +252,47 @@ def test_perception_reads_no_events():
     assert "<stsg>" in read and "<stsg>" not in seen and read.endswith(seen)
 
 
+def test_graph_tokens_are_read_for_replies_and_in_the_update(folder, tmp_path, lively):
+    """TRL hands on ids and pixels alone; both passes see the graphs of all rows, and whatever is patched is undone."""
+    model, processor = load_vlm(folder)
+    read = {True: [], False: []}
+    hooks = len(model.model._forward_pre_hooks)
+    model.model.graph.register_forward_pre_hook(
+        lambda _, given: read[torch.is_grad_enabled()].extend(given[0]["graph_sizes"].tolist())
+    )
+    settings = GrpoReasoning(steps=1, accumulation=2, **SHORT | {"batch_size": 2})
+    assert grpo.train_grpo(tmp_path, model, processor, settings) == 1
+    graphs = [asked_about("train", index, 0).episode.stsg for index in range(2)]
+    tracks = sorted(len(graph.tracklets) for graph in graphs for _ in range(2))
+    assert sorted(sizes[3] for sizes in read[True]) == tracks == sorted(sizes[3] for sizes in read[False])
+    assert sorted(read[True]) == sorted(read[False]) and len(model.model._forward_pre_hooks) == hooks
+
+
+def test_an_update_computes_what_the_graphs_themselves_give(folder):
+    """The ids alone, padded on the left and with a reply, have the logits of the ids with their graphs."""
+    model, processor = load_vlm(folder)
+    memory = GraphMemory.of(processor)
+    rows = Rows("val", 2, 0, 2, True, tokens=True).rows(0, 2)
+    inputs = prompt_inputs(memory, [row["prompt"] for row in rows])
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        bare = {name: value for name, value in inputs.items() if not name.startswith("graph_")}
+        with pytest.raises(ValueError, match="graph"):
+            model(**bare)
+        handle = memory.attach(model)
+        assert torch.equal(model(**bare).logits, expected)
+        handle.remove()
+    texts = [
+        memory.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows
+    ]
+    images = [[p["image"] for p in row["prompt"][0]["content"] if p["type"] == "image"] for row in rows]
+    again = memory(images=images, text=texts)
+    assert not any(name.startswith("graph_") for name in again) and len(again["input_ids"]) == 2
+    with pytest.raises(ValueError, match="but 0 graphs are given"):
+        memory(text=["What of <|graph|>?"])
+
+
 def test_replies_have_no_placeholders(folder, tmp_path, monkeypatch):
     """They would stand for frames that are not there."""
     model, processor = load_vlm(folder)
@@ -303,9 +346,7 @@ def test_a_run_publishes_logs_and_validates(folder, tmp_path, lively):
     table = run_grpo("grpo-reasoning", grpo_folder, folder, settings, 1)
     record = json.loads((grpo_folder / "model" / "training.json").read_text())
     assert record["trained"] == ["projector", "text"] and "accuracy" in table
-    assert record["command"].startswith(
-        f"vot train grpo-reasoning {folder} --eval-clips 1 --text all --steps 2 "
-    )
+    assert record["command"].startswith(f"vot train grpo-reasoning {folder} --eval-clips 1 --steps 2 ")
     with (grpo_folder / "log.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert [row["step"] for row in rows] == ["1", "2"]

@@ -2,30 +2,22 @@
 
 from dataclasses import dataclass
 
-from vot_kernels.train.config import setting
+from vot_kernels.train.config import Training, setting
 
 RANDOM_TEACHER = "random"
 
 
 @dataclass(frozen=True)
-class EncoderTraining:
-    """Settings of a run; two runs with equal settings give equal weights on one machine."""
+class EncoderTraining(Training):
+    """Settings of a run."""
 
-    steps: int = setting(1000, "Optimiser steps.")
     batch_size: int = setting(16, "Clips per step, of mixed sizes.")
-    learning_rate: float = setting(
-        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
-    )
-    warmup: int = setting(50, "Steps in which the learning rate rises.")
-    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
-    clip: float = setting(1.0, "Largest gradient norm.")
     distillation: float = setting(1.0, "Weight of distillation; 0 is off.")
     contrastive: float = setting(1.0, "Weight of contrast; 0 is off.")
     num_frames: int = setting(16, "Frames per clip.")
     caption_width: int = setting(96, "Width of the caption encoder.")
     caption_layers: int = setting(2, "Layers of the caption encoder.")
     h264_share: float = setting(0.5, "Share of the clips that are encoded with H.264 and decoded.")
-    seed: int = setting(0, "Seed of weights and data.")
 
     def __post_init__(self) -> None:
         weights = (self.distillation, self.contrastive)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ TRAIN_SIZES = ((64, 64), (64, 64), (64, 64), (56, 72), (72, 56), (80, 64))
 """Frame sizes (height, width) of training batches; the split "resolution" holds others."""
 
 
-def digitworld_config(attention: Literal["hybrid", "softmax"] = "hybrid") -> VotPerceptionConfig:
-    """Return the nano perception model's configuration with DigitWorld's vocabulary and this attention."""
+def digitworld_config(
+    attention: Literal["hybrid", "softmax"] = "hybrid", **encoder: Any
+) -> VotPerceptionConfig:
+    """Return the nano perception model's configuration with DigitWorld's vocabulary, this attention, and further fields
+    of the encoder."""
     return VotPerceptionConfig(
-        encoder=VotEncoderConfig.preset("nano", attention=attention),
+        encoder=VotEncoderConfig.preset("nano", **{"attention": attention, **encoder}),
         labels=list(VOCABULARY.labels),
         attributes=list(VOCABULARY.attributes),
         predicates=list(VOCABULARY.predicates),
@@ -60,17 +63,27 @@ class TrainingBatches(Dataset[Batch]):
         batch_size: clips per batch.
         h264_share: share of the clips that are encoded with H.264 at a random quality, as real files are.
         render: draw the frames; if False, clips are black and only their ground truth is useful.
+        num_frames: frames per clip; None is that of the split.
     """
 
-    def __init__(self, seed: int, batch_size: int, h264_share: float = 0.5, render: bool = True):
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        h264_share: float = 0.5,
+        render: bool = True,
+        num_frames: int | None = None,
+    ):
         self.seed, self.batch_size, self.h264_share, self.render = seed, batch_size, h264_share, render
+        self.num_frames = num_frames
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
         size = TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))]
         first = step * self.batch_size
         episodes = [
-            generate_episode("train", first + i, self.seed, size=size) for i in range(self.batch_size)
+            generate_episode("train", first + i, self.seed, size=size, num_frames=self.num_frames)
+            for i in range(self.batch_size)
         ]
         batch = episode_batch(episodes, codec_fraction=self.h264_share, render=self.render)
         return Batch(batch.frames, episodes[0].scene.fps, dense_targets(batch, episodes))

@@ -21,9 +21,14 @@ Metrics = dict[str, float]
 
 @torch.no_grad()
 def perception_metrics(
-    model: VotPerceptionModel, processor: VotImageProcessor, split: str, clips: int, seed: int = 0
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    split: str,
+    clips: int,
+    seed: int = 0,
+    num_frames: int | None = None,
 ) -> Metrics:
-    """Measure on the first `clips` episodes of a split, each passed through H.264.
+    """Measure on the first `clips` episodes of a split, each passed through H.264; `num_frames` overrides the split's.
 
     Returns:
         presence: share of correct query × frame decisions; exact_count: share of clips with the right
@@ -31,7 +36,7 @@ def perception_metrics(
         attribute_accuracy: share of true tracks with the right name; hits_f1, bounces_f1: events with the right
         participants within one frame; relations_f1: over frames; in_domain: share of clips recognised.
     """
-    episodes = [generate_episode(split, index, seed) for index in range(clips)]
+    episodes = [generate_episode(split, index, seed, num_frames=num_frames) for index in range(clips)]
     groups: dict[tuple[int, int], list[Episode]] = {}
     for episode in episodes:
         groups.setdefault(episode.scene.size, []).append(episode)

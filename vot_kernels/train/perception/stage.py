@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
+from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.head import HeadOutput, Place
 from vot_kernels.models.perception.loss import dynamics_loss, match, naming_loss, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
@@ -33,34 +34,36 @@ def train_perception(
     stop_at: int | None = None,
     report: Report = no_report,
     device: str = "cpu",
+    config: VotPerceptionConfig | None = None,
 ) -> VotPerceptionModel:
     """Train the three stages, or resume from the newest checkpoint; the caller saves the result.
 
     Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are
-    counted through all, also in `stop_at`. A run may be resumed on another `device`. See
-    `vot_kernels.train.loop.run_steps` for the other options.
+    counted through all, also in `stop_at`. A run may be resumed on another `device`. `config` is that of a model in
+    the place of the nano one. See `vot_kernels.train.loop.run_steps` for the other options.
 
     Raises:
         ValueError: torch cannot use the device, or the checkpoint has other settings.
     """
     torch.manual_seed(settings.seed)
-    config = digitworld_config(settings.attention)
-    model = on_device(VotPerceptionModel(config).train(), device)
+    known = {} if config is None else {"config": config.to_diff_dict()}
+    model = VotPerceptionModel(config or digitworld_config(settings.attention))
+    model = on_device(model.train(), device)
     processor = make_processor(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
     )
-    batches = TrainingBatches(settings.seed, settings.batch_size)
+    batches = TrainingBatches(settings.seed, settings.batch_size, num_frames=settings.num_frames)
     step = run_steps(
         out,
         model,
         optimizer,
         Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
         batches.loader,
-        lambda step, batch: _loss(model, processor, batch),
-        signature=asdict(settings),
+        lambda step, batch: perception_losses(model, processor, batch),
+        signature=asdict(settings) | known,
         save_every=save_every,
         stop_at=stop_at,
         report=report,
@@ -105,7 +108,9 @@ def train_dynamics(
         model,
         torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0),
         Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
-        TrainingBatches(settings.seed + 1, _DYNAMICS_BATCH, render=False).loader,
+        TrainingBatches(
+            settings.seed + 1, _DYNAMICS_BATCH, render=False, num_frames=settings.num_frames
+        ).loader,
         losses,
         signature=asdict(settings),
         save_every=save_every,
@@ -150,7 +155,7 @@ def train_names(
             namer.parameters(), lr=settings.learning_rate / 2, weight_decay=settings.weight_decay
         ),
         Schedule(settings.name_steps, settings.learning_rate / 2, settings.warmup, settings.clip),
-        TrainingBatches(settings.seed + 2, settings.batch_size).loader,
+        TrainingBatches(settings.seed + 2, settings.batch_size, num_frames=settings.num_frames).loader,
         losses,
         signature=asdict(settings),
         save_every=save_every,
@@ -211,11 +216,13 @@ def fit_domain(
     model.fit_domain(torch.cat(tokens[:_DOMAIN_STEPS]), torch.cat(tokens[_DOMAIN_STEPS:]))
 
 
-def _loss(model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch) -> dict[str, Tensor]:
+def perception_losses(
+    model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch
+) -> dict[str, Tensor]:
     """Return the terms of the loss, whose sum is minimised."""
     inputs = processor(list(batch.clips), fps=batch.fps).to(model.device)
     targets = batch.targets.to(model.device)
-    output = model(**inputs)
+    output = model(**inputs, output_balance=True)
     (head,) = output.clips
     _, height, width = inputs["image_grid_thw"][0].tolist()
     terms = perception_loss(head, targets, match(head, targets), (height, width))

@@ -14,6 +14,7 @@ from vot_kernels.models.vot import PLACEHOLDERS, VotProcessor
 from vot_kernels.train import rewards
 from vot_kernels.train.loop import Report, no_report
 from vot_kernels.train.rewards import with_options
+from vot_kernels.train.rl.graphs import GraphMemory
 from vot_kernels.train.rl.questions import Rows, as_dataset
 from vot_kernels.train.rl.settings import GrpoPerception, GrpoTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
@@ -80,13 +81,8 @@ def train_grpo(
 
     run = Run(out, model, settings, reward_model=getattr(preference, "fingerprint", None))
     scored = rewards_of(settings, preference)
-    rows = Rows(
-        "train",
-        settings.steps * settings.batch_size,
-        settings.seed,
-        settings.frames,
-        _reads_summary(settings),
-    )
+    rows = _rows("train", settings.steps * settings.batch_size, settings.seed, settings, processor)
+    memory = GraphMemory.of(processor)
     replies = settings.batch_size * settings.generations
     trainer = Trainer(
         model,
@@ -105,13 +101,17 @@ def train_grpo(
             **arguments(settings, next(model.parameters()).device.type),
         ),
         train_dataset=as_dataset(rows),
-        processing_class=processor,
+        processing_class=memory,
         optimizers=(run.optimizer, run.schedule),
     )
     held_out = partial(grpo_metrics, model, processor, settings.validation_clips, settings=settings)
     each = EachStep(run, report, partial(_in_between, model, held_out, preference), stop_at)
     trainer.add_callback(each)
-    return train(trainer, run, each)
+    handle = memory.attach(model)
+    try:
+        return train(trainer, run, each)
+    finally:
+        handle.remove()
 
 
 def grpo_metrics(
@@ -124,7 +124,7 @@ def grpo_metrics(
     seed: int = 0,
 ) -> dict[str, float]:
     """Return the mean rewards of greedy replies about held-out clips ("val"), and the mean of their weighted sums."""
-    rows = Rows("val", clips, seed, settings.frames, _reads_summary(settings))
+    rows = _rows("val", clips, seed, settings, processor)
     scored = rewards_of(settings, preference)
     found: dict[str, list[float | None]] = {name: [] for name in scored}
     for start in range(0, len(rows), _BATCH):
@@ -142,7 +142,7 @@ def grpo_metrics(
 
 def grpo_work(model: Any, processor: VotProcessor, settings: GrpoTraining) -> Work:
     """Return what a step computes: replies to draw, and a pass over them of the greatest length."""
-    rows = Rows("train", settings.batch_size, settings.seed, settings.frames, _reads_summary(settings))
+    rows = _rows("train", settings.batch_size, settings.seed, settings, processor)
     asked = [row["prompt"] for row in rows.rows(0, len(rows)) for _ in range(settings.generations)]
     part = prompt_inputs(processor, asked[: len(asked) // settings.accumulation])
     ids = part["input_ids"]
@@ -156,9 +156,13 @@ def grpo_work(model: Any, processor: VotProcessor, settings: GrpoTraining) -> Wo
     return Work(inputs, settings.accumulation, prompt_inputs(processor, asked), settings.max_reply_tokens)
 
 
-def _reads_summary(settings: GrpoTraining) -> bool:
-    """Perception is of the frames alone."""
-    return not isinstance(settings, GrpoPerception)
+def _rows(split: str, count: int, seed: int, settings: GrpoTraining, processor: VotProcessor) -> Rows:
+    """Return rows of frames with the true graph, as text and as the tokens of a model that has them.
+
+    Perception is of the frames alone.
+    """
+    reads = not isinstance(settings, GrpoPerception)
+    return Rows(split, count, seed, settings.frames, reads, reads and processor.tokens_per_track > 0)
 
 
 def _placeholders(processor: VotProcessor) -> list[int]:

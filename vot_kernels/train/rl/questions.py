@@ -26,6 +26,7 @@ class Rows:
         seed: of the clips.
         frames: so many frames of each clip are shown.
         summary: whether the model also reads the tracklets and events of the true graph.
+        tokens: whether it reads the tokens of that graph, too.
     """
 
     split: str
@@ -33,6 +34,7 @@ class Rows:
     seed: int
     frames: int
     summary: bool
+    tokens: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -44,6 +46,8 @@ class Rows:
         text = ask(question.text, question.candidates)
         asked = first_prompt(stsg, text) if self.summary else text
         shown = shown_frames(item, self.frames)
+        if self.tokens:
+            shown.append({"type": "graph", "graph": stsg})
         return {
             "prompt": [{"role": "user", "content": [*shown, {"type": "text", "text": asked}]}],
             "asked": asked,

@@ -3,57 +3,62 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from vot_kernels.train.config import setting
+from vot_kernels.train.config import VlmTraining, setting
 
 _WEIGHT = "_weight"
+_POSITIVE = ("steps", "batch_size", "accumulation", "warmup")
 
 
 @dataclass(frozen=True)
-class GrpoTraining:
-    """What the three stages of GRPO have in common; two runs with equal settings give equal weights on one machine."""
+class RlTraining(VlmTraining):
+    """What all stages of reinforcement learning have in common."""
 
+    warmup: int = 10
+    accumulation: int = setting(1, "Parts into which a step is cut, to save memory.")
+    validate_every: int = setting(0, "Steps between two measurements of held-out clips; 0 is never.")
+    validation_clips: int = setting(16, "Held-out clips in each of these measurements.")
+
+    def _check(self, items: int, name: str, **least: int) -> None:
+        """Refuse settings below their least values, and an accumulation that does not divide the items of a step."""
+        for setting_name, bound in (dict.fromkeys(_POSITIVE, 1) | least).items():
+            if getattr(self, setting_name) < bound:
+                raise ValueError(
+                    f"{setting_name} must be at least {bound}, got {getattr(self, setting_name)}."
+                )
+        if items % self.accumulation:
+            raise ValueError(
+                f"accumulation must divide the {items} {name} of a step, got {self.accumulation}."
+            )
+
+
+@dataclass(frozen=True)
+class GrpoTraining(RlTraining):
+    """What the three stages of GRPO have in common."""
+
+    steps: int = 100
+    batch_size: int = setting(4, "Questions per step, each about a clip of its own.")
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    seed: int = setting(0, "Seed of adapters, data and replies.")
     text: Literal["all", "lora"] = setting(
         "all", "What of the language model is trained: all of it, or adapters (lora)."
     )
-    steps: int = setting(100, "Optimiser steps.")
-    batch_size: int = setting(4, "Questions per step, each about a clip of its own.")
     generations: int = setting(4, "Replies per question, which are compared with each other.")
-    accumulation: int = setting(1, "Parts into which the replies of a step are cut, to save memory.")
-    learning_rate: float = setting(
-        1e-4, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
-    )
-    warmup: int = setting(10, "Steps in which the learning rate rises.")
-    weight_decay: float = setting(0.0, "Weight decay of AdamW, on matrices alone.")
-    clip: float = setting(1.0, "Largest gradient norm.")
     temperature: float = setting(1.0, "Temperature at which replies are drawn.")
     max_reply_tokens: int = setting(192, "Tokens after which a reply is cut off.")
     frames: int = setting(4, "Frames of each clip that the model sees.")
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "Numbers of matrix products in training; weights stay in float32."
-    )
-    validate_every: int = setting(0, "Steps between two measurements of held-out clips; 0 is never.")
-    validation_clips: int = setting(16, "Held-out clips in each of these measurements.")
     sigma_s: float = setting(
         0.5, "Seconds by which an event may be off and still earn 0.6 of the temporal reward."
     )
-    seed: int = setting(0, "Seed of adapters, data and replies.")
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "generations": 2, "accumulation": 1, "frames": 1, "warmup": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
-        if (self.batch_size * self.generations) % self.accumulation:
-            raise ValueError(
-                f"accumulation must divide the {self.batch_size * self.generations} replies of a step, "
-                f"got {self.accumulation}."
-            )
+        self._check(self.batch_size * self.generations, "replies", generations=2, frames=1)
         if not any(self.weights.values()):
             raise ValueError("At least one reward must have a weight other than 0.")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the model that are trained; the graph tokens are not, since TRL hands over frames alone."""
+        """The parts of the model that are trained; the graph tokens are read as they are."""
         return ("projector", "text" if self.text == "all" else "lora")
 
     @property
@@ -89,33 +94,16 @@ class GrpoPreference(GrpoReasoning):
 
 
 @dataclass(frozen=True)
-class PreferenceTraining:
-    """Settings of a reward model; two runs with equal settings give equal weights on one machine."""
+class PreferenceTraining(RlTraining):
+    """Settings of a reward model."""
 
-    steps: int = setting(200, "Optimiser steps.")
+    steps: int = 200
     batch_size: int = setting(8, "Pairs of replies per step.")
-    accumulation: int = setting(1, "Parts into which the pairs of a step are cut, to save memory.")
-    learning_rate: float = setting(
-        3e-4, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
-    )
-    warmup: int = setting(10, "Steps in which the learning rate rises.")
-    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
-    clip: float = setting(1.0, "Largest gradient norm.")
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "Numbers of matrix products in training; weights stay in float32."
-    )
-    validate_every: int = setting(0, "Steps between two measurements of held-out pairs; 0 is never.")
-    validation_clips: int = setting(16, "Held-out clips in each of these measurements.")
+    learning_rate: float = 3e-4
     seed: int = setting(0, "Seed of the new weights and of the data.")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "warmup"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"accumulation must divide the {self.batch_size} pairs of a step, got {self.accumulation}."
-            )
+        self._check(self.batch_size, "pairs")
 
     @property
     def parts(self) -> tuple[str, ...]:
