@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vot_kernels.cli.ablate import ablate
 from vot_kernels.cli.ask import ask
 from vot_kernels.cli.data import data_app
 from vot_kernels.cli.demo import demo
@@ -38,6 +39,12 @@ app.command(
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
+app.command(
+    epilog=examples(
+        "vot ablate --out ablations.json --dry-run",
+        "vot ablate --only attention --only experts --out ablations.json --plot ablations.svg",
+    )
+)(ablate)
 app.command(epilog=examples("vot info", "vot info --model base --json"))(info)
 app.command(epilog=examples("vot demo --out pictures", "vot demo --web --port 8000"))(demo)
 

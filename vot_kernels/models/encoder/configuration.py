@@ -48,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+ATTENTIONS = ("hybrid", "softmax", "linear", "gated")
+
 
 class VotEncoderConfig(PreTrainedConfig):
     """The parts and sizes of a `VotEncoder`. Every part can be turned off for an ablation.
@@ -58,7 +60,8 @@ class VotEncoderConfig(PreTrainedConfig):
             `intermediate_size / num_experts_per_tok`, so that the experts of one token have as many as that block.
         patch_size, temporal_patch_size, num_channels: one token covers
             `num_channels * temporal_patch_size * patch_size**2` values.
-        attention: "hybrid" (softmax near, linear far), "softmax" (exact) or "linear".
+        attention: "hybrid" (softmax near, linear far), "softmax" (exact) or "linear"; for comparison "gated", which is
+            hybrid with a normaliser for each part and a learned gate.
         window: groups on each side that softmax attention reaches; an int, or one entry per layer
             (None there means exact softmax attention).
         full_attention_every: every n-th layer has exact softmax; 0 turns that off.
@@ -70,6 +73,8 @@ class VotEncoderConfig(PreTrainedConfig):
         qk_norm, rope_theta, rope: RMS norm of queries and keys, and 3-D rotary positions (t, y, x).
         aoe_every: every n-th block is Autonomy-of-Experts instead of dense; 0 turns AoE off.
         num_experts, num_experts_per_tok, expert_rank, aoe_weighting: see `vot_kernels.aoe`.
+        expert_choice: who chooses the experts of a token: "autonomous", the experts themselves, or for comparison
+            "routed", a linear router.
         shared_expert_size: width of a SwiGLU expert that processes every token of an AoE block; 0 for none. Its
             share of `intermediate_size` is taken from the selected experts.
         dense_residual, residual_dilation, residual_period: DenseFormer averaging of past blocks.
@@ -90,7 +95,7 @@ class VotEncoderConfig(PreTrainedConfig):
         patch_size: int = 8,
         temporal_patch_size: int = 1,
         num_channels: int = 3,
-        attention: Literal["hybrid", "softmax", "linear"] = "hybrid",
+        attention: Literal["hybrid", "softmax", "linear", "gated"] = "hybrid",
         window: int | list[int | None] = 1,
         full_attention_every: int = 4,
         group: str | int = "frame",
@@ -105,6 +110,7 @@ class VotEncoderConfig(PreTrainedConfig):
         num_experts_per_tok: int = 2,
         expert_rank: int = 32,
         aoe_weighting: Literal["topk_softmax", "softmax_topk"] = "topk_softmax",
+        expert_choice: Literal["autonomous", "routed"] = "autonomous",
         shared_expert_size: int = 0,
         dense_residual: bool = True,
         residual_dilation: int = 1,
@@ -139,6 +145,7 @@ class VotEncoderConfig(PreTrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.expert_rank = expert_rank
         self.aoe_weighting = aoe_weighting
+        self.expert_choice = expert_choice
         self.shared_expert_size = shared_expert_size
         self.dense_residual = dense_residual
         self.residual_dilation = residual_dilation
@@ -173,12 +180,12 @@ class VotEncoderConfig(PreTrainedConfig):
         """The window of each layer; None is exact softmax attention."""
         if self.attention == "softmax":
             return [None] * self.num_hidden_layers
-        every = self.full_attention_every if self.attention == "hybrid" else 0
+        every = 0 if self.attention == "linear" else self.full_attention_every
         windows = self.window if isinstance(self.window, list) else [self.window] * self.num_hidden_layers
         return [None if every and (i + 1) % every == 0 else window for i, window in enumerate(windows)]
 
     def is_aoe(self, layer: int) -> bool:
-        """Whether block `layer` is Autonomy-of-Experts."""
+        """Whether block `layer` has experts."""
         return self.aoe_every > 0 and (layer + 1) % self.aoe_every == 0
 
     def _check(self) -> None:
@@ -186,14 +193,23 @@ class VotEncoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be an even multiple of {self.num_attention_heads} heads."
             )
-        if self.attention not in ("hybrid", "softmax", "linear"):
-            raise ValueError(f'attention must be "hybrid", "softmax" or "linear", got {self.attention!r}.')
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {self.attention!r}.")
         if self.causal not in (None, "group"):
             raise ValueError(f'causal must be None or "group", got {self.causal!r}.')
         if self.causal and self.group != "frame":
             raise ValueError(f'causal="group" needs group="frame", got {self.group!r}.')
         if self.causal and self.attention == "linear":
             raise ValueError('attention="linear" has no causal form over groups; use "hybrid" with window=0.')
+        if self.causal and self.attention == "gated":
+            raise ValueError('attention="gated" has no causal form, got causal="group".')
+        if self.expert_choice not in ("autonomous", "routed"):
+            raise ValueError(f'expert_choice must be "autonomous" or "routed", got {self.expert_choice!r}.')
+        if self.expert_choice == "routed" and self.shared_expert_size:
+            raise ValueError(
+                'expert_choice="routed" has no shared expert, '
+                f"got shared_expert_size={self.shared_expert_size}."
+            )
         if not 0 <= self.shared_expert_size < self.intermediate_size:
             raise ValueError(
                 f"shared_expert_size must be from 0 to intermediate_size - 1, {self.intermediate_size - 1}, "

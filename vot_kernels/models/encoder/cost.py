@@ -8,6 +8,7 @@ from torch import nn
 
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder
+from vot_kernels.models.encoder.variants import RoutedExperts
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
 from vot_kernels.packing import PackedLayout
 
@@ -76,6 +77,8 @@ def _linear_flops(module: nn.Module) -> int:
         experts = {name: 2 * p[0].numel() for name, p in module.named_parameters(recurse=False)}
         chosen = sum(n for name, n in experts.items() if name != "w_down") * module.top_k
         return experts["w_down"] * module.w_down.shape[0] + chosen
+    if isinstance(module, RoutedExperts):  # its router is a linear layer
+        return 2 * module.top_k * (module.gate_up[0].numel() + module.down[0].numel())
     return 2 * module.weight.numel() if isinstance(module, nn.Linear) else 0
 
 

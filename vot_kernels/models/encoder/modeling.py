@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
+from vot_kernels.models.encoder.variants import GatedAttention, RoutedExperts
 from vot_kernels.nn.autonomy_of_experts import AutonomyOfExperts
 from vot_kernels.nn.dense_residual import DenseResidual
 from vot_kernels.nn.hybrid_attention import HybridAttention
@@ -56,19 +57,9 @@ class VotEncoderBlock(GradientCheckpointingLayer):
         self.attention_norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.attention = _attention(config, config.layer_windows[layer])
         self.mlp_norm = nn.RMSNorm(dim, eps=config.norm_eps)
-        self.mlp: nn.Module
-        if config.is_aoe(layer):
-            self.mlp = AutonomyOfExperts(
-                dim,
-                num_experts=config.num_experts,
-                top_k=config.num_experts_per_tok,
-                rank=config.expert_rank,
-                d_ffn=(config.intermediate_size - config.shared_expert_size) // config.num_experts_per_tok,
-                weighting=config.aoe_weighting,
-                shared_hidden=config.shared_expert_size,
-            )
-        else:
-            self.mlp = SwiGLU(dim, config.intermediate_size)
+        self.mlp: SwiGLU | AutonomyOfExperts | RoutedExperts = (
+            _experts(config) if config.is_aoe(layer) else SwiGLU(dim, config.intermediate_size)
+        )
 
     def forward(
         self, x: Tensor, layout: PackedLayout, output_balance: bool = False
@@ -78,7 +69,7 @@ class VotEncoderBlock(GradientCheckpointingLayer):
         The last two are None in a dense block and without `output_balance`.
         """
         x = x + self.attention(self.attention_norm(x), layout)
-        if output_balance and isinstance(self.mlp, AutonomyOfExperts):
+        if output_balance and not isinstance(self.mlp, SwiGLU):
             y, aux = self.mlp(self.mlp_norm(x), return_aux=True)
             return x + y, aux.balance_loss, aux.load
         return x + self.mlp(self.mlp_norm(x)), None, None
@@ -98,6 +89,21 @@ class VotEncoderBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
+def _experts(config: VotEncoderConfig) -> AutonomyOfExperts | RoutedExperts:
+    width = (config.intermediate_size - config.shared_expert_size) // config.num_experts_per_tok
+    if config.expert_choice == "routed":
+        return RoutedExperts(config.hidden_size, config.num_experts, config.num_experts_per_tok, width)
+    return AutonomyOfExperts(
+        config.hidden_size,
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        rank=config.expert_rank,
+        d_ffn=width,
+        weighting=config.aoe_weighting,
+        shared_hidden=config.shared_expert_size,
+    )
+
+
 def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention | LinearAttention:
     options: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
@@ -107,7 +113,8 @@ def _attention(config: VotEncoderConfig, window: int | None) -> HybridAttention 
     }
     if config.attention == "linear":
         return LinearAttention(config.hidden_size, config.num_attention_heads, **options)
-    return HybridAttention(
+    kind = GatedAttention if config.attention == "gated" else HybridAttention
+    return kind(
         config.hidden_size,
         config.num_attention_heads,
         window=window,
@@ -264,15 +271,13 @@ class VotEncoder(VotEncoderPreTrainedModel):
         Raises:
             ValueError: an unknown backend.
         """
-        self._set_backend((AutonomyOfExperts,), backend)
+        self._set_backend((AutonomyOfExperts, RoutedExperts), backend)
 
-    def _set_backend(
-        self, kinds: tuple[type[HybridAttention | LinearAttention | AutonomyOfExperts], ...], backend: str
-    ) -> None:
+    def _set_backend(self, kinds: tuple[type[nn.Module], ...], backend: str) -> None:
         check_choice("backend", backend, ("auto", *BACKENDS))
         for module in self.modules():
             if isinstance(module, kinds):
-                module.backend = backend
+                setattr(module, "backend", backend)  # noqa: B010
 
     def layout(self, image_grid_thw: Tensor, device: torch.device | str | None = None) -> PackedLayout:
         """Return the packed layout of a batch, with this encoder's groups."""

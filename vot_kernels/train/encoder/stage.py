@@ -96,12 +96,19 @@ class EncoderPretraining(nn.Module):
         config: configuration of the encoder.
         teacher_width: width of the teacher's tokens.
         settings: settings of the run.
+        kind: class of the encoder.
     """
 
-    def __init__(self, config: VotEncoderConfig, teacher_width: int, settings: EncoderTraining):
+    def __init__(
+        self,
+        config: VotEncoderConfig,
+        teacher_width: int,
+        settings: EncoderTraining,
+        kind: type[VotEncoder] = VotEncoder,
+    ):
         super().__init__()
         width = config.hidden_size
-        self.encoder = VotEncoder(config)
+        self.encoder = kind(config)
         self.distillation = TokenDistillation(width, teacher_width) if settings.distillation else None
         self.captions: CaptionEncoder | None = None
         self.contrast: ContrastiveHead | None = None
@@ -242,18 +249,19 @@ def train_encoder(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    kind: type[VotEncoder] = VotEncoder,
     ranks: Ranks = ALONE,
 ) -> EncoderPretraining:
     """Train, or resume from the newest checkpoint under `out`; the caller saves the result.
 
-    See `vot_kernels.train.loop.run_steps` for the options. With several `ranks` each trains on its share of every
-    batch, and the weights are, up to rounding, those of one process.
+    `kind` is the class of the encoder. See `vot_kernels.train.loop.run_steps` for the options. With several `ranks` each
+    trains on its share of every batch, and the weights are, up to rounding, those of one process.
 
     Raises:
         ValueError: the teacher has another patch size, or the checkpoint has other settings.
         RuntimeError: other parameters are trained than the stage should train.
     """
-    model = build(settings, config, teacher).train()
+    model = build(settings, config, teacher, kind).train()
     processor = make_processor(config)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
@@ -281,7 +289,9 @@ def train_encoder(
     return model.eval()
 
 
-def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> EncoderPretraining:
+def build(
+    settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher, kind: type[VotEncoder] = VotEncoder
+) -> EncoderPretraining:
     """Return the model before its first step, on the teacher's device: random weights and the teacher's statistics."""
     if teacher.encoder.config.patch_size != config.patch_size:
         raise ValueError(
@@ -289,7 +299,7 @@ def build(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher)
             f"and {config.patch_size}."
         )
     torch.manual_seed(settings.seed)
-    model = EncoderPretraining(config, teacher.encoder.config.hidden_size, settings)
+    model = EncoderPretraining(config, teacher.encoder.config.hidden_size, settings, kind)
     model.to(teacher.encoder.device)
     if model.distillation is not None:
         processor, batches = make_processor(config), CaptionBatches(settings)

@@ -1,6 +1,6 @@
 """Answers of a video-language model to questions about clips."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,16 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a clip, with its graph, true or seen, if there is one, and the answers to choose from."""
+    """A question about a clip, with its graph, true or seen, if there is one, and the answers to choose from.
+
+    `reads` says as what the model reads the graph: as tokens, as text, or both.
+    """
 
     clip: Clip
     graph: STSG | None
     question: str
     candidates: Sequence[str] | None
+    reads: Collection[str] = ("tokens", "text")
 
 
 def first_prompt(graph: STSG | None, question: str) -> str:
@@ -61,6 +65,7 @@ def prompt_inputs(processor: VotProcessor, messages: Sequence[Sequence[Mapping[s
 
 
 def _content(item: Asked) -> list[dict[str, Any]]:
-    text = first_prompt(item.graph, ask(item.question, item.candidates))
-    graph = [] if item.graph is None else [{"type": "graph", "graph": item.graph}]
-    return [{"type": "video", "video": item.clip}, *graph, {"type": "text", "text": text}]
+    text, tokens = (item.graph if kind in item.reads else None for kind in ("text", "tokens"))
+    asked = {"type": "text", "text": first_prompt(text, ask(item.question, item.candidates))}
+    graph = [] if tokens is None else [{"type": "graph", "graph": tokens}]
+    return [{"type": "video", "video": item.clip}, *graph, asked]

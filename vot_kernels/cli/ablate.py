@@ -1,0 +1,47 @@
+"""`vot ablate`: each part of the system against what others do in its place."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vot_kernels.cli.manners import when_interrupted
+from vot_kernels.cli.options import PATH
+from vot_kernels.extras import require
+
+
+def runs_are_kept(given: dict[str, Any]) -> str:
+    return f"the runs so far are kept beside {given['out']}; the same command goes on from there."
+
+
+@when_interrupted(runs_are_kept)
+def ablate(
+    out: Annotated[Path, typer.Option(help="JSON file for the result; unfinished runs are resumed.", **PATH)],
+    only: Annotated[list[str] | None, typer.Option(help="A part, repeatable (default: all).")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of a run (default: each task's own).")
+    ] = None,
+    vlm: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model of `vot train sft`, for the part graph tokens.", **PATH),
+    ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="File of rows of `vot eval digitworld`, repeatable, for thought and verification.", **PATH
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file for a picture.", **PATH)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs with parameters, operations and time.")
+    ] = False,
+) -> None:
+    """Compare each part of the system with what others do in its place, on DigitWorld."""
+    require("vot ablate", "video", "llm", "train")
+    from vot_kernels.pipelines.ablation.run import Plan, choose_parts, plan_text, run_ablations
+    from vot_kernels.pipelines.ablation.tasks import Sources
+
+    sources = Sources(vlm, tuple(answers or ()))
+    plan = Plan(choose_parts(only, sources), seeds, steps, sources)
+    print(plan_text(plan) if dry_run else run_ablations(out, plan, plot))
