@@ -30,6 +30,11 @@ def test_every_setting_says_what_it_means(settings):
         assert meaning.endswith(".") and meaning[0].isupper() or meaning.startswith("nano"), name
 
 
+def test_another_default_keeps_the_meaning():
+    assert SftTraining.steps == 1200 and meanings(SftTraining)["steps"] == "Optimiser steps."
+    assert meanings(SftTraining)["batch_size"] == "Clips per step, each with up to four questions."
+
+
 def test_stages_are_the_commands_of_train():
     from typer.main import get_command
 

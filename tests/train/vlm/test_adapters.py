@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vot_kernels.data.digitworld import generate_episode
 from vot_kernels.integrations.patching import patched
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
+from vot_kernels.train.checkpoint import folder_fingerprint
 from vot_kernels.train.projector.stage import describe
 from vot_kernels.train.vlm import adapters
 from vot_kernels.train.vlm import model as vlm
@@ -67,6 +68,13 @@ def test_adapters_and_their_language_model_are_the_model_again(parts, folder, mo
     new = logits(parts[0].eval(), processor)
     error = (logits(model, processor) - wanted).abs().max()
     assert error < 0.02 * (new - wanted).abs().max()  # half precision, beside what was learnt
+
+
+def test_a_stage_that_begins_with_adapters_knows_them(folder):
+    kept = load_file(folder / "adapters.safetensors")
+    before = folder_fingerprint(folder)
+    save_file(kept | {name: t + 1 for name, t in list(kept.items())[:1]}, folder / "adapters.safetensors")
+    assert folder_fingerprint(folder) != before
 
 
 def test_what_is_kept_is_small_and_says_how_it_was_made(folder):
