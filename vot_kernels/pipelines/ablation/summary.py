@@ -93,7 +93,4 @@ def format_summary(result: Mapping[str, Any]) -> str:
         widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         texts.append("\n".join([f"{part['name']}: {part['question']}", *lines]))
-    legend = (
-        "+ better, − worse, = no difference: the means differ by no more than the spread between the seeds."
-    )
-    return "\n\n".join([*texts, legend])
+    return "\n\n".join([*texts, LEGEND])
