@@ -254,8 +254,8 @@ def train_encoder(
 ) -> EncoderPretraining:
     """Train, or resume from the newest checkpoint under `out`; the caller saves the result.
 
-    `kind` is the class of the encoder. See `vot_kernels.train.loop.run_steps` for the options. With several `ranks` each
-    trains on its share of every batch, and the weights are, up to rounding, those of one process.
+    `kind` is the class of the encoder. See `vot_kernels.train.loop.run_steps` for the options. With several `ranks`
+    each trains on its share of every batch, and the weights are, up to rounding, those of one process.
 
     Raises:
         ValueError: the teacher has another patch size, or the checkpoint has other settings.
