@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.util import find_spec
@@ -119,6 +120,7 @@ class Provider:
             and are in the table for context.
         instead: what `solves` changes, for the reader; empty if it solves the problem itself.
         ours: one of this package's backends: shown first, and gated by the package's GPU tests.
+        around: makes a context that all its code runs in, the backward too: a variant prefers other configs there.
         quick_size: the largest size at which it takes part in the quick suite (0 for providers that compile for half
             a minute).
     """
@@ -132,6 +134,7 @@ class Provider:
     solves: Callable[[Any], Any] = lambda problem: problem
     instead: str = ""
     ours: bool = False
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
     quick_size: float = math.inf
 
 

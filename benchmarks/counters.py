@@ -41,6 +41,14 @@ def dense_residual(problem: Any, direction: str, itemsize: int) -> Work:
     return Work(flops[direction], tensors[direction] * n * itemsize)
 
 
+def dense_residual_norm(problem: Any, direction: str, itemsize: int) -> Work:
+    """See `benchmarks.problems.fused.DenseResidualNorm`: beside the sum, the norm is written and takes 4 operations per
+    element; the backward reads its gradient and the sum, and takes 9."""
+    plain, n = dense_residual(problem, direction, itemsize), problem.tokens * problem.width
+    tensors, flops = {"forward": (1, 4), "backward": (2, 9), "both": (3, 13)}[direction]
+    return Work(plain.flops + flops * n, plain.bytes + tensors * n * itemsize)
+
+
 # RMS norm and rotation per element: square and add 2, scale 2, rotate 3; the backward rotates back (3), normalises
 # again (4), and takes two products with the normed value (4) and its own scaling (4).
 _ROPE_NORM_FLOPS = {"forward": 7, "backward": 15, "both": 22}
@@ -66,6 +74,13 @@ def pack_patches(problem: Any, direction: str, itemsize: int) -> Work:
     """See `benchmarks.problems.fused.PackPatches`: every value is moved once each way."""
     values = 3 * sum(height * width for height, width in problem.sizes)
     return Work(0, 2 * values * itemsize * (2 if direction == "both" else 1))
+
+
+def normalise_patches(problem: Any, direction: str, itemsize: int) -> Work:
+    """See `benchmarks.problems.fused.NormalisePatches`: a byte is read, a number of `itemsize` bytes is written, and
+    each is divided, shifted and divided again."""
+    values = 3 * sum(height * width for height, width in problem.sizes)
+    return Work(3 * values, values * (1 + itemsize))
 
 
 def aoe(problem: Any, direction: str, itemsize: int) -> Work:

@@ -129,12 +129,13 @@ class Runner:
         self.provider, self.direction, self.device = provider, direction, device
         self.problem, self.dtype = provider.solves(workload.problem), workload.dtype
         self.inputs = inputs.of(self.problem)
-        self.prepared = provider.prepare(self.problem, self.dtype, device)
         self.grads: list[Tensor] = []
-        if direction != "forward":
-            outs = as_outputs(provider.run(self.problem, self.prepared, *self.inputs[0]))
-            self.grads = [torch.randn_like(x) for x in outs]
-            del outs
+        with provider.around():
+            self.prepared = provider.prepare(self.problem, self.dtype, device)
+            if direction != "forward":
+                outs = as_outputs(provider.run(self.problem, self.prepared, *self.inputs[0]))
+                self.grads = [torch.randn_like(x) for x in outs]
+                del outs
         self._seconds()  # may compile
         self.seconds = self._seconds()
 
@@ -144,17 +145,24 @@ class Runner:
             return self.kernel(turn)
 
         def call() -> object:
-            return self._call(self.provider.prepare(self.problem, self.dtype, self.device), turn)
+            with self.provider.around():
+                return self._call(self.provider.prepare(self.problem, self.dtype, self.device), turn)
 
         return call
 
     def kernel(self, turn: int) -> Callable[[], object]:
         """Return the op with everything prepared; the backward runs on a forward that is computed now."""
-        if self.direction != "backward":
-            return lambda: self._call(self.prepared, turn)
         inputs = self.inputs[turn % len(self.inputs)]
-        out = self.provider.run(self.problem, self.prepared, *inputs)
-        return lambda: self._gradients(out, inputs)
+        out = None
+        if self.direction == "backward":
+            with self.provider.around():
+                out = self.provider.run(self.problem, self.prepared, *inputs)
+
+        def call() -> object:
+            with self.provider.around():
+                return self._call(self.prepared, turn) if out is None else self._gradients(out, inputs)
+
+        return call
 
     def columns(self) -> list[Callable[[int], Callable[[], object]]]:
         """Return the functions to time. The whole op comes first, because it fills the op's own caches of a packing."""

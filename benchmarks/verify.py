@@ -116,12 +116,13 @@ def check(provider: Provider, expected: Expected) -> None:
     """Return if the provider agrees with the oracle, else raise `ToleranceError`."""
     problem, inputs = expected.problem, expected.inputs
     dtype = next(x.dtype for x in inputs if x.is_floating_point())
-    prepared = provider.prepare(problem, dtype, inputs[0].device)
     before = [x.clone() for x in inputs]
     try:
-        actual = _results(
-            lambda *x: _formed(provider.run(problem, prepared, *x), expected), inputs, expected.gradients
-        )
+        with provider.around():
+            prepared = provider.prepare(problem, dtype, inputs[0].device)
+            actual = _results(
+                lambda *x: _formed(provider.run(problem, prepared, *x), expected), inputs, expected.gradients
+            )
     finally:  # other providers are verified on the same inputs
         changed = [i for i, (x, y) in enumerate(zip(inputs, before, strict=True)) if not torch.equal(x, y)]
         for i in changed:

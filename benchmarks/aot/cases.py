@@ -5,18 +5,39 @@ The launchers decide what a call compiles; see `vot_kernels.ops.launch.record_la
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
-from vot_kernels import aoe, hybrid_attention, linear_attention, moe, packed_attention
+from benchmarks.problems.fused import (
+    DenseResidual,
+    DenseResidualNorm,
+    PackPatches,
+    RopeQkNorm,
+    SizeAwareEmbedding,
+)
+from vot_kernels import (
+    PackedLayout,
+    aoe,
+    dense_residual,
+    hybrid_attention,
+    linear_attention,
+    moe,
+    pack_patches,
+    packed_attention,
+    rope_qk_norm,
+    size_aware_embedding,
+    tuning,
+)
 from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.ops.launch import record_launches
 
 BFLOAT16 = torch.bfloat16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WEIGHTS = ("q_weight", "k_weight")
 LONG = (8192, 4096, 2048, 1024, 1024)
 SHORT = (64,) * 256  # every segment is one tile
 
@@ -70,6 +91,10 @@ def cases() -> list[Case]:
         "hybrid_attention": _hybrid_attention,
         "aoe": _aoe,
         "moe": _moe,
+        "dense_residual": _dense_residual,
+        "rope_qk_norm": _rope_qk_norm,
+        "size_aware_embedding": _size_aware_embedding,
+        "pack_patches": _pack_patches,
     }
     return [case for op in kernel_ops() for case in makers[op]()]
 
@@ -173,6 +198,98 @@ def _moe() -> Iterator[Case]:
         for name, problem in shapes.items():
             quick = problem is small and dtype == BFLOAT16
             yield _experts(f"{dtype_name} {name}", problem, dtype, quick=quick)
+
+
+def _dense_residual() -> Iterator[Case]:
+    """Few states and many, in every dtype and variant."""
+    for dtype_name, dtype in DTYPES.items():
+        for count in (2, 24):
+            problem = DenseResidual(1024, states=count)
+            quick = dtype == BFLOAT16 and count == 2
+            yield from _streaming(f"{dtype_name} {count} states", problem, dtype, _summed, quick)
+    for dtype_name, dtype in DTYPES.items():
+        for width in (256, 768, 1280, 4096):
+            problem = DenseResidualNorm(1024, width)
+            quick = dtype == BFLOAT16 and width == 768
+            yield from _streaming(f"{dtype_name} {width} wide, normed", problem, dtype, _normed, quick)
+
+
+def _summed(*inputs: torch.Tensor, backend: str) -> Any:
+    return dense_residual(inputs[:-1], inputs[-1], backend=backend)
+
+
+def _normed(*inputs: torch.Tensor, backend: str) -> Any:
+    *states, weights, norm = inputs
+    return dense_residual(states, weights, norm_weight=norm, backend=backend)
+
+
+def _rope_qk_norm() -> Iterator[Case]:
+    def run(q: torch.Tensor, k: torch.Tensor, *weights: torch.Tensor, backend: str) -> Any:
+        positions = torch.empty(q.shape[0], 3, dtype=torch.int64)
+        return rope_qk_norm(q, k, positions, **dict(zip(WEIGHTS, weights, strict=False)), backend=backend)
+
+    grid = ((4, 8, 16),)
+    for dtype_name, dtype in DTYPES.items():
+        for head_dim in (16, 64, 72, 128, 256):
+            problem = RopeQkNorm(grid, kv_heads=4, head_dim=head_dim)
+            quick = dtype == BFLOAT16 and head_dim == 64
+            yield from _streaming(f"{dtype_name} d{head_dim}", problem, dtype, run, quick)
+    plain = RopeQkNorm(grid)
+
+    def turn(q: torch.Tensor, k: torch.Tensor, *weights: torch.Tensor, backend: str) -> Any:
+        return run(q, k, backend=backend)
+
+    yield from _streaming("bf16 d64 without a norm", plain, BFLOAT16, turn)
+
+
+def _size_aware_embedding() -> Iterator[Case]:
+    layout = PackedLayout.from_grid_thw(((2, 16, 16), (1, 20, 20)))
+
+    def run(x: torch.Tensor, *weights: torch.Tensor, backend: str) -> Any:
+        return size_aware_embedding(x, layout, *weights, backend=backend)
+
+    for dtype_name, dtype in DTYPES.items():
+        for width in (100, 768):
+            problem = SizeAwareEmbedding(((2, 16, 16), (1, 20, 20)), width)
+            quick = dtype == BFLOAT16 and width == 768
+            yield from _streaming(f"{dtype_name} {width} wide", problem, dtype, run, quick)
+
+
+def _pack_patches() -> Iterator[Case]:
+    colours = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    for dtype_name, dtype in {**DTYPES, "uint8": torch.uint8}.items():
+        for patch_size, temporal in ((16, 1), (14, 2)):
+            problem = PackPatches(((8 * patch_size, 12 * patch_size),) * 2, patch_size)
+            for title, options in (("", {}), (" normalised", colours)):
+                run = partial(_packed, patch_size, temporal_patch_size=temporal, **options)
+                name = f"{dtype_name} {patch_size} x {temporal}{title}"
+                yield from _streaming(name, problem, dtype, run, (patch_size, dtype) == (16, BFLOAT16))
+
+
+def _packed(patch_size: int, *images: torch.Tensor, **options: Any) -> torch.Tensor:
+    return pack_patches(images, patch_size, **options)[0]
+
+
+def _streaming(
+    name: str, problem: Any, dtype: torch.dtype, op: Callable[..., Any], quick: bool = False
+) -> Iterator[Case]:
+    """Yield cases of a memory-bound op of tensors, in every variant of its family."""
+
+    def make(variant: str | None) -> Case:
+        def run() -> None:
+            inputs = [x.to(dtype) for x in problem.inputs(torch.float32, torch.device("cpu"))]
+            leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+            with tuning.preferring(*([] if variant is None else [variant])):
+                out = op(*leaves, backend="triton")
+                outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+                if outs:
+                    grads = [torch.empty_like(x) for x in outs]
+                    torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+
+        title = name if variant is None else f"{name} {variant}"
+        return Case(problem.op, title, run, quick=quick and variant is None)
+
+    yield from map(make, (None, *tuning.variants(problem.op)))
 
 
 def _experts(

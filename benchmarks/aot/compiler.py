@@ -146,7 +146,8 @@ def matrix_instructions(ptx: str) -> tuple[str, str]:
 
 def traffic(arguments: Mapping[str, Any]) -> int:
     """Return the bytes of all tensors of a launch, each counted once, because each is read or written."""
-    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    values = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
     distinct = {(x.data_ptr(), tuple(x.shape), x.stride(), x.dtype): x for x in tensors}
     return sum(x.numel() * x.element_size() for x in distinct.values())
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks import counters
 from benchmarks.core import Work
 from vot_kernels.ops.dense_residual.reference import dense_residual as dense_residual_reference
+from vot_kernels.ops.dense_residual.reference import dense_residual_norm as dense_residual_norm_reference
 from vot_kernels.ops.pack_patches.reference import pack_patches as pack_patches_reference
 from vot_kernels.ops.rope_qk_norm import default_sections
 from vot_kernels.ops.rope_qk_norm.reference import rope_qk_norm as rope_qk_norm_reference
@@ -61,6 +62,27 @@ class DenseResidual:
 
     def work(self, direction: str, itemsize: int) -> Work:
         return counters.dense_residual(self, direction, itemsize)
+
+
+@dataclass(frozen=True)
+class DenseResidualNorm(DenseResidual):
+    """The weighted sum and its RMS norm; inputs are the states, their weights and the norm's weight."""
+
+    eps: float = 1e-6
+
+    def describe(self) -> str:
+        return f"{super().describe()}, with the norm"
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+        norm = 1 + _normal(device, seed + 1)((self.width,), torch.float32, 0.1)
+        return *super().inputs(dtype, device, seed), norm
+
+    def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        *states, weights, norm = inputs
+        return dense_residual_norm_reference([_at(state, rows) for state in states], weights, norm, self.eps)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        return counters.dense_residual_norm(self, direction, itemsize)
 
 
 @dataclass(frozen=True)
@@ -226,6 +248,40 @@ class PackPatches:
 
     def work(self, direction: str, itemsize: int) -> Work:
         return counters.pack_patches(self, direction, itemsize)
+
+
+@dataclass(frozen=True)
+class NormalisePatches(PackPatches):
+    """uint8 frames `[3, height, width]` to normalised patches in the dtype of the workload.
+
+    Inputs are the frames, then `mean` and `std`, which are exact in every dtype.
+    """
+
+    mean: tuple[float, ...] = (0.5, 0.375, 0.25)
+    std: tuple[float, ...] = (0.25, 0.5, 0.25)
+
+    def describe(self) -> str:
+        return f"uint8, normalised: {super().describe()}"
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def frame(height: int, width: int) -> Tensor:
+            shades = torch.randint(256, (3, height, width), generator=generator, device=device)
+            return shades.to(torch.uint8)
+
+        numbers = (torch.tensor(x, dtype=dtype, device=device) for x in (self.mean, self.std))
+        return *(frame(*size) for size in self.sizes), *numbers
+
+    def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor:
+        *frames, mean, std = inputs
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        mean, std = (x.to(wide)[:, None, None] for x in (mean, std))
+        normalised = [(frame.to(wide) / 255 - mean) / std for frame in frames]
+        return super().oracle(normalised, rows).to(inputs[-1].dtype)
+
+    def work(self, direction: str, itemsize: int) -> Work:
+        return counters.normalise_patches(self, direction, itemsize)
 
 
 def spread_rows(total: int, device: torch.device) -> Tensor | None:

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.core import Provider
-from benchmarks.problems.fused import DenseResidual, PackPatches, RopeQkNorm, SizeAwareEmbedding
+from benchmarks.problems.fused import (
+    DenseResidual,
+    DenseResidualNorm,
+    NormalisePatches,
+    PackPatches,
+    RopeQkNorm,
+    SizeAwareEmbedding,
+)
 from vot_kernels.ops.dense_residual import dense_residual
 from vot_kernels.ops.dense_residual.reference import dense_residual as dense_residual_reference
 from vot_kernels.ops.dispatch import describe_backends
@@ -43,6 +50,9 @@ def _layout(problem: Problem, dtype: torch.dtype, device: torch.device) -> Packe
 
 def _ours(backend: str, problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Results:
     match problem:
+        case DenseResidualNorm():
+            *states, weights, norm = inputs
+            return dense_residual(states, weights, norm_weight=norm, eps=problem.eps, backend=backend)
         case DenseResidual():
             return dense_residual(inputs[:-1], inputs[-1], backend=backend)
         case RopeQkNorm():
@@ -59,6 +69,9 @@ def _ours(backend: str, problem: Problem, layout: PackedLayout | None, *inputs: 
             )
         case SizeAwareEmbedding():
             return size_aware_embedding(inputs[0], layout, *inputs[1:], backend=backend)
+        case NormalisePatches():
+            options = {"mean": problem.mean, "std": problem.std, "dtype": inputs[-1].dtype}
+            return pack_patches(inputs[:-2], problem.patch_size, backend=backend, **options)[0]
         case PackPatches():
             return pack_patches(inputs, problem.patch_size, backend=backend)[0]
 
@@ -74,6 +87,8 @@ def _backend_refuses(
 
 def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Results:
     match problem:
+        case DenseResidualNorm():
+            return problem.oracle(inputs, None)
         case DenseResidual():
             return dense_residual_reference(inputs[:-1], inputs[-1])
         case RopeQkNorm():
@@ -91,6 +106,8 @@ def _plain(problem: Problem, layout: PackedLayout | None, *inputs: Tensor) -> Re
         case SizeAwareEmbedding():
             features = size_features(layout.sizes, octaves=problem.octaves)
             return size_aware_embedding_reference(inputs[0], layout.cu_seqlens, features, *inputs[1:])
+        case NormalisePatches():
+            return problem.oracle(inputs, None)
         case PackPatches():
             return pack_patches_reference(inputs, problem.patch_size, temporal_patch_size=1)[0]
 
@@ -130,6 +147,12 @@ def _fast_dense_residual(*inputs: Tensor) -> Tensor:
     return total.to(states[0].dtype)
 
 
+def _fast_dense_residual_norm(eps: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *summed, norm = inputs
+    total = _fast_dense_residual(*summed)
+    return total, F.rms_norm(total.float(), norm.shape, norm, eps).to(total.dtype)
+
+
 def _fast_rope_qk_norm(
     eps: float, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -160,14 +183,27 @@ def _fast_pack_patches(p: int, *images: Tensor) -> Tensor:
     return torch.cat(cut)
 
 
+def _fast_normalise_patches(p: int, *inputs: Tensor) -> Tensor:
+    """Pack the bytes, then normalise all patches at once."""
+    *frames, mean, std = inputs
+    packed = _fast_pack_patches(p, *frames)
+    scale = (1 / (255 * std.float())).repeat_interleave(p * p)
+    shift = (mean.float() / std.float()).repeat_interleave(p * p)
+    return (packed * scale - shift).to(mean.dtype)
+
+
 def _fast(wrap: Callable[[Any], Any], problem: Problem, tables: _Tables | None, *inputs: Tensor) -> Results:
     match problem:
+        case DenseResidualNorm():
+            return wrap(_fast_dense_residual_norm)(problem.eps, *inputs)
         case DenseResidual():
             return wrap(_fast_dense_residual)(*inputs)
         case RopeQkNorm():
             return wrap(_fast_rope_qk_norm)(problem.eps, tables.first, tables.second, *inputs)
         case SizeAwareEmbedding():
             return wrap(_fast_size_aware_embedding)(tables.first, tables.second, *inputs)
+        case NormalisePatches():
+            return wrap(_fast_normalise_patches)(problem.patch_size, *inputs)
         case PackPatches():
             return wrap(_fast_pack_patches)(problem.patch_size, *inputs)
 
@@ -211,7 +247,8 @@ def _denseformer(stored: bool, problem: DenseResidual, prepared: None, *inputs: 
 def _not_dense_residual(
     problem: Problem, dtype: torch.dtype, device: torch.device, direction: str
 ) -> str | None:
-    return None if isinstance(problem, DenseResidual) else "DenseFormer has dense residuals alone"
+    plain = isinstance(problem, DenseResidual) and not isinstance(problem, DenseResidualNorm)
+    return None if plain else "DenseFormer has dense residuals alone"
 
 
 SUITE = ("fused",)

@@ -1,10 +1,16 @@
-"""Linear attention with a softmax feature map: plain PyTorch, and flash-linear-attention 0.6.0.
+"""Linear attention with a softmax feature map: plain PyTorch, flash-linear-attention 0.6.0, and
+flash-bidirectional-linear-attention, of which VOT_BENCH_BIDIRECTIONAL names a folder with a copy.
 
 flash-linear-attention is causal. A bidirectional sum is its forward pass plus that over the reversed
 tokens, minus the diagonal, which both of them count.
 """
 
+import os
+import sys
 from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +18,9 @@ from torch import Tensor
 
 from benchmarks.core import Provider, needs
 from benchmarks.problems.attention import Attention
-from benchmarks.providers.pytorch_attention import needs_gpu
+from benchmarks.providers.pytorch_attention import Bounds, bounds, needs_gpu
+
+BIDIRECTIONAL = "VOT_BENCH_BIDIRECTIONAL"
 
 
 def _torch_linear(problem: Attention, prepared: None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +86,49 @@ def _normaliser(query: Tensor, key: Tensor, given: Segments) -> Tensor:
     return (query * totals[given.owner]).sum(-1, keepdim=True)
 
 
+def _bidirectional(problem: Attention, given: Bounds, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-bidirectional-linear-attention, which takes features and one head of keys per head of queries."""
+    package = _import_bidirectional()
+    share = problem.heads // problem.kv_heads
+    key, value = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k.softmax(-1), v))
+    return package.varlen_linear_attention(q.softmax(-1), key, value, *given, eps=0.0)
+
+
+def _refuses_bidirectional(
+    problem: Attention, dtype: torch.dtype, device: torch.device, direction: str
+) -> str | None:
+    if not all(problem.lengths):
+        return "it wants segments that are not empty"
+    return _refuses_causal(problem, dtype, device, direction) or needs_gpu(problem, dtype, device, direction)
+
+
+def _no_bidirectional() -> str | None:
+    folder = os.environ.get(BIDIRECTIONAL)
+    if not folder:
+        return f"{BIDIRECTIONAL} names no folder with flash-bidirectional-linear-attention"
+    if not (Path(folder) / "flash_bla" / "ops" / "linear_attn" / "varlen.py").is_file():
+        return f"{BIDIRECTIONAL}={folder} holds no flash_bla/ops/linear_attn/varlen.py"
+    return None
+
+
+def _import_bidirectional() -> ModuleType:
+    folder = os.environ[BIDIRECTIONAL]
+    sys.path.insert(0, folder)
+    try:
+        return import_module("flash_bla.ops.linear_attn.varlen")
+    finally:
+        sys.path.remove(folder)
+
+
 PROVIDERS = (
+    Provider(
+        "flash-bidirectional-linear-attention",
+        ("linear",),
+        _bidirectional,
+        prepare=bounds,
+        missing=_no_bidirectional,
+        refuses=_refuses_bidirectional,
+    ),
     Provider("torch linear", ("linear",), _torch_linear, refuses=_refuses_causal),
     *(
         Provider(

@@ -55,6 +55,7 @@ def _cuda() -> Iterator[Workload]:
         ("ragged-64k-causal-d128", _softmax(ragged(total), head_dim=128, causal=True), TRAINING),
         ("ragged-64k-gqa-d128", _softmax(ragged(total), head_dim=128, kv_heads=4), TRAINING),
         ("ragged-64k-d64-fp16", _softmax(ragged(total)), TRAINING),
+        *((f"ragged-64k-d{d}", _softmax(ragged(total), head_dim=d), TRAINING) for d in (72, 80)),
         ("uniform-64x1k-d64", _softmax(uniform(total, 64)), TRAINING),
         ("long-64k-d64", _softmax(long_among_short(total)), TRAINING),
         ("zipf-64k-d64", _softmax(zipf(total, 8 * K)), TRAINING),

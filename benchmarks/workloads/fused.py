@@ -5,7 +5,14 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.core import Workload
-from benchmarks.problems.fused import DenseResidual, PackPatches, RopeQkNorm, SizeAwareEmbedding
+from benchmarks.problems.fused import (
+    DenseResidual,
+    DenseResidualNorm,
+    NormalisePatches,
+    PackPatches,
+    RopeQkNorm,
+    SizeAwareEmbedding,
+)
 
 K = 1024
 CLIPS = ((8, 24, 32), (1, 40, 51))  # a clip and an image, 8,184 patches
@@ -36,11 +43,13 @@ def _cuda() -> Iterator[Workload]:
 
     yield workload("dense-residual-64k", DenseResidual(64 * K))
     yield workload("dense-residual-16k-24", DenseResidual(16 * K, width=1280, states=24))
+    yield workload("dense-residual-norm-64k", DenseResidualNorm(64 * K))
     yield workload("rope-qk-norm-68k", RopeQkNorm(LONG_CLIPS))
     yield workload("rope-qk-norm-8k", RopeQkNorm(CLIPS))
     yield workload("size-aware-embedding-512", SizeAwareEmbedding(_images(512)))
     yield workload("pack-patches-64", PackPatches(PHOTOGRAPHS * 16))
     yield workload("pack-patches-4k", PackPatches(((2160, 3840),) * 4))
+    yield workload("normalise-patches-64", NormalisePatches(PHOTOGRAPHS * 16))
 
 
 def _images(count: int) -> tuple[tuple[int, int, int], ...]:

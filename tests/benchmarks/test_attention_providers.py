@@ -1,6 +1,7 @@
 """Every attention provider is correct; those of absent packages run on stand-ins with the packages' signatures."""
 
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -462,6 +463,38 @@ class SparseLinearAttention(torch.nn.Module):
         linear = q @ (k.transpose(2, 3) @ v) / (1e-5 + q @ k.sum(2)[..., None])
         return sparse + self.proj_l(linear)
 '''
+
+
+BIDIRECTIONAL = """
+import torch
+
+def varlen_linear_attention(q, k, v, cu_seqlens, max_seqlen, scale=None, eps=1e-6):
+    assert cu_seqlens.dtype == torch.int32 and q.shape == k.shape
+    outs = []
+    for a, b, c in zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
+        state, total = torch.einsum("thd,the->hde", b, c), b.sum(0)
+        outs.append(torch.einsum("thd,hde->the", a, state) / (torch.einsum("thd,hd->th", a, total)[..., None] + eps))
+    return torch.cat(outs)
+"""
+
+
+def test_flash_bidirectional_linear_attention(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    provider = PROVIDERS["flash-bidirectional-linear-attention"]
+    monkeypatch.delenv("VOT_BENCH_BIDIRECTIONAL", raising=False)
+    assert "VOT_BENCH_BIDIRECTIONAL" in provider.missing()
+    monkeypatch.setenv("VOT_BENCH_BIDIRECTIONAL", str(tmp_path))
+    assert "holds no" in provider.missing()
+    folder = tmp_path / "flash_bla" / "ops" / "linear_attn"
+    folder.mkdir(parents=True)
+    (folder / "varlen.py").write_text(BIDIRECTIONAL)
+    assert provider.missing() is None
+    for name in list(sys.modules):
+        if name.startswith("flash_bla"):
+            monkeypatch.delitem(sys.modules, name)
+    given = problem("linear", lengths=(20, 7, 33), heads=4, kv_heads=2, head_dim=16)
+    verify(provider, given, torch.float32, CPU, gradients=True)
+    assert "bidirectional" in provider.refuses(replace(given, causal=True), torch.bfloat16, CPU, "forward")
+    assert "not empty" in provider.refuses(replace(given, lengths=(3, 0)), torch.bfloat16, CPU, "forward")
 
 
 def test_sla(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -5,7 +5,14 @@ import torch
 
 from benchmarks.problems.attention import Attention
 from benchmarks.problems.experts import AoE, MoE
-from benchmarks.problems.fused import DenseResidual, PackPatches, RopeQkNorm, SizeAwareEmbedding
+from benchmarks.problems.fused import (
+    DenseResidual,
+    DenseResidualNorm,
+    NormalisePatches,
+    PackPatches,
+    RopeQkNorm,
+    SizeAwareEmbedding,
+)
 from benchmarks.problems.towers import Tower
 
 K = 1024
@@ -89,6 +96,9 @@ SMALL = [
     (DenseResidual(3, width=4, states=2), "forward", 4, 48, 144),
     (DenseResidual(3, width=4, states=2), "backward", 4, 72, 240),
     (DenseResidual(3, width=4, states=2), "both", 4, 120, 384),
+    # The same, and 12 numbers normed: written forward, its gradient and the sum read backward.
+    (DenseResidualNorm(3, width=4, states=2), "forward", 4, 48 + 48, 192),
+    (DenseResidualNorm(3, width=4, states=2), "backward", 4, 72 + 108, 336),
     # 3 tokens x (2 + 1) heads x 4 = 36 numbers, 7 operations forward and 15 backward; x, y and x, dy, dx.
     (RopeQkNorm(((1, 1, 3),), heads=2, kv_heads=1, head_dim=4), "forward", 4, 252, 288),
     (RopeQkNorm(((1, 1, 3),), heads=2, kv_heads=1, head_dim=4), "backward", 4, 540, 432),
@@ -100,6 +110,8 @@ SMALL = [
     # 3 x 2 x 4 values, read and written.
     (PackPatches(((2, 4),), patch_size=2), "forward", 4, 0, 192),
     (PackPatches(((2, 4),), patch_size=2), "both", 4, 0, 384),
+    # 24 bytes read and 24 numbers written; a division, a subtraction and a division each.
+    (NormalisePatches(((2, 4),), patch_size=2), "forward", 2, 72, 72),
     # Hidden width 8: (3 x 4 x 5 - 2 x 4) / (2 + 8) = 5.2 to a multiple of 8. 2 tokens: caches of 3 experts 2 x 4
     # each (24), 2 chosen bodies of 8 x (2 + 4 + 4) (160): 368 multiply-adds.
     # Backward: twice 2 x (2 chosen caches 16 + bodies 160) = 704 multiply-adds.

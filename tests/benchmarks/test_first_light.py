@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from benchmarks import first_light as module
 from benchmarks.pieces import DONE, INTERRUPTED, NO_TIME, Conductor, Journal, Piece
 from benchmarks.providers import providers_of
 from benchmarks.workloads import workloads
+from tests.marks import compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +53,7 @@ providers.PROVIDERS = tuple(map(sabotage, providers.PROVIDERS))
 suites = ("softmax", "hybrid", "linear", "moe")
 first, towers = first_light.WORKLOADS[:5], [w for w in first_light.WORKLOADS if w[0] == "towers"]
 first_light.WORKLOADS = (*(w for w in first if w[0] in suites), *towers[:1])
+first_light.SWEPT = first_light.SWEPT[:1]
 piece = first_light._piece
 for line in sys.stdin:
     seconds, *sys.argv[1:] = json.loads(line)
@@ -89,10 +92,11 @@ class Command:
                 text=True,
             )
 
-    def start(self, race_seconds: float = 1) -> int:
+    def start(self, race_seconds: float = 1, *options: str) -> int:
         """Start a run and return the id of its process."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps([race_seconds, str(self.out), "--device", "cpu"]) + "\n")
+        arguments = [race_seconds, str(self.out), "--device", "cpu", *options]
+        self.process.stdin.write(json.dumps(arguments) + "\n")
         self.process.stdin.flush()
         return self._number()
 
@@ -119,7 +123,8 @@ def wait_for(condition, seconds: float = 240.0) -> None:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The lines that each of three runs adds: one is killed during the races, one has no time, one finishes."""
+    """The lines that each of four runs adds: one is killed during the races, one has no time, one finishes, and one is
+    the second call."""
     command = Command(tmp_path_factory.mktemp("first-light"))
     path = command.out / "first_light.jsonl"
     pid = command.start()
@@ -127,13 +132,13 @@ def rehearsal(tmp_path_factory):
     os.kill(pid, signal.SIGKILL)
     command.wait()
     time.sleep(0.5)  # time for its pieces to notice
-    parts = [lines(path)]
-    for race_seconds in (1000, 1):
-        command.start(race_seconds)
-        status = command.wait()
+    parts, statuses = [lines(path)], []
+    for race_seconds, *options in ((1000,), (1,), (1, "--call", "2")):
+        command.start(race_seconds, *options)
+        statuses.append(command.wait())
         parts.append(lines(path)[sum(map(len, parts)) :])
     command.process.communicate()
-    return *parts, status, command.errors.read_text()
+    return *parts, statuses, command.errors.read_text()
 
 
 def states(lines: list[dict]) -> dict[str, str]:
@@ -153,7 +158,7 @@ def test_a_run_without_time_starts_nothing_in_vain(rehearsal):
 
 
 def test_the_next_run_repeats_nothing_that_had_finished(rehearsal):
-    first, second, third, _, _ = rehearsal
+    first, second, third, *_ = rehearsal
     before = {name for part in (first, second) for name, state in states(part).items() if state != NO_TIME}
     assert len(before) > 5 and len(states(third)) > 5
     assert not before & set(states(third))
@@ -171,9 +176,9 @@ def test_lines_say_what_ran_where(rehearsal):
 
 
 def test_red_ops_are_named_and_get_no_figure_while_others_do(rehearsal):
-    *parts, status, errors = rehearsal
-    assert status == 1
-    everything = [line for part in parts for line in part]
+    *parts, statuses, errors = rehearsal
+    assert statuses[1:] == [1, 0]
+    everything = [line for part in parts[:3] for line in part]
     red = [line for line in everything if line["kind"] == "red"][-1]["red"]
     assert {" ".join(name.split()[:2]) for name in red} == {"linear 64k-d64", "moe 32k-d2048-n128-k8-h768"}
     assert all(name in errors for name in red)
@@ -192,9 +197,28 @@ def test_red_ops_are_named_and_get_no_figure_while_others_do(rehearsal):
 
 def test_who_dies_in_a_race_takes_no_other_along(rehearsal):
     found = states(rehearsal[2])
-    assert found["time of hybrid 64k-d64 both"] == "crashed (SIGSEGV)"
-    assert found["time of hybrid 64k-d64 both, vot-kernels torch"] == DONE
-    assert found["time of hybrid 64k-d64 both, SDPA + torch linear"] == "crashed (SIGSEGV)"
+    assert found["time of hybrid 64k-d64"] == "crashed (SIGSEGV)"
+    assert found["time of hybrid 64k-d64, vot-kernels torch"] == DONE
+    assert found["time of hybrid 64k-d64, SDPA + torch linear"] == "crashed (SIGSEGV)"
+
+
+def test_variants_are_swept_before_the_races(rehearsal):
+    kinds = [line["kind"] for line in rehearsal[0]]
+    assert kinds.index("sweep") < kinds.index("time")
+    swept = [line for line in rehearsal[0] if line["kind"] == "sweep"]
+    assert {r["provider"] for r in swept} == {"vot-kernels torch", "vot-kernels torch, rehearsed"}
+    assert {r["status"] for r in swept} == {"timed"} and {r["direction"] for r in swept} == {
+        "forward",
+        "both",
+    }
+
+
+def test_the_second_call_times_the_best_once_more(rehearsal):
+    again = [line for line in rehearsal[3] if line["kind"] == "again"]
+    assert {r["suite"] for r in again} >= {"softmax", "towers"}
+    for suite in ("softmax", "towers"):
+        timed = {r["provider"]: r["ours"] for r in again if r["suite"] == suite and r["status"] == "timed"}
+        assert sorted(timed.values()) == [False, True], "one of ours and one peer"
 
 
 def test_a_signal_ends_it(monkeypatch, tmp_path):
@@ -213,43 +237,85 @@ def test_names_are_those_of_workloads_and_providers():
     assert set(module.WORKLOADS) <= known
     for suite, peers in [*module.PEERS.items(), *module.SLOW_PEERS.items()]:
         assert set(peers) <= {p.name for p in providers_of(suite)}
-    for suite in module.PEERS:
-        assert module._variants(suite, "cuda")[0] == "vot-kernels triton"
-        assert "vot-kernels torch" in module._variants(suite, "cpu")
-    assert len(module._variants("softmax", "cuda")) == 4
+    assert set(module.SWEPT) <= known and set(module.PROFILED) <= set(module.WORKLOADS)
+    assert set(module.FAMILIES) == {suite for suite, _ in module.WORKLOADS}
+    for w in module._workloads((*module.WORKLOADS, *module.SWEPT), "cuda"):
+        assert [p.name for p in module._variants(w, "cpu")][:1] == ["vot-kernels torch"]
 
 
-def test_on_a_gpu_every_variant_is_judged_on_few_tokens_and_raced_on_many():
-    chosen = module._workloads("cuda")
-    judged = module._correctness(chosen, "cuda")
-    assert len({p.name for p in judged}) == len(judged) == 4 * 4 + 2 * 1 + 2 + 2
-    assert all("triton" in p.name and "TMA" not in p.name for p in judged[: len(chosen)])
+@compiled
+def test_variants_are_those_that_change_a_launch():
+    def names(*key):
+        (workload,) = module._workloads([key], "cuda")
+        return [p.name.removeprefix("vot-kernels triton") for p in module._variants(workload, "sm_90")]
+
+    assert {"", ", fused", ", tma", ", warp_specialized"} <= set(names("softmax", "ragged-64k-d64"))
+    assert ", warp_specialized" not in names("linear", "64k-d64")
+    assert names("fused", "dense-residual-64k") == ["", ", narrow", ", wide"]
+    assert names("fused", "normalise-patches-64") == ["", ", long", ", wide"]
+    assert names("moe", "32k-d2048-n128-k8-h768")[0] == ""
+
+
+@compiled
+def test_on_a_gpu_every_variant_is_judged_on_few_tokens_and_raced_on_many(tmp_path):
+    chosen = module._workloads(module.WORKLOADS, "cuda")
+    judged = module._correctness(chosen, "cuda", "sm_90")
+    assert len({p.name for p in judged}) == len(judged) > len(chosen)
+    assert all(p.name.endswith("triton") for p in judged[: len(chosen)])
     for workload in chosen:
         case = module._case(workload)
         assert case.problem.size <= 2048 < workload.problem.size
         assert getattr(case.problem, "head_dim", 0) == getattr(workload.problem, "head_dim", 0)
     green = {key: ("green", "") for w in chosen for key in keys_of(w)}
-    races = module._races(chosen, green, "cuda")
-    assert [p.name.split()[0] for p in races] == ["time"] * 20 + ["slow"] * 4
-    assert [p.name.split()[-1] for p in races[:20]] == ["forward"] * 10 + ["both"] * 10
-    assert sum(p.estimate for p in races) <= 540
+    journal = Journal(tmp_path / "none.jsonl")
+    races = module._races(chosen, green, journal, "cuda", "sm_90")
+    assert [p.name.split()[0] for p in races] == ["time"] * 10 + ["slow"] * 2
+    assert all(p.limit <= 25 for p in races[:10]), "all races of a workload are over within 25 seconds"
+    swept = module._workloads((*module.WORKLOADS, *module.SWEPT), "cuda")
+    green = {key: ("green", "") for w in swept for key in keys_of(w)}
+    sweeps = [piece for w in swept for piece in module._sweeping(w, green, "cuda", "sm_90")]
+    assert len(sweeps) >= 8
+    assert sum(p.estimate for p in (*races, *sweeps)) <= 540
 
 
 def keys_of(workload):
-    for variant in module._variants(workload.suite, "cuda"):
-        for direction in module.DIRECTIONS:
-            yield workload.suite, workload.name, variant, direction
+    for variant in module._variants(workload, "sm_90"):
+        for direction in module._directions(workload):
+            yield workload.suite, workload.name, variant.name, direction
+
+
+def figure(provider, ours, direction, milliseconds, instead=""):
+    return {
+        "suite": "softmax", "workload": "w", "provider": provider, "ours": ours, "instead": instead,
+        "direction": direction, "status": "timed", "kernel_ms": milliseconds,
+    }  # fmt: skip
+
+
+def test_the_fastest_is_that_of_all_directions(tmp_path):
+    journal = Journal(tmp_path / "lines.jsonl")
+    workload = SimpleNamespace(suite="softmax", name="w")
+    assert module._fastest(journal, workload, True) is None
+    for name, forward, both in (("a", 1.0, 9.0), ("b", 2.0, 5.0)):
+        journal.write("sweep", **figure(name, True, "forward", forward))
+        journal.write("sweep", **figure(name, True, "both", both))
+    journal.write("time", **figure("forward alone", False, "forward", 0.1))
+    journal.write("time", **figure("peer", False, "forward", 3.0))
+    journal.write("time", **figure("peer", False, "both", 9.0))
+    journal.write("time", **figure("something else", False, "forward", 0.1, "exact softmax"))
+    journal.write("time", **figure("something else", False, "both", 0.1, "exact softmax"))
+    assert module._fastest(journal, workload, True) == "b"
+    assert module._fastest(journal, workload, False) == "peer"
 
 
 def test_processes_are_spawned_where_a_fork_cannot_use_the_device(tmp_path, monkeypatch):
     def run(conductor, pieces):
         status = DONE if conductor.method == "spawn" else "failed"
-        conductor.journal.write("environment", machine="a GPU")
+        conductor.journal.write("environment", machine="a GPU", device={"capability": "sm_90"})
         conductor.journal.write("piece", piece=pieces[0].name, status=status)
 
     monkeypatch.setattr(Conductor, "run", run)
     conductor = conduct(tmp_path)
-    assert module._meet(conductor, "cuda")
+    assert module._meet(conductor, "cuda") == "sm_90"
     assert conductor.method == "spawn" and conductor.journal.stamp["machine"] == "a GPU"
 
 

@@ -10,6 +10,8 @@ from benchmarks.problems.encoder import Encoder, served_by
 from benchmarks.problems.fused import (
     ALL_ROWS,
     DenseResidual,
+    DenseResidualNorm,
+    NormalisePatches,
     PackPatches,
     RopeQkNorm,
     SizeAwareEmbedding,
@@ -32,10 +34,12 @@ from vot_kernels.testing import ToleranceError
 CPU = torch.device("cpu")
 FUSED = {
     "dense_residual": DenseResidual(60, width=8, states=3),
+    "dense_residual with a norm": DenseResidualNorm(60, width=8, states=3),
     "rope_qk_norm": RopeQkNorm(((2, 3, 4), (1, 5, 6)), heads=4, kv_heads=2, head_dim=12),
     "size_aware_embedding": SizeAwareEmbedding(((1, 3, 4), (2, 2, 5)), width=8, hidden=6, octaves=2),
     "pack_patches": PackPatches(((8, 12), (4, 4), (4, 20)), patch_size=4),
 }
+NORMALISED = NormalisePatches(((8, 12), (4, 4), (4, 20)), patch_size=4)
 LARGE = {
     "dense_residual": DenseResidual(ALL_ROWS + 5, width=3, states=2),
     "rope_qk_norm": RopeQkNorm(((2, 33, 32), (1, 5, 6)), heads=2, kv_heads=1, head_dim=4),
@@ -43,6 +47,7 @@ LARGE = {
         ((1, 40, 40), (1, 1, 1), (1, 25, 24)), width=3, hidden=4, octaves=1
     ),
     "pack_patches": PackPatches(((80, 104), (4, 4), (20, 28)), patch_size=2),
+    "normalised patches": NormalisePatches(((80, 104), (4, 4), (20, 28)), patch_size=2),
 }
 MIXED = Encoder("nano", ((1, 3, 4), (1, 1, 2), (1, 2, 2)))
 CLIP = Encoder("nano", ((4, 2, 3),), attention="hybrid")
@@ -66,12 +71,14 @@ def accepted(providers, problems) -> list:
     ]
 
 
-@pytest.mark.parametrize(("provider", "problem"), accepted(fused_providers.PROVIDERS, FUSED.values()))
+@pytest.mark.parametrize(
+    ("provider", "problem"), accepted(fused_providers.PROVIDERS, [*FUSED.values(), NORMALISED])
+)
 def test_fused_provider_agrees_with_the_oracle(provider, problem):
     verify(provider, problem, torch.float32, CPU, gradients=not isinstance(problem, PackPatches))
 
 
-@pytest.mark.parametrize("problem", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("problem", [*FUSED.values(), NORMALISED], ids=[*FUSED, "normalised patches"])
 @pytest.mark.parametrize("name", ["vot-kernels torch", "fast PyTorch", "plain PyTorch"])
 def test_fused_provider_agrees_in_bfloat16(name, problem):
     provider = next(p for p in fused_providers.PROVIDERS if p.name == name)

@@ -1,6 +1,7 @@
 """The outcome of every kind of provider, what each column has, and the order in which things run."""
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -438,3 +439,46 @@ def test_failures_do_not_tell_whose_machine_it_is():
     message = "cannot open /home/someone/.cache/lib.so at 0x7f8eb0a4a5c0, see https://example.org/a/b"
     outcome = hold(provider("bad", raises(OSError(message))))["bad"]
     assert outcome.reason == "OSError: cannot open lib.so at 0x…, see https://example.org/a/b"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_all_code_of_a_provider_runs_in_its_context(direction):
+    """A variant holds in the backward too, and never outside of its own provider."""
+    inside, seen = [], []
+
+    @contextmanager
+    def around():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(("forward", bool(inside)))
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(("backward", bool(inside)))
+            return 2 * grad * ctx.saved_tensors[0]
+
+    def prepare(problem, dtype, device):
+        seen.append(("prepare", bool(inside)))
+
+    def other(problem, prepared, x):
+        assert not inside
+        return x * x
+
+    def run(problem, prepared, x):
+        return Watched.apply(x)
+
+    outcomes = hold(
+        provider("variant", run, prepare=prepare, around=around),
+        provider("other", other),
+        direction=direction,
+    )
+    assert all(outcome.status is Status.TIMED for outcome in outcomes.values())
+    places = {"forward", "prepare"} | ({"backward"} if direction != "forward" else set())
+    assert {place for place, _ in seen} == places and all(within for _, within in seen)

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vot_kernels import PackedLayout, aoe, hybrid_attention, linear_attention, moe, packed_attention
+from vot_kernels import (
+    PackedLayout,
+    aoe,
+    dense_residual,
+    hybrid_attention,
+    linear_attention,
+    moe,
+    packed_attention,
+    rope_qk_norm,
+    size_aware_embedding,
+)
 from vot_kernels.ops.dispatch import describe_backends
 from vot_kernels.testing import make_experts, make_moe, make_qkv, make_tensor
 
@@ -98,6 +108,27 @@ def test_a_captured_moe_replays_on_new_numbers(device):
         return [y, *torch.autograd.grad(y.float().square().mean(), leaves)]
 
     check_replay(step, [x, scores])
+
+
+def test_captured_memory_bound_ops_replay_on_new_numbers(device):
+    skip_without_kernels("dense_residual", device)
+    layout = PackedLayout.from_grid_thw([[2, 8, 9], [1, 3, 5]], device=device)
+    tokens, options = layout.num_tokens, {"dtype": torch.bfloat16, "device": device}
+    states = [make_tensor(tokens, 96, seed=i, **options).requires_grad_() for i in range(3)]
+    mix, *norms = (make_tensor(n, seed=n, device=device).requires_grad_() for n in (3, 32, 32))
+    shapes = ((24, 36), (24,), (96, 24), (96,))
+    layers = [make_tensor(*shape, seed=i, device=device).requires_grad_() for i, shape in enumerate(shapes)]
+
+    def step():
+        x = dense_residual(states, mix, backend="triton")
+        x = size_aware_embedding(x, layout, *layers, backend="triton")
+        heads = x.view(tokens, 3, 32)
+        names = dict(zip(("q_weight", "k_weight"), norms, strict=True))
+        outs = rope_qk_norm(heads, heads, layout.positions, **names, backend="triton")
+        leaves = [*states, mix, *norms, *layers]
+        return [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs])]
+
+    check_replay(step, states)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "linear causal"])

@@ -9,6 +9,7 @@ from vot_kernels.testing import (
     PACKINGS,
     check_against_reference,
     make_qkv,
+    max_error,
     poison_segment,
     with_slack,
 )
@@ -123,3 +124,13 @@ def _results(q, k, v, layout, backend, causal):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = linear_attention(*leaves, layout, causal=causal, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())]
+
+
+@pytest.mark.tested_on("fla#1187")
+@pytest.mark.parametrize("causal", [False, True])
+def test_states_are_wider_than_half_precision(causal, backend, device):
+    q, k, v = make_qkv(8192, 2, 64, dtype=torch.float16, device=device)
+    layout, v = PackedLayout.from_lengths([8192], device=device), v.abs() * 1e3
+    out = linear_attention(q, k, v, layout, causal=causal, backend=backend)
+    exact = linear_attention(q.double(), k.double(), v.double(), layout, causal=causal, backend="reference")
+    assert out.isfinite().all() and max_error(out, exact) < 4

@@ -93,3 +93,36 @@ def test_strides_beyond_two_to_the_31(backend, device):
     out = packed_attention(q, k, v, layout, backend=backend)
     compact = packed_attention(*(x.contiguous() for x in (q, k, v)), layout, backend=backend)
     assert torch.equal(out, compact)
+
+
+@pytest.mark.tested_on("exllamav3#316")
+def test_head_size_72_repeats_its_bits(backend, device):
+    leaves = [x.requires_grad_() for x in make_qkv(512, 16, 72, dtype=torch.float16, device=device)]
+    layout = PackedLayout.from_lengths([512], device=device)
+    runs = []
+    for _ in range(4):
+        out = packed_attention(*leaves, layout, backend=backend)
+        runs.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.tested_on("flash-attention#2333")
+def test_one_token_among_empty_segments(backend, device):
+    q, k, v = make_qkv(1, device=device)
+    for place in (0, 31, 63):
+        lengths = [0] * 64
+        lengths[place] = 1
+        layout = PackedLayout.from_lengths(lengths, device=device)
+        torch.testing.assert_close(packed_attention(q, k, v, layout, backend=backend), v)
+
+
+@pytest.mark.tested_on("axolotl#3667", "Liger#1248")
+def test_rows_more_than_two_to_the_31_numbers_apart(backend, device):
+    if device.type != "cuda":
+        pytest.skip("that is a test of tests/field for the CPU")
+    q, k, v = make_qkv(3, 1, 64, dtype=torch.bfloat16, device=device)
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    far = memory.as_strided((3, 1, 64), (2**30, 64, 1)).copy_(q)
+    layout = PackedLayout.from_lengths([3], device=device)
+    found, expected = (packed_attention(x, k, v, layout, backend=backend) for x in (far, q))
+    assert torch.equal(found, expected)

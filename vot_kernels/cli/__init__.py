@@ -1,4 +1,4 @@
-"""The command line: `vot ask`, `encode`, `data`, `train`, `eval`, `info` and `demo`, a file each.
+"""The command line: `vot ask`, `encode`, `data`, `train`, `eval`, `info`, `tune` and `demo`, a file each.
 
 Heavy modules are imported by the command that needs them, and only after its files and outputs were checked, so that
 `vot --help` and a bad file are answered at once. An error is one sentence on stderr and the exit code 2; a result that

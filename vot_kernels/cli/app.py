@@ -15,6 +15,7 @@ from vot_kernels.cli.info import info
 from vot_kernels.cli.manners import one_sentence_errors
 from vot_kernels.cli.options import HELP, examples
 from vot_kernels.cli.train import train_app
+from vot_kernels.cli.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,7 @@ app.command(
     )
 )(ablate)
 app.command(epilog=examples("vot info", "vot info --model base --json"))(info)
+app.command(epilog=examples("vot tune", "vot tune --seconds 30 --dtype float16"))(tune)
 app.command(epilog=examples("vot demo --out pictures", "vot demo --web --port 8000"))(demo)
 
 

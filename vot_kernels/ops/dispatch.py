@@ -84,11 +84,38 @@ def _pixels(inputs: Inputs) -> list[str]:
 
 def _kernel(inputs: Inputs) -> list[str]:
     """Accept half or single precision on CUDA, or in Triton's interpreter."""
+    reasons = _streaming_kernel(inputs)
+    if inputs.dtype == torch.bfloat16 and is_interpreted(inputs.device):
+        reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    return reasons
+
+
+def _streaming_kernel(inputs: Inputs) -> list[str]:
+    """Accept half or single precision on CUDA, or in Triton's interpreter, for kernels without matrix products."""
     reasons = why_not_triton(inputs.device)
     if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {inputs.dtype} is not one of float16, bfloat16, float32")
-    if inputs.dtype == torch.bfloat16 and is_interpreted(inputs.device):
-        reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    return reasons
+
+
+def _pixel_kernel(inputs: Inputs) -> list[str]:
+    """Accept what `_streaming_kernel` accepts, and uint8."""
+    return why_not_triton(inputs.device) if inputs.dtype == torch.uint8 else _streaming_kernel(inputs)
+
+
+def _sum_kernel(inputs: Inputs) -> list[str]:
+    """Accept what `_streaming_kernel` accepts, with a norm rows of up to 8192 elements."""
+    reasons = _streaming_kernel(inputs)
+    if "norm_weight" in inputs.given and inputs.head_dim is not None and inputs.head_dim > 8192:
+        reasons.append(f"rows of {inputs.head_dim} elements are above 8192, the most that a norm takes")
+    return reasons
+
+
+def _head_kernel(inputs: Inputs) -> list[str]:
+    """Accept what `_streaming_kernel` accepts, with a head_dim of up to 256."""
+    reasons = _streaming_kernel(inputs)
+    if inputs.head_dim is not None and inputs.head_dim > 256:
+        reasons.append(f"head_dim {inputs.head_dim} is not from 2 to 256")
     return reasons
 
 
@@ -169,11 +196,18 @@ CAPABILITIES["hybrid_attention_step"]["reference"] = _no_reference_of_a_step
 for _op in ("aoe", "moe"):
     CAPABILITIES[_op] |= {"triton": _kernel, "cpp": _compiled_experts}
 for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
-    CAPABILITIES[_op]["cpp"] = _compiled
+    CAPABILITIES[_op] |= {"triton": _streaming_kernel, "cpp": _compiled}
+CAPABILITIES["rope_qk_norm"]["triton"] = _head_kernel
+CAPABILITIES["dense_residual"]["triton"] = _sum_kernel
 for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
     CAPABILITIES[_op]["cpp"] = _compiled_attention
 CAPABILITIES["linear_attention"]["cpp"] = _compiled_linear_attention
-CAPABILITIES["pack_patches"] |= {"cpp": _compiled_pixels, "torch": _pixels, "reference": _pixels}
+CAPABILITIES["pack_patches"] |= {
+    "triton": _pixel_kernel,
+    "cpp": _compiled_pixels,
+    "torch": _pixels,
+    "reference": _pixels,
+}
 
 # Why "auto" passes over a backend that can serve a call: a later one is as fast, as measured.
 PASSED_OVER: dict[str, dict[str, Predicate]] = {

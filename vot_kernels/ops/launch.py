@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from math import gcd
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.tuning import INTERPRETER, Config, lookup
-from vot_kernels.tuning.autotune import TUNER, Tuner
+from vot_kernels.tuning.tuned import use_tuned
 
 # The number of programs along each axis, or a function that computes it from the block sizes.
 Grid = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
@@ -47,6 +47,7 @@ class Launch:
 
 # These are read once, as Triton reads them, and are plain globals, because torch.compile traces through the dispatch.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_TUNED = os.environ.get("VOT_TUNED") == "1"
 _HAS_TRITON = find_spec("triton") is not None
 _VECTOR = 8  # 16-bit elements in the widest load
 _OLDEST_GPU = (8, 0)  # older GPUs have no bfloat16 and too little shared memory for the shipped block sizes
@@ -81,15 +82,11 @@ class Kernel:
         prefer: tuple[str, ...] = (),
         exclude: tuple[str, ...] = (),
     ) -> Config:
-        """Return the config for `device` and `key`: the shipped one, or with VOT_AUTOTUNE=1 a tuned one of that
-        variant.
-
-        See `vot_kernels.tuning.lookup` for the variants and the errors.
-        """
+        """Return the config for `device` and `key`; see `vot_kernels.tuning.lookup` for the variants and the errors."""
+        if _TUNED and device.type == "cuda" and _recording is None:
+            _use_tuned(device)
         options: dict[str, Any] = {**(key or {}), "prefer": prefer, "exclude": exclude}
-        shipped = lookup(self.family, self.name, target_arch(device), **options)
-        tuner = _tuner(device)
-        return shipped if tuner is None else tuner.find(shipped) or shipped
+        return lookup(self.family, self.name, target_arch(device), **options)
 
     def launch(
         self,
@@ -134,34 +131,24 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
 
     Args:
         kernel: the `@triton.jit` function.
-        grid: a function of the block sizes. A fixed grid disables tuning, which repeats a launch with other sizes, and
-            so is for kernels that read what they write.
+        grid: the number of programs along each axis, or a function of the block sizes that returns it.
     """
-
-    def programs(config: Config) -> tuple[int, ...]:
-        return grid(config.blocks) if callable(grid) else grid
-
-    if 0 in programs(config):
+    programs = grid(config.blocks) if callable(grid) else grid
+    if 0 in programs:
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, programs(config), {**arguments, **config.blocks}, config))
+        _recording[1].append(Launch(kernel, programs, {**arguments, **config.blocks}, config))
         return
     device = _device(arguments)
 
-    def run(config: Config) -> None:
-        kernel[programs(config)](**arguments, **config.launch_options())
-
-    def tune_and_run() -> None:
-        best, tuner = config, _tuner(device) if callable(grid) and config.request is not None else None
-        if tuner is not None and not torch.cuda.is_current_stream_capturing():
-            best = tuner.tune(config, run)
-        run(best)
+    def run() -> None:
+        kernel[programs](**arguments, **config.launch_options())
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if config.blocks.get("USE_TMA"):
-            with_workspace(tune_and_run)
+            with_workspace(run)
         else:
-            tune_and_run()
+            run()
 
 
 def with_workspace(run: Callable[[], None]) -> None:
@@ -189,11 +176,6 @@ def _device(arguments: Mapping[str, Any]) -> torch.device:
     return next(x.device for x in arguments.values() if isinstance(x, Tensor))
 
 
-def _tuner(device: torch.device) -> Tuner | None:
-    """Return the tuner, or None unless tuning was requested and kernels run on a real GPU."""
-    return TUNER if device.type == "cuda" and not INTERPRETING and _recording is None else None
-
-
 @contextmanager
 def record_launches(arch: str) -> Iterator[list[Launch]]:
     """Collect what ops with `backend="triton"` would launch on `arch` ("sm_90") for CPU tensors, without running it.
@@ -208,6 +190,17 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recording = before
+
+
+def is_recording() -> bool:
+    """Whether `record_launches` is active."""
+    return _recording is not None
+
+
+@cache
+def _use_tuned(device: torch.device) -> None:
+    """Use what `vot tune` has measured on a GPU of this name."""
+    use_tuned(torch.cuda.get_device_name(device), target_arch(device))
 
 
 def target_arch(device: torch.device) -> str:

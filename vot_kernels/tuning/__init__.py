@@ -17,12 +17,14 @@ to its entries. The first entry that fits is used:
   this one word makes it the default of a GPU. An entry without a variant is the plain kernel, always a default.
 * `why`: the reason for a choice, in words. No code reads it.
 
-Nothing here depends on the environment or the home directory; `autotune` does, if it is turned on.
+Nothing here depends on the environment or the home directory. What `vot tune` has measured on a GPU is used only if it
+is asked for: see `tuned`.
 """
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -100,7 +102,67 @@ def lookup(
     Raises:
         LookupError: no entry fits, or there is no table for the family.
     """
-    return _lookup(family, kernel, arch, prefer, exclude, tuple(sorted(key.items())))
+    wanted = prefer + tuple(variant for variant in _preferred if variant not in exclude)
+    return _lookup(family, kernel, arch, wanted, exclude, tuple(sorted(key.items())))
+
+
+_preferred: tuple[str, ...] = ()  # of all lookups
+_first: dict[tuple[str, str], Table] = {}  # by (arch, family): entries that come before the shipped ones
+
+
+@contextmanager
+def preferring(*variants: str) -> Iterator[None]:
+    """Prefer these variants in every lookup inside, on all threads, unless the caller of a lookup excludes them."""
+    global _preferred
+    before, _preferred = _preferred, variants
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+@contextmanager
+def using(arch: str, tables: Mapping[str, Table]) -> Iterator[None]:
+    """Call `use` for the lookups inside, on all threads."""
+    before = dict(_first)
+    try:
+        use(arch, tables)
+        yield
+    finally:
+        _replace(before)
+
+
+def use(arch: str, tables: Mapping[str, Table]) -> None:
+    """Put these entries, by family, before the shipped ones of `arch`, in place of those of an earlier call."""
+    others = {place: table for place, table in _first.items() if place[0] != arch}
+    _replace(others | {(arch, family): table for family, table in tables.items()})
+
+
+def _replace(first: Mapping[tuple[str, str], Table]) -> None:
+    _first.clear()
+    _first.update(first)
+    _lookup.cache_clear()
+
+
+def variants(family: str) -> tuple[str, ...]:
+    """Return the names of all variants of the kernels of a family, on any GPU, sorted."""
+    entries = (entry for arch in known_archs(family) for es in _table(family, arch).values() for entry in es)
+    return tuple(sorted({entry["variant"] for entry in entries if "variant" in entry}))
+
+
+def candidates(request: Request, most: int = 6) -> list[Entry]:
+    """Return the shipped entries that a kernel may use for a request, of all variants; the first is its default.
+
+    Entries with the same launch parameters are one. There are at most `most`.
+    """
+    table = _table(request.family, nearest_arch(request.family, request.arch))
+    found = fitting_entries(table, request.kernel, request.key)
+    found.sort(key=lambda entry: not entry.get("default", True))  # stable: the tables' order otherwise
+    distinct = {
+        (entry.get("variant"), *sorted(as_config(entry, request).launch_options().items())): entry
+        for entry in reversed(found)
+    }
+    return [*reversed(distinct.values())][:most]
 
 
 @lru_cache(maxsize=1024)
@@ -112,7 +174,8 @@ def _lookup(
     exclude: tuple[str, ...],
     key: tuple[tuple[str, int], ...],
 ) -> Config:
-    fitting = fitting_entries(_table(family, nearest_arch(family, arch)), kernel, key)
+    fitting = fitting_entries(_first.get((arch, family), {}), kernel, key)
+    fitting += fitting_entries(_table(family, nearest_arch(family, arch)), kernel, key)
     chosen = [entry for variant in prefer for entry in fitting if entry.get("variant") == variant]
     chosen += [
         entry for entry in fitting if entry.get("default", True) and entry.get("variant") not in exclude

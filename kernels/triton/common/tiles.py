@@ -37,3 +37,16 @@ def locate_tile_by_steps(bounds_ptr, count, tile, BLOCK: tl.constexpr):
         high = tl.where(below, high, middle)
     begin = tl.load(bounds_ptr + low)
     return low, begin + (tile - begin // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def locate_packed_tile(bounds_ptr, num_tokens, num_segments, tile, TILE: tl.constexpr):
+    """Return the segment of `tile`, the segment's rows (begin, end) and the tile's (first, stop).
+
+    The segment past the last is the slack up to num_tokens. A superfluous tile has first >= end.
+    """
+    segment, first = locate_tile(bounds_ptr, num_segments + 1, tile, TILE)
+    begin = tl.load(bounds_ptr + segment)
+    end = tl.load(bounds_ptr + tl.minimum(segment + 1, num_segments))
+    end = tl.where(segment < num_segments, end, num_tokens)
+    return segment, begin, end, first, tl.minimum(first + TILE, end)

@@ -31,17 +31,7 @@ import triton
 import triton.language as tl
 
 from ..common.rows import head_rows, load_block, load_column, store_block
-from ..common.tiles import locate_tile
-
-
-@triton.jit
-def _locate(bounds_ptr, num_tokens, num_segments, tile, TILE: tl.constexpr):
-    """Return segment, first row and last row (exclusive) of `tile`; the segment past the last is the slack."""
-    segment, first = locate_tile(bounds_ptr, num_segments + 1, tile, TILE)
-    begin = tl.load(bounds_ptr + segment)
-    end = tl.load(bounds_ptr + tl.minimum(segment + 1, num_segments))
-    end = tl.where(segment < num_segments, end, num_tokens)
-    return segment, begin, end, first, tl.minimum(first + TILE, end)
+from ..common.tiles import locate_packed_tile
 
 
 @triton.jit
@@ -210,7 +200,7 @@ def _linear_apply_kernel(
     column = program % VALUE_BLOCKS * BLOCK_V
     head = (program // VALUE_BLOCKS % heads).to(tl.int64)
     tile = program // (VALUE_BLOCKS * heads)
-    segment, begin, end, first, stop = _locate(bounds_ptr, num_tokens, num_segments, tile, TILE)
+    segment, begin, end, first, stop = locate_packed_tile(bounds_ptr, num_tokens, num_segments, tile, TILE)
     if first >= end:
         return
     out_ptr += head * HEAD_DIM
@@ -347,7 +337,7 @@ def _linear_feature_grad_kernel(
     column = program % FEATURE_BLOCKS * BLOCK_F
     head = (program // FEATURE_BLOCKS % heads).to(tl.int64)
     tile = program // (FEATURE_BLOCKS * heads)
-    segment, begin, end, first, stop = _locate(bounds_ptr, num_tokens, num_segments, tile, TILE)
+    segment, begin, end, first, stop = locate_packed_tile(bounds_ptr, num_tokens, num_segments, tile, TILE)
     if first >= end:
         return
     d_own_ptr += head * HEAD_DIM

@@ -5,11 +5,19 @@ from functools import partial
 import pytest
 import torch
 
-from tests.marks import COMPUTING, cpp
+from tests.marks import COMPUTING, cpp, interpreted
 from tests.threads import differing
 from vot_kernels.ops.dense_residual import dense_residual, op
 from vot_kernels.ops.parts import row_blocks
-from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor
+from vot_kernels.testing import (
+    ToleranceError,
+    check_against_reference,
+    make_tensor,
+    uninitialized_is_nan,
+)
+
+# Every backend that computes: the kernels run on Triton's interpreter.
+BACKENDS = (*COMPUTING, pytest.param("triton", marks=interpreted))
 
 
 def make_inputs(count=4, shape=(9, 12), dtype=torch.float32, weight_dtype=torch.float32):
@@ -21,7 +29,7 @@ def ours(weights, *states, backend="torch"):
     return (dense_residual(states, weights, backend=backend),)
 
 
-@pytest.fixture(params=COMPUTING)
+@pytest.fixture(params=BACKENDS)
 def on(request):
     """`ours` on each backend."""
     return partial(ours, backend=request.param)
@@ -54,6 +62,72 @@ def test_shapes(on, shape):
     check_against_reference(on, oracle, make_inputs(3, shape))
 
 
+def normed(weights, norm_weight, *states, backend="torch"):
+    return dense_residual(states, weights, norm_weight=norm_weight, eps=1e-3, backend=backend)
+
+
+def norm_inputs(count=3, shape=(9, 12), dtype=torch.float32, weight_dtype=torch.float32):
+    weights, *states = make_inputs(count, shape, dtype, weight_dtype)
+    return [weights, 1 + 0.3 * make_tensor(shape[-1], seed=51, dtype=weight_dtype), *states]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("count", "shape"), [(1, (1, 1)), (3, (9, 12)), (5, (2, 7, 20)), (2, (0, 8)), (2, (6,))]
+)
+def test_a_norm_matches_the_reference(backend, count, shape, dtype):
+    with uninitialized_is_nan():
+        check_against_reference(
+            partial(normed, backend=backend),
+            partial(normed, backend="reference"),
+            norm_inputs(count, shape, dtype),
+        )
+
+
+def test_a_norm_matches_the_reference_in_float64():
+    inputs = norm_inputs(dtype=torch.float64, weight_dtype=torch.float64)
+    check_against_reference(normed, partial(normed, backend="reference"), inputs)
+    leaves = [x.requires_grad_() for x in norm_inputs(2, (2, 3), torch.float64, torch.float64)]
+    assert torch.autograd.gradcheck(normed, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_is_that_of_torch_and_leaves_the_sum_as_it_is(backend):
+    weights, norm_weight, *states = norm_inputs()
+    total, found = normed(weights, norm_weight, *states, backend=backend)
+    assert torch.equal(total, dense_residual(states, weights, backend=backend))
+    torch.testing.assert_close(found, torch.nn.functional.rms_norm(total, (12,), norm_weight, 1e-3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_with_a_norm(dtype, backend):
+    weights, norm_weight, *states = (x.requires_grad_() for x in norm_inputs(dtype=dtype))
+    arguments = (states, weights, norm_weight, 1e-3, backend)
+    torch.library.opcheck(op._dense_residual_norm_fwd, arguments)
+    states = [x.detach() for x in states]
+    grads = torch.ones((), dtype=dtype).expand(9, 12), states[0].T.contiguous().T
+    arguments = (*grads, states, weights.detach(), norm_weight.detach(), states[1], 1e-3, backend)
+    torch.library.opcheck(
+        op._dense_residual_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_weight": torch.ones(4)}, r"norm_weight must have the shape \[3\]"),
+        ({"norm_weight": torch.ones(3, dtype=torch.int32)}, "norm_weight must be float"),
+        ({"norm_weight": torch.ones(3), "eps": -1.0}, "eps must be >= 0, got -1.0"),
+        ({"norm_weight": torch.ones(3), "eps": "a"}, "eps must be a number"),
+    ],
+)
+def test_a_bad_norm_is_named(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dense_residual([torch.ones(2, 3)], torch.ones(1), **options)
+
+
 def test_reference_is_the_sum():
     weights, *states = make_inputs(dtype=torch.float64)
     expected = sum(float(w) * s for w, s in zip(weights, states, strict=True))
@@ -65,7 +139,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(ours, inputs)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_in_float32(backend):
     """A large and a tiny state of opposite weights: half precision would lose the tiny one on the way."""
     states = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1024.0, 1.0, 1024.0)]
@@ -81,7 +155,7 @@ def test_keeps_only_the_states_for_the_backward():
     assert set(saved) == {x.data_ptr() for x in (weights, *states)}
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_state_twice_and_strided_states(backend):
     state = make_tensor(6, 4).T.requires_grad_()
     weights = torch.tensor([2.0, 3.0], requires_grad=True)
@@ -109,7 +183,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     assert differing(results) == []
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, backend):
     weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))

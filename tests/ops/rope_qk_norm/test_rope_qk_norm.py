@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from tests.marks import COMPUTING, cpp
+from tests.marks import COMPUTING, cpp, interpreted
 from tests.threads import differing
 from vot_kernels.ops.parts import row_blocks
 from vot_kernels.ops.rope_qk_norm import default_sections, op, rope_qk_norm
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor, with_slack
+
+# Every backend that computes: the kernels run on Triton's interpreter.
+BACKENDS = (*COMPUTING, pytest.param("triton", marks=interpreted))
 
 POSITIONS = PackedLayout.from_grid_thw([[3, 2, 3], [0, 4, 4], [1, 1, 1], [2, 5, 1]]).positions
 
@@ -30,7 +33,7 @@ def runner(backend, positions=POSITIONS, **options):
     return run
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", [True, False])
 def test_matches_the_reference(backend, dtype, norm):
@@ -43,7 +46,7 @@ def test_matches_the_reference_in_float64(norm):
     check_against_reference(runner("torch"), runner("reference"), inputs)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("head_dim", "sections"), [(2, None), (4, None), (10, None), (80, None), (16, (8, 0, 0)), (16, (0, 5, 3))]
 )
@@ -73,7 +76,7 @@ def test_each_norm_can_be_left_out(only):
     assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend):
     check_against_reference(
         runner(backend, POSITIONS[:0]), runner("reference", POSITIONS[:0]), make_inputs(tokens=0)
@@ -81,7 +84,7 @@ def test_no_tokens(backend):
 
 
 @pytest.mark.parametrize("size", [1e3, 6e4, 3e5, 1e7])
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_far_positions(backend, size):
     """Angles of thousands of turns, at which nothing but the rounding of the angle itself may be seen."""
     positions = (make_tensor(*POSITIONS.shape) * size).round()
@@ -91,7 +94,7 @@ def test_far_positions(backend, size):
     )
 
 
-@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_slack_rows_are_zero_and_poison_stays_out(backend):
     q, k, *weights = make_inputs()
     inputs = [with_slack(q, 3).requires_grad_(), with_slack(k, 3).requires_grad_()]
@@ -161,7 +164,7 @@ def test_floating_positions_of_any_dtype():
         assert torch.equal(rope_qk_norm(q, k, POSITIONS.to(dtype))[0], expected)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_repeats_bitwise_and_segments_are_independent(backend):
     q, k, *weights = make_inputs()
     whole = runner(backend)(q, k, *weights)
@@ -192,7 +195,7 @@ def test_views_of_one_product_are_read_where_they_lie():
     assert torch.equal(viewed, copied)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, norm, backend):
@@ -207,11 +210,12 @@ def test_opcheck(dtype, norm, backend):
     torch.library.opcheck(op._rope_qk_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_one_compiled_graph_for_any_packing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_compiled_graph_for_any_packing(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(q, k, q_weight, k_weight, positions):
-        a, b = rope_qk_norm(q, k, positions, q_weight=q_weight, k_weight=k_weight)
+        a, b = runner(backend, positions)(q, k, q_weight, k_weight)
         return (a[:, :2] * b).square().sum()
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.marks import COMPUTING, cpp
+from tests.marks import COMPUTING, cpp, interpreted
 from tests.threads import differing
 from vot_kernels.ops.dispatch import load
 from vot_kernels.ops.size_aware_embedding import op, size_aware_embedding, size_features
@@ -16,6 +16,9 @@ from vot_kernels.testing import (
     poison_segment,
     with_slack,
 )
+
+# Every backend that computes: the kernels run on Triton's interpreter.
+BACKENDS = (*COMPUTING, pytest.param("triton", marks=interpreted))
 
 LAYOUT = PackedLayout.from_grid_thw([[2, 3, 2], [0, 4, 4], [1, 1, 1], [3, 2, 4]])
 
@@ -32,7 +35,7 @@ def runner(backend, layout=LAYOUT, **options):
     return run
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"fps": 24.0}, {"fps": 8, "use_frames": False}])
 def test_matches_the_reference(backend, dtype, options):
@@ -45,7 +48,7 @@ def test_matches_the_reference_in_float64():
     check_against_reference(runner("torch"), runner("reference"), make_inputs(dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PACKINGS)
 def test_packings(backend, name):
     layout = PackedLayout.from_lengths(PACKINGS[name])
@@ -108,7 +111,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(runner("torch", fps=12.0), inputs)
 
 
-@pytest.mark.parametrize("backend", [*COMPUTING, "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_slack_rows_are_zero_and_poison_stays_out(backend):
     x, *weights = make_inputs()
     slack = with_slack(x, 4).requires_grad_()
@@ -121,7 +124,7 @@ def test_slack_rows_are_zero_and_poison_stays_out(backend):
     assert (gradients[0][-4:] == 0).all() and all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_segment_does_not_depend_on_the_others(backend):
     x, *weights = make_inputs()
     (packed,) = runner(backend)(x, *weights)
@@ -191,7 +194,7 @@ def test_every_part_of_the_size_changes_the_embedding(axis):
     assert not torch.allclose(a, b)
 
 
-@pytest.mark.parametrize("backend", COMPUTING)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segments", [0, 4])
 def test_opcheck(dtype, segments, backend):
@@ -209,19 +212,23 @@ def test_opcheck(dtype, segments, backend):
     torch.library.opcheck(op._segment_add_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_one_compiled_graph_for_any_packing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_compiled_graph_for_any_packing(backend):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def step(run, layout, inputs):
         return run(inputs[0], layout, *inputs[1:]).square().sum()
 
-    compiled = torch.compile(size_aware_embedding, backend=counter, fullgraph=True)
+    def embed(x, layout, *weights):
+        return size_aware_embedding(x, layout, *weights, backend=backend)
+
+    compiled = torch.compile(embed, backend=counter, fullgraph=True)
     for grid in ([[2, 3, 2], [1, 4, 4]], [[1, 5, 5], [0, 1, 1], [2, 2, 2]], [[1, 2, 1]] * 4):
         layout = PackedLayout.from_grid_thw(grid)
         inputs = [x.requires_grad_() for x in make_inputs(layout.num_tokens)]
         for x in (inputs[0], layout.cu_seqlens, layout.sizes, layout.positions):
             torch._dynamo.mark_dynamic(x, 0)
-        actual, expected = (step(run, layout, inputs) for run in (compiled, size_aware_embedding))
+        actual, expected = (step(run, layout, inputs) for run in (compiled, embed))
         for a, b in zip(
             torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True
         ):

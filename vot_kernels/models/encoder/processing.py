@@ -73,10 +73,15 @@ class VotImageProcessor(ImageProcessingMixin):
             raise ValueError(
                 f"fps must be one number or one per input ({len(inputs)}), got {len(rates)} numbers."
             )
+        clips = [self._prepare(image) for image in inputs]
+        if any(clip.is_floating_point() for clip in clips):
+            clips = [clip if clip.is_floating_point() else clip.float().div_(255) for clip in clips]
         packed, grid = pack_patches(
-            [self._prepare(image) for image in inputs],
+            clips,
             self.patch_size,
             temporal_patch_size=self.temporal_patch_size,
+            mean=self.image_mean,
+            std=self.image_std,
         )
         return BatchFeature(
             {"pixel_values": packed, "image_grid_thw": grid, "fps": torch.tensor(rates, dtype=torch.float32)}
@@ -93,16 +98,16 @@ class VotImageProcessor(ImageProcessingMixin):
         return rounded[0], rounded[1]
 
     def _prepare(self, image: Any) -> Tensor:
+        """Return the clip at its target size: uint8 as it is, or floating from 0 to 1 if it had to be resized."""
         clip = _to_clip(image)
         size = self.target_size(*clip.shape[-2:])
-        clip = clip.float().div_(255)
         if clip.shape[-2:] != size:
+            clip = clip.float().div_(255)
             clip = F.interpolate(clip, size=size, mode="bilinear", antialias=True, align_corners=False)
         missing = -clip.shape[0] % self.temporal_patch_size
         if missing:  # repeat the last frame to fill the last temporal patch
             clip = torch.cat([clip, clip[-1:].expand(missing, -1, -1, -1)])
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.image_mean, self.image_std))
-        return (clip - mean) / std
+        return clip
 
 
 def _to_clip(image: Any) -> Tensor:

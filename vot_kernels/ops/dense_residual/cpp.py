@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.cpp.library import kernels
+from vot_kernels.ops.dense_residual.norm import rms_norm, rms_norm_backward
 
 
 def forward(states: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -23,6 +24,28 @@ def backward(d_out: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[
         d_out.contiguous(), _contiguous(states), weights.float().contiguous(), d_states, d_weights
     )
     return d_states, d_weights.to(weights.dtype)
+
+
+def forward_norm(
+    states: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum and its norm."""
+    out = forward(states, weights)
+    return out, rms_norm(out, norm_weight, eps)
+
+
+def backward_norm(
+    d_out: Tensor,
+    d_normed: Tensor,
+    states: Sequence[Tensor],
+    weights: Tensor,
+    norm_weight: Tensor,
+    out: Tensor,
+    eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """d_states, d_weights and d_norm_weight."""
+    d_x, d_norm_weight = rms_norm_backward(d_normed, out, norm_weight, eps)
+    return *backward((d_out + d_x).to(d_out.dtype), states, weights), d_norm_weight
 
 
 def _contiguous(states: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vot_kernels.ops.dense_residual.norm import rms_norm, rms_norm_backward
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.ops.parts.row_blocks import row_blocks
 
@@ -45,3 +46,25 @@ def backward(d_out: Tensor, states: Sequence[Tensor], weights: Tensor) -> tuple[
             torch.mul(d_block, scale, out=d_state[block])
             d_weights[row, column] = (d_block * state[block]).sum()
     return d_states, d_weights.sum(1).to(weights.dtype)
+
+
+def forward_norm(
+    states: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and its norm."""
+    out = forward(states, weights)
+    return out, rms_norm(out, norm_weight, eps)
+
+
+def backward_norm(
+    d_out: Tensor,
+    d_normed: Tensor,
+    states: Sequence[Tensor],
+    weights: Tensor,
+    norm_weight: Tensor,
+    out: Tensor,
+    eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return d_states, d_weights and d_norm_weight."""
+    d_x, d_norm_weight = rms_norm_backward(d_normed, out, norm_weight, eps)
+    return *backward(d_out + d_x, states, weights), d_norm_weight

@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from vot_kernels.ops.pack_patches.normalise import Normalise
 
-def forward(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int) -> Tensor:
+
+def forward(
+    images: Sequence[Tensor], patch_size: int, temporal_patch_size: int, normalise: Normalise
+) -> Tensor:
     """Return `[patches, channels · temporal_patch_size · patch_size²]`."""
+    images = normalise.images(images)
     clips = [image if image.ndim == 4 else image.expand(temporal_patch_size, -1, -1, -1) for image in images]
     cuts = [_cut(clip, patch_size, temporal_patch_size) for clip in clips]
     counts = [cut.shape[:3].numel() for cut in cuts]
@@ -17,7 +23,12 @@ def forward(images: Sequence[Tensor], patch_size: int, temporal_patch_size: int)
 
 
 def backward(
-    d_values: Tensor, sizes: Sequence[int], patch_size: int, temporal_patch_size: int
+    d_values: Tensor,
+    sizes: Sequence[int],
+    patch_size: int,
+    temporal_patch_size: int,
+    normalise: Normalise,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return the gradients of the images.
 
@@ -25,6 +36,8 @@ def backward(
         d_values: `[patches, channels · temporal_patch_size · patch_size²]`.
         sizes: frames, height and width of each image in turn; 0 frames mean a still image.
         patch_size, temporal_patch_size: as in `pack_patches`.
+        normalise: what the forward did.
+        dtype: of the images.
     """
     channels = d_values.shape[1] // (temporal_patch_size * patch_size**2)
     d_images, first = [], 0
@@ -37,7 +50,7 @@ def backward(
             d_clip = d_clip[0] if temporal_patch_size == 1 else d_clip.sum(0)
         d_images.append(d_clip)
         first = last
-    return d_images
+    return normalise.gradients(d_images, dtype)
 
 
 def _cut(clip: Tensor, patch_size: int, temporal_patch_size: int) -> Tensor:

@@ -44,7 +44,7 @@ def rope_qk_norm(
         theta: base of the frequencies.
         sections: pairs of (t, y, x), summing to head_dim / 2. By default, y and x have a third each and t the rest.
         eps: added to the mean square.
-        backend: "auto", "cpp", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         (q, k) in the shapes and dtype of the inputs.

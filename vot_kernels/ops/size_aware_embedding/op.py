@@ -99,7 +99,7 @@ def size_aware_embedding(
         b2: `[dim]`.
         fps: frames per second, `[segments]` or one number; None or entries <= 0 mean unknown.
         use_frames: False leaves the clip length out.
-        backend: "auto", "cpp", "torch" or "reference".
+        backend: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         `[tokens, dim]`, in the dtype of x.

@@ -16,7 +16,6 @@ from vot_kernels.testing import (
     make_tensor,
     uninitialized_is_nan,
 )
-from vot_kernels.tuning.autotune import shape_candidates
 
 pytest.importorskip("triton")
 
@@ -347,15 +346,6 @@ def test_batches_of_any_size_share_their_kernels():
 def test_strides_tell_how_wide_loads_may_be(sizes, unit):
     for found in recorded(30, *sizes)[0]:
         assert found.arguments["STRIDE_UNIT"] == unit
-
-
-@compiled
-def test_tuning_keeps_the_rows_of_partials():
-    """Candidates of the backward differ, and never in the columns of a tile."""
-    for found in recorded()[0][1::2]:
-        candidates = list(shape_candidates(found.config))
-        assert {c.blocks["TILE_N"] for c in candidates} == {found.config.blocks["TILE_N"]}
-        assert len({c.blocks["BLOCK_M"] for c in candidates}) > 1
 
 
 @compiled

@@ -107,7 +107,6 @@ def hidden_backward(
     weighted = saved.new_empty(places, width)
     told = strides({"w_out": w_out, "w_gate": w_up}, d_y=d_y, cache=cache)
     config = _BWD.config(saved.device, _key(saved, cache, gcd(told["STRIDE_UNIT"], width)))
-    # This is a tile, not a block: tuning does not change it, so `partials` fits every candidate.
     partials = saved.new_empty(ceil_div(width, config.blocks["TILE_N"]), places, dtype=torch.float32)
     _BWD.launch(
         lambda blocks: (_programs(slots, width, blocks["BLOCK_M"], blocks["TILE_N"]),),

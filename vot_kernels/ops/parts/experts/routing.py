@@ -115,9 +115,7 @@ def group_slots(indices: Tensor, experts: int) -> Slots:
     )
     starts = torch.cumsum(counts, 0, dtype=torch.int32)
     _PLACE_SLOTS.launch(
-        (
-            ceil_div(slots, tile),
-        ),  # a fixed grid disables tuning, because this kernel updates `places` in place
+        (ceil_div(slots, tile),),
         indices_ptr=indices,
         starts_ptr=starts,
         places_ptr=places,

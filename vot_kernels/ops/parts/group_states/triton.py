@@ -119,9 +119,7 @@ def scan_states(
         return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
 
     _SCAN.launch(
-        grid
-        if out is None
-        else grid(config.blocks),  # a fixed grid disables tuning, because the kernel adds to `out`
+        grid,
         config=config,
         states_ptr=contiguous(states),
         sums_ptr=sums,

@@ -379,9 +379,7 @@ def range_attention_keys_backward(
         return keys // blocks["BLOCK_K"] + segments, kv_heads
 
     _DKDV.launch(
-        grid
-        if dq is None
-        else grid(config.blocks),  # a fixed grid disables tuning, which would add to dq again
+        grid,
         config=config,
         d_out_ptr=d_out,
         lse_ptr=lse.contiguous(),

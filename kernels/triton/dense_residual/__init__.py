@@ -1,0 +1,1 @@
+"""Kernels of the weighted sum of states."""

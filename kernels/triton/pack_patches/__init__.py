@@ -1,0 +1,1 @@
+"""Kernels that cut images into patches and put them back."""

@@ -1,0 +1,1 @@
+"""Kernels of the norm and the rotary positions of queries and keys."""

@@ -1,0 +1,1 @@
+"""Kernels that add a row per segment to the segment's tokens."""
