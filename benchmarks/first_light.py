@@ -364,8 +364,8 @@ def _judging(workload: Workload, variant: str) -> str:
 
 
 def _directions(workload: Workload) -> tuple[str, ...]:
-    """Return the directions that are timed, which are fewer where a problem has no backward."""
-    return tuple(direction for direction in DIRECTIONS if direction in workload.directions)
+    """Return the directions that are timed; patches of images that nobody differentiates are packed alone."""
+    return DIRECTIONS[:1] if isinstance(workload.problem, PackPatches) else DIRECTIONS
 
 
 def _judge(workload: Workload, arch: str, name: str, write: Write) -> None:
