@@ -25,7 +25,7 @@ def test_matches_the_reference(count, shape, backend, device, dtype):
     check_against_reference(run, oracle, [weights, *states])
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (5, 1), (777, 100), (2000, 768), (33, 1280), (9, 8192)])
+@pytest.mark.parametrize("shape", [(0, 8), (5, 1), (777, 100), (2000, 768), (33, 1280), (9, 4096)])
 def test_a_norm_matches_the_reference(shape, backend, device, dtype):
     weights, norm = make_tensor(3, seed=50, device=device), make_tensor(shape[1], seed=51, device=device)
     states = [make_tensor(*shape, seed=i, dtype=dtype, device=device) for i in range(3)]

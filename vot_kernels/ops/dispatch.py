@@ -104,10 +104,10 @@ def _pixel_kernel(inputs: Inputs) -> list[str]:
 
 
 def _sum_kernel(inputs: Inputs) -> list[str]:
-    """Accept what `_streaming_kernel` accepts, with a norm rows of up to 8192 elements."""
+    """Accept what `_streaming_kernel` accepts, with a norm rows of up to 4096 elements."""
     reasons = _streaming_kernel(inputs)
-    if "norm_weight" in inputs.given and inputs.head_dim is not None and inputs.head_dim > 8192:
-        reasons.append(f"rows of {inputs.head_dim} elements are above 8192, the most that a norm takes")
+    if "norm_weight" in inputs.given and inputs.head_dim is not None and inputs.head_dim > 4096:
+        reasons.append(f"rows of {inputs.head_dim} elements are above 4096, the most that a norm takes")
     return reasons
 
 
