@@ -27,7 +27,7 @@ TABLES = {"dense_residual": {"fwd": [ENTRY]}}
 def path(tmp_path, monkeypatch):
     """The file of the GPU; nothing stays in use after a test."""
     monkeypatch.setenv("VOT_TUNING_DIR", str(tmp_path))
-    launch._use_tuned.cache_clear()
+    tuned.use_tuned_once.cache_clear()
     with tuning.using("sm_0", {}):
         yield tuned.path_for(GPU)
 

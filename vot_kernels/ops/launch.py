@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from math import gcd
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vot_kernels.tuning import INTERPRETER, Config, lookup
-from vot_kernels.tuning.tuned import use_tuned
+from vot_kernels.tuning.tuned import use_tuned_once
 
 # The number of programs along each axis, or a function that computes it from the block sizes.
 Grid = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
@@ -84,7 +84,7 @@ class Kernel:
     ) -> Config:
         """Return the config for `device` and `key`; see `vot_kernels.tuning.lookup` for the variants and the errors."""
         if _TUNED and device.type == "cuda" and _recording is None:
-            _use_tuned(device)
+            use_tuned_once(torch.cuda.get_device_name(device), target_arch(device))
         options: dict[str, Any] = {**(key or {}), "prefer": prefer, "exclude": exclude}
         return lookup(self.family, self.name, target_arch(device), **options)
 
@@ -195,12 +195,6 @@ def record_launches(arch: str) -> Iterator[list[Launch]]:
 def is_recording() -> bool:
     """Whether `record_launches` is active."""
     return _recording is not None
-
-
-@cache
-def _use_tuned(device: torch.device) -> None:
-    """Use what `vot tune` has measured on a GPU of this name."""
-    use_tuned(torch.cuda.get_device_name(device), target_arch(device))
 
 
 def target_arch(device: torch.device) -> str:

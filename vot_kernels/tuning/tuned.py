@@ -50,6 +50,12 @@ def use_tuned(gpu: str, arch: str) -> bool:
     return bool(tables)
 
 
+@cache
+def use_tuned_once(gpu: str, arch: str) -> None:
+    """Call `use_tuned` unless this process did so for this GPU, because every launch asks."""
+    use_tuned(gpu, arch)
+
+
 def read(path: Path) -> Tables:
     """Return the tables of a file, none if there is no file.
 
