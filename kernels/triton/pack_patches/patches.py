@@ -41,13 +41,13 @@ def _pixels(
     facts = table_ptr + count + 1 + image
     address = tl.load(facts)
     row = tl.load(facts + count)
-    height = tl.load(facts + 2 * count)
-    width = tl.load(facts + 3 * count)
+    height = tl.load(facts + 2 * count).to(tl.int32)  # divisions of 64 bits would be calls
+    width = tl.load(facts + 3 * count).to(tl.int32)
     frame_stride = tl.load(facts + 4 * count) * UNIT
     channel_stride = tl.load(facts + 5 * count) * UNIT
     row_stride = tl.load(facts + 6 * count) * UNIT
 
-    patch = first - begin + tl.arange(0, BLOCK_P)
+    patch = (first - begin).to(tl.int32) + tl.arange(0, BLOCK_P)
     t = patch // (height * width) * FRAMES
     y = patch // width % height * PATCH
     x = patch % width * PATCH
