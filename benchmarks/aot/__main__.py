@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.aot.build import (
     Case,
@@ -22,9 +23,13 @@ from benchmarks.aot.build import (
 )
 from benchmarks.aot.gpus import GPUS
 
+if TYPE_CHECKING:
+    from benchmarks.aot.compiler import Resources
+
 INTERRUPTED = 130
 COLUMNS = (
     *("kernel", "case", "key", "config", "registers", "spill bytes", "shared bytes", "matrix", "TMA"),
+    *("instructions/kMAC", "tensor work", "barriers", "spills in loops"),
     *("blocks/SM (estimate)", "least us (estimate)", "limits"),
 )
 
@@ -82,7 +87,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     names = (row.kernel.strip("_").removesuffix("_kernel"), f"{row.op} {row.cases[0]}", row.key, row.config)
     found = row.resources
     if found is None:
-        return (*names, *["-"] * 7, "FAILED")
+        return (*names, *["-"] * (len(COLUMNS) - len(names) - 1), "FAILED")
     return (
         *names,
         str(found.registers),
@@ -90,10 +95,19 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(found.shared_bytes),
         found.matrix,
         "yes" if found.tma else "no",
+        *_loop_cells(found),
         f"{row.blocks_per_sm} ({row.limited_by})",
         f"{row.least_us:.1f} ({row.bound})",
         "FAILED" if row.violations else "ok",
     )
+
+
+def _loop_cells(found: "Resources") -> tuple[str, ...]:
+    loop = found.loop
+    if loop is None:
+        return ("-",) * 4
+    per_kmac = "-" if loop.instructions_per_kmac is None else f"{loop.instructions_per_kmac:.2f}"
+    return per_kmac, f"{loop.tensor_work:.2f}", str(loop.barriers), str(found.local_in_loops)
 
 
 def _compile(jobs: Sequence[Job], workers: int) -> bool:

@@ -17,6 +17,8 @@ from vot_kernels.ops.launch import Launch, record_launches
 if TYPE_CHECKING:
     from benchmarks.aot.compiler import Resources, Specialization
 
+STRICT: dict[str, int | float | bool] = {"spill_bytes": 0, "local_in_loops": 0, "tensor_work": 1}
+"""The limits of a config that has no others of these names."""
 KERNELS = Path(__file__).parents[2] / "kernels" / "triton"
 
 
@@ -34,6 +36,7 @@ class Row:
         cases: names of the cases that launch it.
         moved: bytes of the kernel's tensors in the first of these cases.
         flops: operations of the kernel's matrix products in that case.
+        padding: columns of a head that the kernel computes, for each one that there is.
         resources: those of the compiled kernel, None if it did not compile.
         blocks_per_sm, limited_by: the estimated occupancy and what limits it.
         least_us, bound: the least time in that case by the roofline of the GPU, and what bounds it.
@@ -45,10 +48,11 @@ class Row:
     kernel: str
     key: str
     config: str
-    limits: dict[str, int | bool]
+    limits: dict[str, int | float | bool]
     cases: list[str]
     moved: int
     flops: int
+    padding: float = 1.0
     resources: "Resources | None" = None
     blocks_per_sm: int = 0
     limited_by: str = ""
@@ -169,7 +173,13 @@ def _new_row(case: Case, arch: str, launch: Launch, what: "Specialization") -> R
         cases=[],
         moved=traffic(launch.arguments),
         flops=case.flops(name),
+        padding=_padding(launch.arguments),
     )
+
+
+def _padding(arguments: Mapping[str, Any]) -> float:
+    """Return how many columns of a head a kernel computes for each one; other kernels use these names otherwise."""
+    return arguments["BLOCK_D"] / arguments["HEAD_DIM"] if {"BLOCK_D", "HEAD_DIM"} <= {*arguments} else 1.0
 
 
 def compile_all(jobs: Sequence[Job], workers: int, finished: Callable[[Row], None]) -> None:
@@ -212,12 +222,17 @@ def _fill(row: Row, what: "Specialization") -> None:
     row.resources = found
 
 
-def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[str]:
-    """Return a sentence for every limit that does not hold. A config without a limit on spills allows none."""
+def broken_limits(found: "Resources", limits: Mapping[str, int | float | bool]) -> list[str]:
+    """Return a sentence for every limit that does not hold.
+
+    Unless its config allows it, a kernel spills nothing, and its main loop has the tensor cores compute nothing twice.
+    """
     amounts = {
         "registers": found.registers,
         "spill_bytes": found.spill_bytes,
         "shared_bytes": found.shared_bytes,
+        "local_in_loops": found.local_in_loops,
+        "tensor_work": 1.0 if found.loop is None else found.loop.tensor_work,
     }
     features = {
         "wgmma": found.matrix == "wgmma",
@@ -226,7 +241,7 @@ def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[
         "warp_specialized": found.warp_specialized,
     }
     broken = []
-    for name, limit in {"spill_bytes": 0, **limits}.items():
+    for name, limit in {**STRICT, **limits}.items():
         if name in amounts and amounts[name] > limit:
             broken.append(f"{name} {amounts[name]}, the limit is {limit}")
         elif name in features and limit and not features[name]:
@@ -237,13 +252,13 @@ def broken_limits(found: "Resources", limits: Mapping[str, int | bool]) -> list[
 
 
 def registered_kernels(folder: Path = KERNELS) -> set[str]:
-    """Return the names of the `@triton.jit` functions under `folder` that end in `_kernel`, from the source."""
+    """Return the names of the `@triton.jit` and `@gluon.jit` functions under `folder` that end in `_kernel`."""
     found = set()
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 decorators = {ast.unparse(x).split("(")[0] for x in node.decorator_list}
-                if decorators & {"triton.jit", "jit"}:
+                if decorators & {"triton.jit", "jit", "gluon.jit"}:
                     found.add(node.name)
     return found
 

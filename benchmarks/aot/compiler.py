@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.aot.sass import MainLoop, main_loop
 from vot_kernels.ops.launch import Launch
 
 
@@ -69,6 +70,8 @@ class Resources:
         unit: "half", "tf32" or "fma": what these multiply, the slowest of them.
         tma: bulk tensor copies are used.
         warp_specialized: warps differ in what they do. A loop may ask for it and be compiled as any other.
+        loop: what the main loop does; None without matrix products on tensor cores in a loop.
+        local_in_loops: loads and stores of local memory, where spilled registers go, in loops with matrix products.
     """
 
     registers: int
@@ -80,6 +83,8 @@ class Resources:
     unit: str
     tma: bool
     warp_specialized: bool
+    loop: MainLoop | None = None
+    local_in_loops: int = 0
 
 
 def specialize(launch: Launch, arch: str) -> Specialization:
@@ -94,8 +99,7 @@ def specialize(launch: Launch, arch: str) -> Specialization:
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    bound, kinds, options = bind(**launch.arguments, **options)
+    bound, kinds, options = bind(**launch.arguments, **launch.config.compiler_options())
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, kinds, None)
     known = {index: value for index, value in attributes.items() if value}
     return Specialization(kernel, target, signature, constexprs, known, dict(parsed.__dict__))
@@ -107,11 +111,12 @@ def compile_kernel(what: Specialization) -> Resources:
     Raises:
         Exception: whatever the compiler raises.
     """
-    source = ASTSource(what.kernel, what.signature, what.constexprs, what.attributes)
+    source = _source_type(what.kernel)(what.kernel, what.signature, what.constexprs, what.attributes)
     compiled = triton.compile(source, target=what.target, options=what.options)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     matrix, unit = matrix_instructions(ptx)
     registers, stack = _resource_usage(compiled.asm["cubin"])
+    loop, local = main_loop(compiled.asm["cubin"], compiled.asm["ttgir"])
     return Resources(
         registers=registers,
         spill_bytes=stack,
@@ -122,7 +127,18 @@ def compile_kernel(what: Specialization) -> Resources:
         unit=unit,
         tma="async.bulk.tensor" in ptx,  # cp.async loads and stores, cp.reduce.async adds
         warp_specialized=is_warp_specialized(compiled.asm["ttgir"]),
+        loop=loop,
+        local_in_loops=local,
     )
+
+
+def _source_type(kernel: JITFunction) -> type[ASTSource]:
+    """Return the type of the source of a kernel in Triton or in Gluon."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def is_warp_specialized(ttgir: str) -> bool:

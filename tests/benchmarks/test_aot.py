@@ -19,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.aot import __main__ as command  # noqa: E402
-from benchmarks.aot import build, compiler, gpus  # noqa: E402
+from benchmarks.aot import build, compiler, gpus, sass  # noqa: E402
 from benchmarks.aot.cases import Case, kernel_ops  # noqa: E402
 from tests.processes import default_signals  # noqa: E402
 from vot_kernels.ops.launch import Launch  # noqa: E402
@@ -72,6 +72,8 @@ def refuse():
 
 sys.exit(main(sys.argv[1:], [
     case("good", 64, 64, 64, registers=128, spill_bytes=0, wgmma=True),
+    case("twice", 64, 64, 64, warps=8),
+    case("known", 64, 64, 64, warps=8, tensor_work=2),
     case("registers", 64, 64, 64, registers=1),
     case("spills", 128, 256, 64),
     case("allowed", 128, 256, 64, spill_bytes=65536),
@@ -122,6 +124,7 @@ def check_kernels(document):
         assert found["spill_bytes"] <= row["limits"].get("spill_bytes", 0)
         assert found["registers"] <= row["limits"].get("registers", 255)
         assert row["blocks_per_sm"] >= 1 and row["moved"] > 0 and row["least_us"] > 0
+        assert found["local_in_loops"] == 0
         if found["matrix"] != "none":
             assert row["flops"] > 0, f"benchmarks/aot/cases.py counts no products of {row['kernel']}"
 
@@ -173,6 +176,7 @@ def test_broken_limits_fail_the_command(broken):
         ("not specialized", "does not use warp_specialized, and its config demands it"),
         ("shared", "bytes of shared memory, a block has 232448"),
         ("unknown", "limit 'regs' is unknown, known are registers, spill_bytes"),
+        ("twice", "tensor_work 2.0, the limit is 1."),
         ("wrong", "does not compile"),
         ("refused", "cannot be launched: ValueError: no such shape"),
         ("nothing", "launches no kernel"),
@@ -222,8 +226,8 @@ def test_ctrl_c_leaves_valid_json(environment, script, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--arch", "sm_70"], ["--arch 'sm_70'", "sm_80, sm_90, sm_100"]),
-        (["--arch", "sm_90,h100"], ["--arch 'h100'", "sm_80, sm_90, sm_100"]),
+        (["--arch", "sm_70"], ["--arch 'sm_70'", "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"]),
+        (["--arch", "sm_90,h100"], ["--arch 'h100'", "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"]),
         (["--op", "atention"], ["--op 'atention'", "linear_attention"]),
         (["--arch", "sm_90", "--quick", "--kernel", "xyz"], ["--kernel 'xyz'", "_group_states_kernel"]),
     ],
@@ -396,6 +400,10 @@ def test_warp_specialization(ttgir, expected):
             (2, "tensor memory"),
         ),
         ("sm_80", {"threads": 128, "registers": 32, "shared": 200 * 1024}, (0, "shared")),
+        # GPUs for graphics hold fewer threads and blocks, and have 100 KiB
+        ("sm_89", {"threads": 512, "registers": 32, "shared": 0}, (3, "threads")),
+        ("sm_86", {"threads": 32, "registers": 16, "shared": 0}, (16, "blocks")),
+        ("sm_120", {"threads": 128, "registers": 32, "shared": 49 * 1024}, (2, "shared")),
     ],
 )
 def test_occupancy(arch, block, expected):
@@ -430,6 +438,9 @@ def resources(**changes):
         ({"tma": True}, {"tma": True, "warp_specialized": True}, 1),
         ({"warp_specialized": True}, {"warp_specialized": True}, 0),
         ({"matrix": "mma"}, {"wgmma": True}, 1),
+        ({"local_in_loops": 2, "spill_bytes": 8}, {"spill_bytes": 8}, 1),
+        ({"loop": sass.MainLoop(100, 1.5, 2.0, 0)}, {}, 1),
+        ({"loop": sass.MainLoop(100, 1.5, 1.25, 0)}, {"tensor_work": 1.25}, 0),
         ({}, {"wgmma": True, "regs": 4}, 1),
     ],
 )

@@ -11,7 +11,11 @@ to its entries. The first entry that fits is used:
 * `when`: the conditions of the entry, each a number or [smallest, largest]. A key that it does not name may have any
   value. The number of tokens is never a key: packings of any length share a kernel.
 * `blocks`: constexprs of the kernel.
-* `limits`: what ahead-of-time compilation checks (`python -m benchmarks.aot`).
+* `max_registers`: of a thread, so that more blocks fit on an SM. What does not fit is spilled, which may be allowed
+  outside of the loops with matrix products: `limits` then has "spill_bytes".
+* `limits`: what ahead-of-time compilation checks (`python -m benchmarks.aot`). Unless they are among the limits, it
+  allows no "spill_bytes", no spills in loops with matrix products ("local_in_loops"), and no "tensor_work" above 1,
+  which means that several warps compute the same product.
 * `variant`: the name of another form of the kernel, such as "tma", "warp_specialized" and "fused" of range attention.
   With `"default": true` ordinary launches use the entry; with false only those that ask for the variant do. Changing
   this one word makes it the default of a GPU. An entry without a variant is the plain kernel, always a default.
@@ -25,7 +29,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,16 +66,18 @@ class Config:
     Attributes:
         blocks: its BLOCK_* and other tuned constexprs.
         num_warps, num_stages: as in Triton.
-        limits: what the compiled kernel must satisfy: "registers", "spill_bytes", "wgmma", "tma",
-            "warp_specialized".
+        limits: what the compiled kernel must satisfy: "registers", "spill_bytes", "shared_bytes", "local_in_loops",
+            "tensor_work", "wgmma", "tcgen05", "tma", "warp_specialized".
         request: the lookup that found it; None if there was none.
+        max_registers: of a thread, which the compiler then keeps to by spilling; None leaves it to the compiler.
     """
 
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int
-    limits: Mapping[str, int | bool] = field(default_factory=dict)
+    limits: Mapping[str, int | float | bool] = field(default_factory=dict)
     request: Request | None = field(default=None, compare=False, repr=False)
+    max_registers: int | None = None
 
     @property
     def variant(self) -> str | None:
@@ -79,8 +85,13 @@ class Config:
         return None if self.request is None else self.request.variant
 
     def launch_options(self) -> dict[str, int]:
-        """The keywords of a launch: the blocks, then num_warps and num_stages."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """The keywords of a launch: the blocks, then those of `compiler_options`."""
+        return {**self.blocks, **self.compiler_options()}
+
+    def compiler_options(self) -> dict[str, int]:
+        """The keywords that are for Triton's compiler, not for the kernel."""
+        bound = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
 
 
 def lookup(
@@ -199,25 +210,71 @@ def fitting_entries(table: Table, kernel: str, key: tuple[tuple[str, int], ...])
 def as_config(entry: Entry, request: Request) -> Config:
     """Return the config that an entry of a table describes."""
     limits = entry.get("limits", {})
-    return Config(entry["blocks"], entry["num_warps"], entry["num_stages"], limits, request)
+    sizes = entry["blocks"], entry["num_warps"], entry["num_stages"]
+    return Config(*sizes, limits, request, entry.get("max_registers"))
+
+
+# KiB of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications per compute
+# capability). An entry for one GPU does not fit on another one with less, whatever their ages.
+SHARED_KIB = {
+    **{"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_88": 99, "sm_89": 99, "sm_90": 227},
+    **{"sm_100": 227, "sm_101": 227, "sm_103": 227, "sm_110": 227, "sm_120": 99, "sm_121": 99},
+}
+_TWINS = {"sm_86": "sm_89", "sm_121": "sm_120"}  # they share a table, because their SMs hardly differ
+
+
+def shared_kib(arch: str) -> int:
+    """Return the KiB of shared memory that a block may have; of an unknown GPU, the least of the known newer ones."""
+    return SHARED_KIB.get(arch, 99)
 
 
 @lru_cache(maxsize=256)
 def nearest_arch(family: str, arch: str) -> str:
-    """Return `arch` if `family` has a table for it, else the nearest older one, else the oldest; warn once."""
+    """Return the architecture whose table of `family` serves `arch`, and warn once if that is not its own.
+
+    It is the newest of the older ones with no more shared memory per block, else the one with the least.
+    """
     known = known_archs(family)
     if arch in known or arch == INTERPRETER:
         return arch
     if not known:
         raise LookupError(f"{family} has no configs in {CONFIGS}.")
-    older = [name for name in known if _number(name) <= _number(arch)]
-    found = older[-1] if older else known[0]
+    if _TWINS.get(arch) in known:
+        return _TWINS[arch]
+    fitting = [name for name in known if shared_kib(name) <= shared_kib(arch)]
+    older = [name for name in fitting if _number(name) <= _number(arch)]
+    found = (older[-1:] or fitting[:1] or [min(known, key=lambda name: (shared_kib(name), _number(name)))])[0]
     warnings.warn(
         f"vot-kernels ships no {family} configs for {arch} and uses those of {found}; results are the same, "
         f"speed may not be. Add {CONFIGS.name}/{arch}/{family}.json to tune for this GPU.",
         stacklevel=2,
     )
     return found
+
+
+def smaller(config: Config) -> Iterator[Config]:
+    """Yield configs to try if the GPU lacks the resources for `config`, ever smaller ones, for the same lookup.
+
+    They are those of the tables of GPUs with less shared memory, then `config` itself with fewer stages. The block
+    sizes that a launcher relies on besides its grid, whose names begin with TILE, stay as they are.
+    """
+    if config.request is not None:
+        request = config.request
+        here = shared_kib(nearest_arch(request.family, request.arch))
+        below = [name for name in known_archs(request.family) if shared_kib(name) < here]
+        for arch in sorted(below, key=lambda name: (-shared_kib(name), -_number(name))):
+            for entry in fitting_entries(_table(request.family, arch), request.kernel, request.key):
+                if entry.get("variant") == request.variant and _tiles(entry["blocks"]) == _tiles(
+                    config.blocks
+                ):
+                    yield as_config(entry, request)
+                    break
+    for stages in range(config.num_stages - 1, 0, -1):
+        yield replace(config, num_stages=stages)
+
+
+def _tiles(blocks: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in blocks.items() if name.startswith("TILE")}
 
 
 def known_archs(family: str) -> tuple[str, ...]:

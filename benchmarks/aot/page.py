@@ -1,0 +1,239 @@
+"""`python -m benchmarks.aot.page [--arch sm_90,...]`: docs/gpu-static.md, what the compiler makes of the main kernels.
+
+It compiles the first launch of every kernel in the calls of `CALLS`, and writes benchmarks/results/gpu-static.json,
+then the page from this file alone. The file keeps the first figures that a kernel ever had beside those of now.
+`--page` only writes the page.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.aot.__main__ import _compile, _pick
+from benchmarks.aot.build import Job, Row, make_plan
+from benchmarks.aot.cases import cases
+from benchmarks.aot.gpus import GPUS, KIB
+from vot_kernels.files import atomic_write
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu-static.json"
+PAGE = ROOT / "docs" / "gpu-static.md"
+CALLS = {
+    **{
+        op: [
+            *("bf16 d64", "bf16 d80", "bf16 d128", "bf16 d256"),
+            *("bf16 d64 fused", "bf16 d128 fused", "bf16 d64 tma", "bf16 d128 tma"),
+            *("bf16 d64 warp-specialized", "bf16 d128 warp-specialized", "bf16 d64 gluon", "bf16 d128 gluon"),
+        ]
+        for op in ("packed_attention", "hybrid_attention")
+    },
+    "linear_attention": ["bf16 d64", "bf16 d128", "bf16 d64 causal"],
+    "aoe": ["bf16 d1536 n64 r512"],
+    "moe": ["bf16 d2048 h768 n128"],
+}
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")  # sm_86 takes the entries of sm_89
+FULL = ("sm_90",)
+"""Where all calls are on the page; on the others it has those without a variant, of the two usual sizes."""
+KEY = ("arch", "op", "call", "kernel")
+HEADER = (
+    *("call", "kernel", "config", "instructions per kMAC", "tensor work", "blocks per SM"),
+    *("registers", "shared KiB", "barriers", "spills in loops"),
+)
+Record = dict[str, Any]
+
+
+def jobs_of(archs: Sequence[str], calls: Mapping[str, Sequence[str]] = CALLS) -> list[Job]:
+    """Return the first launch of every kernel with matrix products in each of the calls."""
+    wanted = [case for case in cases() if case.name in calls.get(case.op, ())]
+    usual = [case for case in wanted if case.name in ("bf16 d64", "bf16 d128") or "attention" not in case.op]
+    first: dict[tuple[str, ...], Job] = {}
+    for arch in archs:
+        plan = make_plan(wanted if arch in FULL else usual, [arch])
+        if plan.problems:
+            raise RuntimeError(" ".join(plan.problems))
+        for job in plan.jobs:
+            if job.row.flops:  # kernels without matrix products are not on the page
+                first.setdefault(key_of(_record(job.row)), job)
+    return list(first.values())
+
+
+def short(kernel: str) -> str:
+    """Return the name of a kernel without what all names have."""
+    return kernel.strip("_").removesuffix("_kernel")
+
+
+def _record(row: Row) -> Record:
+    """Return what the page says of a row; a row that is not compiled has the first five entries."""
+    name = short(row.kernel)
+    record = {"arch": row.arch, "op": row.op, "call": row.cases[0], "kernel": name, "config": row.config}
+    if (found := row.resources) is None:
+        return record | {"error": "; ".join(row.violations)} if row.violations else record
+    loop = found.loop
+    return record | {
+        "registers": found.registers,
+        "spill_bytes": found.spill_bytes,
+        "shared_bytes": found.shared_bytes,
+        "threads": found.threads,
+        "blocks_per_sm": row.blocks_per_sm,
+        "limited_by": row.limited_by,
+        "matrix": found.matrix,
+        "instructions_per_kmac": _times(loop and loop.instructions_per_kmac, row.padding),
+        "tensor_work": _times(loop and loop.tensor_work, row.padding),
+        "barriers": loop and loop.barriers,
+        "local_in_loops": found.local_in_loops,
+    }
+
+
+def _times(figure: float | None, padding: float) -> float | None:
+    return None if figure is None else round(figure * padding, 3)
+
+
+def records_of(jobs: Sequence[Job]) -> list[Record]:
+    """Return the records of compiled jobs with matrix products on tensor cores, and of those that failed."""
+    found = [_record(job.row) for job in jobs if job.row.done]
+    return [record for record in found if "error" in record or record["tensor_work"] is not None]
+
+
+def key_of(record: Record) -> tuple[str, ...]:
+    """Return what tells a record from the others of a file."""
+    return tuple(record[name] for name in KEY)
+
+
+def merged(document: dict[str, Any], records: Iterable[Record], archs: Sequence[str], triton: str) -> Record:
+    """Return the document with these records in place of the ones of `archs`; kernels new to it get a "before"."""
+    before = {key_of(record): record for record in document.get("before", [])}
+    now = [record for record in document.get("now", []) if record["arch"] not in archs]
+    for record in records:
+        now.append(record)
+        before.setdefault(key_of(record), {**record, "triton": triton})
+    versions = document.get("triton", {}) | dict.fromkeys(archs, triton)
+    return {
+        "command": "python -m benchmarks.aot.page",
+        "triton": versions,
+        "now": sorted(now, key=_order),
+        "before": sorted(before.values(), key=_order),
+    }
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    arch, op, call, kernel = key_of(record)
+    return ARCHS.index(arch), list(CALLS).index(op), CALLS[op].index(call), kernel
+
+
+def write(document: Record, results: Path = RESULTS) -> None:
+    """Write the document with one record on a line."""
+    lists = ("now", "before")
+    head = {name: value for name, value in document.items() if name not in lists}
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    for name in lists:
+        text += f',\n "{name}": [\n' + ",\n".join(map(json.dumps, document[name])) + "\n ]"
+    with atomic_write(results) as path:
+        path.write_text(text + "\n}\n", encoding="utf-8")
+
+
+def page(document: Record) -> str:
+    """Return the page."""
+    return "\n".join([INTRODUCTION, *_tables(document)]) + "\n"
+
+
+def _tables(document: Record) -> Iterator[str]:
+    before = {key_of(record): record for record in document["before"]}
+    for arch in ARCHS:
+        records = [record for record in document["now"] if record["arch"] == arch]
+        if not records:
+            continue
+        gpu = GPUS[arch]
+        yield f"\n## {arch}: {gpu.name}\n"
+        shared = f"A block may have {gpu.shared_per_block // KIB} KiB of shared memory."
+        yield f"Triton {document['triton'][arch]}. {shared}\n"
+        for op in CALLS:
+            rows = [_cells(record, before[key_of(record)]) for record in records if record["op"] == op]
+            if rows:
+                yield f"\n### {op} on {arch}\n"
+                for cells in (HEADER, ["---"] * len(HEADER), *rows):
+                    yield "| " + " | ".join(cells) + " |"
+
+
+def _cells(record: Record, before: Record) -> list[str]:
+    """Return the cells of a row; those that have changed have the first figure in brackets."""
+    shown, old = _figures(record), _figures(before)
+    cells = [new if new == was else f"{new} ({was})" for new, was in zip(shown, old, strict=True)]
+    return [record["call"].removeprefix("bf16 "), f"`{record['kernel']}`", *cells]
+
+
+def _figures(record: Record) -> list[str]:
+    if "error" in record:
+        return [record["config"], *["does not compile"] * (len(HEADER) - 3)]
+    per_kmac, gpu = record["instructions_per_kmac"], GPUS[record["arch"]]
+    fits = record["shared_bytes"] <= gpu.shared_per_block
+    return [
+        record["config"],
+        "–" if per_kmac is None else f"{per_kmac:.2f}",
+        f"{record['tensor_work']:.2f}",
+        f"{record['blocks_per_sm']} by {record['limited_by']}" if fits else "does not fit",
+        str(record["registers"]),
+        f"{record['shared_bytes'] / KIB:.0f}",
+        str(record["barriers"]),
+        str(record["local_in_loops"]),
+    ]
+
+
+INTRODUCTION = """\
+# What the compiler makes of the GPU kernels
+
+No GPU has run these kernels yet. What can be known without one is in their machine code, and
+`python -m benchmarks.aot.page` reads it there: it compiles the kernels with the configs of `vot_kernels/tuning/configs`
+for GPUs that need not be present and disassembles them. All figures are of bfloat16 inputs. Where a figure has changed
+since it was first measured, the first one is in brackets.
+
+- **Instructions per kMAC**: machine instructions of all warps in the main loop for 1,024 useful multiply-adds. The main
+  loop of attention has the blocks of keys that need no mask. An SM of sm_90 starts 4 instructions and does 2,048
+  multiply-adds per cycle, so above 2 the instructions take longer than the products.
+- **Tensor work**: multiply-adds that the tensor cores do for each one that the result needs. At 2, two groups of warps
+  compute the same tile. Heads of 80 are computed as 128, because the blocks of Triton are powers of two: the tensor
+  cores do 1.6 times the work, which one block of 64 and one of 16 columns would save at the price of twice as many,
+  smaller products.
+- **Blocks per SM**: how many blocks fit on an SM at a time, and what prevents another one. With two blocks, the
+  exponentials of one overlap the products of the other.
+- **Barriers**: per iteration of the main loop, at which all warps of a block wait for each other.
+- **Spills in loops**: loads and stores of registers that did not fit, in loops with products. They must be 0, and the
+  check `python -m benchmarks.aot` fails otherwise.
+
+A dash: in warp-specialised kernels of sm_100 one warp asks for the products of all, and the exponentials are in loops
+of other warps.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, write the results and the page; return the exit status."""
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot.page", description=about)
+    parser.add_argument("--arch", help=f"{', '.join(ARCHS)}, several with commas; default: all")
+    parser.add_argument("--page", action="store_true", help="only write the page from the results")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads; default: cores")
+    options = parser.parse_args(arguments)
+    document = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if not options.page:
+        import triton
+
+        try:
+            archs = _pick("arch", options.arch, ARCHS)
+        except ValueError as error:
+            print(f"benchmarks.aot.page: {error}", file=sys.stderr)
+            return 2
+        jobs = jobs_of(archs)
+        if not _compile(jobs, options.jobs):
+            return 130
+        document = merged(document, records_of(jobs), archs, triton.__version__)
+        write(document)
+    with atomic_write(PAGE) as path:
+        path.write_text(page(document), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
