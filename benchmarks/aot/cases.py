@@ -64,6 +64,7 @@ class Case:
 # Matrix products of a kernel, each with 2 * head_dim operations per query-key pair and head.
 PAIR_PRODUCTS = {
     "_range_attention_fwd_kernel": 2,  # scores, output
+    "_range_attention_gluon_fwd_kernel": 2,
     "_range_attention_dq_kernel": 3,  # scores, dp, dq
     "_range_attention_dkdv_kernel": 4,  # scores, dv, dp, dk
 }
@@ -139,6 +140,9 @@ def _packed_attention() -> Iterator[Case]:
         name, variant = f"bf16 d{head_dim} warp-specialized", "warp_specialized"
         quick = head_dim == 64
         yield _attention(packed_attention, name, BFLOAT16, problem, quick=quick, _variant=variant)
+        yield _attention(
+            packed_attention, f"bf16 d{head_dim} gluon", BFLOAT16, problem, quick=quick, _variant="gluon"
+        )
 
 
 def _hybrid_attention() -> Iterator[Case]:

@@ -5,8 +5,9 @@ backward. The weight c_i is 1 in the forward. A state has `width * (head_dim + 1
 `[width, head_dim]`, then z `[width]`; states are stored as `[slots, kv_heads, width * (head_dim + 1)]`.
 
 A group is cut into tiles of TILE rows. Tiles are summed by blocks of rows into partial states, and these in a fixed
-order into one state per group (`_reduce_states_kernel`) or into running sums (`_scan_states_kernel`). The results are
-bitwise equal in every run, whatever else is packed. One partial state of 4 * width * (head_dim + 1) bytes is written
+order into one state per group (`_reduce_states_kernel`), into running sums (`_scan_states_kernel`), or into the sums
+over the groups far from each group (`_far_states_kernel`). The results are bitwise equal in every run, whatever else is
+packed. One partial state of 4 * width * (head_dim + 1) bytes is written
 and read once per TILE rows of 4 * TILE * head_dim bytes (k and v of 16 bits). With TILE = 8 head_dim, as configured,
 that is 1/8 of them; running sums take the same again.
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..common.rows import load_block, load_column
+from ..common.softmax import LOG2_E
 from ..common.tiles import locate_tile
 
 
@@ -66,12 +68,12 @@ def decay_over(log_decay, distance):
 
 @triton.jit
 def softmax_scale(pointer, first, end, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Return for each of ROWS rows the largest element and 1 / sum(exp(x - largest)), both `[ROWS]`."""
+    """Return for each of ROWS rows log2(e) times the largest element, and 1 / sum(exp(x - largest)), both `[ROWS]`."""
     COLUMNS: tl.constexpr = triton.next_power_of_2(WIDTH)
     x = load_block(pointer, first, end, stride, 0, WIDTH, ROWS, COLUMNS).to(tl.float32)
     x = tl.where((tl.arange(0, COLUMNS) < WIDTH)[None, :], x, float("-inf"))
-    largest = tl.max(x, 1)
-    return largest, 1.0 / tl.sum(tl.exp(x - largest[:, None]), 1)
+    largest = tl.max(x, 1) * LOG2_E
+    return largest, 1.0 / tl.sum(tl.exp2(x * LOG2_E - largest[:, None]), 1)
 
 
 @triton.jit
@@ -99,10 +101,10 @@ def load_features(
         if COLUMNS < WIDTH:
             if scale is None:
                 scale = softmax_scale(pointer, first, end, stride, WIDTH, ROWS)
-            x = tl.exp(x - scale[0][:, None]) * scale[1][:, None]
+            x = tl.exp2(x * LOG2_E - scale[0][:, None]) * scale[1][:, None]
         else:
             x = tl.where((index < WIDTH)[None, :], x, float("-inf"))
-            x = tl.exp(x - tl.max(x, 1)[:, None])
+            x = tl.exp2(x * LOG2_E - (tl.max(x, 1) * LOG2_E)[:, None])
             x *= (1.0 / tl.sum(x, 1))[:, None]
     elif FEATURE_MAP == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(x))
@@ -158,7 +160,8 @@ def tile_state(
     features_head_stride,
     values_stride,
     values_head_stride,
-    heads,
+    numbers_stride,
+    numbers_head_stride,
     first_head,
     repeats,
     log_decay,
@@ -177,11 +180,12 @@ def tile_state(
 ):
     """Sum the block (row, column) of S `[ROWS, COLUMNS]` and z `[ROWS]` over tokens first to end of `repeats` heads.
 
+    numbers_stride, numbers_head_stride: those of weights and last, in elements.
     log_decay: a number or None. With it a token is weighted by exp(log_decay * distance), from it to `end` or
     (REVERSE) from `first` to it; MOMENT: also by the distance, which gives the derivative with respect to log_decay.
     """
     state = tl.zeros([ROWS, COLUMNS], tl.float32)
-    normaliser = tl.zeros([ROWS], tl.float32)
+    summed = tl.zeros([BLOCK_T, ROWS], tl.float32)  # by blocks; the threads add up once, after the loop
     blocks = tl.cdiv(end - first, BLOCK_T)
     for i in range(repeats * blocks):  # one loop, so that the loads of the next head are pipelined too
         token = first + i % blocks * BLOCK_T
@@ -201,7 +205,8 @@ def tile_state(
             COLUMNS,
         )
         if weights_ptr is not None:
-            features *= load_column(weights_ptr + head, token, end, heads, BLOCK_T)[:, None]
+            weights = weights_ptr + head * numbers_head_stride
+            features *= load_column(weights, token, end, numbers_stride, BLOCK_T)[:, None]
         if log_decay is not None:
             place = token + tl.arange(0, BLOCK_T)
             distance = place - first if REVERSE else end - place
@@ -211,9 +216,10 @@ def tile_state(
             features *= weight[:, None]
         state += dot(tl.trans(features), values, values_ptr.dtype.element_ty)
         if last_ptr is not None:
-            features *= load_column(last_ptr + head, token, end, heads, BLOCK_T)[:, None]
-        normaliser += tl.sum(features, 0)
-    return state, normaliser
+            last = last_ptr + head * numbers_head_stride
+            features *= load_column(last, token, end, numbers_stride, BLOCK_T)[:, None]
+        summed += features
+    return state, tl.sum(summed, 0)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -230,6 +236,8 @@ def _group_states_kernel(
     features_head_stride,
     values_stride,
     values_head_stride,
+    numbers_stride,
+    numbers_head_stride,
     num_groups,
     kv_heads,
     repeats,
@@ -246,8 +254,9 @@ def _group_states_kernel(
     """Write the state of every tile, summed over the `repeats` heads of each kv head.
 
     features `[tokens, kv_heads * repeats, WIDTH]`, values `[tokens, kv_heads * repeats, HEAD_DIM]`; weights, last:
-    float32 `[tokens, kv_heads * repeats]` or None for 1. bounds: int32 `[num_groups + 1]`. states: a slot per
-    group, written for groups of at most TILE rows, empty ones included; or None. partials: a slot per tile.
+    float32 `[tokens, kv_heads * repeats]`, both with the strides of the numbers, in elements, or None for 1.
+    bounds: int32 `[num_groups + 1]`. states: a slot per group, written for groups of at most TILE rows, empty ones
+    included; or None. partials: a slot per tile.
     log_decay: float32 `[kv_heads]` or None. With it query heads have states of their own: kv_heads counts them,
     repeats is 1, and `shared` of them read one head of features and values (else 1). Strides are in units of
     STRIDE_UNIT elements.
@@ -273,8 +282,9 @@ def _group_states_kernel(
     state, normaliser = tile_state(
         features_ptr, values_ptr, weights_ptr, last_ptr, features_stride * STRIDE_UNIT,
         features_head_stride * STRIDE_UNIT, values_stride * STRIDE_UNIT, values_head_stride * STRIDE_UNIT,
-        kv_heads * repeats, kv_head * repeats // shared, repeats, log_decay, first, tl.minimum(first + TILE, end),
-        0, column, WIDTH, HEAD_DIM, FEATURE_MAP, REVERSE, False, BLOCK_T, BLOCK_W, BLOCK_V,
+        numbers_stride, numbers_head_stride, kv_head * repeats // shared, repeats, log_decay, first,
+        tl.minimum(first + TILE, end), 0, column, WIDTH, HEAD_DIM, FEATURE_MAP, REVERSE, False, BLOCK_T, BLOCK_W,
+        BLOCK_V,
     )  # fmt: skip
     SIZE: tl.constexpr = WIDTH * (HEAD_DIM + 1)
     target = partials_ptr + (tile.to(tl.int64) * kv_heads + kv_head) * SIZE
@@ -348,15 +358,14 @@ def _scan_states_kernel(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     REVERSE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write sums[i] = sum of states[j] over j <= i - lag within each segment; REVERSE: over j >= i + lag.
 
     TILE > 0: slots are tiles, and bounds holds rows (cu_seqlens). TILE == 0: slots are groups, and bounds
-    holds groups (segment_groups). ACCUMULATE adds to the contents of `sums`. log_decay: float32 `[kv_heads]` or None,
-    for tiles only: a state n slots farther than the nearest in the sum is weighted by exp(n * TILE * log_decay).
+    holds groups (segment_groups). log_decay: float32 `[kv_heads]` or None, for tiles only: a state n slots farther than
+    the nearest in the sum is weighted by exp(n * TILE * log_decay).
     Grid: segments * kv_heads * cdiv(SIZE, BLOCK).
     """
     BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)
@@ -390,6 +399,107 @@ def _scan_states_kernel(
             running += tl.sum(state, 0)
         pointers = sums_ptr + offset + target[:, None] * stride + element[None, :]
         mask = (place < count)[:, None] & inside
-        if ACCUMULATE:
-            sums += tl.load(pointers, mask, other=0.0)
         tl.store(pointers, sums, mask)
+
+
+@triton.jit
+def _load_group_states(
+    partials_ptr,
+    cu_groups_ptr,
+    group,
+    mask,
+    kv_heads,
+    kv_head,
+    element,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return the states `[groups, elements]` of the groups `group`, summed over their tiles; 0 outside of `mask`."""
+    begin = tl.load(cu_groups_ptr + group, mask, other=0)
+    count = tl.cdiv(tl.load(cu_groups_ptr + group + 1, mask, other=0) - begin, TILE)
+    source = partials_ptr + ((begin // TILE + group).to(tl.int64) * kv_heads + kv_head)[:, None] * SIZE
+    states = tl.zeros([group.shape[0], element.shape[0]], tl.float32)
+    for tile in range(tl.max(count)):
+        inside = (mask & (tile < count))[:, None] & (element < SIZE)[None, :]
+        states += tl.load(source + element[None, :], inside, other=0.0)
+        source += kv_heads.to(tl.int64) * SIZE
+    return states
+
+
+@triton.jit(do_not_specialize=["kv_heads", "behind", "ahead"])
+def _far_states_kernel(
+    sums_ptr,
+    normalisers_ptr,
+    partials_ptr,
+    later_ptr,
+    cu_groups_ptr,
+    segment_groups_ptr,
+    kv_heads,
+    behind,
+    ahead,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    BEHIND: tl.constexpr,
+    AHEAD: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write F_g and z_g, the sum over the states of the groups up to g - behind and from g + ahead on, per segment.
+
+    BEHIND, AHEAD: whether there is that side. sums: `[groups, kv_heads, WIDTH, HEAD_DIM]`, rounded to its dtype;
+    normalisers: float32 `[groups, kv_heads, WIDTH]`; partials: a slot per tile. later: float32 scratch with a slot
+    per block of TILE_GROUPS groups, numbered as tiles are, or None without AHEAD: the sum of what follows the block.
+    cu_groups: int32 `[groups + 1]`, segment_groups: int32 `[segments + 1]`.
+    Grid: segments * kv_heads * cdiv(WIDTH * (HEAD_DIM + 1), BLOCK).
+    """
+    SIZE: tl.constexpr = WIDTH * (HEAD_DIM + 1)
+    BLOCKS: tl.constexpr = triton.cdiv(SIZE, BLOCK)
+    program = tl.program_id(0)
+    element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    kv_head = program // BLOCKS % kv_heads
+    segment = program // (BLOCKS * kv_heads)
+    first = tl.load(segment_groups_ptr + segment)
+    end = tl.load(segment_groups_ptr + segment + 1)
+    blocks = tl.cdiv(end - first, TILE_GROUPS)
+    place = first + tl.arange(0, TILE_GROUPS)
+    if AHEAD:
+        running = tl.zeros([BLOCK], tl.float32)
+        slot = (first // TILE_GROUPS + segment).to(tl.int64)
+        for step in range(blocks - 1):
+            block = blocks - 1 - step
+            group = place + block * TILE_GROUPS + ahead
+            states = _load_group_states(
+                partials_ptr, cu_groups_ptr, group, group < end, kv_heads, kv_head, element, SIZE, TILE
+            )
+            running += tl.sum(states, 0)
+            target = later_ptr + ((slot + block - 1) * kv_heads + kv_head) * SIZE
+            tl.store(target + element, running, element < SIZE)
+        tl.debug_barrier()  # other threads read what was stored here
+    running = tl.zeros([BLOCK], tl.float32)
+    for block in range(blocks):
+        own = place + block * TILE_GROUPS
+        sums = tl.zeros([TILE_GROUPS, BLOCK], tl.float32)
+        if BEHIND:
+            group = own - behind
+            mask = (group >= first) & (own < end)
+            states = _load_group_states(
+                partials_ptr, cu_groups_ptr, group, mask, kv_heads, kv_head, element, SIZE, TILE
+            )
+            sums += tl.cumsum(states, 0) + running[None, :]
+            running += tl.sum(states, 0)
+        if AHEAD:
+            group = own + ahead
+            states = _load_group_states(
+                partials_ptr, cu_groups_ptr, group, group < end, kv_heads, kv_head, element, SIZE, TILE
+            )
+            source = later_ptr + ((slot + block) * kv_heads + kv_head) * SIZE
+            later = tl.load(source + element, (element < SIZE) & (block < blocks - 1), other=0.0)
+            sums += tl.cumsum(states, 0, reverse=True) + later[None, :]
+        row = own.to(tl.int64) * kv_heads + kv_head
+        is_sum = (element < WIDTH * HEAD_DIM)[None, :]
+        inside = (own < end)[:, None]
+        pointers = sums_ptr + row[:, None] * (WIDTH * HEAD_DIM) + element[None, :]
+        tl.store(pointers, sums.to(sums_ptr.dtype.element_ty), inside & is_sum)
+        pointers = normalisers_ptr + row[:, None] * WIDTH + (element - WIDTH * HEAD_DIM)[None, :]
+        tl.store(pointers, sums, inside & ~is_sum & (element < SIZE)[None, :])

@@ -148,7 +148,7 @@ def _decay_states_kernel(
 
     state, last = tile_state(
         key_ptr, value_ptr, None, None, key_stride * STRIDE_UNIT, key_head_stride * STRIDE_UNIT,
-        value_stride * STRIDE_UNIT, value_head_stride * STRIDE_UNIT, heads, head // shared, 1, log_decay,
+        value_stride * STRIDE_UNIT, value_head_stride * STRIDE_UNIT, heads, 1, head // shared, 1, log_decay,
         first, tl.minimum(first + TILE, end), 0, column, HEAD_DIM, HEAD_DIM, FEATURE_MAP, False, True,
         BLOCK_T, BLOCK_F, BLOCK_V,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def _decay_states_kernel(
     total_last = tl.sum((last + across * before_last) * after_last)
     state, last = tile_state(
         query_ptr, d_out_ptr, weights_ptr, last_ptr, query_stride * STRIDE_UNIT, query_head_stride * STRIDE_UNIT,
-        d_out_stride * STRIDE_UNIT, d_out_head_stride * STRIDE_UNIT, heads, head, 1, log_decay,
+        d_out_stride * STRIDE_UNIT, d_out_head_stride * STRIDE_UNIT, heads, 1, head, 1, log_decay,
         first, tl.minimum(first + TILE, end), 0, column, HEAD_DIM, HEAD_DIM, FEATURE_MAP, True, True,
         BLOCK_T, BLOCK_F, BLOCK_V,
     )  # fmt: skip

@@ -143,7 +143,7 @@ def _first_state(
     else:
         state, normaliser = tile_state(
             features_ptr, values_ptr, weights_ptr, last_ptr, features_stride, features_head_stride, values_stride,
-            values_head_stride, other_heads, head * other_heads // heads, repeats, None, first, stop, row, column,
+            values_head_stride, other_heads, 1, head * other_heads // heads, repeats, None, first, stop, row, column,
             HEAD_DIM, HEAD_DIM, FEATURE_MAP, False, False, BLOCK_T, ROWS, COLUMNS,
         )  # fmt: skip
     return state, normaliser

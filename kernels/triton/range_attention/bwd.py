@@ -4,6 +4,8 @@ With p = exp(scale q.k - lse) of the joint lse and D = do.o - dlse,
 
     dv = p^T do,   ds = p (do.v - D),   dq = scale ds k,   dk = scale ds^T q.
 
+The first kernel also writes what the second reads of each row, by heads: lse in powers of two, and -D.
+
 The pair is deterministic: every sum has one owner and one order. It computes 7 matrix products per block, because both
 kernels compute p and do.v. The fused form computes these once, which makes 5: the first kernel leaves the keys out
 (SKIP_NEAR), and the second also adds scale ds k to the float32 dq of the first (ADD_DQ), in any order of its programs.
@@ -24,7 +26,7 @@ from ..common.ranges import masked_block, tile_ranges
 from ..common.rows import head_rows, load_rows, store_rows
 from ..common.softmax import LOG2_E
 from ..common.tiles import locate_tile
-from .far import add_far_values, far_gradient, tile_groups
+from .far import add_far, far_gradient, tile_groups
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def _add_keys(
     query,
     d_out,
     lse,
-    delta,
+    minus_delta,
     k_ptr,
     v_ptr,
     k_stride,
@@ -52,13 +54,14 @@ def _add_keys(
     key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
     value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    # Both products are under way before the exponentials, which then overlap with the second one.
+    d_weights = tl.dot(d_out, tl.trans(value), input_precision="ieee")
     weights = tl.exp2(scores * factor - lse[:, None])
     if MASKED:
         index = first_key + tl.arange(0, BLOCK_K)
         seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
         weights = tl.where(seen, weights, 0.0)
-    d_weights = tl.dot(d_out, tl.trans(value), input_precision="ieee")
-    d_scores = weights * (d_weights - delta[:, None])
+    d_scores = weights * (d_weights + minus_delta[:, None])
     return tl.dot(d_scores.to(key.dtype), key, dq, input_precision="ieee")
 
 
@@ -72,10 +75,12 @@ def _range_attention_dq_kernel(
     k_ptr,
     v_ptr,
     dq_ptr,
-    delta_ptr,
+    log2_lse_ptr,
+    minus_delta_ptr,
     ranges_ptr,
     cu_rows_ptr,
     far_ptr,
+    far_z_ptr,
     beta_ptr,
     features_ptr,
     d_features_ptr,
@@ -110,11 +115,12 @@ def _range_attention_dq_kernel(
     BLOCK_F: tl.constexpr,
     SKIP_NEAR: tl.constexpr = False,
 ):
-    """Write dq of one tile of rows and one head, and their delta D = do.o - dlse for the other kernel.
+    """Write dq of one tile of rows and one head, and what the other kernel reads of these rows.
 
-    d_out, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, d_lse (or None), delta: float32 `[rows, heads]`.
+    d_out, out, q, dq: `[rows, heads, HEAD_DIM]`; lse, d_lse (or None): float32 `[rows, heads]`; log2_lse, +inf for a
+    row that sees nothing, and minus_delta, -D = dlse - do.o: float32 `[heads, rows]`.
     Grid, slack and far part are as in the forward. The far part writes c to far_weight and phi(q).dphi(q) to d_beta,
-    float32 `[rows, heads]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq if that is None.
+    float32 `[heads, rows]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq if that is None.
 
     SKIP_NEAR: dq is the far part only, or 0. ranges, k and v are not read, and BLOCK_K is not used.
     """
@@ -134,14 +140,16 @@ def _range_attention_dq_kernel(
     v_ptr, v_stride = head_rows(v_ptr, head // repeats, v_head_stride, v_stride, STRIDE_UNIT)
     d_out = load_rows(d_out_ptr, first_row, end_row, d_out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
     out = load_rows(out_ptr, first_row, end_row, out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
-    delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
+    minus_delta = -tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     row = first_row + tl.arange(0, BLOCK_Q)
-    place = row.to(tl.int64) * heads + head
+    source = row.to(tl.int64) * heads + head
+    place = head.to(tl.int64) * rows + row
     if d_lse_ptr is not None:
-        delta -= tl.load(d_lse_ptr + place, row < end_row, other=0.0)
-    tl.store(delta_ptr + place, delta, row < end_row)
-    lse = tl.load(lse_ptr + place, row < end_row, other=float("-inf"))
+        minus_delta += tl.load(d_lse_ptr + source, row < end_row, other=0.0)
+    tl.store(minus_delta_ptr + place, minus_delta, row < end_row)
+    lse = tl.load(lse_ptr + source, row < end_row, other=float("-inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    tl.store(log2_lse_ptr + place, lse, row < end_row)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if not SKIP_NEAR:
@@ -150,14 +158,14 @@ def _range_attention_dq_kernel(
         for block in range(count - (end_full - first_full)):
             first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
             dq = _add_keys(
-                query, d_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
-                HEAD_DIM, BLOCK_D, BLOCK_K, True,
+                query, d_out, lse, minus_delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high,
+                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, True,
             )  # fmt: skip
         for block in range(first_full, end_full):
             first_key = begin + block * BLOCK_K
             dq = _add_keys(
-                query, d_out, lse, delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high, factor, dq,
-                HEAD_DIM, BLOCK_D, BLOCK_K, False,
+                query, d_out, lse, minus_delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high,
+                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, False,
             )  # fmt: skip
         dq *= scale
 
@@ -168,11 +176,12 @@ def _range_attention_dq_kernel(
         features_ptr, features_stride = head_rows(
             features_ptr, head, features_head_stride, features_stride, STRIDE_UNIT
         )
-        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
+        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * HEAD_DIM)
+        far_z_ptr += (head // repeats).to(tl.int64) * WIDTH
         first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
         d_features = far_gradient(
-            d_out_ptr, d_out_stride, -delta, far_ptr, row_groups_ptr, first, end, first_row, end_row,
-            heads // repeats, WIDTH, HEAD_DIM, BLOCK_W, BLOCK_Q, BLOCK_F,
+            d_out_ptr, d_out_stride, minus_delta, far_ptr, far_z_ptr, row_groups_ptr, first, end, first_row,
+            end_row, heads // repeats, WIDTH, HEAD_DIM, BLOCK_W, BLOCK_Q, BLOCK_F,
         )  # fmt: skip
         d_features *= weight[:, None]
         features = load_features(
@@ -252,8 +261,8 @@ def _add_rows(
     value,
     q_ptr,
     d_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    log2_lse_ptr,
+    minus_delta_ptr,
     q_stride,
     d_out_stride,
     heads,
@@ -281,22 +290,20 @@ def _add_rows(
     query = load_rows(q_ptr, first_row, end, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
     d_out = load_rows(d_out_ptr, first_row, end, d_out_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, MASKED)
     row = first_row + tl.arange(0, BLOCK_Q)
-    place = row.to(tl.int64) * heads
     if MASKED:
-        lse = tl.load(lse_ptr + place, row < end, other=float("-inf"))
-        delta = tl.load(delta_ptr + place, row < end, other=0.0)
+        lse = tl.load(log2_lse_ptr + row, row < end, other=float("inf"))
+        minus_delta = tl.load(minus_delta_ptr + row, row < end, other=0.0)
     else:
-        lse = tl.load(lse_ptr + place)
-        delta = tl.load(delta_ptr + place)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        lse = tl.load(log2_lse_ptr + row)
+        minus_delta = tl.load(minus_delta_ptr + row)
     scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    d_weights = tl.dot(value, tl.trans(d_out), input_precision="ieee")
     weights = tl.exp2(scores * (scale * LOG2_E) - lse[None, :])
     if MASKED:
         seen = (row[None, :] >= low[:, None]) & (row[None, :] < high[:, None])
         weights = tl.where(seen, weights, 0.0)
     dv = tl.dot(weights.to(d_out.dtype), d_out, dv, input_precision="ieee")
-    d_weights = tl.dot(value, tl.trans(d_out), input_precision="ieee")
-    d_scores = (weights * (d_weights - delta[None, :])).to(query.dtype)
+    d_scores = (weights * (d_weights + minus_delta[None, :])).to(query.dtype)
     dk = tl.dot(d_scores, query, dk, input_precision="ieee")
     if ADD_DQ:
         block = tl.dot(tl.trans(d_scores), key, input_precision="ieee") * scale
@@ -304,11 +311,18 @@ def _add_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["segments", "groups", "keys", "repeats", "heads"])
+@triton.jit
+def _next_block(block, repeat, count):
+    """Return the block after `block` of `count`, and its head; after the last one the next head begins."""
+    last = block + 1 == count
+    return tl.where(last, 0, block + 1), repeat + last.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["segments", "groups", "keys", "rows", "repeats", "heads"])
 def _range_attention_dkdv_kernel(
     d_out_ptr,
-    lse_ptr,
-    delta_ptr,
+    log2_lse_ptr,
+    minus_delta_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -318,12 +332,14 @@ def _range_attention_dkdv_kernel(
     ranges_ptr,
     cu_keys_ptr,
     far_ptr,
+    far_z_ptr,
     features_ptr,
     d_features_ptr,
     key_groups_ptr,
     segments,
     groups,
     keys,
+    rows,
     heads,
     repeats,
     scale,
@@ -351,8 +367,9 @@ def _range_attention_dkdv_kernel(
 ):
     """Write dk and dv of one tile of keys and one kv head, over the `repeats` heads that read them.
 
-    Here `ranges` int32 `[2, keys]` are the rows that see each key, and far, features `[keys, kv_heads, WIDTH]` and
-    d_features those of the key side. Grid: (tiles, kv heads).
+    Here `ranges` int32 `[2, keys]` are the rows that see each key, and far, far_z, features
+    `[keys, kv_heads, WIDTH]` and d_features those of the key side. log2_lse, minus_delta: float32 `[heads, rows]`.
+    Grid: (tiles, kv heads).
 
     ADD_DQ: add the part of these keys to dq, float32 `[rows, heads, HEAD_DIM]`, else None. USE_TMA: add through a
     descriptor made on the device, on sm_90 and newer; HEAD_DIM must then be a multiple of 4.
@@ -381,27 +398,34 @@ def _range_attention_dkdv_kernel(
     q_head_stride *= STRIDE_UNIT
     d_out_ptr, d_out_stride = head_rows(d_out_ptr, head, d_out_head_stride, d_out_stride, STRIDE_UNIT)
     d_out_head_stride *= STRIDE_UNIT
-    lse_ptr += head
-    delta_ptr += head
-    # Heads and blocks share one loop, because nested loops take some 30 registers more.
+    log2_lse_ptr += head.to(tl.int64) * rows
+    minus_delta_ptr += head.to(tl.int64) * rows
+    # Heads and blocks share one loop, because nested loops take some 30 registers more. It counts them, because a
+    # division in every step takes 40 instructions.
     masked = count - (end_full - first_full)
-    for step in range(masked * repeats):
-        repeat = (step // masked).to(tl.int64)
-        first_row = begin + masked_block(step % masked, first_full, end_full) * BLOCK_Q
+    block = tl.full([], 0, tl.int32)
+    repeat = tl.full([], 0, tl.int32)
+    for _ in range(masked * repeats):
+        first_row = begin + masked_block(block, first_full, end_full) * BLOCK_Q
+        other = repeat.to(tl.int64)
         dk, dv = _add_rows(
-            key, value, q_ptr + repeat * q_head_stride, d_out_ptr + repeat * d_out_head_stride,
-            lse_ptr + repeat, delta_ptr + repeat, q_stride, d_out_stride, heads, first_row, end,
-            low, high, scale, dk, dv, dq, head + step // masked, HEAD_DIM, BLOCK_D, BLOCK_Q, True, ADD_DQ, USE_TMA,
+            key, value, q_ptr + other * q_head_stride, d_out_ptr + other * d_out_head_stride,
+            log2_lse_ptr + other * rows, minus_delta_ptr + other * rows, q_stride, d_out_stride, heads, first_row,
+            end, low, high, scale, dk, dv, dq, head + repeat, HEAD_DIM, BLOCK_D, BLOCK_Q, True, ADD_DQ, USE_TMA,
         )  # fmt: skip
+        block, repeat = _next_block(block, repeat, masked)
+    block = tl.full([], 0, tl.int32)
+    repeat = tl.full([], 0, tl.int32)
     full = end_full - first_full
-    for step in range(full * repeats):
-        repeat = (step // full).to(tl.int64)
-        first_row = begin + (first_full + step % full) * BLOCK_Q
+    for _ in range(full * repeats):
+        first_row = begin + (first_full + block) * BLOCK_Q
+        other = repeat.to(tl.int64)
         dk, dv = _add_rows(
-            key, value, q_ptr + repeat * q_head_stride, d_out_ptr + repeat * d_out_head_stride,
-            lse_ptr + repeat, delta_ptr + repeat, q_stride, d_out_stride, heads, first_row, end,
-            low, high, scale, dk, dv, dq, head + step // full, HEAD_DIM, BLOCK_D, BLOCK_Q, False, ADD_DQ, USE_TMA,
+            key, value, q_ptr + other * q_head_stride, d_out_ptr + other * d_out_head_stride,
+            log2_lse_ptr + other * rows, minus_delta_ptr + other * rows, q_stride, d_out_stride, heads, first_row,
+            end, low, high, scale, dk, dv, dq, head + repeat, HEAD_DIM, BLOCK_D, BLOCK_Q, False, ADD_DQ, USE_TMA,
         )  # fmt: skip
+        block, repeat = _next_block(block, repeat, full)
 
     limit = tl.where(segment == segments - 1, keys, end_key)
     inside = (first_key + tl.arange(0, BLOCK_K) < end_key)[:, None]  # slack rows take part in full blocks
@@ -411,10 +435,11 @@ def _range_attention_dkdv_kernel(
         features_ptr, features_stride = head_rows(
             features_ptr, kv_head, features_head_stride, features_stride, STRIDE_UNIT
         )
-        far_ptr += kv_head.to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
+        far_ptr += kv_head.to(tl.int64) * (WIDTH * HEAD_DIM)
+        far_z_ptr += kv_head.to(tl.int64) * WIDTH
         first, end = tile_groups(key_groups_ptr, groups, first_key, end_key, BLOCK_K)
-        dv = add_far_values(
-            dv, None, features_ptr, features_stride, far_ptr, key_groups_ptr, first, end, first_key, end_key,
+        dv, _ = add_far(
+            dv, features_ptr, features_stride, far_ptr, far_z_ptr, key_groups_ptr, first, end, first_key, end_key,
             kv_heads, WIDTH, FEATURE_MAP, v_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D, BLOCK_K, BLOCK_F,
         )  # fmt: skip
     dv_ptr += kv_head * HEAD_DIM
@@ -422,8 +447,8 @@ def _range_attention_dkdv_kernel(
     if far_ptr is not None:
         ones = tl.full([BLOCK_K], 1.0, tl.float32)
         d_features = far_gradient(
-            v_ptr, v_stride, ones, far_ptr, key_groups_ptr, first, end, first_key, end_key, kv_heads, WIDTH,
-            HEAD_DIM, BLOCK_W, BLOCK_K, BLOCK_F,
+            v_ptr, v_stride, ones, far_ptr, far_z_ptr, key_groups_ptr, first, end, first_key, end_key, kv_heads,
+            WIDTH, HEAD_DIM, BLOCK_W, BLOCK_K, BLOCK_F,
         )  # fmt: skip
         if d_features_ptr is None:
             features = load_features(

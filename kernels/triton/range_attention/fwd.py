@@ -11,7 +11,7 @@ from ..common.ranges import masked_block, tile_ranges
 from ..common.rows import head_rows, load_source, row_source, store_rows
 from ..common.softmax import LN_2, LOG2_E, softmax_step
 from ..common.tiles import locate_tile, locate_tile_by_steps
-from .far import add_far_values, far_total, tile_groups
+from .far import add_far, tile_groups
 
 
 @triton.jit
@@ -38,14 +38,16 @@ def _attend_block(
 ):
     """Return sums, peak and total after BLOCK_K more keys; keys and values are each a `row_source`.
 
-    low and high number the keys so that first_key is `first_index`.
+    low and high number the keys so that first_key is `first_index`; low is None if no row has a bound on that side.
     """
     key = load_source(keys, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     value = load_source(values, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
         index = first_index + tl.arange(0, BLOCK_K)
-        seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
+        seen = index[None, :] < high[:, None]
+        if low is not None:
+            seen = seen & (index[None, :] >= low[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     weights, peak, total, decay = softmax_step(scores, factor, peak, total)
     sums = tl.dot(weights.to(value.dtype), value, sums * decay[:, None], input_precision="ieee")
@@ -53,45 +55,14 @@ def _attend_block(
 
 
 @triton.jit
-def _add_far(
-    sums,
-    peak,
-    total,
-    log2_beta,
-    features_ptr,
-    features_stride,
-    far_ptr,
-    row_groups_ptr,
-    groups,
-    first_row,
-    end_row,
-    kv_heads,
-    WIDTH: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
-    TYPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """Return sums, peak and total with the far part of every row.
-
-    The normaliser comes first and raises the peak, so that the states are added under the final peak.
-    """
-    first, end = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
-    far = far_total(
-        features_ptr, features_stride, far_ptr, row_groups_ptr, first, end, first_row, end_row, kv_heads,
-        WIDTH, FEATURE_MAP, HEAD_DIM, BLOCK_Q, BLOCK_F,
-    )  # fmt: skip
-    raised = tl.maximum(peak, log2_beta + tl.log2(far))
+def _join_far(sums, peak, total, far_sums, far_total, log2_beta):
+    """Return sums, peak and total with the far part of every row; its normaliser may raise the peak."""
+    raised = tl.maximum(peak, log2_beta + tl.log2(far_total))
     pivot = tl.where(raised == float("-inf"), 0.0, raised)
-    weight = tl.where(far == 0, 0.0, tl.exp2(tl.minimum(log2_beta - pivot, 120.0)))
+    weight = tl.where(far_total == 0, 0.0, tl.exp2(tl.minimum(log2_beta - pivot, 120.0)))
     decay = tl.exp2(peak - pivot)
-    sums = add_far_values(
-        sums * decay[:, None], weight, features_ptr, features_stride, far_ptr, row_groups_ptr, first, end,
-        first_row, end_row, kv_heads, WIDTH, FEATURE_MAP, TYPE, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
-    )  # fmt: skip
-    return sums, raised, total * decay + far * weight
+    sums = sums * decay[:, None] + far_sums * weight[:, None]
+    return sums, raised, total * decay + far_total * weight
 
 
 @triton.jit(do_not_specialize=["segments", "groups", "rows", "repeats"])
@@ -104,6 +75,7 @@ def _range_attention_fwd_kernel(
     ranges_ptr,
     cu_rows_ptr,
     far_ptr,
+    far_z_ptr,
     beta_ptr,
     features_ptr,
     row_groups_ptr,
@@ -130,6 +102,7 @@ def _range_attention_fwd_kernel(
     BLOCK_F: tl.constexpr,
     USE_TMA: tl.constexpr = False,
     WARP_SPECIALIZE: tl.constexpr = False,
+    LEFT_BOUND: tl.constexpr = True,
 ):
     """Compute one tile of rows of a segment and one head; `common/ranges.py` describes `ranges`.
 
@@ -137,16 +110,17 @@ def _range_attention_fwd_kernel(
     natural log; scale >= 0. Outputs are contiguous, strides are in units of STRIDE_UNIT elements. Grid: (tiles, heads).
     The tiles of the last segment also write the slack rows after it.
 
-    far: float32 `[groups, kv_heads, WIDTH * (HEAD_DIM + 1)]`, states as in `states.py`, or None for no far part.
-    With it: beta, float32 `[heads]` or None for 0; features `[rows, heads, WIDTH]`, taken through FEATURE_MAP;
-    row_groups: int32 `[groups + 1]`.
+    far: F `[groups, kv_heads, WIDTH, HEAD_DIM]`, bfloat16 for bfloat16 inputs and else float32, or None for no far
+    part. With it: far_z, float32 `[groups, kv_heads, WIDTH]`; beta, float32 `[heads]` or None for 0; features
+    `[rows, heads, WIDTH]`, taken through FEATURE_MAP; row_groups: int32 `[groups + 1]`.
 
     USE_TMA: load keys and values through descriptors made on the device, on sm_90 and newer. The results are bitwise
     equal. The bases and the strides of q, k and v must be multiples of 16 bytes.
 
     WARP_SPECIALIZE, with USE_TMA and without a far part: one group of warps loads and the others multiply, one group
-    for each half of the rows. On sm_90 the compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps. It
-    gives no message if it leaves the loop unchanged, so configs have the limit `warp_specialized`.
+    for each half of the rows. Every block is masked then; LEFT_BOUND: on both sides, as a window asks for. On sm_90 the
+    compiler takes BLOCK_Q 128 and num_warps 4, to which it adds 8 warps. It gives no message if it leaves the loop
+    unchanged, so configs have the limit `warp_specialized`.
     """
     # Late rows go first, because they see the most keys if attention is causal.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -180,13 +154,17 @@ def _range_attention_fwd_kernel(
         # key: otherwise the compiler makes the producer warp load them, and that warp can load only through
         # descriptors.
         origin = begin
-        low -= begin
+        if LEFT_BOUND:
+            low -= begin
+        else:
+            low = None
         high -= begin
         for block in tl.range(count, warp_specialize=True):
             full = first_full + block - masked
             place = tl.where(block < masked, masked_block(block, first_full, end_full), full)
             first_key = begin + place * BLOCK_K
-            low -= first_key - origin
+            if LEFT_BOUND:
+                low -= first_key - origin
             high -= first_key - origin
             origin = first_key
             sums, peak, total = _attend_block(
@@ -212,12 +190,16 @@ def _range_attention_fwd_kernel(
         features_ptr, features_stride = head_rows(
             features_ptr, head, features_head_stride, features_stride, STRIDE_UNIT
         )
-        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * (HEAD_DIM + 1))
-        sums, peak, total = _add_far(
-            sums, peak, total, log2_beta, features_ptr, features_stride, far_ptr, row_groups_ptr,
-            groups, first_row, end_row, heads // repeats, WIDTH, FEATURE_MAP, v_ptr.dtype.element_ty,
-            HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
+        far_ptr += (head // repeats).to(tl.int64) * (WIDTH * HEAD_DIM)
+        far_z_ptr += (head // repeats).to(tl.int64) * WIDTH
+        first_group, end_group = tile_groups(row_groups_ptr, groups, first_row, end_row, BLOCK_Q)
+        # The far part has sums of its own, so that phi is computed once and not again under the final peak.
+        far_sums, far_total = add_far(
+            tl.zeros([BLOCK_Q, BLOCK_D], tl.float32), features_ptr, features_stride, far_ptr, far_z_ptr,
+            row_groups_ptr, first_group, end_group, first_row, end_row, heads // repeats, WIDTH, FEATURE_MAP,
+            v_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_F,
         )  # fmt: skip
+        sums, peak, total = _join_far(sums, peak, total, far_sums, far_total, log2_beta)
 
     row = first_row + tl.arange(0, BLOCK_Q)
     found = (total != 0) & (

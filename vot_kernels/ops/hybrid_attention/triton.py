@@ -6,7 +6,7 @@ from torch import Tensor
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.launch import rows_contiguous
 from vot_kernels.ops.parts.attention import Grads, Options
-from vot_kernels.ops.parts.group_states.triton import Rows, group_states, scan_states
+from vot_kernels.ops.parts.group_states.triton import Rows, far_states
 from vot_kernels.ops.parts.range_attention.triton import (
     FarPart,
     fuses_backward,
@@ -26,7 +26,7 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     v = _compact(v)
     queries, keys, name = _features(inputs, options.feature_map)
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
-    far = FarPart(states, queries, name, inputs.beta)
+    far = FarPart(*states, queries, name, inputs.beta)
     return range_attention_forward(q, k, v, ranges, options.scale, far, variant=options.variant)
 
 
@@ -47,29 +47,24 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     near_part = (q, k, v, ranges, options.scale)
     queries, keys, name = _features(inputs, options.feature_map)
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
-    far = FarPart(states, queries, name, beta)
+    far = FarPart(*states, queries, name, beta)
     fused = fuses_backward(q, options.variant, options.deterministic, far=True)
     rows = range_attention_rows_backward(d_out, grads.d_lse, out, lse, *near_part, far, fused=fused)
-    gradients = Rows(queries, d_out, rows.far_weight, -rows.delta)
+    gradients = Rows(queries, d_out, rows.far_weight, rows.minus_delta, by_heads=True)
     states = _far_states(geometry, gradients, k.shape[1], name, mirrored=True)
-    far, dq = FarPart(states, keys, name), rows.dq if fused else None
-    dk, dv, d_keys = range_attention_keys_backward(d_out, lse, rows.delta, *near_part, far, dq=dq)
-    d_beta = None if beta is None or rows.d_beta is None else rows.d_beta.sum(0).to(beta.dtype)
+    far, dq = FarPart(*states, keys, name), rows.dq if fused else None
+    dk, dv, d_keys = range_attention_keys_backward(d_out, rows, *near_part, far, dq=dq)
+    d_beta = None if beta is None or rows.d_beta is None else rows.d_beta.sum(1).to(beta.dtype)
     return Inputs(rows.dq.to(q.dtype), dk, dv, d_beta, rows.d_features, d_keys)
 
 
 def _far_states(
     geometry: Geometry, rows: Rows, kv_heads: int, feature_map: str, *, mirrored: bool = False
-) -> Tensor:
-    """Sum for each group the states of the groups that are far from it; mirrored: those from which it is far."""
+) -> tuple[Tensor, Tensor]:
+    """Return for each group the sums over the groups that are far from it; mirrored: from which it is far."""
     behind, ahead = reversed(geometry.lags) if mirrored else geometry.lags
-    states = group_states(rows, geometry.cu_groups, kv_heads, feature_map)
-    sums = None
-    if behind is not None:
-        sums = scan_states(states, geometry.segment_groups, lag=behind)
-    if ahead is not None:
-        sums = scan_states(states, geometry.segment_groups, lag=ahead, reverse=True, out=sums)
-    return torch.zeros_like(states) if sums is None else sums
+    groups = geometry.cu_groups, geometry.segment_groups
+    return far_states(rows, *groups, kv_heads, feature_map, behind, ahead)
 
 
 def _features(inputs: Inputs, feature_map: str) -> tuple[Tensor, Tensor, str]:

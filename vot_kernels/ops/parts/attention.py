@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-VARIANTS = (None, "tma", "warp_specialized", "fused")
+VARIANTS = (None, "plain", "tma", "warp_specialized", "gluon", "fused")
 
 
 class Options(NamedTuple):

@@ -4,7 +4,7 @@ Most of them have the very tensors of the layer before, which are told apart fas
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, wraps
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_MOST_KEPT = 32  # results with one tensor
 
 _forget: list[Callable[[], None]] = []
 
@@ -49,6 +50,30 @@ def remember(make: Callable[..., T]) -> Callable[..., T]:
         return result
 
     return remembered
+
+
+def keep_with(owner: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """Return `make()`, kept as long as `owner` lives, for calls with the same key and unchanged contents of `owner`.
+
+    This is for what kernels compute from a layout, whose tensors share a life. Nothing is kept while a CUDA graph is
+    captured, because the graph must compute it from the contents at each replay, and none is kept of inference tensors,
+    whose changes PyTorch does not count. `key` names all else that the result depends on; so does the current stream.
+    """
+    stream = 0
+    if owner.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return make()
+        stream = torch.cuda.current_stream(owner.device).cuda_stream
+    if owner.is_inference():
+        return make()
+    kept: dict[Any, Any] = owner.__dict__.setdefault("_vot_kernels_kept", {})
+    whole = (key, stream, owner._version)
+    found = kept.get(whole)
+    if found is None:
+        if len(kept) >= _MOST_KEPT:
+            kept.clear()
+        found = kept[whole] = make()
+    return found
 
 
 def forget_plans() -> None:

@@ -4,7 +4,6 @@ States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_
 `kernels/triton/group_states/states.py`. No function here waits for the device.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from vot_kernels.tuning import Config
 _TILES = Kernel("group_states", "group_states", "group_states.states:_group_states_kernel")
 _REDUCE = Kernel("group_states", "reduce_states", "group_states.states:_reduce_states_kernel")
 _SCAN = Kernel("group_states", "scan_states", "group_states.states:_scan_states_kernel")
+_FAR = Kernel("group_states", "far_states", "group_states.states:_far_states_kernel")
 # Bits that tl.dot keeps of a factor. float16 is multiplied as tf32, because sums over a segment exceed the float16
 # range.
 _DOT_BITS = {torch.bfloat16: 16, torch.float16: 19, torch.float32: 32}
@@ -31,12 +31,14 @@ class Rows:
         values: `[tokens, heads, head_dim]`. The columns of both are contiguous.
         weights: float32 `[tokens, heads]`, factors of the features, or None for 1.
         last: float32 `[tokens, heads]`, the column appended to the values, or None for 1.
+        by_heads: weights and last are `[heads, tokens]` instead.
     """
 
     features: Tensor
     values: Tensor
     weights: Tensor | None = None
     last: Tensor | None = None
+    by_heads: bool = False
 
 
 def dot_bits(x: Tensor) -> int:
@@ -91,6 +93,57 @@ def running_states(
     return scan_states(partials, bounds, reverse=reverse, tile=tile, log_decay=log_decay)
 
 
+def far_states(
+    rows: Rows,
+    cu_groups: Tensor,
+    segment_groups: Tensor,
+    kv_heads: int,
+    feature_map: str,
+    behind: int | None,
+    ahead: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum for each group the states of the groups of its segment from `behind` before it back and `ahead` after it on.
+
+    Args:
+        cu_groups: int32 `[groups + 1]`, cumulative lengths; rows from cu_groups[-1] on are not read.
+        segment_groups: int32 `[segments + 1]`, first group of each segment.
+        behind, ahead: distances in groups, None for a side that is left out.
+
+    Returns:
+        S `[groups, kv_heads, width, head_dim]`, in bfloat16 for bfloat16 rows, whose products round it to that, and
+        else in float32; z float32 `[groups, kv_heads, width]`.
+    """
+    partials, tile = _tile_states(rows, cu_groups, kv_heads, feature_map, None)
+    groups, width, head_dim = cu_groups.shape[0] - 1, rows.features.shape[2], rows.values.shape[2]
+    dtype = torch.bfloat16 if rows.values.dtype == torch.bfloat16 else torch.float32
+    sums = partials.new_empty((groups, kv_heads, width, head_dim), dtype=dtype)
+    normalisers = partials.new_empty((groups, kv_heads, width))
+    config = _FAR.config(partials.device, {"dot_bits": dot_bits(rows.values)})
+    segments, later = segment_groups.shape[0] - 1, None
+    if ahead is not None:
+        later = _new_states(rows, groups // config.blocks["TILE_GROUPS"] + segments, kv_heads)
+    size = _state_size(rows)
+    _FAR.launch(
+        lambda blocks: (segments * kv_heads * ceil_div(size, blocks["BLOCK"]),),
+        config=config,
+        sums_ptr=sums,
+        normalisers_ptr=normalisers,
+        partials_ptr=partials,
+        later_ptr=later,
+        cu_groups_ptr=contiguous(cu_groups),
+        segment_groups_ptr=contiguous(segment_groups),
+        kv_heads=kv_heads,
+        behind=behind or 0,
+        ahead=ahead or 0,
+        WIDTH=width,
+        HEAD_DIM=head_dim,
+        TILE=tile,
+        BEHIND=behind is not None,
+        AHEAD=ahead is not None,
+    )
+    return sums, normalisers
+
+
 def scan_states(
     states: Tensor,
     bounds: Tensor,
@@ -98,7 +151,6 @@ def scan_states(
     lag: int = 1,
     reverse: bool = False,
     tile: int = 0,
-    out: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
     """Sum the states of the slots j <= i - lag (reverse: j >= i + lag) within each segment.
@@ -107,20 +159,14 @@ def scan_states(
         states: `[slots, kv_heads, size]`.
         bounds: int32 `[segments + 1]`: the first slot of each segment, or with `tile` > 0 its first row, where a slot
             is a tile of that many rows.
-        out: a contiguous tensor to add to, instead of writing a new tensor.
         log_decay: float32 `[kv_heads]`, the decay per row: a sum shrinks from tile to tile.
     """
     kv_heads, size = states.shape[1:]
     key = {"dot_bits": dot_bits(states), "decay": int(log_decay is not None)}
-    config = _SCAN.config(states.device, key)
-    sums = torch.empty_like(states, memory_format=torch.contiguous_format) if out is None else out
-
-    def grid(blocks: Mapping[str, int]) -> tuple[int]:
-        return ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),)
-
+    sums = torch.empty_like(states, memory_format=torch.contiguous_format)
     _SCAN.launch(
-        grid,
-        config=config,
+        lambda blocks: ((bounds.shape[0] - 1) * kv_heads * ceil_div(size, blocks["BLOCK"]),),
+        key=key,
         states_ptr=contiguous(states),
         sums_ptr=sums,
         log_decay_ptr=contiguous(log_decay),
@@ -130,7 +176,6 @@ def scan_states(
         SIZE=size,
         TILE=tile,
         REVERSE=reverse,
-        ACCUMULATE=out is not None,
     )
     return sums
 
@@ -161,6 +206,8 @@ def _tile_states(
         states_ptr=states,
         partials_ptr=partials,
         **strides(features=rows.features, values=rows.values),
+        numbers_stride=1 if rows.by_heads else heads,
+        numbers_head_stride=tokens if rows.by_heads else 1,
         num_groups=bounds.shape[0] - 1,
         kv_heads=kv_heads,
         repeats=max(heads // kv_heads, 1),

@@ -4,33 +4,52 @@ All of these differ for the kernels only in the range of keys that each row sees
 a small kernel computes them per call, so that nothing waits for the device, and every packing, window and causal
 mode runs the same compiled kernel. A window that covers a segment gives the same bits as exact attention.
 
-Three variants are named in `tuning/configs/<arch>/range_attention.json`, which also says which one is the default:
+Four variants are named in `tuning/configs/<arch>/range_attention.json`, which also says which one is the default:
 
 * "tma": the forward loads keys and values through tensor descriptors, on sm_90 and newer, with bitwise equal results.
 * "warp_specialized": as "tma", but separate warps do the loading. If the table has no such entry, as for a far part,
   a launch that asks for it gets "tma".
+* "gluon": another forward for sm_90 and head_dim 64 or 128 in 16 bits without a far part, written in Gluon. It computes
+  the scores of the next block during the exponentials of this one. No launch takes it by default, and where it cannot
+  serve a launch that asks for it, the default forward does.
 * "fused": the backward computes 5 matrix products per block instead of 7, see `kernels/triton/range_attention/bwd.py`.
   It sums dq in no fixed order, and so is never the default under `torch.use_deterministic_algorithms(True)`.
 
-A launch uses the default unless its `variant` names another one. If a variant cannot serve the inputs or the GPU, the
+A launch uses the default unless its `variant` names another one; "plain" names the kernels without a variant, whose
+backward sums dq in one order. If a variant cannot serve the inputs or the GPU, the
 plain kernels run: descriptors need aligned inputs and sm_90.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.launch import Kernel, contiguous, padded, rows_contiguous, strides, target_arch
+from vot_kernels.ops.parts.plans import keep_with
 from vot_kernels.tuning import INTERPRETER, Config
 
 _KEY_RANGES = Kernel("range_attention", "key_ranges", "common.ranges:_key_ranges_kernel")
 _FWD = Kernel("range_attention", "fwd", "range_attention.fwd:_range_attention_fwd_kernel")
+_GLUON_FWD = Kernel(
+    "range_attention", "fwd_gluon", "range_attention.gluon_fwd:_range_attention_gluon_fwd_kernel"
+)
 _DQ = Kernel("range_attention", "bwd_dq", "range_attention.bwd:_range_attention_dq_kernel")
 _START = Kernel("range_attention", "bwd_start", "range_attention.bwd:_range_attention_dq_kernel")
 _DKDV = Kernel("range_attention", "bwd_dkdv", "range_attention.bwd:_range_attention_dkdv_kernel")
+_PREFERENCES: dict[str | None, dict[str, tuple[str, ...]]] = {
+    None: {},
+    "plain": {"exclude": ("tma", "warp_specialized")},
+    "tma": {"prefer": ("tma",)},
+    "warp_specialized": {"prefer": ("warp_specialized", "tma")},
+    "gluon": {},
+    "fused": {},
+}
+"""What a variant asks of the forward's table; see `vot_kernels.tuning.lookup`."""
 _UNLIMITED = 2**31 - 1
 _DESCRIPTOR_BYTES = 16  # bases and strides in a tensor descriptor must be multiples of this
 
@@ -49,6 +68,7 @@ class KeyRanges:
         left, right: groups seen before and after the own one; None for all of the segment.
         tokens_left, tokens_right: tokens seen before and after the counterpart, None for all; 0 on the right means
             causal attention.
+        of_layout: the tensors belong to one layout, so that what is computed from them is kept with it.
     """
 
     cu_rows: Tensor
@@ -60,6 +80,7 @@ class KeyRanges:
     right: int | None = None
     tokens_left: int | None = None
     tokens_right: int | None = None
+    of_layout: bool = False
 
     def __post_init__(self) -> None:
         for name, x in vars(self).items():  # the kernels take no strides for them
@@ -73,9 +94,12 @@ class KeyRanges:
         cu_keys: Tensor,
         tokens_left: int | None = None,
         tokens_right: int | None = None,
+        *,
+        of_layout: bool = False,
     ) -> "KeyRanges":
         """Give each row all keys of its own segment, or those around its counterpart."""
-        return cls(cu_rows, cu_keys, cu_rows, cu_keys, tokens_left=tokens_left, tokens_right=tokens_right)
+        sides = None, None, tokens_left, tokens_right
+        return cls(cu_rows, cu_keys, cu_rows, cu_keys, None, *sides, of_layout)
 
     def mirrored(self) -> "KeyRanges":
         """Return which rows see each key."""
@@ -89,10 +113,20 @@ class KeyRanges:
             self.left,
             self.tokens_right,
             self.tokens_left,
+            self.of_layout,
         )
 
     def tensor(self, rows: int) -> Tensor:
         """Return int32 `[2, rows]`: first key of each row and one past the last; slack rows are uninitialized."""
+        if not self.of_layout:
+            return self._compute(rows)
+        sides = self.left, self.right, self.tokens_left, self.tokens_right
+        others = (self.cu_rows, self.cu_keys, self.key_groups, self.segment_groups)
+        known = tuple((id(x), x._version) for x in others if x is not None)
+        key = ("ranges", rows, target_arch(self.cu_rows.device), sides, known)
+        return keep_with(self.row_groups, key, lambda: self._compute(rows))
+
+    def _compute(self, rows: int) -> Tensor:
         ranges = torch.empty(2, rows, dtype=torch.int32, device=self.cu_rows.device)
         groups = self.row_groups.shape[0] - 1
         _KEY_RANGES.launch(
@@ -117,14 +151,15 @@ class FarPart:
     """Linear attention of every row to the groups that it does not see, under the same normaliser.
 
     Attributes:
-        states: float32 `[groups, kv_heads, width * (head_dim + 1)]`, the sum of the states of the groups far
-            from each group: S `[width, head_dim]`, then z `[width]`, as `group_states` makes it.
+        states, normalisers: the sums S `[groups, kv_heads, width, head_dim]` and z `[groups, kv_heads, width]` over
+            the groups far from each group, as `far_states` returns them.
         features: `[rows, heads, width]`: q, or given features.
         feature_map: the map to apply to them: "softmax", "elu", "relu", or "none".
         beta: `[heads]`, log of the weight of far tokens; None means 0.
     """
 
     states: Tensor
+    normalisers: Tensor
     features: Tensor
     feature_map: str
     beta: Tensor | None = None
@@ -166,28 +201,62 @@ def range_attention_forward(
     if not segments or not rows:
         return out.zero_(), lse.fill_(-torch.inf)
     key = _key(q, far is not None, descriptors=_loads_by_descriptors(target_arch(q.device), q, k, v))
-    wanted = {None: (), "warp_specialized": ("warp_specialized", "tma")}.get(variant, (str(variant),))
+    shared: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "ranges_ptr": ranges.tensor(rows),
+        "cu_rows_ptr": ranges.cu_rows,
+        "segments": segments,
+        "rows": rows,
+        "repeats": heads // k.shape[1],
+        "scale": scale,
+        "HEAD_DIM": head_dim,
+    }
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int, ...]:
+        return rows // blocks["BLOCK_Q"] + segments, heads
+
+    gluon = _gluon_config(q, key) if variant == "gluon" else None
+    if gluon is not None:
+        _GLUON_FWD.launch(grid, config=gluon, **shared, **strides(q=q, k=k, v=v))
+        return out, lse
+    config = _FWD.config(q.device, key, **_PREFERENCES[variant])
+    if config.blocks.get("WARP_SPECIALIZE"):
+        shared["LEFT_BOUND"] = ranges.left is not None or ranges.tokens_left is not None
     _FWD.launch(
-        lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
-        config=_FWD.config(q.device, key, prefer=wanted),
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        out_ptr=out,
-        lse_ptr=lse,
-        ranges_ptr=ranges.tensor(rows),
-        cu_rows_ptr=ranges.cu_rows,
-        **_far_arguments(far, features, head_dim),
+        grid,
+        config=config,
+        **shared,
+        **_far_arguments(far, features),
         beta_ptr=None if far is None else contiguous(far.beta, torch.float32),
         row_groups_ptr=ranges.row_groups,
-        segments=segments,
         groups=ranges.row_groups.shape[0] - 1,
-        rows=rows,
-        repeats=heads // k.shape[1],
-        scale=scale,
+        BLOCK_D=padded(head_dim),
         **strides(q=q, k=k, v=v, features=features),
     )
     return out, lse
+
+
+def _gluon_config(q: Tensor, key: Mapping[str, int]) -> Config | None:
+    """Return the config of the forward in Gluon, None where it cannot run."""
+    if q.shape[2] not in (64, 128) or not _has_gluon():
+        return None
+    try:
+        return _GLUON_FWD.config(q.device, key)
+    except LookupError:  # its table has what it can run, and it is there for few GPUs
+        return None
+
+
+@cache
+def _has_gluon() -> bool:
+    """Whether this version of Triton has what the Gluon kernel imports."""
+    try:
+        return find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def range_attention_backward(
@@ -215,7 +284,7 @@ def range_attention_backward(
     fused = fuses_backward(q, variant, deterministic)
     rows = range_attention_rows_backward(d_out, d_lse, out, lse, q, k, v, ranges, scale, fused=fused)
     dq = rows.dq if fused else None
-    dk, dv, _ = range_attention_keys_backward(d_out, lse, rows.delta, q, k, v, ranges, scale, dq=dq)
+    dk, dv, _ = range_attention_keys_backward(d_out, rows, q, k, v, ranges, scale, dq=dq)
     return rows.dq.to(q.dtype), dk, dv
 
 
@@ -226,14 +295,14 @@ def fuses_backward(
 
     Args:
         q: as in the forward.
-        variant: "fused" to use it where the table has an entry for it, or None for the default.
+        variant: "fused" to use it where the table has an entry for it, "plain" to not use it, or None for the default.
         deterministic: whether the bits must repeat, in which case the fused form is not the default. It is not
             under `torch.use_deterministic_algorithms(True)` either.
         far: whether there is a far part.
     """
     if variant == "fused":
         return _keys_config(q, far, prefer=("fused",)).variant == "fused"
-    if deterministic or torch.are_deterministic_algorithms_enabled():
+    if variant == "plain" or deterministic or torch.are_deterministic_algorithms_enabled():
         return False
     return _keys_config(q, far).variant == "fused"
 
@@ -257,15 +326,18 @@ class RowGradients:
     Attributes:
         dq: in the dtype of q. It includes the gradient through the feature map, unless the features were given. In
             the fused form it is float32 and lacks the near part, which the second half adds.
-        delta: float32 `[rows, heads]`, D = do.o - dlse; uninitialized in slack rows.
-        far_weight: float32 `[rows, heads]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
+        log2_lse: float32 `[heads, rows]`, lse in powers of two, +inf for rows that see nothing; uninitialized in
+            slack rows.
+        minus_delta: float32 `[heads, rows]`, -D = dlse - do.o; uninitialized in slack rows.
+        far_weight: float32 `[heads, rows]`, exp(beta - lse), the weight of phi(q) in the gradient of the far
             states; None without a far part.
-        d_beta: float32 `[rows, heads]`, to be summed over the rows; None without a far part.
+        d_beta: float32 `[heads, rows]`, to be summed over the rows; None without a far part.
         d_features: gradient of given features (feature_map "none"), else None.
     """
 
     dq: Tensor
-    delta: Tensor
+    log2_lse: Tensor
+    minus_delta: Tensor
     far_weight: Tensor | None = None
     d_beta: Tensor | None = None
     d_features: Tensor | None = None
@@ -289,13 +361,14 @@ def range_attention_rows_backward(
     d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
     features = q if far is None else rows_contiguous(far.features)
-    numbers = torch.empty(3 if far is not None else 1, rows, heads, dtype=torch.float32, device=q.device)
+    numbers = torch.empty(4 if far is not None else 2, heads, rows, dtype=torch.float32, device=q.device)
     given = far is not None and far.feature_map == "none"
     found = RowGradients(
         torch.empty(q.shape, dtype=torch.float32 if fused else q.dtype, device=q.device),
         numbers[0],
-        None if far is None else numbers[1],
+        numbers[1],
         None if far is None else numbers[2],
+        None if far is None else numbers[3],
         torch.empty_like(features, memory_format=torch.contiguous_format) if given else None,
     )
     segments = ranges.cu_rows.shape[0] - 1
@@ -317,10 +390,13 @@ def range_attention_rows_backward(
         k_ptr=k,
         v_ptr=v,
         dq_ptr=found.dq,
-        delta_ptr=found.delta,
+        log2_lse_ptr=found.log2_lse,
+        minus_delta_ptr=found.minus_delta,
         ranges_ptr=None if fused else ranges.tensor(rows),
         cu_rows_ptr=ranges.cu_rows,
-        **_far_arguments(far, features, head_dim),
+        **_far_arguments(far, features),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded(head_dim),
         beta_ptr=None if far is None else contiguous(far.beta, torch.float32),
         d_features_ptr=found.d_features,
         d_beta_ptr=found.d_beta,
@@ -340,8 +416,7 @@ def range_attention_rows_backward(
 
 def range_attention_keys_backward(
     d_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    rows: RowGradients,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -354,7 +429,7 @@ def range_attention_keys_backward(
     """Run the second half of the backward.
 
     Args:
-        delta: as the first half returned it.
+        rows: what the first half returned.
         far: the side of the keys: for each group, the gradient states of the groups from which it is far, summed over
             the heads of each kv head, and the features of k, `[keys, kv_heads, width]`. Its beta is not used.
         dq: that of the first half in the fused form; this function adds the near part to it.
@@ -382,8 +457,8 @@ def range_attention_keys_backward(
         grid,
         config=config,
         d_out_ptr=d_out,
-        lse_ptr=lse.contiguous(),
-        delta_ptr=delta.contiguous(),
+        log2_lse_ptr=rows.log2_lse,
+        minus_delta_ptr=rows.minus_delta,
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -392,12 +467,15 @@ def range_attention_keys_backward(
         dq_ptr=dq,
         ranges_ptr=ranges.mirrored().tensor(keys),
         cu_keys_ptr=ranges.cu_keys,
-        **_far_arguments(far, features, head_dim),
+        **_far_arguments(far, features),
+        HEAD_DIM=head_dim,
+        BLOCK_D=padded(head_dim),
         d_features_ptr=d_features,
         key_groups_ptr=ranges.key_groups,
         segments=segments,
         groups=ranges.key_groups.shape[0] - 1,
         keys=keys,
+        rows=q.shape[0],
         heads=heads,
         repeats=heads // kv_heads,
         scale=scale,
@@ -407,13 +485,14 @@ def range_attention_keys_backward(
     return dk, dv, d_features
 
 
-def _far_arguments(far: FarPart | None, features: Tensor, head_dim: int) -> dict[str, Any]:
-    """Return the arguments that the kernels share for a far part or its absence, and the matching head_dim."""
-    sizes = {"WIDTH": features.shape[2], "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+def _far_arguments(far: FarPart | None, features: Tensor) -> dict[str, Any]:
+    """Return the arguments that the kernels share for a far part or its absence."""
+    width = features.shape[2]
     if far is None:
-        return {"far_ptr": None, "features_ptr": None, "FEATURE_MAP": "none", "BLOCK_F": 0, **sizes}
-    pointers = {"far_ptr": far.states, "features_ptr": features}
-    return {**pointers, "FEATURE_MAP": far.feature_map, **sizes}
+        nothing = {"far_ptr": None, "far_z_ptr": None, "features_ptr": None}
+        return {**nothing, "WIDTH": width, "FEATURE_MAP": "none", "BLOCK_F": 0}
+    pointers = {"far_ptr": far.states, "far_z_ptr": far.normalisers, "features_ptr": features}
+    return {**pointers, "WIDTH": width, "FEATURE_MAP": far.feature_map}
 
 
 def _loads_by_descriptors(arch: str, *tensors: Tensor) -> bool:
@@ -422,15 +501,19 @@ def _loads_by_descriptors(arch: str, *tensors: Tensor) -> bool:
     tensors: `[rows, heads, head_dim]`. Descriptors need bases and strides that are multiples of 16 bytes, and row
     strides of at most 40 bits.
     """
+    if arch != INTERPRETER and int(arch.removeprefix("sm_")) < 90:
+        return False
+    for x in tensors:
+        if x.data_ptr() % _DESCRIPTOR_BYTES or not _strides_fit(x.stride(), x.itemsize, x.shape[2]):
+            return False
+    return True
 
-    def fits(x: Tensor) -> bool:
-        row, head, column = x.stride()
-        starts = x.data_ptr(), row * x.itemsize, head * x.itemsize
-        aligned = column == 1 and all(start % _DESCRIPTOR_BYTES == 0 for start in starts)
-        return aligned and 0 < row * x.itemsize < 2**40 and x.shape[2] == padded(x.shape[2])
 
-    known = arch == INTERPRETER or int(arch.removeprefix("sm_")) >= 90
-    return known and all(fits(x) for x in tensors)
+@lru_cache(maxsize=256)
+def _strides_fit(stride: tuple[int, int, int], itemsize: int, head_dim: int) -> bool:
+    row, head, column = stride
+    aligned = column == 1 and row * itemsize % _DESCRIPTOR_BYTES == head * itemsize % _DESCRIPTOR_BYTES == 0
+    return aligned and 0 < row * itemsize < 2**40 and head_dim == padded(head_dim)
 
 
 def _key(q: Tensor, far: bool, **known: bool) -> dict[str, int]:
