@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from vot_kernels.ops.launch import Kernel, contiguous, matrices_contiguous, rows_contiguous, strides
+from vot_kernels.ops import launch as launching
+from vot_kernels.ops.launch import (
+    Kernel,
+    contiguous,
+    matrices_contiguous,
+    rows_contiguous,
+    run_within_resources,
+    strides,
+)
 from vot_kernels.testing import spread
 from vot_kernels.tuning import Config
 
@@ -80,3 +88,47 @@ def test_what_is_contiguous_is_not_copied():
     assert contiguous(None) is None and contiguous(ROWS) is ROWS
     half = contiguous(torch.zeros(1).expand(3), torch.float16)
     assert half.dtype == torch.float16 and half.stride() == (1,)
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """A launch that takes at most so many stages; it lists those that it was tried with."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    monkeypatch.setattr(launching, "_SMALLER", {})
+
+    def make(most, tried):
+        def run(config):
+            tried.append(config.num_stages)
+            if config.num_stages > most:
+                raise errors.OutOfResources(config.num_stages, most, "shared memory")
+
+        return run
+
+    return make
+
+
+def test_without_the_resources_a_smaller_config_runs_with_one_warning(limited):
+    tried, config = [], Config({"BLOCK": 64}, 4, 3)
+    with pytest.warns(
+        UserWarning, match=r"lacks the resources for a kernel with .*'num_stages': 3.*instead"
+    ) as seen:
+        run_within_resources(limited(1, tried), config, any_blocks=True)
+        run_within_resources(limited(1, tried), config, any_blocks=True)
+    assert tried == [3, 2, 1, 1] and len(seen) == 1
+
+
+def test_other_blocks_are_tried_only_where_the_launch_takes_them(limited, monkeypatch):
+    other = Config({"BLOCK": 32}, 4, 1)
+    monkeypatch.setattr(launching, "smaller", lambda config: iter([other, Config(config.blocks, 8, 2)]))
+    for any_blocks, expected in ((True, [3, 1]), (False, [3, 2])):
+        tried = []
+        with pytest.warns(UserWarning, match="instead"):
+            run_within_resources(limited(2, tried), Config({"BLOCK": 64}, 4, 3), any_blocks=any_blocks)
+        assert tried == expected
+
+
+def test_what_no_config_fits_is_an_error(limited):
+    tried = []
+    with pytest.raises(Exception, match="shared memory"):
+        run_within_resources(limited(0, tried), Config({"BLOCK": 64}, 4, 2), any_blocks=True)
+    assert tried == [2, 1]

@@ -105,7 +105,7 @@ def test_nothing_fits(tables_of, kernel, key):
 
 @pytest.mark.parametrize(
     ("arch", "found"),
-    [("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_120", "sm_100"), ("sm_75", "sm_80")],
+    [("sm_86", "sm_80"), ("sm_87", "sm_80"), ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("sm_75", "sm_80")],
 )
 def test_unknown_gpus_use_the_nearest_table_and_say_so_once(tables_of, arch, found):
     tables_of(TABLE, "sm_80", "sm_90", "sm_100")
@@ -116,6 +116,34 @@ def test_unknown_gpus_use_the_nearest_table_and_say_so_once(tables_of, arch, fou
         warnings.simplefilter("error")
         assert lookup("scan", "sum", arch, bits=16).blocks == {"BLOCK": 2}
         assert nearest_arch("scan", "sm_90") == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("arch", "found"), [("sm_87", "sm_80"), ("sm_110", "sm_100"), ("sm_130", "sm_120"), ("sm_75", "sm_89")]
+)
+def test_a_gpu_takes_no_table_of_one_with_more_shared_memory(tables_of, arch, found):
+    tables_of(TABLE, "sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+    with pytest.warns(UserWarning, match=f"uses those of {found}"):
+        assert nearest_arch("scan", arch) == found
+
+
+@pytest.mark.parametrize(("arch", "found"), [("sm_86", "sm_89"), ("sm_121", "sm_120")])
+def test_gpus_that_hardly_differ_share_a_table(tables_of, arch, found):
+    tables_of(TABLE, "sm_80", "sm_89", "sm_100", "sm_120")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert nearest_arch("scan", arch) == found
+
+
+def test_smaller_configs_are_those_of_smaller_gpus_then_fewer_stages(tables_of):
+    """Another size of the tile would not fit what the launcher has allocated; entries of other variants are others."""
+    tables_of(json.dumps({"sum": [entry(8) | {"num_stages": 3}]}), "sm_90")
+    tables_of(json.dumps({"sum": [entry(6, bits=32), variant_entry(5, "wide", True), entry(4)]}), "sm_80")
+    tables_of(json.dumps({"sum": [{**entry(2), "blocks": {"BLOCK": 2, "TILE": 64}}]}), "sm_89")
+    config = lookup("scan", "sum", "sm_90", bits=16)
+    found = [(one.blocks["BLOCK"], one.num_stages) for one in tuning.smaller(config)]
+    assert found == [(4, 2), (8, 2), (8, 1)]
+    assert [one.num_stages for one in tuning.smaller(Config({"BLOCK": 1}, 4, 3))] == [2, 1]
 
 
 def test_missing_and_broken_tables(tables_of):
@@ -129,7 +157,7 @@ def test_missing_and_broken_tables(tables_of):
 
 
 ARCHS = [*known_archs("linear_attention"), INTERPRETER]
-NAMES_OF_AN_ENTRY = {"when", "blocks", "num_warps", "num_stages", "limits"}
+NAMES_OF_AN_ENTRY = {"when", "blocks", "num_warps", "num_stages", "limits", "max_registers"}
 
 
 def families():
@@ -173,5 +201,5 @@ def test_linear_attention_is_covered(dtype, head_dim, arch):
         for causal in (0, 1)
     ]
     assert all(states.blocks["TILE"] % config.blocks["BLOCK_T"] == 0 for config in configs)
-    for kernel in ("reduce_states", "scan_states"):
+    for kernel in ("reduce_states", "scan_states", "far_states"):
         assert lookup("group_states", kernel, arch, dot_bits=key["dot_bits"]).blocks["BLOCK"] > 0

@@ -9,10 +9,11 @@ A launcher declares each kernel once and launches it by keyword:
 import contextvars
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import gcd
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.tuning import INTERPRETER, Config, lookup
+from vot_kernels.tuning import INTERPRETER, Config, lookup, smaller
 from vot_kernels.tuning.tuned import use_tuned_once
 
 # The number of programs along each axis, or a function that computes it from the block sizes.
@@ -49,6 +50,7 @@ class Launch:
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _TUNED = os.environ.get("VOT_TUNED") == "1"
 _HAS_TRITON = find_spec("triton") is not None
+_NOT_TENSORS = frozenset({int, bool, float, str, type(None)})  # most arguments are of these
 _VECTOR = 8  # 16-bit elements in the widest load
 _OLDEST_GPU = (8, 0)  # older GPUs have no bfloat16 and too little shared memory for the shipped block sizes
 _recording: tuple[str, list[Launch]] | None = None
@@ -106,7 +108,7 @@ class Kernel:
             ValueError: a tensor is not contiguous and the arguments do not have its strides.
         """
         for name, x in arguments.items():
-            if isinstance(x, Tensor) and not x.is_contiguous():
+            if type(x) not in _NOT_TENSORS and isinstance(x, Tensor) and not x.is_contiguous():
                 _check_strides(f"{self.family} {self.name}", name, x, arguments)
         found = self.config(_device(arguments), key) if config is None else config
         launch(self.function, grid, found, **arguments)
@@ -133,22 +135,67 @@ def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
         kernel: the `@triton.jit` function.
         grid: the number of programs along each axis, or a function of the block sizes that returns it.
     """
-    programs = grid(config.blocks) if callable(grid) else grid
-    if 0 in programs:
+
+    def programs(config: Config) -> tuple[int, ...]:
+        return grid(config.blocks) if callable(grid) else grid
+
+    first = programs(config)
+    if 0 in first:
         return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, programs, {**arguments, **config.blocks}, config))
+        _recording[1].append(Launch(kernel, first, {**arguments, **config.blocks}, config))
         return
     device = _device(arguments)
 
+    def run_with(config: Config) -> None:
+        kernel[programs(config)](**arguments, **config.launch_options())
+
     def run() -> None:
-        kernel[programs](**arguments, **config.launch_options())
+        run_within_resources(run_with, config, any_blocks=callable(grid))
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if config.blocks.get("USE_TMA"):
             with_workspace(run)
         else:
             run()
+
+
+# What ran in place of a config that asks for more than the GPU has, by the id of that config, which is kept with it.
+_SMALLER: dict[int, tuple[Config, Config]] = {}
+
+
+def run_within_resources(run: Callable[[Config], None], config: Config, *, any_blocks: bool) -> None:
+    """Call `run` with `config`, or if the GPU lacks the resources for it, with the next smaller one that fits.
+
+    Args:
+        any_blocks: whether the launch takes other block sizes; if not, the smaller config has the same blocks.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: the GPU lacks them even for the smallest config.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    known = _SMALLER.get(id(config))
+    try:
+        return run(config if known is None else known[1])
+    except OutOfResources as error:
+        lacking = error
+    for other in smaller(config):
+        if not any_blocks and other.blocks != config.blocks:
+            continue
+        try:
+            run(other)
+        except OutOfResources:
+            continue
+        _SMALLER[id(config)] = config, other
+        kernel = "a kernel" if config.request is None else f"{config.request.family} {config.request.kernel}"
+        warnings.warn(
+            f"This GPU lacks the resources for {kernel} with {config.launch_options()} ({lacking}), which runs with "
+            f"{other.launch_options()} instead; results are the same, speed may not be.",
+            stacklevel=2,
+        )
+        return None
+    raise lacking
 
 
 def with_workspace(run: Callable[[], None]) -> None:
@@ -248,7 +295,9 @@ def padded(width: int) -> int:
 
 def contiguous(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """Return `x`, in `dtype` if given, or a contiguous copy of it. None stays None."""
-    return None if x is None else x.to(dtype or x.dtype).contiguous()
+    if x is None or ((dtype is None or x.dtype == dtype) and x.is_contiguous()):
+        return x
+    return x.to(dtype or x.dtype).contiguous()
 
 
 def rows_contiguous(x: Tensor, *, compact: bool = False) -> Tensor:
@@ -279,16 +328,38 @@ def strides(matrices: Mapping[str, Tensor | None] | None = None, /, **rows: Tens
         rows: `[rows, columns]` or `[rows, heads, columns]` as `rows_contiguous` returns them. `NAME_stride` leads to
             the next row, and `NAME_head_stride`, with three dimensions, to the next head.
     """
-    found, transposed = {}, {}
-    for name, x in rows.items():
-        found[f"{name}_stride"] = 0 if x is None else x.stride(0)
-        if x is not None and x.ndim == 3:
-            found[f"{name}_head_stride"] = x.stride(1)
-    for name, w in (matrices or {}).items():
+    if not matrices:
+        return _strides_of_rows(
+            tuple([(name, None if x is None else x.stride()) for name, x in rows.items()])
+        )
+    found, transposed = _by_name([(name, None if x is None else x.stride()) for name, x in rows.items()]), {}
+    for name, w in matrices.items():
         columns_apart = w is not None and w.stride(2) != 1
         transposed[f"{name.upper()}_TRANSPOSED"] = columns_apart
         found[f"{name}_expert_stride"] = 0 if w is None else w.stride(0)
         found[f"{name}_stride"] = 0 if w is None else w.stride(2 if columns_apart else 1)
+    return _in_units(found) | transposed
+
+
+_Strides = Iterable[tuple[str, tuple[int, ...] | None]]
+
+
+@lru_cache(maxsize=1024)
+def _strides_of_rows(rows: tuple[tuple[str, tuple[int, ...] | None], ...]) -> dict[str, int]:
+    """Return the arguments for rows of these strides; nobody changes the dict."""
+    return _in_units(_by_name(rows))
+
+
+def _by_name(rows: _Strides) -> dict[str, int]:
+    found = {}
+    for name, stride in rows:
+        found[f"{name}_stride"] = 0 if stride is None else stride[0]
+        if stride is not None and len(stride) == 3:
+            found[f"{name}_head_stride"] = stride[1]
+    return found
+
+
+def _in_units(found: Mapping[str, int]) -> dict[str, int]:
     small = all(n < 2**31 for n in found.values())  # the kernels multiply by the unit in 32 bits
     unit = gcd(_VECTOR, *found.values()) if small else 1
-    return {name: n // unit for name, n in found.items()} | transposed | {"STRIDE_UNIT": unit}
+    return {name: n // unit for name, n in found.items()} | {"STRIDE_UNIT": unit}

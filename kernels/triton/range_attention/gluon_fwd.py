@@ -44,13 +44,11 @@ def _wait_for(barriers, block, wanted, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _mask(scores, first_key, low, high, masked, LAYOUT: gl.constexpr):
-    """Return the scores, -inf for keys outside of a row's range if the block is `masked`."""
-    if masked:
-        index = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
-        seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
+def _mask(scores, first_key, low, high, LAYOUT: gl.constexpr):
+    """Return the scores, -inf for keys outside of a row's range."""
+    index = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
+    seen = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
+    return gl.where(seen, scores, float("-inf"))
 
 
 @gluon.jit
@@ -61,6 +59,61 @@ def _softmax_step(scores, factor, peak, total):
     weights = gl.exp2(scores * factor - pivot[:, None])
     decay = gl.exp2(peak - pivot)
     return weights, raised, total * decay + gl.sum(weights, 1), decay
+
+
+@gluon.jit
+def _attend_and_load(
+    block,
+    scores,
+    sums,
+    peak,
+    total,
+    query,
+    key,
+    value,
+    keys,
+    values,
+    key_loaded,
+    value_loaded,
+    nothing,
+    low,
+    high,
+    factor,
+    begin,
+    masked,
+    first_full,
+    end_full,
+    count,
+    MASKED: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Return the scores of the next block, and sums, peak and total after `block`, whose scores are given.
+
+    Its buffers are filled again with the block after STAGES more.
+    """
+    following = block + 1
+    _wait_for(key_loaded, following, True, STAGES)
+    next_key = key.index(following % STAGES).permute((1, 0))
+    next_scores = warpgroup_mma(query, next_key, nothing, use_acc=False, is_async=True)
+    if MASKED:
+        place = _first_key(block, begin, masked, first_full, end_full, BLOCK_K)
+        scores = _mask(scores, place, low, high, SCORES)
+    weights, peak, total, decay = _softmax_step(scores, factor, peak, total)
+    sums = sums * gl.convert_layout(decay, gl.SliceLayout(1, SUMS))[:, None]
+    _wait_for(value_loaded, block, True, STAGES)
+    left = gl.convert_layout(weights.to(query.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    next_sums = warpgroup_mma(left, value.index(block % STAGES), sums, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(next_scores,))
+    # All warps must have read a buffer before it is overwritten: the compiler adds a barrier between the two.
+    later = block + STAGES
+    place = _first_key(later, begin, masked, first_full, end_full, BLOCK_K)
+    _load_block(keys, key_loaded, key, place, later, later < count, STAGES)
+    sums = warpgroup_mma_wait(0, deps=(next_sums,))
+    _load_block(values, value_loaded, value, place, later, later < count, STAGES)
+    return scores, sums, peak, total
 
 
 @gluon.jit(do_not_specialize=["segments", "rows", "repeats"])
@@ -93,7 +146,7 @@ def _range_attention_gluon_fwd_kernel(
 
     HEAD_DIM: 64 or 128, without padding; BLOCK_Q: 16 rows for each warp; STAGES: buffers for keys, and for values.
     """
-    gl.static_assert(USE_TMA, "keys and values are loaded through tensor descriptors")
+    gl.static_assert(USE_TMA == 1, "keys and values are loaded through tensor descriptors")
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_K, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, HEAD_DIM, 16])
@@ -171,29 +224,20 @@ def _range_attention_gluon_fwd_kernel(
     _wait_for(key_loaded, 0, count > 0, STAGES)
     scores = warpgroup_mma(query, key.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    for block in range(count - 1):
-        following = block + 1
-        _wait_for(key_loaded, following, True, STAGES)
-        next_scores = warpgroup_mma(
-            query, key.index(following % STAGES).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
-        place = _first_key(block, begin, masked, first_full, end_full, BLOCK_K)
-        scores = _mask(scores, place, low, high, block < masked, SCORES)
-        weights, peak, total, decay = _softmax_step(scores, factor, peak, total)
-        sums = sums * gl.convert_layout(decay, ROW_OF_SUMS)[:, None]
-        _wait_for(value_loaded, block, True, STAGES)
-        left = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
-        next_sums = warpgroup_mma(left, value.index(block % STAGES), sums, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(next_scores,))
-        # All warps must have read a buffer before it is overwritten: the compiler adds a barrier between the two.
-        later = block + STAGES
-        place = _first_key(later, begin, masked, first_full, end_full, BLOCK_K)
-        _load_block(keys, key_loaded, key, place, later, later < count, STAGES)
-        sums = warpgroup_mma_wait(0, deps=(next_sums,))
-        _load_block(values, value_loaded, value, place, later, later < count, STAGES)
+    for block in range(gl.minimum(masked, count - 1)):
+        scores, sums, peak, total = _attend_and_load(
+            block, scores, sums, peak, total, query, key, value, keys, values, key_loaded, value_loaded, nothing,
+            low, high, factor, begin, masked, first_full, end_full, count, True, BLOCK_K, STAGES, SCORES, SUMS,
+        )  # fmt: skip
+    for block in range(masked, count - 1):
+        scores, sums, peak, total = _attend_and_load(
+            block, scores, sums, peak, total, query, key, value, keys, values, key_loaded, value_loaded, nothing,
+            low, high, factor, begin, masked, first_full, end_full, count, False, BLOCK_K, STAGES, SCORES, SUMS,
+        )  # fmt: skip
     last = gl.maximum(count - 1, 0)
     place = _first_key(last, begin, masked, first_full, end_full, BLOCK_K)
-    scores = _mask(scores, place, low, high, (last < masked) | (count == 0), SCORES)
+    if (last < masked) | (count == 0):
+        scores = _mask(scores, place, low, high, SCORES)
     weights, peak, total, decay = _softmax_step(scores, factor, peak, total)
     sums = sums * gl.convert_layout(decay, ROW_OF_SUMS)[:, None]
     _wait_for(value_loaded, last, count > 0, STAGES)

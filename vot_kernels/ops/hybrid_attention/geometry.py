@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import Window, window_sides
+from vot_kernels.ops.parts.plans import keep_with
 from vot_kernels.ops.parts.range_attention.triton import KeyRanges
 from vot_kernels.packing import PackedLayout
 
@@ -80,7 +81,11 @@ class Geometry(NamedTuple):
     def has_far(self) -> bool:
         """Whether any group is far from another one of its segment."""
         lags = [lag for lag in self.lags if lag is not None]
-        return bool(lags) and int(np.diff(self.host_segment_groups.numpy()).max(initial=0)) > min(lags)
+        if not lags:
+            return False
+        bounds = self.host_segment_groups
+        most = keep_with(bounds, "most groups", lambda: int(np.diff(bounds.numpy()).max(initial=0)))
+        return most > min(lags)
 
     @staticmethod
     def weighs(beta: Tensor | None) -> bool:
@@ -95,10 +100,12 @@ class Geometry(NamedTuple):
         """The near keys of each row, as the kernels take them."""
         tokens_right = 0 if self.causal == "token" else None
         if self.all_near:
-            return KeyRanges.of_segments(self.cu_seqlens, self.cu_seqlens, tokens_right=tokens_right)
+            return KeyRanges.of_segments(
+                self.cu_seqlens, self.cu_seqlens, tokens_right=tokens_right, of_layout=True
+            )
         groups = self.cu_groups, self.cu_groups, self.segment_groups
         sides = self.left, self.right
-        return KeyRanges(self.cu_seqlens, self.cu_seqlens, *groups, *sides, tokens_right=tokens_right)
+        return KeyRanges(self.cu_seqlens, self.cu_seqlens, *groups, *sides, None, tokens_right, True)
 
     def near_ranges(self) -> np.ndarray:
         """The near keys on the host: int64 `[groups, 4]`, begin and end of each group, begin and end of its near keys.

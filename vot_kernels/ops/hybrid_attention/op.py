@@ -30,6 +30,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.eager import needs_dispatcher
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import VARIANTS, Grads, Options
@@ -165,7 +166,7 @@ def hybrid_attention(
             scale=scale,
         )
     else:
-        out, lse = _hybrid_attention_fwd(*inputs, *geometry, feature_map, scale, weighs, _variant, backend)
+        out, lse = compute(inputs, geometry, feature_map, scale, weighs, _variant, backend)
     return (out, lse) if return_lse else out
 
 
@@ -173,9 +174,8 @@ def hybrid_attention(
 # depends on a batch, so that one compiled graph serves every packing.
 
 
-@torch.library.custom_op("vot_kernels::hybrid_attention_fwd", mutates_args=())
 @without_autocast
-def _hybrid_attention_fwd(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -210,6 +210,17 @@ def _hybrid_attention_fwd(
     geometry = Geometry(*device, *host, left, right, causal)
     options = Options(feature_map, scale, variant=variant)
     return load("hybrid_attention", backend).forward(inputs, geometry, options)
+
+
+_hybrid_attention_fwd = torch.library.custom_op(
+    "vot_kernels::hybrid_attention_fwd", _forward, mutates_args=()
+)
+
+
+def compute(inputs: Inputs, geometry: Geometry, *options: Any) -> tuple[Tensor, Tensor]:
+    """Return output and lse, by the custom op or, where nothing needs it, by its function."""
+    function = _hybrid_attention_fwd if needs_dispatcher(*inputs) else _forward
+    return function(*inputs, *geometry, *options)
 
 
 @_hybrid_attention_fwd.register_fake

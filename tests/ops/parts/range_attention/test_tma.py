@@ -237,15 +237,36 @@ def chosen(arch, variant=None, head_dim=64, dtype=torch.bfloat16, offset=0):
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_shipped_entries_use_descriptors_where_asked_for_and_possible(arch, head_dim):
     pytest.importorskip("triton")
-    ordinary = chosen(arch, head_dim=head_dim)
-    assert way(ordinary) is None
+    plain, ordinary = chosen(arch, "plain", head_dim), chosen(arch, None, head_dim)
+    assert way(plain) is None and way(ordinary) == ("tma" if (arch, head_dim) == ("sm_90", 128) else None)
     for variant in VARIANTS:
         found = chosen(arch, variant, head_dim)
         assert way(found) == variant and found.limits["tma"]
         assert found.limits.get("warp_specialized", False) == (variant == "warp_specialized")
         assert not found.limits["spill_bytes"]
-        assert found.limits["registers"] <= ordinary.limits["registers"]
-        assert chosen(arch, variant, head_dim, offset=4) == ordinary
+        assert chosen(arch, variant, head_dim, offset=4) == plain
+
+
+@compiled
+def test_the_forward_in_gluon_is_for_hopper_and_what_has_an_entry():
+    """It is never taken unasked, and where it cannot run the default is."""
+    pytest.importorskip("triton")
+
+    def kernel(arch, variant="gluon", **options):
+        with record_launches(arch) as launches:
+            head_dim, dtype = options.get("head_dim", 64), options.get("dtype", torch.bfloat16)
+            wide = torch.empty(3, 50, 2, head_dim + 8, dtype=dtype)
+            offset = options.get("offset", 0)
+            run(PackedLayout.from_lengths((30, 20)), *wide[..., offset : offset + head_dim], variant=variant)
+        return launches[-1].kernel.__name__
+
+    gluon, triton = "_range_attention_gluon_fwd_kernel", "_range_attention_fwd_kernel"
+    assert kernel("sm_90") == kernel("sm_90", head_dim=128) == kernel("sm_90", dtype=torch.float16) == gluon
+    assert kernel("sm_90", None) == kernel("sm_90", "tma") == triton
+    for arch in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        assert kernel(arch) == triton
+    for options in ({"head_dim": 96}, {"dtype": torch.float32}, {"offset": 4}):
+        assert kernel("sm_90", **options) == triton
 
 
 @compiled

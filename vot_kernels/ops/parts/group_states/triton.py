@@ -5,6 +5,7 @@ States are float32 `[slots, kv_heads, width * (head_dim + 1)]`: S `[width, head_
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,8 +49,13 @@ def dot_bits(x: Tensor) -> int:
 
 def states_config(rows: Rows) -> Config:
     """Return the config for the states of `rows`; its TILE is the number of rows of a partial state."""
-    sizes = {"width": padded(rows.features.shape[2]), "head_dim": padded(rows.values.shape[2])}
-    return _TILES.config(rows.values.device, {**sizes, "dot_bits": dot_bits(rows.values)})
+    sizes = _sizes(rows.features.shape[2], rows.values.shape[2], rows.values.dtype)
+    return _TILES.config(rows.values.device, sizes)
+
+
+@lru_cache(maxsize=64)
+def _sizes(width: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    return {"width": padded(width), "head_dim": padded(head_dim), "dot_bits": _DOT_BITS[dtype]}
 
 
 def group_states(rows: Rows, bounds: Tensor, kv_heads: int, feature_map: str) -> Tensor:

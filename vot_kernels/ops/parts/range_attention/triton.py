@@ -83,8 +83,9 @@ class KeyRanges:
     of_layout: bool = False
 
     def __post_init__(self) -> None:
-        for name, x in vars(self).items():  # the kernels take no strides for them
-            if isinstance(x, Tensor) and not x.is_contiguous():
+        for name in ("cu_rows", "cu_keys", "row_groups", "key_groups", "segment_groups"):
+            x = getattr(self, name)  # the kernels take no strides for them
+            if x is not None and not x.is_contiguous():
                 object.__setattr__(self, name, x.contiguous())
 
     @classmethod
@@ -516,9 +517,14 @@ def _strides_fit(stride: tuple[int, int, int], itemsize: int, head_dim: int) -> 
     return aligned and 0 < row * itemsize < 2**40 and head_dim == padded(head_dim)
 
 
-def _key(q: Tensor, far: bool, **known: bool) -> dict[str, int]:
-    sizes = {"head_dim": padded(q.shape[2]), "bits": 8 * q.dtype.itemsize, "far": int(far)}
-    return sizes | {name: int(value) for name, value in known.items()}
+def _key(q: Tensor, far: bool, descriptors: bool | None = None) -> dict[str, int]:
+    return _sizes(q.shape[2], q.itemsize, far, descriptors)
+
+
+@lru_cache(maxsize=64)
+def _sizes(head_dim: int, itemsize: int, far: bool, descriptors: bool | None) -> dict[str, int]:
+    known = {} if descriptors is None else {"descriptors": int(descriptors)}
+    return {"head_dim": padded(head_dim), "bits": 8 * itemsize, "far": int(far), **known}
 
 
 def _limit(count: int | None) -> int:
