@@ -136,7 +136,9 @@ def _packed_attention() -> Iterator[Case]:
     yield _attention(packed_attention, "bf16 d64 causal", BFLOAT16, causal, causal=True)
     for head_dim in (64, 128):
         problem = replace(base, head_dim=head_dim)
-        yield _attention(packed_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem, _variant="tma")
+        for variant in ("plain", "tma"):
+            name = f"bf16 d{head_dim} {variant}"
+            yield _attention(packed_attention, name, BFLOAT16, problem, _variant=variant)
         name, variant = f"bf16 d{head_dim} warp-specialized", "warp_specialized"
         quick = head_dim == 64
         yield _attention(packed_attention, name, BFLOAT16, problem, quick=quick, _variant=variant)
@@ -161,7 +163,9 @@ def _hybrid_attention() -> Iterator[Case]:
     yield _attention(hybrid_attention, "bf16 d64 features", BFLOAT16, base, **given)
     for head_dim in (64, 128):
         problem = replace(base, head_dim=head_dim)
-        yield _attention(hybrid_attention, f"bf16 d{head_dim} tma", BFLOAT16, problem, _variant="tma")
+        for variant in ("plain", "tma"):
+            name = f"bf16 d{head_dim} {variant}"
+            yield _attention(hybrid_attention, name, BFLOAT16, problem, _variant=variant)
 
 
 def _aoe() -> Iterator[Case]:

@@ -26,7 +26,8 @@ CALLS = {
     **{
         op: [
             *("bf16 d64", "bf16 d80", "bf16 d128", "bf16 d256"),
-            *("bf16 d64 fused", "bf16 d128 fused", "bf16 d64 tma", "bf16 d128 tma"),
+            *("bf16 d64 plain", "bf16 d128 plain", "bf16 d64 fused", "bf16 d128 fused"),
+            *("bf16 d64 tma", "bf16 d128 tma"),
             *("bf16 d64 warp-specialized", "bf16 d128 warp-specialized", "bf16 d64 gluon", "bf16 d128 gluon"),
         ]
         for op in ("packed_attention", "hybrid_attention")
@@ -37,7 +38,8 @@ CALLS = {
 }
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")  # sm_86 takes the entries of sm_89
 FULL = ("sm_90",)
-"""Where all calls are on the page; on the others it has those without a variant, of the two usual sizes."""
+USUAL = [(op, f"bf16 d{size}") for op in ("packed_attention", "hybrid_attention") for size in (64, 128)]
+"""All calls are on the page where it is full, and on the other architectures the usual ones."""
 KEY = ("arch", "op", "call", "kernel")
 HEADER = (
     *("call", "kernel", "config", "instructions per kMAC", "tensor work", "blocks per SM"),
@@ -49,7 +51,7 @@ Record = dict[str, Any]
 def jobs_of(archs: Sequence[str], calls: Mapping[str, Sequence[str]] = CALLS) -> list[Job]:
     """Return the first launch of every kernel with matrix products in each of the calls."""
     wanted = [case for case in cases() if case.name in calls.get(case.op, ())]
-    usual = [case for case in wanted if case.name in ("bf16 d64", "bf16 d128") or "attention" not in case.op]
+    usual = [case for case in wanted if (case.op, case.name) in USUAL]
     first: dict[tuple[str, ...], Job] = {}
     for arch in archs:
         plan = make_plan(wanted if arch in FULL else usual, [arch])

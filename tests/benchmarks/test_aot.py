@@ -72,8 +72,7 @@ def refuse():
 
 sys.exit(main(sys.argv[1:], [
     case("good", 64, 64, 64, registers=128, spill_bytes=0, wgmma=True),
-    case("twice", 64, 64, 64, warps=8),
-    case("known", 64, 64, 64, warps=8, tensor_work=2),
+    case("twice", 64, 64, 64, warps=8, tensor_work=1),
     case("registers", 64, 64, 64, registers=1),
     case("spills", 128, 256, 64),
     case("allowed", 128, 256, 64, spill_bytes=65536),
@@ -439,7 +438,7 @@ def resources(**changes):
         ({"warp_specialized": True}, {"warp_specialized": True}, 0),
         ({"matrix": "mma"}, {"wgmma": True}, 1),
         ({"local_in_loops": 2, "spill_bytes": 8}, {"spill_bytes": 8}, 1),
-        ({"loop": sass.MainLoop(100, 1.5, 2.0, 0)}, {}, 1),
+        ({"loop": sass.MainLoop(100, 1.5, 2.0, 0)}, {"tensor_work": 1}, 1),
         ({"loop": sass.MainLoop(100, 1.5, 1.25, 0)}, {"tensor_work": 1.25}, 0),
         ({}, {"wgmma": True, "regs": 4}, 1),
     ],

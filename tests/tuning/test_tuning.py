@@ -185,6 +185,14 @@ def test_shipped_tables_are_well_formed(arch):
                 assert one.get("limits", {}).get("registers", 255) <= 255, where
 
 
+def test_the_entries_of_hopper_say_how_much_work_is_done_twice():
+    for kernel, entries in tables("sm_90")["range_attention"].items():
+        for one in entries:
+            usual = one.get("when", {}).get("bits") == 16 and one["when"].get("head_dim") in (64, 128)
+            if usual and kernel != "bwd_start":
+                assert 1 <= one["limits"]["tensor_work"] <= 1.25, f"{kernel}: {one}"
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -14,8 +14,8 @@ to its entries. The first entry that fits is used:
 * `max_registers`: of a thread, so that more blocks fit on an SM. What does not fit is spilled, which may be allowed
   outside of the loops with matrix products: `limits` then has "spill_bytes".
 * `limits`: what ahead-of-time compilation checks (`python -m benchmarks.aot`). Unless they are among the limits, it
-  allows no "spill_bytes", no spills in loops with matrix products ("local_in_loops"), and no "tensor_work" above 1,
-  which means that several warps compute the same product.
+  allows no "spill_bytes" and no spills in loops with matrix products ("local_in_loops"). "tensor_work" above 1 means
+  that several warps compute the same product, or that its instructions are narrow.
 * `variant`: the name of another form of the kernel, such as "tma", "warp_specialized" and "fused" of range attention.
   With `"default": true` ordinary launches use the entry; with false only those that ask for the variant do. Changing
   this one word makes it the default of a GPU. An entry without a variant is the plain kernel, always a default.

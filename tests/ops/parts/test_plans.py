@@ -11,7 +11,7 @@ from vot_kernels.ops.hybrid_attention.geometry import Geometry as HybridGeometry
 from vot_kernels.ops.hybrid_attention.torch import make_plan as hybrid_plan
 from vot_kernels.ops.linear_attention.geometry import Geometry as LinearGeometry
 from vot_kernels.ops.linear_attention.torch import make_plan as linear_plan
-from vot_kernels.ops.parts.plans import forget_plans, remember
+from vot_kernels.ops.parts.plans import forget_plans, keep_with, remember
 from vot_kernels.testing import make_tensor
 
 
@@ -103,3 +103,27 @@ def test_what_is_planned_under_inference_mode_serves_training():
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     hybrid_attention(*leaves, layout).sum().backward()
     assert all(x.grad is not None for x in leaves)
+
+
+def test_what_is_kept_lives_with_its_tensor_until_that_is_written_to():
+    made = []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    owner, other = torch.zeros(3), torch.zeros(3)
+    assert [keep_with(owner, "a", make) for _ in range(2)] == [0, 0]
+    assert keep_with(owner, "b", make) == 1 and keep_with(other, "a", make) == 2
+    owner += 1
+    assert keep_with(owner, "a", make) == 3
+    with torch.inference_mode():  # such tensors do not count changes
+        unversioned = torch.zeros(3)
+    assert [keep_with(unversioned, "a", make) for _ in range(2)] == [4, 5]
+
+
+def test_few_results_are_kept():
+    owner = torch.zeros(3)
+    for key in range(100):
+        assert keep_with(owner, key, lambda key=key: key) == key
+    assert len(owner._vot_kernels_kept) <= 32

@@ -11,6 +11,7 @@ attention.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -219,7 +220,9 @@ _hybrid_attention_fwd = torch.library.custom_op(
 
 def compute(inputs: Inputs, geometry: Geometry, *options: Any) -> tuple[Tensor, Tensor]:
     """Return output and lse, by the custom op or, where nothing needs it, by its function."""
-    function = _hybrid_attention_fwd if needs_dispatcher(*inputs) else _forward
+    function: Callable[..., tuple[Tensor, Tensor]] = _forward
+    if needs_dispatcher(*inputs):
+        function = _hybrid_attention_fwd
     return function(*inputs, *geometry, *options)
 
 

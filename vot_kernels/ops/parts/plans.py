@@ -72,7 +72,8 @@ def keep_with(owner: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     if found is None:
         if len(kept) >= _MOST_KEPT:
             kept.clear()
-        found = kept[whole] = make()
+        with torch.inference_mode(False):  # as for plans
+            found = kept[whole] = make()
     return found
 
 
