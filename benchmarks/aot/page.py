@@ -205,6 +205,17 @@ since it was first measured, the first one is in brackets.
 - **Spills in loops**: loads and stores of registers that did not fit, in loops with products. They must be 0, and the
   check `python -m benchmarks.aot` fails otherwise.
 
+Where tensor work stays above 1 the next larger tile does not fit into the registers:
+
+- dk and dv of heads of 128 with a far part, and the fused form: 64 rows in place of 32 would need no narrow products,
+  but registers spill in the loop.
+- sm_80, sm_89 and sm_120, dk and dv of heads of 128: 128 keys in place of 64 spill in the loop, too.
+- Heads of 256: their sums alone take half of the registers. With 64 rows and 4 warps the far form spills hundreds of
+  times in its loop.
+
+What has no figure here yet: products of experts with a loop over tiles, which would hide the first and the last steps
+of short products, and any GPU's time.
+
 A dash: in warp-specialised kernels of sm_100 one warp asks for the products of all, and the exponentials are in loops
 of other warps.
 """
