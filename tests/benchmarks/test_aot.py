@@ -72,10 +72,11 @@ def refuse():
 
 sys.exit(main(sys.argv[1:], [
     case("good", 64, 64, 64, registers=128, spill_bytes=0, wgmma=True),
-    case("twice", 64, 64, 64, warps=8, tensor_work=1),
+    case("narrow", 64, 16, 64, tensor_work=1),
     case("registers", 64, 64, 64, registers=1),
-    case("spills", 128, 256, 64),
-    case("allowed", 128, 256, 64, spill_bytes=65536),
+    case("spills", 128, 256, 64, local_in_loops=65536),
+    case("in a loop", 128, 256, 64, spill_bytes=65536),
+    case("allowed", 128, 256, 64, spill_bytes=65536, local_in_loops=65536),
     case("no wgmma", 16, 16, 64, wgmma=True),
     case("no tma", 16, 16, 64, tma=True),
     case("not specialized", 64, 64, 64, warps=8, warp_specialized=True),  # the compiler says nothing
@@ -175,7 +176,8 @@ def test_broken_limits_fail_the_command(broken):
         ("not specialized", "does not use warp_specialized, and its config demands it"),
         ("shared", "bytes of shared memory, a block has 232448"),
         ("unknown", "limit 'regs' is unknown, known are registers, spill_bytes"),
-        ("twice", "tensor_work 2.0, the limit is 1."),
+        ("in a loop", "local_in_loops"),
+        ("narrow", "tensor_work 2.5, the limit is 1."),
         ("wrong", "does not compile"),
         ("refused", "cannot be launched: ValueError: no such shape"),
         ("nothing", "launches no kernel"),
