@@ -376,7 +376,9 @@ def test_every_gpu_has_it_for_every_dtype_and_size(arch, op):
             descriptors = int(arch[3:]) >= 90
             assert bool(dkdv.arguments.get("USE_TMA", 0)) == descriptors
             assert dkdv.config.limits.get("tma", False) == descriptors
-            assert dq.config.limits["spill_bytes"] == dkdv.config.limits["spill_bytes"] == 0
+            assert dq.config.limits["spill_bytes"] == 0
+            few = dkdv.config.limits["spill_bytes"] <= 64 and "local_in_loops" not in dkdv.config.limits
+            assert few, "what spills must be little and lie outside the loops"
 
 
 @compiled
@@ -441,29 +443,6 @@ def test_one_word_makes_it_the_default_of_a_gpu_and_head_dim(table):
         assert not is_fused(recorded("sm_90", variant=None))
         assert not is_fused(recorded("sm_90", hybrid_attention, variant=None, window=None))
         assert is_fused(recorded("sm_90", variant="fused"))
-
-
-@compiled
-def test_what_adds_to_dq_is_not_tuned(monkeypatch):
-    """Tuning repeats a launch, which would add again, so it skips launches whose grid is given as numbers."""
-    pytest.importorskip("triton")
-    grids = {}
-    inner = launching.launch
-
-    def launch(kernel, grid, config, **arguments):
-        if "dk_ptr" in arguments:
-            grids[config.variant] = callable(grid)
-        inner(kernel, grid, config, **arguments)
-
-    monkeypatch.setattr(launching, "launch", launch)
-    for variant in (None, "fused"):
-        q, k, v = (torch.empty(8, 1, 64) for _ in range(3))
-        bounds = PackedLayout.from_lengths((8,)).cu_seqlens
-        ranges = KeyRanges.of_segments(bounds, bounds)
-        with record_launches("sm_90"):
-            saved = q, None, q, torch.empty(8, 1), q, k, v, ranges, 0.1
-            range_attention_backward(*saved, variant=variant)
-    assert grids == {None: True, "fused": False}
 
 
 @compiled
