@@ -1,5 +1,6 @@
 """The compiled kernels apart from any op: where instructions stand, what sanitizers say, every instruction set."""
 
+import mmap
 import os
 import re
 import shutil
@@ -107,7 +108,9 @@ def test_a_large_result_asks_for_large_pages():
     """The system takes longer to clear small pages than the kernel to fill them."""
     if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
         pytest.skip("the system has no large pages to ask for")
-    image = torch.arange(3 * 3456 * 3456, dtype=torch.int32).to(torch.uint8).view(3, 3456, 3456)
+    # Memory of its own, since the allocator may hand out some that an earlier result has had.
+    image = torch.frombuffer(mmap.mmap(-1, 3 * 3456 * 3456), dtype=torch.uint8).view(3, 3456, 3456)
+    image.copy_(torch.arange(image.numel(), dtype=torch.int32).view(image.shape))
     patches, _ = pack_patches([image], 16, backend="cpp")
     assert "hg" in flags_of_memory_at(patches.data_ptr() + patches.numel() // 2)
     assert "hg" not in flags_of_memory_at(image.data_ptr() + image.numel() // 2)

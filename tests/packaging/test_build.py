@@ -148,7 +148,21 @@ def test_metadata(wheel):
     metadata = Parser().parsestr(files[name].decode())
     assert metadata["License-Expression"] == "Apache-2.0"
     assert b"TERMS AND CONDITIONS" in files[name.replace("METADATA", "licenses/LICENSE")]
-    extras = {"video", "llm", "train", "bench", "cli", "docs", "lmms", "vlm", "web", "rl", "dev", "all"}
+    extras = {
+        "video",
+        "llm",
+        "train",
+        "bench",
+        "cli",
+        "docs",
+        "lmms",
+        "vlm",
+        "web",
+        "rl",
+        "ray",
+        "dev",
+        "all",
+    }
     assert set(metadata.get_all("Provides-Extra")) == extras
     core = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(line.split(">")[0] for line in core) == ["numpy", "torch", "triton"]

@@ -109,7 +109,6 @@ def train_linearize_command(
     epilog=examples(
         "vot train encoder --out run",
         f"vot train encoder --out run --teacher {RANDOM_TEACHER} --contrastive 0",
-        "torchrun --nproc-per-node 2 -m vot_kernels.cli train encoder --out run",
     ),
 )
 @when_interrupted(checkpoints_are_kept)

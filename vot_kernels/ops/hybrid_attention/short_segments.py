@@ -99,9 +99,7 @@ def backward(
             near, far = some.scores().sub_(norm).exp_(), some.far_products()
             factor = far_weight(some.log_weights(inputs.beta), norm)
             weights = torch.addcmul(near, far, factor)
-            # do.(v - o) cancels: a narrow output is computed again.
-            o = some.fold(out) if out.dtype == g.dtype else weights @ some.v
-            delta = (g * o).sum(-1, keepdim=True)
+            delta = (g * some.output(weights, out)).sum(-1, keepdim=True)
             if grads.d_lse is not None:
                 delta -= some.fold(grads.d_lse[..., None])
             dv = weights.transpose(1, 2) @ g
@@ -157,6 +155,17 @@ class _Part:
     def far_products(self) -> Tensor:
         """phi(q).phi(k), 0 where a key is not far."""
         return (self.q_features @ self.k_features.transpose(1, 2)).mul_(self.far)
+
+    def output(self, weights: Tensor, out: Tensor) -> Tensor:
+        """The rows of the output. do.(v - o) cancels, so a narrow one is computed again.
+
+        Their weights need not sum to 1: where rows of other ranks are joined, lse is that of all.
+        """
+        folded = self.fold(out)
+        if out.dtype == folded.dtype:
+            return folded
+        total = weights.sum(-1, keepdim=True).clamp_min_(torch.finfo(weights.dtype).tiny)
+        return (weights @ self.v).div_(total)
 
     def fold(self, x: Tensor) -> Tensor:
         """The rows of `[tokens, heads, width]` like those of q."""
