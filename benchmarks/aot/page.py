@@ -1,6 +1,6 @@
 """`python -m benchmarks.aot.page [--arch sm_90,...]`: docs/gpu-static.md, what the compiler makes of the main kernels.
 
-It compiles the first launch of every kernel in the calls of `CALLS`, and writes benchmarks/results/gpu-static.json,
+It compiles the first launch of every kernel in the calls of `CALLS`, and writes benchmarks/results/static.json,
 then the page from this file alone. The file keeps the first figures that a kernel ever had beside those of now.
 `--page` only writes the page.
 """
@@ -20,7 +20,7 @@ from benchmarks.aot.gpus import GPUS, KIB
 from vot_kernels.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu-static.json"
+RESULTS = ROOT / "benchmarks" / "results" / "static.json"
 PAGE = ROOT / "docs" / "gpu-static.md"
 CALLS = {
     **{

@@ -315,7 +315,7 @@ def long_encoding_table() -> str:
     loaded = max(row["loaded_mb"] for row in result["rows"])
     threads = sorted({row["threads"] for row in result["rows"]})
     note = f"`{result['command']}`: the largest resident set of the process, which has {loaded:.0f} MB with the encoder"
-    note += f" loaded; {' and '.join(map(str, threads))} threads, on a machine that had other work."
+    note += f" loaded; CPU threads: {', '.join(map(str, threads))}, on a machine that had other work."
     columns = ["encoder", "frames", "tokens", "peak memory", "time", "file of embeddings"]
     return table(columns, rows) + f"\n{note}\n"
 
