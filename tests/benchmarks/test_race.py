@@ -419,7 +419,7 @@ def test_the_whole_op_plans_anew_and_the_kernel_does_not(kind, monkeypatch):
 
 
 def test_everything_that_our_ops_remember_is_forgotten():
-    """The ops use only `remember` for plans, so `forget_plans` is all there is to call. What follows from shapes is no plan."""
+    """The ops use only `remember` for plans, so `forget_plans` is all there is to call; shapes are no plan."""
     import pkgutil
     from importlib import import_module
 
