@@ -28,7 +28,10 @@ class Result:
 
 
 class Mortal:
-    """Stands for a VideoQA. Its process ends at a video named poison, and the first time at one named frail."""
+    """Stands for a VideoQA. Its process ends at a video named poison, and the first time at one named frail.
+
+    A video named odd is an error that is nobody's fault.
+    """
 
     def __init__(self, folder):
         self.died = Path(folder, "died")
@@ -38,5 +41,7 @@ class Mortal:
         if name == "poison" or (name == "frail" and not self.died.exists()):
             self.died.touch()
             os._exit(1)
+        if name == "odd":
+            raise ZeroDivisionError("nobody expects this")
         with open(video, "rb"):
             return Result(video, question, candidates)

@@ -16,7 +16,7 @@ from tests.pipelines.mortal import Mortal
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_videos
-from vot_kernels.pipelines.on_ray import answer_batch_on_ray, encode_videos_on_ray
+from vot_kernels.pipelines.on_ray import answer_batch_on_ray, encode_videos_on_ray, resources
 from vot_kernels.pipelines.workers import AnswerQuestions, EncodeVideos
 
 ray = pytest.importorskip("ray")
@@ -113,6 +113,45 @@ def test_the_workers_take_lists_arrays_and_data_frames(tmp_path):
     assert encoded["error"][0] == "" and "missing.mp4" in encoded["error"][1]
     assert set(load_file(file)) == {"pooled", "tokens", "grid_thw", "times_s"}
     assert not (tmp_path / "no").exists()
+
+
+def test_an_unexpected_error_is_that_of_its_video_alone(tmp_path):
+    (tmp_path / "fine.mp4").touch()
+    rows = {
+        "id": ["1", "2"],
+        "video": ["odd.mp4", "fine.mp4"],
+        "question": ["Who?"] * 2,
+        "candidates": [[], []],
+    }
+    odd, fine = map(json.loads, AnswerQuestions(partial(Mortal, tmp_path), tmp_path)(rows)["answer"])
+    assert odd["error"] == "ZeroDivisionError: nobody expects this" and "error" not in fine
+
+
+BIG = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "blocks", "device", "wanted"),
+    [
+        ([{"CPU": 2.0}], None, 9, "cpu", (1, 2)),
+        ([{"CPU": 2.0}], 5, 9, "cpu", (2, 1)),  # no more workers than cores
+        (BIG, None, 99, "cpu", (6, 4)),
+        (BIG, 1, 99, "cpu", (1, 8)),  # no more cores than every machine has
+        (BIG, None, 3, "cpu", (3, 8)),
+        (BIG, None, 99, "cuda", (6, 4)),
+        (BIG, 9, 99, "cuda:0", (6, 4)),  # no more workers than GPUs
+        ([{"CPU": 4.0}, {}], None, 1, "cpu", (1, 4)),
+    ],
+)
+def test_workers_ask_for_what_the_cluster_has(nodes, workers, blocks, device, wanted):
+    assert resources(nodes, workers, blocks, device) == wanted
+
+
+def test_no_gpu_and_no_worker_are_refused():
+    with pytest.raises(ValueError, match="--device cuda needs a GPU, but the Ray cluster has none"):
+        resources([{"CPU": 2.0}], None, 1, "cuda")
+    with pytest.raises(ValueError, match="--workers must be at least 1, got 0"):
+        resources(BIG, 0, 1, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -155,23 +155,20 @@ def _mapped(
         worker: a class that is made in the worker from `arguments` and called with blocks.
         key: a column that rows and results have, equal for a row and its result, unique among the rows.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {workers}.")
     with _ray() as ray:
         import pyarrow
 
-        on_gpu = device.startswith("cuda")
-        cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
-        workers = min(workers or (gpus if on_gpu else max(1, cores // THREADS)), len(blocks))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        number, cores = resources(nodes, workers, len(blocks), device)
         tables = [pyarrow.Table.from_pylist(block) for block in blocks]
         results = ray.data.from_arrow(tables).map_batches(
             worker,
             batch_size=None,
             # A video that waits at a worker would be tried again, too, when another one ends it.
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=number, max_tasks_in_flight_per_actor=1),
             fn_constructor_kwargs=arguments,
-            num_cpus=max(1, cores // workers),  # Ray gives a worker as many threads
-            num_gpus=1 if on_gpu else None,
+            num_cpus=cores,  # Ray gives a worker as many threads
+            num_gpus=1 if device.startswith("cuda") else None,
             ray_remote_args_fn=_patience,
         )
         rows = iter(results.iter_rows())
@@ -182,6 +179,32 @@ def _mapped(
                 result = next(rows, None)
             else:
                 yield row, None
+
+
+def resources(
+    nodes: Sequence[Mapping[str, float]], workers: int | None, blocks: int, device: str
+) -> tuple[int, int]:
+    """Return how many workers there are, and the CPU cores of each: no more than the cluster can give, or Ray waits.
+
+    Args:
+        nodes: for each machine of the cluster its "CPU" and "GPU".
+        workers: as many as were asked for; None is one per GPU, or one per four cores.
+        blocks: pieces of work.
+        device: where the models are; on "cuda" each worker has a GPU.
+
+    Raises:
+        ValueError: `workers` is below 1, or there are no GPUs for "cuda".
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}.")
+    on_gpu = device.startswith("cuda")
+    cores, gpus = (int(sum(node.get(name, 0) for node in nodes)) for name in ("CPU", "GPU"))
+    if on_gpu and not gpus:
+        raise ValueError(f"--device {device} needs a GPU, but the Ray cluster has none.")
+    usual, most = (gpus, gpus) if on_gpu else (max(1, cores // THREADS), max(1, cores))
+    number = min(workers or usual, most, blocks)
+    on_one = min((int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1), default=1)
+    return number, max(1, min(cores // number, on_one))
 
 
 def _patience() -> dict[str, int]:

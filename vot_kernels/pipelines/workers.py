@@ -14,7 +14,7 @@ from vot_kernels.files import atomic_write
 from vot_kernels.models.checkpoint import ENCODER, PERCEPTION
 from vot_kernels.pipelines.batch import Row, answer_question
 from vot_kernels.pipelines.encode import described, encode_clips, load_encoder
-from vot_kernels.pipelines.errors import sentence
+from vot_kernels.pipelines.errors import CORRECTABLE, sentence
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_folder, checkpoint_fps, sample_video
 
 if TYPE_CHECKING:
@@ -57,8 +57,14 @@ class AnswerQuestions:
             candidates = [] if given is None else [str(one) for one in given]
             item: Row = {"id": id_, "video": str(video), "question": str(question)}
             item |= {"candidates": candidates} if candidates else {}
-            answers.append(answer_question(self._video_qa, item, self._folder, self._sampling))
+            answers.append(self._answer(item))
         return {"id": ids, "answer": [json.dumps(answer, ensure_ascii=False) for answer in answers]}
+
+    def _answer(self, item: Row) -> Row:
+        try:
+            return answer_question(self._video_qa, item, self._folder, self._sampling)
+        except Exception as error:  # of whatever kind, it is about this video and not about the others
+            return {key: item[key] for key in ("id", "video", "question")} | {"error": _in_words(error)}
 
 
 class EncodeVideos:
@@ -100,6 +106,11 @@ class EncodeVideos:
             with atomic_write(file) as temporary:
                 description = described(clip, len(encoded["tokens"]))
                 save_file(encoded, temporary, metadata={"description": description})
-        except (ValueError, OSError) as error:
-            return sentence(error)
+        except Exception as error:  # as above
+            return _in_words(error)
         return ""
+
+
+def _in_words(error: Exception) -> str:
+    known = isinstance(error, CORRECTABLE)
+    return sentence(error) if known else f"{type(error).__name__}: {sentence(error)}"

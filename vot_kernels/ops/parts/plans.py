@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-_MOST_KEPT = 32  # results with one tensor
+_MOST_KEPT = 32  # results of a function, and results with one tensor
 
 _forget: list[Callable[[], None]] = []
 
@@ -44,7 +44,7 @@ def remember(make: Callable[..., T]) -> Callable[..., T]:
         if not any(
             isinstance(x, Tensor) and x.is_inference() for x in values
         ):  # whose changes are not counted
-            if len(seen) >= 32:
+            if len(seen) >= _MOST_KEPT:
                 seen.clear()
             seen[names] = _Seen(values, result)
         return result

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
+from vot_kernels.models.checkpoint import weights_file
 from vot_kernels.pipelines.ablation.parts import PARTS, Part, Variant
 from vot_kernels.pipelines.ablation.picture import draw
 from vot_kernels.pipelines.ablation.summary import format_summary, summarise
@@ -68,12 +69,12 @@ class Plan:
         return list(found.values())
 
     def _identity(self, task: str) -> Row:
-        """Return the names of the files on which a run depends."""
-        named = {
-            "reading": [self.sources.vlm] if self.sources.vlm else [],
+        """Return the files on which a run depends, by name and contents."""
+        read = {
+            "reading": [weights_file(self.sources.vlm)] if self.sources.vlm else [],
             "answers": list(self.sources.answers),
         }
-        files = [file.name for file in named.get(task, [])]
+        files = {file.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in read.get(task, [])}
         return {"of": files} if files else {}
 
 

@@ -3,6 +3,7 @@
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -72,7 +73,7 @@ class Sources:
     answers: Sequence[Path] = ()
 
 
-class Task:
+class Task(ABC):
     """What a variant does in a run.
 
     Attributes:
@@ -85,11 +86,11 @@ class Task:
     clips = 0
     seeds = sys.maxsize
 
+    @abstractmethod
     def run(
         self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
     ) -> dict[str, float]:
         """Train in `folder`, or go on there, and return the metrics."""
-        raise NotImplementedError
 
     def lacks(self, changes: Changes, sources: Sources) -> str | None:
         """Return which option a variant needs that is not given."""
