@@ -35,7 +35,8 @@ def amount(part: Mapping[str, Any]) -> str:
         return f"Answers of `vot eval digitworld`, in {part['seeds']} thirds."
     if not part["steps"]:
         return f"{part['clips']} held-out clips for each of {part['seeds']} seeds."
-    return f"{part['seeds']} seeds, {part['steps']} steps each, {part['clips']} held-out clips."
+    each = "of each stage" if part["task"] == "reinforcement" else "each"
+    return f"{part['seeds']} seeds, {part['steps']} steps {each}, {part['clips']} held-out clips."
 
 
 if __name__ == "__main__":

@@ -33,6 +33,31 @@ VOT_INLINE void softmax_row(const T* row, int width, float* out) {
   for_vectors(width, [&](int c, int) { store(out + c, load(out + c) * share); });
 }
 
+// The softmax of two rows of N vectors, which stay in registers, times a weight each. A row's sums are a chain of steps that each wait for the
+// last, so that two rows take hardly longer than one.
+template <int N, class T>
+VOT_INLINE void softmax_of_two(const T* const (&rows)[2], const float (&weights)[2], float* const (&out)[2]) {
+  Vec x[2][N], largest[2], total[2], share[2];
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++) {
+    largest[r] = splat(-INF), total[r] = Vec{};
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) largest[r] = greater_of(x[r][i] = load(rows[r] + i * LANES), largest[r]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++) largest[r] = splat(greatest(largest[r]));
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++)
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; r++) total[r] += x[r][i] = exp(x[r][i] - largest[r]);
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++) share[r] = splat(weights[r] / sum(total[r]));
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; r++)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) store(out[r] + i * LANES, x[r][i] * share[r]);
+}
+
 // phi of a row. `out` has room for whole vectors, and zeros where the row ends within one.
 template <class T>
 VOT_INLINE void feature_row(FeatureMap map, const T* row, int width, float* out) {

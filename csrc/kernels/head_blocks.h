@@ -41,13 +41,21 @@ VOT_NOINLINE inline void load_features(Dtype dtype, FeatureMap map, const Rows& 
                                        int all_heads = 0) {
   const int64_t padded = round_up(width, LANES);
   with_type(dtype, [&](auto zero) {
-    for (int r = 0; r < rows; r++)
-      for (int h = 0; h < heads.count; h++) {
-        float* out = to + (h * BLOCK_ROWS + r) * padded;
-        feature_row(map, from.at<decltype(zero)>(begin + r, heads.first + h), width, out);
-        const float weight = scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
-        if (weight != 1) scale_row(out, padded, weight);
+    const auto row = [&](int r, int h) { return from.at<decltype(zero)>(begin + r, heads.first + h); };
+    const auto weight = [&](int r, int h) {
+      return scale * (weights ? weights[(begin + r) * all_heads + heads.first + h] : 1);
+    };
+    const auto out = [&](int r, int h) { return to + (h * BLOCK_ROWS + r) * padded; };
+    for (int r = 0; r < rows; r++) {
+      int h = 0;
+      if (map == FeatureMap::SOFTMAX && width == 4 * LANES)
+        for (; h + 2 <= heads.count; h += 2)
+          softmax_of_two<4>({row(r, h), row(r, h + 1)}, {weight(r, h), weight(r, h + 1)}, {out(r, h), out(r, h + 1)});
+      for (; h < heads.count; h++) {
+        feature_row(map, row(r, h), width, out(r, h));
+        if (weight(r, h) != 1) scale_row(out(r, h), padded, weight(r, h));
       }
+    }
   });
 }
 

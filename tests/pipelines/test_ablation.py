@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from vot_kernels.files import read_json_lines
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.pipelines.ablation import run as runner
-from vot_kernels.pipelines.ablation import tasks
 from vot_kernels.pipelines.ablation.padding import PaddedEncoder
 from vot_kernels.pipelines.ablation.parts import MEASURES, PARTS, Part, Variant
 from vot_kernels.pipelines.ablation.summary import format_summary, summarise
+from vot_kernels.pipelines.ablation.tasks import TASKS, encoders, language
+from vot_kernels.pipelines.ablation.tasks.base import Sources, seconds_of
 from vot_kernels.testing import shifted
 from vot_kernels.train.sft.stage import reason
 from vot_kernels.train.vlm.model import save_half
 
+REWARDS = ("accuracy", "grounding", "temporal", "preference")
 DENSE = VotEncoderConfig.preset("nano", attention="softmax", aoe_every=0)
 
 
@@ -41,9 +44,9 @@ def vot(monkeypatch, capsys):
 @pytest.fixture
 def quick(monkeypatch):
     """Runs that measure little."""
-    for task in tasks.TASKS.values():
+    for task in TASKS.values():
         monkeypatch.setattr(task, "clips", 2)
-    monkeypatch.setattr(tasks, "step_time", lambda changes: 1.0)
+    monkeypatch.setattr(encoders, "step_time", lambda changes: 1.0)
 
 
 # --- padding ------------------------------------------------------------------------------------------------
@@ -93,7 +96,7 @@ def test_runs_are_kept_and_not_repeated(vot, quick, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(quick, tmp_path):
-    plan = runner.Plan(runner.choose_parts(["contrast"], tasks.Sources()), seeds=1, steps=3)
+    plan = runner.Plan(runner.choose_parts(["contrast"], Sources()), seeds=1, steps=3)
     (run, *_), seen = plan.runs(), []
 
     def stop(step, terms):
@@ -101,26 +104,26 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(quick, tmp_path):
         if step == 2 and len(seen) == 2:
             raise KeyboardInterrupt
 
-    task, folder = tasks.TASKS["encoder"], tmp_path / "run"
+    task, folder = TASKS["encoder"], tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        task.run(run, 0, 3, folder, stop, tasks.Sources())
-    found = task.run(run, 0, 3, folder, stop, tasks.Sources())
+        task.run(run, 0, 3, folder, stop, Sources())
+    found = task.run(run, 0, 3, folder, stop, Sources())
     assert seen == [1, 2, 3]
-    assert found == task.run(run, 0, 3, tmp_path / "whole", lambda *_: None, tasks.Sources())
+    assert found == task.run(run, 0, 3, tmp_path / "whole", lambda *_: None, Sources())
 
 
 @pytest.mark.parametrize("name", ["packing", "attention", "normaliser", "experts"])
 def test_every_variant_takes_a_step_and_has_a_cost(name):
     (part,) = [part for part in PARTS if part.name == name]
     for variant in part.variants:
-        task = tasks.TASKS[part.task]
+        task = TASKS[part.task]
         step, cost = task.step(variant.changes), task.cost(variant.changes)
-        assert tasks.seconds_of(step) > 0 and cost["parameters"] > 0 and cost["operations"] > 1e8
+        assert seconds_of(step) > 0 and cost["parameters"] > 0 and cost["operations"] > 1e8
 
 
 def test_experts_are_compared_at_equal_parameters_or_operations():
     (part,) = [part for part in PARTS if part.name == "experts"]
-    ours, *others = [tasks.TASKS[part.task].cost(variant.changes) for variant in part.variants]
+    ours, *others = [TASKS[part.task].cost(variant.changes) for variant in part.variants]
     off = {
         variant.name: {name: abs(cost[name] / ours[name] - 1) for name in cost}
         for variant, cost in zip(part.variants[1:], others, strict=True)
@@ -136,7 +139,7 @@ def test_a_dry_run_writes_nothing(vot, tmp_path):
 
 
 def test_a_steps_time_is_relative_to_the_default_encoders():
-    assert 0.5 < tasks.step_time({}, rounds=3) < 2
+    assert 0.5 < encoders.step_time({}, rounds=3) < 2
 
 
 # --- parts without training ---------------------------------------------------------------------------------
@@ -164,32 +167,60 @@ def test_a_graph_is_read_as_tokens_or_text():
     import numpy as np
 
     whole = reason(generate_episode("val", 0), np.random.default_rng(0))
-    assert tasks.as_read(whole, ("tokens", "text")) == whole
-    text = tasks.as_read(whole, ("text",))
+    assert language.as_read(whole, ("tokens", "text")) == whole
+    text = language.as_read(whole, ("text",))
     assert text.graph is None and text.turns == whole.turns
-    tokens = tasks.as_read(whole, ("tokens",))
+    tokens = language.as_read(whole, ("tokens",))
     assert tokens.graph is whole.graph and "<stsg>" not in tokens.turns[0].prompt
     assert whole.turns[0].prompt.endswith(tokens.turns[0].prompt) and tokens.turns[1:] == whole.turns[1:]
 
 
-def test_a_video_language_model_is_measured(quick, tmp_path, monkeypatch):
+@pytest.fixture
+def vlm(tmp_path):
+    """The folder of a tiny video-language model with new weights."""
     torch.manual_seed(0)
     config = tiny_config(vision={"patch_size": 8})
     folder = tmp_path / "model"
     save_half(VotForConditionalGeneration(config), VotProcessor.for_model(config, tiny_tokenizer()), folder)
+    return folder
+
+
+def test_a_video_language_model_is_measured(quick, vlm, tmp_path, monkeypatch):
     monkeypatch.setattr("vot_kernels.train.vlm.answers.MAX_NEW_TOKENS", 4)
-    sources = tasks.Sources(vlm=folder)
     for reads in (["tokens"], []):
-        found = tasks.TASKS["reading"].run({"reads": reads}, 0, 0, tmp_path, lambda *_: None, sources)
+        run = {"reads": reads}
+        found = TASKS["reading"].run(run, 0, 0, tmp_path, lambda *_: None, Sources(vlm=vlm))
         assert found["nats"] > 0 and found["accuracy"] == 0
+
+
+def test_reinforcement_goes_on_from_a_finished_stage(quick, vlm, tmp_path, monkeypatch):
+    short = {
+        name: partial(stage, batch_size=1, generations=2, max_reply_tokens=4, learning_rate=1e-2)
+        for name, stage in language._STAGES.items()
+    }
+    monkeypatch.setattr(language, "_STAGES", short)
+    monkeypatch.setattr(language, "_JUDGE_STEPS", 1)
+    trained = []
+
+    def run(stages, folder):
+        changes, sources = {"stages": stages}, Sources(vlm=vlm)
+        return TASKS["reinforcement"].run(changes, 0, 1, folder, lambda *n: trained.append(n), sources)
+
+    before = run([], tmp_path / "none")
+    assert 0 < before["preference"] < 1 and not trained
+    stages = ["perception", "reasoning", "preference"]
+    run(stages[:1], tmp_path / "run")
+    after = run(stages, tmp_path / "run")
+    assert len(trained) == 3 and after.keys() == before.keys() == {"reward", "seen_grounding", *REWARDS}
+    assert run(stages, tmp_path / "run") == after and len(trained) == 3
 
 
 def test_what_cannot_be_run_is_refused():
     with pytest.raises(ValueError, match="A part must be one of attention, normaliser.*got 'colour'"):
-        runner.choose_parts(["colour"], tasks.Sources())
+        runner.choose_parts(["colour"], Sources())
     with pytest.raises(ValueError, match="The part 'graph tokens' needs --vlm"):
-        runner.choose_parts(["graph tokens"], tasks.Sources())
-    names = {part.name for part in runner.choose_parts(None, tasks.Sources())}
+        runner.choose_parts(["graph tokens"], Sources())
+    names = {part.name for part in runner.choose_parts(None, Sources())}
     assert "experts" in names and not names & {"graph tokens", "thought", "verification"}
 
 
@@ -226,6 +257,6 @@ def test_an_outcome_needs_a_difference_beyond_the_spread():
 
 def test_every_part_has_known_measures_and_variants_of_its_own():
     for part in PARTS:
-        assert set(part.measures) <= MEASURES.keys() and part.task in tasks.TASKS and len(part.variants) > 1
+        assert set(part.measures) <= MEASURES.keys() and part.task in TASKS and len(part.variants) > 1
         changes = [json.dumps(variant.changes, sort_keys=True) for variant in part.variants]
         assert len(set(changes)) == len(changes)

@@ -24,7 +24,7 @@ def ablate(
     ] = None,
     vlm: Annotated[
         Path | None,
-        typer.Option(help="Folder of a model of `vot train sft`, for the part graph tokens.", **PATH),
+        typer.Option(help="Folder of a model of `vot train sft`, for graph tokens and reinforcement.", **PATH),
     ] = None,
     answers: Annotated[
         list[Path] | None,
@@ -40,7 +40,7 @@ def ablate(
     """Compare each part of the system with what others do in its place, on DigitWorld."""
     require("vot ablate", "video", "llm", "train")
     from vot_kernels.pipelines.ablation.run import Plan, choose_parts, plan_text, run_ablations
-    from vot_kernels.pipelines.ablation.tasks import Sources
+    from vot_kernels.pipelines.ablation.tasks.base import Sources
 
     sources = Sources(vlm, tuple(answers or ()))
     plan = Plan(choose_parts(only, sources), seeds, steps, sources)

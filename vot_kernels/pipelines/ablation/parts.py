@@ -21,7 +21,8 @@ class Variant:
     Attributes:
         name: in tables.
         changes: what differs from the default: `encoder`, fields of the encoder's configuration; `training`, settings
-            of the stage; `kind`, the class of the encoder; `reads`, as what a graph is read; `system`, who answers.
+            of the stage; `kind`, the class of the encoder; `reads`, as what a graph is read; `stages`, what follows
+            supervised training; `system`, who answers.
     """
 
     name: str
@@ -63,6 +64,10 @@ MEASURES = {
     "probe_count": Measure("probe: count", True),
     "nats": Measure("nats per token of the reply", False),
     "accuracy": Measure("right answers", True),
+    "grounding": Measure("grounding", True),
+    "temporal": Measure("times", True),
+    "preference": Measure("score of the reward model", True),
+    "seen_grounding": Measure("grounding, of frames alone", True),
 }
 """What runs measure. A step's time is that of forward and backward, relative to the default encoder's."""
 
@@ -152,6 +157,18 @@ PARTS: tuple[Part, ...] = (
             Variant("neither", {"reads": []}),
         ),
         ("nats", "accuracy"),
+    ),
+    Part(
+        "reinforcement",
+        "What does each stage of GRPO add to supervised training?",
+        "reinforcement",
+        (
+            Variant("supervised", {"stages": []}),
+            Variant("and perception", {"stages": ["perception"]}),
+            Variant("and reasoning", {"stages": ["perception", "reasoning"]}),
+            Variant("and preferences", {"stages": ["perception", "reasoning", "preference"]}),
+        ),
+        ("accuracy", "grounding", "temporal", "preference", "seen_grounding"),
     ),
     Part(
         "thought",

@@ -18,7 +18,8 @@ from vot_kernels.models.checkpoint import weights_file
 from vot_kernels.pipelines.ablation.parts import PARTS, Part, Variant
 from vot_kernels.pipelines.ablation.picture import draw
 from vot_kernels.pipelines.ablation.summary import format_summary, summarise
-from vot_kernels.pipelines.ablation.tasks import TASKS, Sources, seconds_of
+from vot_kernels.pipelines.ablation.tasks import TASKS
+from vot_kernels.pipelines.ablation.tasks.base import Sources, seconds_of
 from vot_kernels.train.loop import no_report
 from vot_kernels.train.report import machine, progress_bar
 
@@ -70,10 +71,8 @@ class Plan:
 
     def _identity(self, task: str) -> Row:
         """Return the files on which a run depends, by name and contents."""
-        read = {
-            "reading": [weights_file(self.sources.vlm)] if self.sources.vlm else [],
-            "answers": list(self.sources.answers),
-        }
+        model = [weights_file(self.sources.vlm)] if self.sources.vlm else []
+        read = {"reading": model, "reinforcement": model, "answers": list(self.sources.answers)}
         files = {file.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in read.get(task, [])}
         return {"of": files} if files else {}
 
@@ -205,7 +204,7 @@ def describe(run: Row) -> str:
     """Return a run in words: its task, what differs from the default, and its seed."""
     changes = [
         f"{name}={value}" for kind in ("encoder", "training") for name, value in run.get(kind, {}).items()
-    ] + [f"{name}={run[name]}" for name in ("kind", "reads", "system") if name in run]
+    ] + [f"{name}={run[name]}" for name in ("kind", "reads", "stages", "system") if name in run]
     return f"{run['task']}, {' '.join(changes) or 'default'}, seed {run['seed']}"
 
 

@@ -1,11 +1,7 @@
-"""What a variant does in a run: it is trained for a few steps and measured, or measured as it is."""
+"""Small encoders, trained for a few steps and measured."""
 
 import statistics
-import sys
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,6 @@ from torch import Tensor, nn
 
 from vot_kernels.data.digitworld.batches import episode_batch
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
-from vot_kernels.data.digitworld.question_sets import generate_questions
-from vot_kernels.data.digitworld.traces import read_reply
-from vot_kernels.files import read_json_lines
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.cost import encoder_cost
@@ -26,6 +19,7 @@ from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.pipelines.ablation.padding import PaddedEncoder
+from vot_kernels.pipelines.ablation.tasks.base import Changes, Sources, Step, Task, seconds_of
 from vot_kernels.train.encoder import stage as encoder_stage
 from vot_kernels.train.encoder.metrics import encoder_metrics
 from vot_kernels.train.encoder.settings import EncoderTraining
@@ -40,14 +34,7 @@ from vot_kernels.train.perception.batches import (
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, perception_losses, train_perception
-from vot_kernels.train.sft.stage import reason
-from vot_kernels.train.vlm.answers import Asked, replies
-from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, render
-from vot_kernels.train.vlm.model import load_vlm
-from vot_kernels.train.vlm.stage import nats_per_token
 
-Changes = Mapping[str, Any]
-Step = Callable[[], None]
 _TINY: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 128,
@@ -58,51 +45,6 @@ _FRAMES = 8
 _TRAINING = 3  # a step backward takes twice the operations of a step forward
 _ROUNDS = 5  # in which the times of two encoders are measured in turns
 _MIXED_FRAMES = (2, 4, 6, 8, 12, 16)  # clips of the batch whose steps are timed
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the parts without training are measured on; a part whose source is missing is left out.
-
-    Attributes:
-        vlm: folder of a video-language model, as `vot train sft` makes it.
-        answers: files of rows that `vot eval digitworld` wrote.
-    """
-
-    vlm: Path | None = None
-    answers: Sequence[Path] = ()
-
-
-class Task(ABC):
-    """What a variant does in a run.
-
-    Attributes:
-        steps: optimiser steps of a run, by default.
-        clips: held-out clips in the metrics.
-        seeds: so many at most.
-    """
-
-    steps = 0
-    clips = 0
-    seeds = sys.maxsize
-
-    @abstractmethod
-    def run(
-        self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
-    ) -> dict[str, float]:
-        """Train in `folder`, or go on there, and return the metrics."""
-
-    def lacks(self, changes: Changes, sources: Sources) -> str | None:
-        """Return which option a variant needs that is not given."""
-        return None
-
-    def cost(self, changes: Changes) -> dict[str, int]:
-        """Return the parameters of the encoder, and its operations in a training step; empty without training."""
-        return {}
-
-    def step(self, changes: Changes) -> Step | None:
-        """Return a function that computes a training step, to be timed; None without training."""
-        return None
 
 
 class Perception(Task):
@@ -189,67 +131,6 @@ class Encoder(Task):
         return partial(_backward, model, partial(model.losses, inputs, batch.captions, _teacher(), settings))
 
 
-class Reading(Task):
-    """A trained video-language model reads a true graph as tokens, as text, as both, or not at all."""
-
-    clips = 7
-
-    def lacks(self, changes: Changes, sources: Sources) -> str | None:
-        return "--vlm" if sources.vlm is None else None
-
-    def run(
-        self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
-    ) -> dict[str, float]:
-        """Measure how likely true replies are, and how many of its own are right, in bfloat16."""
-        assert sources.vlm is not None
-        model, processor = _vlm(sources.vlm)
-        reads = changes.get("reads", ("tokens", "text"))
-
-        def speak(episode: Episode, rng: Any) -> Conversation:
-            return as_read(reason(episode, rng), reads)
-
-        batches = ConversationBatches(processor, speak, seed, 2, split="val")
-        asked = generate_questions("val", self.clips, seed=seed)
-        items = [
-            Asked(render(a.episode), a.episode.stsg, a.question.text, a.question.candidates, reads)
-            for a in asked
-        ]
-        with torch.autocast("cpu", torch.bfloat16):
-            said = [read_reply(reply) for reply in replies(model, processor, items)]
-            nats = nats_per_token(model, batches, self.clips)
-        right = [
-            pair is not None and pair[1] == a.question.answer for pair, a in zip(said, asked, strict=True)
-        ]
-        return {"nats": nats, "accuracy": sum(right) / len(right)}
-
-
-class Answers(Task):
-    """The bundled pipeline has answered questions, each third of which stands for a seed."""
-
-    seeds = 3
-
-    def lacks(self, changes: Changes, sources: Sources) -> str | None:
-        known = any(changes["system"] in _answers(file)[0]["answers"] for file in sources.answers)
-        return None if known else "--answers"
-
-    def run(
-        self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
-    ) -> dict[str, float]:
-        """Return the share of right answers of the system."""
-        system = changes["system"]
-        rows = next(rows for rows in map(_answers, sources.answers) if system in rows[0]["answers"])
-        right = [row["answers"][system] == row["question"]["answer"] for row in rows[seed :: self.seeds]]
-        return {"accuracy": sum(right) / len(right)}
-
-
-TASKS: dict[str, Task] = {
-    "perception": Perception(),
-    "encoder": Encoder(),
-    "reading": Reading(),
-    "answers": Answers(),
-}
-
-
 def encoder_config(changes: Changes) -> VotEncoderConfig:
     """Return the configuration of a small encoder, half as wide as nano, with the changes of a variant."""
     return VotEncoderConfig.preset("nano", **_TINY | changes.get("encoder", {}))
@@ -298,13 +179,6 @@ def step_time(changes: Changes, rounds: int = _ROUNDS) -> float:
     return own / default
 
 
-def seconds_of(step: Step) -> float:
-    """Return the seconds that a step takes."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def _backward(model: nn.Module, terms: Callable[[], Mapping[str, Tensor]]) -> None:
     torch.stack(list(terms().values())).sum().backward()
     model.zero_grad(set_to_none=True)
@@ -326,28 +200,6 @@ def held_out_loss(model: VotPerceptionModel, processor: VotImageProcessor, split
     return total / clips
 
 
-def as_read(conversation: Conversation, reads: Sequence[str]) -> Conversation:
-    """Return a conversation whose graph is read as tokens, as text, both, or neither."""
-    first, *others = conversation.turns
-    if "text" not in reads:
-        first = first._replace(prompt=first.prompt.partition("</stsg>\n")[2] or first.prompt)
-    graph = conversation.graph if "tokens" in reads else None
-    return replace(conversation, turns=[first, *others], graph=graph)
-
-
 @cache
 def _teacher() -> encoder_stage.Teacher:
     return encoder_stage.load_teacher(BUNDLED_CHECKPOINT)
-
-
-@cache
-def _vlm(folder: Path) -> tuple[Any, Any]:
-    return load_vlm(folder)
-
-
-@cache
-def _answers(file: Path) -> list[dict[str, Any]]:
-    rows = [row for row in read_json_lines(file) if "answers" in row]
-    if not rows:
-        raise ValueError(f"{file} must have rows of `vot eval digitworld`, got none.")
-    return rows
