@@ -33,6 +33,16 @@ def test_torchrun_trains_one_model(tmp_path):
     assert json.loads((tmp_path / "model" / "training.json").read_text())["processes"] == 2
 
 
+def test_torchrun_trains_one_language_model(tmp_path):
+    words = "train projector --steps 1 --batch-size 2 --eval-clips 1"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "vot_kernels.cli", *words.split(), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("nats per token") == 1
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["processes"] == 2
+
+
 def test_other_stages_refuse_several_processes(monkeypatch, capsys):
     from vot_kernels import cli
 

@@ -11,14 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.utils.data import Dataset
 
+from tests.models.vot.tiny import tiny_config, tiny_tokenizer
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
+from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.nn import AutonomyOfExperts
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import shifted
 from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.encoder.stage import CaptionBatches, EncoderPretraining, random_features, train_encoder
+from vot_kernels.train.projector.settings import ProjectorTraining
+from vot_kernels.train.projector.stage import train_projector
 from vot_kernels.train.ranks import ALONE, Ranks
+from vot_kernels.train.vlm.conversations import ConversationBatches
 
 CONFIG = VotEncoderConfig(
     hidden_size=48,
@@ -40,7 +46,7 @@ ATOL = (
 STEPS = {"both": {}, "distillation": {"contrastive": 0.0}, "contrast": {"distillation": 0.0}}
 
 
-def _in_process(batches: CaptionBatches, start: int, stop: int) -> Iterator[object]:
+def _in_process(batches: Dataset, start: int, stop: int) -> Iterator[object]:
     """Make batches without a worker, which the processes of the tests may not have."""
     return (batches[step] for step in range(start, stop))
 
@@ -91,6 +97,38 @@ def equals_one_process(group: ProcessGroup, **options: float) -> None:
         assert found.keys() == true.keys()
         for name, value in true.items():
             assert abs(found[name] - value) <= 1e-6 * max(1.0, abs(value)), (name, found[name], value)
+
+
+def language_model_equals_one_process(group: ProcessGroup) -> None:
+    """Conversations about clips, graphs or both, in float64; in a step a rank may have no clip, or no graph."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        settings, ranks = ProjectorTraining(steps=3, batch_size=5, warmup=1), ranks_of(group)
+        (model, seen), (alone, wanted) = (
+            spoken(folder, settings, together)
+            for folder, together in ((shared_folder(group), ranks), (Path(tempfile.mkdtemp()), ALONE))
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    atol = 0.02 * settings.learning_rate
+    for (name, found), true in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, true, rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+    assert len(seen) == (settings.steps if ranks.first else 0)
+    for found, true in zip(seen, wanted, strict=False):
+        assert abs(found["reply"] - true["reply"]) <= 1e-6 * true["reply"]
+
+
+def spoken(out: Path, settings: ProjectorTraining, ranks: Ranks) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train a tiny video-language model; return it and the terms of each step that was reported."""
+    torch.manual_seed(1)
+    config, seen = tiny_config(), []
+    model = VotForConditionalGeneration(config).double()
+    processor = VotProcessor.for_model(config, tiny_tokenizer())
+    with mock.patch.object(ConversationBatches, "loader", _in_process):
+        train_projector(
+            out, model, processor, settings, ranks=ranks, report=lambda step, terms: seen.append(terms)
+        )
+    return model, seen
 
 
 def resumes_together(group: ProcessGroup) -> None:
@@ -155,6 +193,7 @@ def joins_rows_and_texts(group: ProcessGroup) -> None:
 
 CASES: dict[str, Callable[[ProcessGroup], None]] = {
     **{f"encoder_{name}": partial(equals_one_process, **options) for name, options in STEPS.items()},
+    "language_model": language_model_equals_one_process,
     "resumes_together": resumes_together,
     "too_few_clips": too_few_clips,
     "balances_over_all_tokens": balances_over_all_tokens,

@@ -24,7 +24,9 @@ def ablate(
     ] = None,
     vlm: Annotated[
         Path | None,
-        typer.Option(help="Folder of a model of `vot train sft`, for graph tokens and reinforcement.", **PATH),
+        typer.Option(
+            help="Folder of a model of `vot train sft`, for graph tokens and reinforcement.", **PATH
+        ),
     ] = None,
     answers: Annotated[
         list[Path] | None,

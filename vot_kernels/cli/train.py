@@ -1,6 +1,7 @@
 """`vot train`: one command per stage."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,18 +27,33 @@ from vot_kernels.train.rl.settings import (
 from vot_kernels.train.sft.settings import SftTraining
 
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
-OVER_RANKS = ("encoder",)
+OVER_RANKS = ("encoder", "projector", "sft")
 
 
 @train_app.callback()
 def check_ranks(context: typer.Context) -> None:
     """Refuse processes of torchrun that would all train the same."""
-    count, stage = int(os.environ.get("WORLD_SIZE", "1")), context.invoked_subcommand
-    if count > 1 and stage not in OVER_RANKS:
+    if context.invoked_subcommand not in OVER_RANKS:
+        _check_alone(f"vot train {context.invoked_subcommand}")
+
+
+def _check_alone(what: str) -> None:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
         raise ValueError(
-            f"vot train {stage} runs in one process, but torchrun has started {count}; "
+            f"{what} runs in one process, but torchrun has started {count}; "
             f"over several run: {', '.join(OVER_RANKS)}."
         )
+
+
+def _over_ranks(device: str, train: Callable[[str, Any], str]) -> None:
+    """Train on this process's device as one of torchrun's ranks, or alone; the first prints what comes out."""
+    from vot_kernels.train.ranks import torchrun
+
+    with torchrun(device) as (ranks, own_device):
+        table = train(own_device, ranks)
+    if ranks.first:
+        print(table)
 
 
 Out = Annotated[
@@ -138,12 +154,8 @@ def train_encoder_command(
         checkpoint_kind(folder, PERCEPTION, ENCODER)
     check_output_folder(out)
     from vot_kernels.train.encoder.run import run
-    from vot_kernels.train.ranks import torchrun
 
-    with torchrun(device) as (ranks, own_device):
-        table = run(out, settings, folder, eval_clips, own_device, ranks)
-    if ranks.first:
-        print(table)
+    _over_ranks(device, lambda own, ranks: run(out, settings, folder, eval_clips, own, ranks))
 
 
 @train_app.command("projector", epilog=examples("vot train projector --out runs/projector"))
@@ -168,7 +180,9 @@ def train_projector_command(
     from vot_kernels.train.projector.run import run
 
     text = ensure_smollm2() if settings.language_model == "smollm2" else None
-    print(run(out, settings, perception, text, eval_clips, device, dry_run))
+    _over_ranks(
+        device, lambda own, ranks: run(out, settings, perception, text, eval_clips, own, dry_run, ranks)
+    )
 
 
 @train_app.command(
@@ -207,10 +221,12 @@ def train_sft_command(
     _check(checkpoint, out, device)
     from vot_kernels.train.sft.run import run, run_on_questions
 
-    if data is None:
-        print(run(out, checkpoint, settings, eval_clips, device, dry_run))
-    else:
-        print(run_on_questions(out, checkpoint, data, settings, held_out, eval_clips, device, dry_run))
+    def train(own: str, ranks: Any) -> str:
+        if data is None:
+            return run(out, checkpoint, settings, eval_clips, own, dry_run, ranks)
+        return run_on_questions(out, checkpoint, data, settings, held_out, eval_clips, own, dry_run, ranks)
+
+    _over_ranks(device, train)
 
 
 def _add_stage(stage: str, settings_of: type, meaning: str, before: str) -> None:
@@ -344,6 +360,7 @@ def _finetune(
 
     if dry_run:
         raise ValueError("--dry-run measures models of our own alone.")
+    _check_alone("vot train sft on a model that is not our own")
     check_device(device)
     check_output_folder(out)
     from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning

@@ -89,10 +89,19 @@ class Ranks:
                     layer.spread = None
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its average over the ranks. All ranks must have gradients of the same."""
+        """Replace every gradient by its average over the ranks; a rank that has none of a parameter counts as 0.
+
+        What no rank has a gradient of is left without, as in one process.
+        """
         if self.group is None:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        trained = [p for p in parameters if p.requires_grad]
+        has = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        anywhere = all_reduce(has, self.group, "exchange of what has a gradient").tolist()
+        for parameter, found in zip(trained, anywhere, strict=True):
+            if found and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in trained if p.grad is not None]
         for dtype in {gradient.dtype for gradient in gradients}:
             alike = [gradient for gradient in gradients if gradient.dtype == dtype]
             flat = torch.cat([gradient.flatten() for gradient in alike]) / self.size

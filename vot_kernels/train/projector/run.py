@@ -6,6 +6,7 @@ from pathlib import Path
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.projector.stage import describe, projector_metrics, train_projector
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.vlm.model import build_model
 from vot_kernels.train.vlm.run import Origin, VlmStage, run_stage
 from vot_kernels.train.vlm.stage import conversation_work
@@ -27,6 +28,7 @@ def run(
     eval_clips: int = 64,
     device: str = "cpu",
     dry_run: bool = False,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Build the model and run the stage; see `run_stage`.
 
@@ -45,4 +47,5 @@ def run(
         eval_clips,
         device,
         dry_run,
+        ranks=ranks,
     )

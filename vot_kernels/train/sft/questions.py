@@ -14,7 +14,9 @@ from vot_kernels.data.questions.file import QuestionFile
 from vot_kernels.data.questions.question import KINDS, VideoQuestion
 from vot_kernels.data.video import DEFAULT_NUM_FRAMES, VideoClip, VideoError, load_video
 from vot_kernels.models.vot import VotProcessor
+from vot_kernels.packing import PackedLayout
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.rewards.answers import accuracy
 from vot_kernels.train.sft.replies import reply_to
 from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
@@ -57,7 +59,7 @@ class QuestionBatches(ConversationBatches):
     Args:
         questions: of the file.
         signature: what tells the file from others, for resuming.
-        processor, speak, seed, batch_size: as in `ConversationBatches`; `speak` takes a `Posed`.
+        processor, speak, seed, batch_size, ranks: as in `ConversationBatches`; `speak` takes a `Posed`.
     """
 
     def __init__(
@@ -68,9 +70,14 @@ class QuestionBatches(ConversationBatches):
         speak: Speaker,
         seed: int,
         batch_size: int,
+        ranks: Ranks = ALONE,
     ):
-        super().__init__(processor, speak, seed, batch_size)
+        super().__init__(processor, speak, seed, batch_size, ranks=ranks)
         self.questions, self.signature = questions, signature
+
+    def sizes(self, items: Sequence[int]) -> PackedLayout:
+        """Return as segments that the items are equally large: of each video equally many frames are shown."""
+        return PackedLayout.from_lengths([1] * len(items))
 
     def conversation(self, index: int) -> Conversation:
         """Return the conversation about question `index` of the shuffled ones."""

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from vot_kernels.data.questions.file import split_questions
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.sft.questions import QuestionBatches, answer, data_identity, question_metrics
 from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.sft.stage import reason, sft_metrics, train_sft
@@ -21,10 +22,13 @@ def run(
     eval_clips: int = 56,
     device: str = "cpu",
     dry_run: bool = False,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Run the stage on `checkpoint`, a model of the stage projector; see `run_stage`."""
     origin = Origin({"checkpoint": checkpoint}, (str(checkpoint),))
-    return run_stage(STAGE, out, settings, origin, lambda: load_vlm(checkpoint), eval_clips, device, dry_run)
+    return run_stage(
+        STAGE, out, settings, origin, lambda: load_vlm(checkpoint), eval_clips, device, dry_run, ranks=ranks
+    )
 
 
 def run_on_questions(
@@ -36,6 +40,7 @@ def run_on_questions(
     eval_clips: int = 56,
     device: str = "cpu",
     dry_run: bool = False,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Run the stage on the questions of a file; see `run_stage` and `split_questions`.
 
@@ -54,5 +59,7 @@ def run_on_questions(
     )
     words = (str(checkpoint), "--data", str(data), "--held-out", str(held_out))
     origin = Origin({"checkpoint": checkpoint}, words, given)
-    table = run_stage(stage, out, settings, origin, lambda: load_vlm(checkpoint), eval_clips, device, dry_run)
+    table = run_stage(
+        stage, out, settings, origin, lambda: load_vlm(checkpoint), eval_clips, device, dry_run, ranks=ranks
+    )
     return f"{len(train):,} questions to train on, {len(held):,} held out.\n{table}"

@@ -1,7 +1,7 @@
 """Conversations about clips as training batches: what the model reads, and which tokens it learns to write."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,11 @@ from torch.utils.data import Dataset
 from vot_kernels.data.digitworld.batches import episode_batch
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
 from vot_kernels.models.vot.processing import VotProcessor
+from vot_kernels.packing import PackedLayout
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.train.loop import load_ahead
 from vot_kernels.train.perception.batches import TRAIN_SIZES
+from vot_kernels.train.ranks import ALONE, Ranks
 
 END = "<|im_end|>"
 """What a reply ends with."""
@@ -64,6 +66,7 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
         batch_size: conversations per batch.
         split: of DigitWorld; sizes vary in "train" alone.
         h264_share: share of the clips that are encoded with H.264 and decoded.
+        ranks: the processes that train together; an item is this one's share of the batch.
 
     Attributes:
         signature: what must be equal, besides the settings, for a run to be resumed.
@@ -79,28 +82,41 @@ class ConversationBatches(Dataset[dict[str, Tensor]]):
         batch_size: int,
         split: str = "train",
         h264_share: float = 0.5,
+        ranks: Ranks = ALONE,
     ):
         self.processor, self.speak = processor, speak
         self.seed, self.batch_size = seed, batch_size
         self.split, self.h264_share = split, h264_share
+        self.ranks = replace(ranks, group=None)  # a worker process has no group
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         first = step * self.batch_size
-        return self._batch(first, first + self.batch_size)
+        items = range(first, first + self.batch_size)
+        return self._batch([items[own] for own in self.ranks.share(self.sizes(items))])
+
+    def sizes(self, items: Sequence[int]) -> PackedLayout:
+        """Return as segments how large the items are, as far as it is known before they are made.
+
+        Patches have a fixed size, so pixels stand for tokens here.
+        """
+        sizes = [self._size(np.random.default_rng([self.seed, index])) for index in items]
+        return PackedLayout.from_grid_thw([[1, *(size or (1, 1))] for size in sizes])
 
     def first(self, clips: int) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of the first `clips` episodes; the last one may be smaller."""
         for start in range(0, clips, self.batch_size):
-            yield self._batch(start, min(start + self.batch_size, clips))
+            yield self._batch(range(start, min(start + self.batch_size, clips)))
 
-    def _batch(self, start: int, stop: int) -> dict[str, Tensor]:
-        return encode(self.processor, [self.conversation(index) for index in range(start, stop)])
+    def _batch(self, items: Iterable[int]) -> dict[str, Tensor]:
+        return encode(self.processor, [self.conversation(index) for index in items])
 
     def conversation(self, index: int) -> Conversation:
         """Return the conversation about episode `index`."""
         rng = np.random.default_rng([self.seed, index])
-        size = TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] if self.split == "train" else None
-        return self.speak(generate_episode(self.split, index, self.seed, size=size), rng)
+        return self.speak(generate_episode(self.split, index, self.seed, size=self._size(rng)), rng)
+
+    def _size(self, rng: np.random.Generator) -> tuple[int, int] | None:
+        return TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] if self.split == "train" else None
 
     def loader(self, start: int, stop: int) -> Iterable[dict[str, Tensor]]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""

@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
+from vot_kernels.train.loop import no_report
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -74,11 +77,13 @@ def run_stage(
     device: str = "cpu",
     dry_run: bool = False,
     notes: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Train, or resume, and write `out/model`; return a table of held-out metrics before and after.
 
     `out/model` holds fp16 safetensors with adapters merged, the configurations, the processor and training.json: the
-    command, the settings, the wall time and the metrics. A finished run is neither trained nor measured again.
+    command, the settings, the wall time and the metrics. A finished run is neither trained nor measured again. The
+    first of several `ranks` measures and writes.
 
     Args:
         stage: what is trained and measured.
@@ -90,6 +95,7 @@ def run_stage(
         device: where the model is trained.
         dry_run: write nothing, and return what a run would take.
         notes: further entries of the record.
+        ranks: the processes that train together; the stage's `train` then takes them.
 
     Raises:
         ValueError: `eval_clips` is below 1, or a checkpoint in `out` is of another run.
@@ -105,11 +111,14 @@ def run_stage(
     if dry_run:
         trained: Any = add_lora(model, settings.seed) if adapters else model
         return estimate(trained, settings.parts, settings.steps, stage.work(trained, processor, settings))
-    metrics = {"before": stage.measure(model, processor, eval_clips)}
+    metrics = {"before": stage.measure(model, processor, eval_clips)} if ranks.first else {}
     trained = add_lora(model, settings.seed) if adapters else model
     start = time.perf_counter()
-    with reporting(out, settings.steps) as report:
-        stage.train(out, trained, processor, settings, report=report)
+    together = {"ranks": ranks} if ranks.size > 1 else {}
+    with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
+        stage.train(out, trained, processor, settings, report=report, **together)
+    if not ranks.first:
+        return ""
     seconds = time.perf_counter() - start
     if adapters:
         model = trained.merge_and_unload()
@@ -122,6 +131,7 @@ def run_stage(
         "trained": list(settings.parts),
         "training_seconds": round(seconds),
         **machine(),
+        "processes": ranks.size,
         "parameters": count_parameters(model),
         "metrics": metrics,
     }

@@ -13,12 +13,13 @@ from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.vlm.conversations import ConversationBatches, Speaker
 from vot_kernels.train.vlm.estimate import Work
 from vot_kernels.train.vlm.model import check_trained, train_only
 
-Batches = Callable[[VotProcessor, Speaker, int, int], ConversationBatches]
-"""Makes the batches for a processor, a speaker, a seed and a batch size."""
+Batches = Callable[..., ConversationBatches]
+"""Makes the batches for a processor, a speaker, a seed, a batch size, and by the name `ranks` the ranks."""
 
 
 def train_parts(
@@ -32,6 +33,7 @@ def train_parts(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Train exactly the settings' parts of the model in place, or resume; return the number of steps done.
 
@@ -44,13 +46,15 @@ def train_parts(
         speak: makes the conversations.
         batches: makes what is learned from; by default from DigitWorld.
         save_every, stop_at, report: as in `run_steps`.
+        ranks: the processes that train together, each on its share of every batch; losses and weights are, up to
+            rounding, those of one process.
 
     Raises:
         ValueError: a checkpoint in `out` has other settings or began with other weights.
         RuntimeError: other parameters than those of the parts are trained.
     """
     parts = settings.parts
-    data = batches(processor, speak, settings.seed, settings.batch_size)
+    data = batches(processor, speak, settings.seed, settings.batch_size, ranks=ranks)
     start = fingerprint(model)
     trained = train_only(model, parts)
     groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
@@ -60,7 +64,8 @@ def train_parts(
 
     def loss_terms(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         check_trained(model, parts)
-        return {"reply": _loss(model, batch, settings.precision)}
+        learnt = int((batch["labels"][:, 1:] >= 0).sum())
+        return {"reply": ranks.weight(learnt) * _loss(model, batch, settings.precision)}
 
     with patched(model):
         done = run_steps(
@@ -74,6 +79,7 @@ def train_parts(
             save_every=save_every,
             stop_at=stop_at,
             report=report,
+            ranks=ranks,
         )
     model.eval()
     return done
