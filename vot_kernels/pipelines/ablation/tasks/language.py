@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vot_kernels.data.digitworld.episode import Episode
 from vot_kernels.data.digitworld.question_sets import generate_questions
@@ -75,7 +76,12 @@ class Reading(Task):
 class Reinforcement(Task):
     """A trained video-language model goes through stages of GRPO, one after the other."""
 
-    steps, clips = 40, 112
+    steps, clips = 100, 112
+
+    def __init__(self) -> None:
+        self._done: tuple[Any, ...] = ()
+        """What was trained last, and its weights: the next variant goes on from them."""
+        self._weights: dict[str, Tensor] = {}
 
     def lacks(self, changes: Changes, sources: Sources) -> str | None:
         return "--vlm" if sources.vlm is None else None
@@ -91,10 +97,16 @@ class Reinforcement(Task):
         assert sources.vlm is not None
         judge = _judge(sources.vlm, seed)
         model, processor = load_vlm(sources.vlm)
-        for name in changes["stages"]:
+        start, stages = (sources.vlm, seed, steps), tuple(changes["stages"])
+        known = next((n for n in range(len(stages), 0, -1) if self._done == (start, stages[:n])), 0)
+        if known:
+            model.load_state_dict(self._weights)
+        for number, name in enumerate(stages[known:], known + 1):
             settings = _STAGES[name](steps=steps, warmup=min(10, steps), seed=seed)
             preference = judge if name == "preference" else None
             train_grpo(folder / name, model, processor, settings, preference=preference, report=report)
+            self._done = (start, stages[:number])
+            self._weights = {key: value.clone() for key, value in model.state_dict().items()}
         model.eval()
         read = grpo_metrics(model, processor, self.clips, settings=_STAGES["preference"](), preference=judge)
         seen = grpo_metrics(model, processor, self.clips, settings=_STAGES["perception"]())
