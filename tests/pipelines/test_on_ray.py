@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def questions(tmp_path):
     return path
 
 
+def all_cores_are_free(within_s):
+    """Whether the next run has all cores of the cluster, soon."""
+    end = time.monotonic() + within_s
+    while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    return ray.available_resources().get("CPU") == 2
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -53,6 +62,8 @@ def test_answers_are_those_of_one_process_though_workers_end(cluster, questions,
     spread, alone = tmp_path / "spread.jsonl", tmp_path / "alone.jsonl"
     assert answer_batch_on_ray(load, questions, spread, workers=2) == (6, 0, 4)
     assert (tmp_path / "died").exists()
+    assert all_cores_are_free(within_s=20)
+    assert ray.data.DataContext.get_current().max_errored_blocks == 0  # as before
     rows = read(spread)
     assert all("ended, 3 times" in row["error"] and row["id"] in ("poison 1", "6") for row in rows[4:6])
     kept = [line for line in questions.read_text().splitlines() if "poison" not in line]

@@ -1,5 +1,6 @@
 """Many videos on the workers of a Ray cluster, or on those of this machine."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -172,13 +173,18 @@ def _mapped(
             ray_remote_args_fn=_patience,
         )
         rows = iter(results.iter_rows())
-        result = next(rows, None)
-        for row in (row for block in blocks for row in block):
-            if result is not None and result[key] == row[key]:
-                yield row, result
-                result = next(rows, None)
-            else:
-                yield row, None
+        try:
+            result = next(rows, None)
+            for row in (row for block in blocks for row in block):
+                if result is not None and result[key] == row[key]:
+                    yield row, result
+                    result = next(rows, None)
+                else:
+                    yield row, None
+        finally:
+            # Where a worker ended, its handle is in a cycle with the error, and its cores are taken till both are gone.
+            del results, rows
+            gc.collect()
 
 
 def resources(
@@ -224,11 +230,22 @@ def _ray() -> Iterator[Any]:
     if started:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.max_errored_blocks = -1  # a block that fails is missing, and its rows get an error
-    context.enable_progress_bars = False
+    before = (
+        context.execution_options.preserve_order,
+        context.max_errored_blocks,
+        context.enable_progress_bars,
+    )
+    # In order; a block that fails is missing, and its rows get an error; the progress is shown elsewhere.
+    _set(context, True, -1, False)
     try:
         yield ray
     finally:
+        _set(context, *before)
         if started:
             ray.shutdown()
+
+
+def _set(context: Any, preserve_order: bool, max_errored_blocks: int, progress_bars: bool) -> None:
+    context.execution_options.preserve_order = preserve_order
+    context.max_errored_blocks = max_errored_blocks
+    context.enable_progress_bars = progress_bars
