@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vot-model.md", "long-video.md")),
+    *(ROOT / "docs" / name for name in ("frames.md", "cpu.md", "vot-model.md", "long-video.md", "towers.md")),
 )
 """The pages with tables."""
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,11 +45,20 @@ def gpu_table() -> str:
     return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
 
 
-def _speed_table(kind: str) -> str:
-    """Return a table for each device, of all results named after a kind of device; empty if there are none."""
+def towers_table() -> str:
+    """Return vision towers that are patched against the same ones as they come."""
+    return _speed_table("towers", every=True)
+
+
+def _speed_table(kind: str, every: bool = False) -> str:
+    """Return a table for each device, of all results named after a kind; empty if there are none.
+
+    It has the largest workloads, or `every` one.
+    """
     tables = []
     for section in read_sections(sorted(RESULTS.glob(f"{kind}-*.json"))):
-        rows = list(filter(None, map(_speed_row, _largest(section.races.values()))))
+        races = section.races.values()
+        rows = list(filter(None, map(_speed_row, races if every else _largest(races))))
         body = table(SPEED_COLUMNS, rows)
         tables.append(f"{body}\n{escape(_speed_note(section))}\n")
     return "\n".join(tables)
@@ -323,6 +332,7 @@ def long_encoding_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
+    "towers": towers_table,
     "gpu": gpu_table,
     "perception": perception_table,
     "questions": question_table,
