@@ -1,7 +1,6 @@
 """A model of transformers, which spreads its experts over ranks by itself, with those computed by `moe`."""
 
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch.distributed import ProcessGroup
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from tests.distributed.ranks import Case
+from tests.distributed.ranks import Case, shared_folder
 from vot_kernels.integrations.transformers import register_experts
 from vot_kernels.testing import shifted
 
@@ -31,13 +30,12 @@ CONFIG = Qwen3MoeConfig(
 
 def saved(group: ProcessGroup) -> Path:
     """The folder of a model with random weights, which all ranks know."""
-    name = [""]
+    folder = shared_folder(group)
     if dist.get_rank(group) == 0:
-        name = [tempfile.mkdtemp()]
         torch.manual_seed(shifted(0))
-        Qwen3MoeForCausalLM(CONFIG).save_pretrained(name[0])
-    dist.broadcast_object_list(name, group=group)
-    return Path(name[0])
+        Qwen3MoeForCausalLM(CONFIG).save_pretrained(folder)
+    dist.barrier(group)
+    return folder
 
 
 def expert_parallel_of_transformers(group: ProcessGroup, implementation: str) -> None:

@@ -7,6 +7,7 @@ where these differ. Processes are costly to start, so the tests of a file share 
 import json
 import multiprocessing
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -122,3 +123,10 @@ def shared(x: Tensor, group: ProcessGroup) -> Tensor:
 def joined(x: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
     """The rows of all ranks, of which this one has `x`; differentiable if all ranks take the same loss of them."""
     return _Joined.apply(x, counts, group)
+
+
+def shared_folder(group: ProcessGroup) -> Path:
+    """A folder that all ranks know."""
+    name = [tempfile.mkdtemp() if dist.get_rank(group) == 0 else ""]
+    dist.broadcast_object_list(name, group=group)
+    return Path(name[0])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 
+from tests.distributed.ranks import shared_folder
 from tests.models.vot.tiny import tiny_config, tiny_tokenizer
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
@@ -76,13 +77,6 @@ def trained(
         return model, seen
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def shared_folder(group: ProcessGroup) -> Path:
-    """A folder that all ranks know."""
-    name = [tempfile.mkdtemp() if dist.get_rank(group) == 0 else ""]
-    dist.broadcast_object_list(name, group=group)
-    return Path(name[0])
 
 
 def equals_one_process(group: ProcessGroup, **options: float) -> None:

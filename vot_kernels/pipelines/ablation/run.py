@@ -34,7 +34,7 @@ class Plan:
         parts: to be compared.
         seeds: runs of each variant.
         steps: optimiser steps of a run, in the place of each task's own.
-        sources: what the parts without training are measured on.
+        sources: what some parts begin with.
     """
 
     parts: Sequence[Part]

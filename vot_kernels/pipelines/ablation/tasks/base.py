@@ -1,4 +1,4 @@
-"""What a task is, and what it is measured on."""
+"""What a task is, and what it begins with."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Sources:
-    """What the parts without training are measured on; a part whose source is missing is left out.
+    """What some parts begin with; a part whose source is missing is left out.
 
     Attributes:
         vlm: folder of a video-language model, as `vot train sft` makes it.

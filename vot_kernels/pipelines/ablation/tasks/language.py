@@ -39,13 +39,17 @@ _STAGES: dict[str, Callable[..., GrpoTraining]] = {
 _JUDGE_STEPS = 100
 
 
-class Reading(Task):
-    """A trained video-language model reads a true graph as tokens, as text, as both, or not at all."""
-
-    clips = 7
+class OfModel(Task):
+    """What begins with a trained video-language model."""
 
     def lacks(self, changes: Changes, sources: Sources) -> str | None:
         return "--vlm" if sources.vlm is None else None
+
+
+class Reading(OfModel):
+    """A trained video-language model reads a true graph as tokens, as text, as both, or not at all."""
+
+    clips = 7
 
     def run(
         self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
@@ -73,7 +77,7 @@ class Reading(Task):
         return {"nats": nats, "accuracy": sum(right) / len(right)}
 
 
-class Reinforcement(Task):
+class Reinforcement(OfModel):
     """A trained video-language model goes through stages of GRPO, one after the other."""
 
     steps, clips = 100, 112
@@ -82,9 +86,6 @@ class Reinforcement(Task):
         self._done: tuple[Any, ...] = ()
         """What was trained last, and its weights: the next variant goes on from them."""
         self._weights: dict[str, Tensor] = {}
-
-    def lacks(self, changes: Changes, sources: Sources) -> str | None:
-        return "--vlm" if sources.vlm is None else None
 
     def run(
         self, changes: Changes, seed: int, steps: int, folder: Path, report: Report, sources: Sources
