@@ -23,7 +23,7 @@ class Rules:
 
     Attributes:
         rounds: timed runs per provider, None for as many as fit `seconds_per_provider` (3 to 50).
-        seconds_per_provider: the target if `rounds` is None.
+        seconds_per_provider: the target if `rounds` is None, on average over the providers of a race.
         quick: leave out providers that take long to build.
         gate: why an op of ours may not be timed (its GPU tests failed), None if it may.
         deadline: `time.monotonic()` after which nothing is started.
@@ -295,9 +295,9 @@ def _timed(runner: "Runner", whole: tuple[float, ...], kernel: tuple[float, ...]
 
 
 def _rounds(runners: Sequence["Runner"], rules: Rules) -> int:
-    """Return the rounds that the slowest runner can do in its time; all do equally many, so they stay in turns."""
-    slowest = max(runner.seconds for runner in runners)
-    return int(min(50, max(3, rules.seconds_per_provider / max(slowest, 1e-6))))
+    """Return the rounds that fit the time of all runners together: a slow one takes what fast ones leave."""
+    mean = sum(runner.seconds for runner in runners) / len(runners)
+    return int(min(50, max(3, rules.seconds_per_provider / max(mean, 1e-6))))
 
 
 def _warmups(runners: Sequence["Runner"], rules: Rules) -> int:

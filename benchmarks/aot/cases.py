@@ -5,7 +5,7 @@ The launchers decide what a call compiles; see `vot_kernels.ops.launch.record_la
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -278,6 +278,12 @@ def _packed(patch_size: int, *images: torch.Tensor, **options: Any) -> torch.Ten
     return pack_patches(images, patch_size, **options)[0]
 
 
+@cache
+def _shapes(problem: Any) -> list[torch.Size]:
+    """Return the shapes of a problem's inputs; drawing their numbers for every variant and GPU would take long."""
+    return [x.shape for x in problem.inputs(torch.float32, torch.device("cpu"))]
+
+
 def _streaming(
     name: str, problem: Any, dtype: torch.dtype, op: Callable[..., Any], quick: bool = False
 ) -> Iterator[Case]:
@@ -285,7 +291,7 @@ def _streaming(
 
     def make(variant: str | None) -> Case:
         def run() -> None:
-            inputs = [x.to(dtype) for x in problem.inputs(torch.float32, torch.device("cpu"))]
+            inputs = [torch.empty(shape, dtype=dtype) for shape in _shapes(problem)]
             leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]
             with tuning.preferring(*([] if variant is None else [variant])):
                 out = op(*leaves, backend="triton")

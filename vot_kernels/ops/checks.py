@@ -173,6 +173,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("head_dim must be at least 1, got 0.")
 
 
+def check_packed(q: Tensor, k: Tensor, v: Tensor, layout: object) -> None:
+    """Check that q, k and v fit together and `layout` fits them."""
+    check_qkv(q, k, v)
+    check_layout("q", q, layout)
+
+
 def check_per_head(name: str, values: Tensor | None, q: Tensor) -> None:
     """Check that `values` is None or a floating-point tensor `[heads]`."""
     if values is not None:
@@ -189,10 +195,14 @@ def check_options(
     feature_map: str,
     q_features: Tensor | None,
     k_features: Tensor | None,
+    far_weight: Tensor | None = None,
 ) -> None:
-    """Check that beta is `[heads]`, that the feature map is known, and that both features or neither are given."""
+    """Check the far part: a weight `[heads]`, a known feature map, and both features or neither."""
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_per_head("beta", beta, q)
+    check_per_head("far_weight", far_weight, q)
+    if beta is not None and far_weight is not None:
+        raise ValueError("Give either beta or far_weight, which is exp(beta), not both.")
     if (q_features is None) != (k_features is None):
         raise ValueError("q_features and k_features must be given together, got one of them.")
     if q_features is not None and k_features is not None:

@@ -23,10 +23,8 @@ from vot_kernels.ops.checks import (
     check_causal,
     check_choice,
     check_groups,
-    check_layout,
     check_options,
-    check_per_head,
-    check_qkv,
+    check_packed,
     check_scale,
 )
 from vot_kernels.ops.dispatch import load, select
@@ -136,12 +134,8 @@ def hybrid_attention(
             features is missing, `window`, `feature_map`, `causal` or `backend` is not one of the values above, or no
             such backend can serve the inputs.
     """
-    check_qkv(q, k, v)
-    check_layout("q", q, layout)
-    check_options(q, k, beta, feature_map, q_features, k_features)
-    check_per_head("far_weight", far_weight, q)
-    if beta is not None and far_weight is not None:
-        raise ValueError("Give either beta or far_weight, which is exp(beta), not both.")
+    check_packed(q, k, v, layout)
+    check_options(q, k, beta, feature_map, q_features, k_features, far_weight)
     causal = check_causal(causal, CAUSAL_MODES)
     check_choice("_variant", _variant, VARIANTS)
     backend = select("hybrid_attention", backend, q, features=q_features)
@@ -175,7 +169,6 @@ def hybrid_attention(
 # depends on a batch, so that one compiled graph serves every packing.
 
 
-@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -214,12 +207,15 @@ def _forward(
 
 
 _hybrid_attention_fwd = torch.library.custom_op(
-    "vot_kernels::hybrid_attention_fwd", _forward, mutates_args=()
+    "vot_kernels::hybrid_attention_fwd", without_autocast(_forward), mutates_args=()
 )
 
 
 def compute(inputs: Inputs, geometry: Geometry, *options: Any) -> tuple[Tensor, Tensor]:
-    """Return output and lse, by the custom op or, where nothing needs it, by its function."""
+    """Return output and lse, by the custom op or, where nothing needs it, by its function.
+
+    Autocast is off: the public functions turn it off before they call this one.
+    """
     function: Callable[..., tuple[Tensor, Tensor]] = _forward
     if needs_dispatcher(*inputs):
         function = _hybrid_attention_fwd

@@ -17,8 +17,7 @@ from vot_kernels.ops.checks import (
     check_causal,
     check_choice,
     check_device,
-    check_layout,
-    check_qkv,
+    check_packed,
     check_tensor,
 )
 from vot_kernels.ops.dispatch import load, select
@@ -66,8 +65,7 @@ def linear_attention(
             positive or given without `causal`, `feature_map`, `causal` or `backend` is not one of the values above,
             or no such backend can serve the inputs.
     """
-    check_qkv(q, k, v)
-    check_layout("q", q, layout)
+    check_packed(q, k, v, layout)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     if log_decay is not None:

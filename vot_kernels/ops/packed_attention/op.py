@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vot_kernels.ops.attention_options import TOKEN_CAUSAL_MODES, Causal
 from vot_kernels.ops.autocast import autocasts
-from vot_kernels.ops.checks import check_causal, check_choice, check_layout, check_qkv, check_scale
+from vot_kernels.ops.checks import check_causal, check_choice, check_packed, check_scale
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.hybrid_attention.op import compute
@@ -83,8 +83,7 @@ def packed_attention(
         ValueError: shapes or devices do not fit together, the layout has more tokens than q has rows, `causal` or
             `backend` is not one of the values above, or no such backend can serve the inputs.
     """
-    check_qkv(q, k, v)
-    check_layout("q", q, layout)
+    check_packed(q, k, v, layout)
     causal = check_causal(causal, TOKEN_CAUSAL_MODES)
     check_choice("_variant", _variant, VARIANTS)
     backend = select("packed_attention", backend, q)

@@ -154,7 +154,7 @@ class FarPart:
     Attributes:
         states, normalisers: the sums S `[groups, kv_heads, width, head_dim]` and z `[groups, kv_heads, width]` over
             the groups far from each group, as `far_states` returns them.
-        features: `[rows, heads, width]`: q, or given features.
+        features: `[rows, heads, width]` with contiguous columns: q, or given features.
         feature_map: the map to apply to them: "softmax", "elu", "relu", or "none".
         beta: `[heads]`, log of the weight of far tokens; None means 0.
     """
@@ -195,7 +195,7 @@ def range_attention_forward(
         q, scale = -q, -scale
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     rows, heads, head_dim = q.shape
-    features = q if far is None else rows_contiguous(far.features)
+    features = q if far is None else far.features
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=q.device)
     segments = ranges.cu_rows.shape[0] - 1
@@ -361,7 +361,7 @@ def range_attention_rows_backward(
     """Run the first half of the backward; `far` is that of the forward, `fused` the result of `fuses_backward`."""
     d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
-    features = q if far is None else rows_contiguous(far.features)
+    features = q if far is None else far.features
     numbers = torch.empty(4 if far is not None else 2, heads, rows, dtype=torch.float32, device=q.device)
     given = far is not None and far.feature_map == "none"
     found = RowGradients(
@@ -441,7 +441,7 @@ def range_attention_keys_backward(
     d_out, q, k, v = (rows_contiguous(x) for x in (d_out, q, k, v))
     keys, kv_heads, head_dim = k.shape
     heads = q.shape[1]
-    features = k if far is None else rows_contiguous(far.features)
+    features = k if far is None else far.features
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     given = far is not None and far.feature_map == "none"
     d_features = torch.empty_like(features, memory_format=torch.contiguous_format) if given else None
