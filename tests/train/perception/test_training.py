@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vot_kernels.models.perception import VotPerceptionModel
-from vot_kernels.train.perception.batches import TrainingBatches
+from vot_kernels.train.perception.batches import TrainingBatches, digitworld_config
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish, run
 from vot_kernels.train.perception.stage import (
@@ -141,6 +141,13 @@ def test_other_settings_are_not_resumed(trained):
         train_perception(
             out, PerceptionTraining(steps=4, batch_size=3, warmup=2, dynamics_steps=2, name_steps=2)
         )
+
+
+def test_a_model_of_another_size_is_resumed(tmp_path):
+    config = digitworld_config(hidden_size=24, num_hidden_layers=1, intermediate_size=32)
+    for stop_at in (1, 2):
+        train_perception(tmp_path, SETTINGS, stop_at=stop_at, config=config)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_an_interrupted_run_leaves_a_whole_checkpoint(tmp_path):
