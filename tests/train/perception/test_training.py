@@ -83,7 +83,7 @@ def test_crops_change_their_colour_and_nothing_else():
     """Black stays black; the brightness of every pixel stays, in one colour for an object in all frames."""
     crops = torch.rand(2, 3, 4, 3 * 5 * 5) * 2 - 1
     crops.view(2, 3, 4, 3, 25)[..., 0] = -1
-    found = recoloured(crops, torch.Generator().manual_seed(0)).view(2, 3, 4, 3, 25)
+    found = recoloured(crops, torch.rand(2, 3, 3)).view(2, 3, 4, 3, 25)
     assert (found[..., 0] == -1).all()
     brightness = crops.view(2, 3, 4, 3, 25).amax(3) + 1
     torch.testing.assert_close(found.amax(3) + 1, brightness)
