@@ -26,12 +26,8 @@ def test_equals_one_process(outcomes, case):
 @pytest.mark.parametrize(
     ("words", "printed"),
     [
-        ("cli train encoder --num-frames 2 --eval-clips 2 --contrastive 0 --teacher random", "Teacher: "),
+        ("train encoder --num-frames 2 --eval-clips 2 --contrastive 0 --teacher random", "Teacher: "),
         ("cli train projector --eval-clips 1", "nats per token"),
-        (
-            "train perception --num-frames 2 --dynamics-steps 1 --name-steps 1 --eval-clips 1",
-            "five_objects",
-        ),
     ],
 )
 def test_torchrun_trains_one_model(words, printed, tmp_path):

@@ -29,6 +29,7 @@ from vot_kernels.train.encoder.stage import CaptionBatches, EncoderPretraining, 
 from vot_kernels.train.linearize import linearize
 from vot_kernels.train.linearize import run as linearization
 from vot_kernels.train.linearize.settings import Linearization
+from vot_kernels.train.perception import run as perception_run
 from vot_kernels.train.perception import stage as perception
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
 from vot_kernels.train.perception.settings import PerceptionTraining
@@ -247,23 +248,34 @@ def linearized(
     return student, errors, seen
 
 
-def first_rank_publishes_a_linearized_model(group: ProcessGroup) -> None:
+def first_rank_publishes(group: ProcessGroup) -> None:
+    """The commands perception and linearize, one after the other."""
     ranks, folder = ranks_of(group), shared_folder(group)
-    if ranks.first:
-        VotPerceptionModel(digitworld_config("softmax", **SMALL)).save_pretrained(folder / "teacher")
-    dist.barrier(group)
-    with mock.patch.object(linearization, "_BATCH", ranks.size):
-        table = linearization.run(
-            folder / "run",
-            folder / "teacher",
-            Linearization(layer_steps=1, steps=1),
-            eval_clips=1,
-            ranks=ranks,
-        )
-    assert ("layer by layer" in table) == ranks.first
-    dist.barrier(group)
-    record = json.loads((folder / "run" / "model" / "training.json").read_text())
-    assert record["processes"] == ranks.size
+    seeing, linear = folder / "perception", folder / "linearize"
+    settings = PerceptionTraining(
+        steps=1,
+        batch_size=ranks.size,
+        num_frames=2,
+        dynamics_steps=1,
+        name_steps=1,
+        attention="softmax",
+    )
+    with (
+        mock.patch.object(TrainingBatches, "loader", _in_process),
+        mock.patch.multiple(perception, _DOMAIN_STEPS=3, _DOMAIN_HELD_OUT=1),
+        mock.patch.object(linearization, "_BATCH", ranks.size),
+    ):
+        table = perception_run.run(seeing, settings, eval_clips=1, ranks=ranks)
+        assert ("five_objects" in table) == ranks.first
+        dist.barrier(group)
+        steps = Linearization(layer_steps=1, steps=1)
+        table = linearization.run(linear, seeing / "model", steps, eval_clips=1, ranks=ranks)
+        assert ("layer by layer" in table) == ranks.first
+        dist.barrier(group)
+    for out in (seeing, linear):
+        record = json.loads((out / "model" / "training.json").read_text())
+        assert record["processes"] == ranks.size
+        assert not list(out.glob("model.*.old"))  # which a second writer would leave
 
 
 def resumes_together(group: ProcessGroup) -> None:
@@ -337,7 +349,7 @@ CASES: dict[str, Callable[[ProcessGroup], None]] = {
     "language_model": language_model_equals_one_process,
     "perception": perception_equals_one_process,
     "linearization": linearization_equals_one_process,
-    "first_rank_publishes_a_linearized_model": first_rank_publishes_a_linearized_model,
+    "first_rank_publishes": first_rank_publishes,
     "resumes_together": resumes_together,
     "too_few_clips": too_few_clips,
     "balances_over_all_tokens": balances_over_all_tokens,
