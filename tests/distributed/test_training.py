@@ -26,13 +26,13 @@ def test_equals_one_process(outcomes, case):
 @pytest.mark.parametrize(
     ("words", "printed"),
     [
-        ("encoder --num-frames 2 --eval-clips 2 --contrastive 0 --teacher random", "Teacher: "),
-        ("projector --eval-clips 1", "nats per token"),
+        ("train encoder --num-frames 2 --eval-clips 2 --contrastive 0 --teacher random", "Teacher: "),
+        ("cli train projector --eval-clips 1", "nats per token"),
     ],
 )
 def test_torchrun_trains_one_model(words, printed, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "vot_kernels.cli", "train", *words.split(), "--out", str(tmp_path)]
+    command = [*launch, "-m", *f"vot_kernels.{words}".split(), "--out", str(tmp_path)]
     command += ["--steps", "2", "--batch-size", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -44,11 +44,11 @@ def test_other_stages_refuse_several_processes(monkeypatch, capsys):
     from vot_kernels import cli
 
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(sys, "argv", ["vot", "train", "perception", "--out", "run"])
+    monkeypatch.setattr(sys, "argv", ["vot", "train", "preference", "checkpoint", "--out", "run"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "vot train perception runs in one process, but torchrun has started 4" in capsys.readouterr().err
+    assert "vot train preference runs in one process, but torchrun has started 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

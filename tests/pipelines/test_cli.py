@@ -493,6 +493,14 @@ def test_the_demo_shows_what_it_can_at_once(vot, scripted, monkeypatch, tmp_path
     assert (tmp_path / "shown" / "digitworld.png").exists()
 
 
+def test_the_stages_have_a_module_of_their_own():
+    """It is what torchrun starts."""
+    command = [sys.executable, "-m", "vot_kernels.train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and "Usage: python -m vot_kernels.train" in done.stdout
+    assert "perception" in done.stdout
+
+
 def test_version_and_short_help(vot):
     code, out, _ = vot("--version")
     assert code == 0 and out.strip() == f"vot-kernels {vot_kernels.__version__}"

@@ -68,8 +68,8 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Entry point of the `vot` command."""
+def main(commands: typer.Typer = app) -> None:
+    """Entry point of the `vot` command, or of some of its commands alone."""
     with one_sentence_errors():
-        status = app(standalone_mode=False)
+        status = commands(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)

@@ -27,7 +27,7 @@ from vot_kernels.train.rl.settings import (
 from vot_kernels.train.sft.settings import SftTraining
 
 train_app = typer.Typer(help="Train a stage; interrupted runs are resumed.", **GROUP)
-OVER_RANKS = ("encoder", "projector", "sft")
+OVER_RANKS = ("perception", "linearize", "encoder", "projector", "sft")
 
 
 @train_app.callback()
@@ -91,7 +91,7 @@ def train_perception_command(
     check_output_folder(out)
     from vot_kernels.train.perception.run import run
 
-    print(run(out, settings, eval_clips, device))
+    _over_ranks(device, lambda own, ranks: run(out, settings, eval_clips, own, ranks))
 
 
 @train_app.command("linearize", epilog=examples("vot train linearize runs/softmax/model --out runs/hybrid"))
@@ -117,7 +117,7 @@ def train_linearize_command(
     check_output_folder(out)
     from vot_kernels.train.linearize.run import run
 
-    print(run(out, checkpoint, settings, window, eval_clips, device))
+    _over_ranks(device, lambda own, ranks: run(out, checkpoint, settings, window, eval_clips, own, ranks))
 
 
 @train_app.command(

@@ -62,6 +62,7 @@ def load_state(
         return 0
     state = json.loads((folder / "state.json").read_text())
     saved = state["settings"]
+    settings = json.loads(json.dumps(settings))  # JSON has lists for tuples, and keys are texts
     differing = sorted(key for key in saved.keys() | settings.keys() if saved.get(key) != settings.get(key))
     if differing:
         changes = ", ".join(f"{key} was {saved.get(key)}, now {settings.get(key)}" for key in differing)

@@ -48,12 +48,23 @@ class Ranks:
         Raises:
             ValueError: there are fewer segments than ranks.
         """
-        if layout.num_segments < self.size:
-            raise ValueError(
-                f"A batch must have at least one clip for each of the {self.size} processes, "
-                f"got {layout.num_segments}."
-            )
+        self._check_enough(layout.num_segments)
         return assign(layout, self.size, **options)[self.rank]
+
+    def part(self, clips: int) -> slice:
+        """Return which of `clips` clips of one size are this rank's; those of all follow each other in order.
+
+        Raises:
+            ValueError: there are fewer clips than ranks.
+        """
+        self._check_enough(clips)
+        return slice(self.rank * clips // self.size, (self.rank + 1) * clips // self.size)
+
+    def _check_enough(self, clips: int) -> None:
+        if clips < self.size:
+            raise ValueError(
+                f"A batch must have at least one clip for each of the {self.size} processes, got {clips}."
+            )
 
     def weight(self, rows: int) -> float:
         """Return by how much a mean over `rows` rows of this rank counts: 1 if all ranks have equally many."""
@@ -109,11 +120,14 @@ class Ranks:
             for gradient, mean in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the average of `values` over the ranks, without a gradient."""
+        values = values.detach()
+        return values if self.group is None else all_reduce(values / self.size, self.group, "average")
+
     def average(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the averages of scalars over the ranks."""
-        values = torch.stack([term.detach().double() for term in terms.values()])
-        if self.group is not None:
-            values = all_reduce(values / self.size, self.group, "average of losses")
+        values = self.mean(torch.stack([term.detach().double() for term in terms.values()]))
         return dict(zip(terms, values.tolist(), strict=True))
 
 

@@ -73,7 +73,7 @@ def perception_loss(
     clip = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(pairs)])
     query, item = (torch.cat(part) for part in zip(*pairs, strict=True))
     wanted = torch.zeros_like(output.presence)
-    wanted[clip, query] = targets.present[clip, item].float()
+    wanted[clip, query] = targets.present[clip, item].to(wanted.dtype)
     present = targets.present[clip, item]
     centers, sizes = targets.centers[clip, item][present], targets.sizes[clip, item][present]
 

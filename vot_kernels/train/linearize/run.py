@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.linearize.stage import linearize
+from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.batches import Batch, TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish
 from vot_kernels.train.perception.stage import make_processor
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -56,12 +59,13 @@ def run(
     window: int = 1,
     eval_clips: int = 200,
     device: str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> str:
     """Convert and distil, or resume, and write `out/model`; returns tables of metrics and of errors per layer.
 
     `out/model` is a perception checkpoint; its training.json has the command, the settings, held-out metrics of the
     teacher, of the student as converted and as trained, the errors of each layer, and counted operations.
-    A finished run is neither trained nor measured again.
+    A finished run is neither trained nor measured again. Of several `ranks` the first measures and writes.
     """
     check_eval_clips(eval_clips)
     teacher = load_checkpoint(VotPerceptionModel, checkpoint).requires_grad_(False)
@@ -70,11 +74,11 @@ def run(
     finished_before = finished(out / "model", same)
     if finished_before is not None:
         return _tables(finished_before)
-    student = on_device(convert(teacher, window), device)
-    on_device(teacher, device)
+    student = on_device(convert(teacher, window).eval(), device)
+    on_device(teacher.eval(), device)
     processor = make_processor(teacher)
     names = [f"encoder.{n}" for n, _ in student.encoder.named_modules() if n.endswith(".attention")]
-    data = TrainingBatches(_SEED, _BATCH)
+    data = TrainingBatches(_SEED, _BATCH, ranks=ranks)
 
     def batches(start: int, stop: int) -> Iterable[Batch]:
         return (data[step] for step in range(start, stop))
@@ -86,12 +90,15 @@ def run(
     def measure(model: VotPerceptionModel) -> dict[str, float]:
         return perception_metrics(model.eval(), processor, "test", eval_clips)
 
-    metrics = {"softmax": measure(teacher), "converted": measure(student)}
+    metrics = {"softmax": measure(teacher), "converted": measure(student)} if ranks.first else {}
     start = time.perf_counter()
-    with progress_bar(settings.layer_steps + settings.steps) as report:
+    steps = settings.layer_steps + settings.steps
+    with progress_bar(steps) if ranks.first else nullcontext(no_report) as report:
         errors = linearize(
-            out, teacher, student, names, batches, outputs, settings, known=known, report=report
+            out, teacher, student, names, batches, outputs, settings, known=known, report=report, ranks=ranks
         )
+    if not ranks.first:
+        return ""
     seconds = time.perf_counter() - start
     cost = encoder_cost(student.config.encoder, _GRID)
 
@@ -103,6 +110,7 @@ def run(
             **same,
             "training_seconds": round(seconds),
             **machine(),
+            "processes": ranks.size,
             "metrics": metrics | {"distilled": measure(on_device(published, device))},
             "layer_errors": errors,
             "attention_flops": {

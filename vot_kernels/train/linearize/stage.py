@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
+from vot_kernels.train.ranks import ALONE, Ranks
 
 Outputs = Callable[[nn.Module, Any], Sequence[Tensor]]
 LayerErrors = dict[str, float]
@@ -29,6 +30,7 @@ def linearize(
     known: Mapping[str, Any] | None = None,
     save_every: int = 100,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> dict[str, LayerErrors]:
     """Train `student`, in place, to compute what `teacher` does, or resume from the checkpoints under `out`.
 
@@ -47,6 +49,8 @@ def linearize(
         known: what must be equal for a run to be resumed, in addition to the settings.
         save_every: steps between two checkpoints.
         report: called after every step with the number of steps done and the loss terms.
+        ranks: the processes that train together, each with `batches` of its own; the first saves and reports. Losses,
+            errors and weights are, up to rounding, those of one process that has the batches of all.
 
     Returns:
         For "converted", "layer by layer" and "end to end" the error of every module's output in the student's own
@@ -65,13 +69,13 @@ def linearize(
             outputs(teacher, batch)
         with _watched(student, names, calls) as (_, found):
             outputs(student, batch)
-        return {name: _relative(found[name], wanted[name]) for name in names}
+        return {name: _relative(found[name], wanted[name], ranks) for name in names}
 
     def output_terms(step: int, batch: Any) -> dict[str, Tensor]:
         with torch.no_grad():
             wanted = outputs(teacher, batch)
         pairs = zip(outputs(student, batch), wanted, strict=True)
-        return {f"output {i}": _relative(found, exact) for i, (found, exact) in enumerate(pairs)}
+        return {f"output {i}": _relative(found, exact, ranks) for i, (found, exact) in enumerate(pairs)}
 
     def train(
         folder: Path, parameters: list[nn.Parameter], schedule: Schedule, first: int, terms: Any
@@ -86,34 +90,50 @@ def linearize(
             signature=asdict(settings) | dict(known or {}),
             save_every=save_every,
             report=lambda step, values: report(first + step, values),
+            ranks=ranks,
         )
 
-    errors = {"converted": layer_errors(teacher, student, names, held_out, outputs)}
+    def measure() -> LayerErrors:
+        return layer_errors(teacher, student, names, held_out, outputs, ranks)
+
+    errors = {"converted": measure()}
     inside = [p for name in names for p in student.get_submodule(name).parameters()]
     student.requires_grad_(False)
     for parameter in inside:
         parameter.requires_grad_()
     schedule = Schedule(settings.layer_steps, settings.layer_learning_rate, settings.warmup, settings.clip)
     train(out / "layers", inside, schedule, 0, layer_terms)
-    errors["layer by layer"] = layer_errors(teacher, student, names, held_out, outputs)
+    errors["layer by layer"] = measure()
     schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
     train(out, inside, schedule, settings.layer_steps, output_terms)
-    errors["end to end"] = layer_errors(teacher, student, names, held_out, outputs)
+    errors["end to end"] = measure()
     student.requires_grad_()
     return errors
 
 
 @torch.no_grad()
 def layer_errors(
-    teacher: nn.Module, student: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
+    teacher: nn.Module,
+    student: nn.Module,
+    names: Sequence[str],
+    batch: Any,
+    outputs: Outputs,
+    ranks: Ranks = ALONE,
 ) -> LayerErrors:
-    """Return the relative error of each module's output and of the outputs, each model in its own forward."""
+    """Return the relative error of each module's output and of the outputs, each model in its own forward.
+
+    With several `ranks`, `batch` is the part of this one, and the errors are those of the whole.
+    """
+
+    def error(found: Tensor, exact: Tensor) -> float:
+        return ranks.mean(_relative(found, exact, ranks)).sqrt().item()
+
     with _watched(teacher, names) as (_, wanted):
         exact = outputs(teacher, batch)
     with _watched(student, names) as (_, found):
         approximate = outputs(student, batch)
-    errors = {name: _relative(found[name], wanted[name]).sqrt().item() for name in names}
-    pairs = [_relative(a, b).sqrt().item() for a, b in zip(approximate, exact, strict=True)]
+    errors = {name: error(found[name], wanted[name]) for name in names}
+    pairs = [error(a, b) for a, b in zip(approximate, exact, strict=True)]
     return errors | {"outputs": sum(pairs) / len(pairs)}
 
 
@@ -152,9 +172,14 @@ def _watched(
             handle.remove()
 
 
-def _relative(found: Tensor, exact: Tensor) -> Tensor:
-    """Return the mean square of the difference over that of the exact values."""
-    return (found - exact).square().mean() / exact.square().mean().clamp(min=torch.finfo(exact.dtype).tiny)
+def _relative(found: Tensor, exact: Tensor, ranks: Ranks) -> Tensor:
+    """Return the mean square of the difference over that of the exact values.
+
+    With several ranks the average of what they return is the ratio of the means over the values of all.
+    """
+    weight = ranks.weight(exact.numel())
+    power = ranks.mean(weight * exact.square().mean()).clamp(min=torch.finfo(exact.dtype).tiny)
+    return weight * (found - exact).square().mean() / power
 
 
 def _check_names(teacher: nn.Module, student: nn.Module, names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.loss import Targets
 from vot_kernels.scene_graph.relations import MOTIONS, geometric_relations
 from vot_kernels.train.loop import load_ahead
+from vot_kernels.train.ranks import ALONE, Ranks
 
 UNARY_EVENTS = ["bounces"]
 TRAIN_SIZES = ((64, 64), (64, 64), (64, 64), (56, 72), (72, 56), (80, 64))
@@ -45,9 +46,9 @@ class Batch:
     """Clips of one size with their ground truth.
 
     Attributes:
-        clips: uint8 `[B, T, H, W, 3]`.
+        clips: uint8 `[B, T, H, W, 3]`; over several ranks, the part of this one alone.
         fps: frame rate of all clips.
-        targets: the ground truth, as the loss needs it.
+        targets: the ground truth of all clips on every rank, as the loss needs it.
     """
 
     clips: np.ndarray
@@ -64,6 +65,10 @@ class TrainingBatches(Dataset[Batch]):
         h264_share: share of the clips that are encoded with H.264 at a random quality, as real files are.
         render: draw the frames; if False, clips are black and only their ground truth is useful.
         num_frames: frames per clip; None is that of the split.
+        ranks: the processes that share every batch; each draws its own clips alone.
+
+    Raises:
+        ValueError: there are fewer clips than ranks.
     """
 
     def __init__(
@@ -73,9 +78,10 @@ class TrainingBatches(Dataset[Batch]):
         h264_share: float = 0.5,
         render: bool = True,
         num_frames: int | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.seed, self.batch_size, self.h264_share, self.render = seed, batch_size, h264_share, render
-        self.num_frames = num_frames
+        self.num_frames, self.own = num_frames, ranks.part(batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
@@ -85,8 +91,9 @@ class TrainingBatches(Dataset[Batch]):
             generate_episode("train", first + i, self.seed, size=size, num_frames=self.num_frames)
             for i in range(self.batch_size)
         ]
-        batch = episode_batch(episodes, codec_fraction=self.h264_share, render=self.render)
-        return Batch(batch.frames, episodes[0].scene.fps, dense_targets(batch, episodes))
+        truth = episode_batch(episodes, render=False)
+        own = episode_batch(episodes[self.own], codec_fraction=self.h264_share, render=self.render)
+        return Batch(own.frames, episodes[0].scene.fps, dense_targets(truth, episodes))
 
     def loader(self, start: int, stop: int) -> DataLoader[Batch]:
         """Load batches `start` … `stop - 1` in order, prepared in advance by one worker process."""

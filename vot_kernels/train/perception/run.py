@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, train_perception
+from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -27,11 +30,18 @@ from vot_kernels.train.report import (
 SPLITS = ("test", "held_out_pairs", "five_objects", "long", "resolution")
 
 
-def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: str = "cpu") -> str:
+def run(
+    out: Path,
+    settings: PerceptionTraining,
+    eval_clips: int = 200,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
+) -> str:
     """Train, or resume, measure on the held-out splits, and write `out/model`; returns a table of metrics.
 
     `out/model` holds fp16 safetensors, the configurations, and training.json: the command, the settings, the
     wall time, and the metrics of the weights as published. A finished run is neither trained nor measured again.
+    Of several `ranks` the first measures and writes.
     """
     check_eval_clips(eval_clips)
     same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
@@ -39,8 +49,11 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
     if record is not None:
         return format_metrics(record["metrics"])
     start = time.perf_counter()
-    with progress_bar(settings.steps + settings.dynamics_steps + settings.name_steps) as report:
-        model = train_perception(out, settings, report=report, device=device)
+    steps = settings.steps + settings.dynamics_steps + settings.name_steps
+    with progress_bar(steps) if ranks.first else nullcontext(no_report) as report:
+        model = train_perception(out, settings, report=report, device=device, ranks=ranks)
+    if not ranks.first:
+        return ""
     seconds = time.perf_counter() - start
 
     def describe(published: VotPerceptionModel) -> dict[str, Any]:
@@ -50,6 +63,7 @@ def run(out: Path, settings: PerceptionTraining, eval_clips: int = 200, device: 
             **same,
             "training_seconds": round(seconds),
             **machine(),
+            "processes": ranks.size,
             "parameters": published.num_parameters_by_part,
             "metrics": {
                 split: perception_metrics(published, processor, split, eval_clips) for split in SPLITS

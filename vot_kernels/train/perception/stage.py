@@ -1,7 +1,7 @@
 """Training of the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
 from vot_kernels.train.optimization import parameter_groups
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
 from vot_kernels.train.perception.settings import PerceptionTraining
+from vot_kernels.train.ranks import ALONE, Ranks
 
 _DYNAMICS_BATCH = 24
 _TRACK_NOISE_PX = 0.4  # largest standard deviation of the noise on true centres
@@ -35,16 +36,21 @@ def train_perception(
     report: Report = no_report,
     device: str = "cpu",
     config: VotPerceptionConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> VotPerceptionModel:
     """Train the three stages, or resume from the newest checkpoint; the caller saves the result.
 
     Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are
     counted through all, also in `stop_at`. A run may be resumed on another `device`. `config` is that of a model in
-    the place of the nano one. See `vot_kernels.train.loop.run_steps` for the other options.
+    the place of the nano one. With several `ranks` each runs the model on its part of every batch, and all compute the
+    loss of the whole one, so that the weights are, up to rounding, those of one process. See
+    `vot_kernels.train.loop.run_steps` for the other options.
 
     Raises:
-        ValueError: torch cannot use the device, or the checkpoint has other settings.
+        ValueError: torch cannot use the device, the checkpoint has other settings, or a batch has fewer clips than
+            there are ranks.
     """
+    ranks.part(_DYNAMICS_BATCH)  # so that too many ranks are refused here, and not after the first stage
     torch.manual_seed(settings.seed)
     known = {} if config is None else {"config": config.to_diff_dict()}
     model = VotPerceptionModel(config or digitworld_config(settings.attention))
@@ -55,27 +61,29 @@ def train_perception(
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
     )
-    batches = TrainingBatches(settings.seed, settings.batch_size, num_frames=settings.num_frames)
-    step = run_steps(
-        out,
-        model,
-        optimizer,
-        Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
-        batches.loader,
-        lambda step, batch: perception_losses(model, processor, batch),
-        signature=asdict(settings) | known,
-        save_every=save_every,
-        stop_at=stop_at,
-        report=report,
-    )
+    batches = TrainingBatches(settings.seed, settings.batch_size, num_frames=settings.num_frames, ranks=ranks)
+    with ranks.balance(model):
+        step = run_steps(
+            out,
+            model,
+            optimizer,
+            Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+            batches.loader,
+            lambda step, batch: perception_losses(model, processor, batch, ranks),
+            signature=asdict(settings) | known,
+            save_every=save_every,
+            stop_at=stop_at,
+            report=report,
+            ranks=ranks,
+        )
     if step == settings.steps:
         more = None if stop_at is None else max(0, stop_at - step)
-        done = train_dynamics(out / "dynamics", model, settings, save_every, more, report)
+        done = train_dynamics(out / "dynamics", model, settings, save_every, more, report, ranks)
         if done == settings.dynamics_steps:
             more = None if more is None else max(0, more - done)
-            named = train_names(out / "names", model, processor, settings, save_every, more, report)
+            named = train_names(out / "names", model, processor, settings, save_every, more, report, ranks)
             if named == settings.name_steps:
-                fit_domain(model, processor, batches, settings.steps)
+                fit_domain(model, processor, batches, settings.steps, ranks)
     return model.eval()
 
 
@@ -86,6 +94,7 @@ def train_dynamics(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Train relations and events on true tracks with noise, which needs no pixels and is therefore cheap.
 
@@ -100,8 +109,9 @@ def train_dynamics(
         noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
         noise = noise * torch.randn(targets.centers.shape, generator=generator)
         centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
-        targets = targets.to(model.device)
-        return dynamics_loss(dynamics(centers.to(model.device), targets.sizes, frame), targets)
+        targets, own = targets.to(model.device), ranks.part(len(centers))
+        read = dynamics(centers[own].to(model.device), targets.sizes[own], frame)
+        return dynamics_loss({name: ranks.joined(logits) for name, logits in read.items()}, targets)
 
     return run_steps(
         out,
@@ -109,13 +119,14 @@ def train_dynamics(
         torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0),
         Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
         TrainingBatches(
-            settings.seed + 1, _DYNAMICS_BATCH, render=False, num_frames=settings.num_frames
+            settings.seed + 1, _DYNAMICS_BATCH, render=False, num_frames=settings.num_frames, ranks=ranks
         ).loader,
         losses,
         signature=asdict(settings),
         save_every=save_every,
         stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + step, terms),
+        ranks=ranks,
     )
 
 
@@ -127,6 +138,7 @@ def train_names(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Train what names the objects so that a label rests on shape alone, whatever the colour.
 
@@ -142,11 +154,15 @@ def train_names(
         place, frames, head = _located(model, processor, batch)
         generator = torch.Generator().manual_seed(_noise_seed(settings.seed, step))
         crops = namer.glimpses(place, frames)
-        others = torch.randperm(place.features.shape[:2].numel(), generator=generator).to(model.device)
-        features = place.features.flatten(0, 1)[others].view_as(place.features)
-        labels = namer.read(namer.label, namer.glimpse(recoloured(crops, generator)), place, features)
-        attributes = namer.read(namer.attribute, namer.glimpse(crops), place)
-        return naming_loss(labels, attributes, targets, match(head, targets))
+        # Features and colours are drawn for the whole batch, of which this rank then takes its part.
+        whole, own = ranks.joined(place.features), ranks.part(len(targets.exists))
+        others = torch.randperm(whole.shape[:2].numel(), generator=generator).to(model.device)
+        features = whole.flatten(0, 1)[others].view_as(whole)[own]
+        colours = torch.rand(*whole.shape[:2], 3, generator=generator).to(model.device)
+        seen = namer.glimpse(recoloured(crops, colours[own]))
+        labels = ranks.joined(namer.read(namer.label, seen, place, features))
+        attributes = ranks.joined(namer.read(namer.attribute, namer.glimpse(crops), place))
+        return naming_loss(labels, attributes, targets, match(_joined(head, ranks), targets))
 
     return run_steps(
         out,
@@ -155,12 +171,15 @@ def train_names(
             namer.parameters(), lr=settings.learning_rate / 2, weight_decay=settings.weight_decay
         ),
         Schedule(settings.name_steps, settings.learning_rate / 2, settings.warmup, settings.clip),
-        TrainingBatches(settings.seed + 2, settings.batch_size, num_frames=settings.num_frames).loader,
+        TrainingBatches(
+            settings.seed + 2, settings.batch_size, num_frames=settings.num_frames, ranks=ranks
+        ).loader,
         losses,
         signature=asdict(settings),
         save_every=save_every,
         stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + settings.dynamics_steps + step, terms),
+        ranks=ranks,
     )
 
 
@@ -168,7 +187,7 @@ def train_names(
 def _located(
     model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch
 ) -> tuple[Place, Tensor, HeadOutput]:
-    """Return where the model sees the objects of a batch, the frames, and all that it makes of them."""
+    """Return where the model sees the objects of this rank's clips, their frames, and all that it makes of them."""
     given: list[Any] = []
     handle = model.head.namer.register_forward_pre_hook(lambda module, args: given.append(args))
     try:
@@ -179,11 +198,11 @@ def _located(
     return place, frames, head
 
 
-def recoloured(crops: Tensor, generator: torch.Generator) -> Tensor:
-    """Return crops `[B, Q, T, 3 * n * n]` of normalised pixels in a random colour for each object."""
+def recoloured(crops: Tensor, colours: Tensor) -> Tensor:
+    """Return crops `[B, Q, T, 3 * n * n]` of normalised pixels in the hue of each object's colour, `[B, Q, 3]`."""
     pixels = crops.unflatten(-1, (3, -1))
     brightness = (pixels.amax(-2, keepdim=True) + 1) / 2  # 0 is black
-    colour = torch.rand(*crops.shape[:2], 1, 3, 1, generator=generator).to(crops.device)
+    colour = colours[:, :, None, :, None]
     colour = colour / colour.amax(-2, keepdim=True)
     return (2 * brightness * colour - 1).flatten(-2)
 
@@ -205,25 +224,37 @@ def make_processor(model: VotPerceptionModel) -> VotImageProcessor:
 
 @torch.no_grad()
 def fit_domain(
-    model: VotPerceptionModel, processor: VotImageProcessor, batches: TrainingBatches, start: int
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    batches: TrainingBatches,
+    start: int,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Learn the distribution of training clips from batches after `start`, which were not trained on."""
+    """Learn the distribution of training clips from batches after `start`, which were not trained on.
+
+    Every rank learns it from the clips of all.
+    """
     model.eval()
     tokens = [
-        model.mean_tokens(**processor(list(batch.clips), fps=batch.fps).to(model.device))
+        ranks.joined(model.mean_tokens(**processor(list(batch.clips), fps=batch.fps).to(model.device)))
         for batch in batches.loader(start, start + _DOMAIN_STEPS + _DOMAIN_HELD_OUT)
     ]
     model.fit_domain(torch.cat(tokens[:_DOMAIN_STEPS]), torch.cat(tokens[_DOMAIN_STEPS:]))
 
 
 def perception_losses(
-    model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch
+    model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch, ranks: Ranks = ALONE
 ) -> dict[str, Tensor]:
-    """Return the terms of the loss, whose sum is minimised."""
+    """Return the terms of the loss of the whole batch, whose sum is minimised; they are the same on every rank."""
     inputs = processor(list(batch.clips), fps=batch.fps).to(model.device)
     targets = batch.targets.to(model.device)
     output = model(**inputs, output_balance=True)
-    (head,) = output.clips
+    head = _joined(output.clips[0], ranks)
     _, height, width = inputs["image_grid_thw"][0].tolist()
     terms = perception_loss(head, targets, match(head, targets), (height, width))
     return terms | {"balance": 0.01 * output.balance_loss}
+
+
+def _joined(head: HeadOutput, ranks: Ranks) -> HeadOutput:
+    """Return what the queries of all ranks found, differentiable."""
+    return HeadOutput(**{field.name: ranks.joined(getattr(head, field.name)) for field in fields(head)})
