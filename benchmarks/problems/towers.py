@@ -263,7 +263,7 @@ def _model(head_dim: int, layers: int, heads: int | None, attention: str, device
     if problem.family.projector:
         setattr(model, problem.family.projector, nn.Identity())
     if attention == PATCHED:
-        vot_kernels.patch(model)
+        vot_kernels.patch(model, padding=not problem.family.rows)
     for path, parameter in list(model.named_parameters()):
         owner, _, name = path.rpartition(".")
         kept = None if path.endswith(_UNSEEN) else nn.Parameter(parameter.to("meta"))

@@ -26,8 +26,8 @@ from vot_kernels.ops.flash_attention import flash_attn_varlen_func
 from vot_kernels.packing import PackedLayout
 
 NAME = "vot_kernels_flash"
-_PLAN = "_vot_kernels_plan"
-_EVERYTHING = (-1, -1)
+PLAN = "_vot_kernels_plan"
+EVERYTHING = (-1, -1)
 _JOINED = masking_utils.and_masks(masking_utils.causal_mask_function).__code__  # of what is joined by "and"
 
 
@@ -159,15 +159,15 @@ def make_mask(
         else:  # in the shape that other attention of the model takes, too
             queries, mask = None, real[:, None, None].expand(-1, 1, q_length, -1)
         plan = _plan_padding(pattern.causal, pattern.window, real, queries, q_length)
-    elif pattern.window != _EVERYTHING:
+    elif pattern.window != EVERYTHING:
         mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         plan = _plan_rows(pattern.causal, pattern.window, batch_size, q_length, kv_length, device)
     else:
         return None
     ends_together = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
-    if mask.ndim == 2 and not (ends_together and pattern.sequences is None and pattern.window == _EVERYTHING):
+    if mask.ndim == 2 and not (ends_together and pattern.sequences is None and pattern.window == EVERYTHING):
         mask = mask[:, None]  # says too little by itself, so that a copy without the plan must be refused
-    setattr(mask, _PLAN, plan)
+    setattr(mask, PLAN, plan)
     return mask
 
 
@@ -217,7 +217,7 @@ def attention_forward(
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     side = -1 if sliding_window is None else sliding_window - 1
-    plan = getattr(attention_mask, _PLAN, None)
+    plan = getattr(attention_mask, PLAN, None)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         causal, window = (causal, (side, side)) if plan is None else (plan.causal, plan.window)
         plan = AttentionPlan(causal, window, cu_seq_lens_q.int(), cu_seq_lens_k.int())
@@ -237,7 +237,7 @@ def _layout(
 ) -> PackedLayout:
     """Clips and frames of a call to hybrid attention."""
     own = query.shape[2] == key.shape[2] and not plan.padded
-    if plan.causal or plan.window != _EVERYTHING or not own:
+    if plan.causal or plan.window != EVERYTHING or not own:
         raise ValueError(
             "Hybrid attention is for bidirectional attention of frames without padding; patch this model with "
             'attention="exact", or give it frames of one size.'
@@ -295,7 +295,7 @@ def _refusals(dropout: float, mask: Tensor | None, others: dict[str, Any]) -> It
     """What a call asks for and cannot have."""
     if dropout:
         yield f"dropout ({dropout} while training)"
-    if mask is not None and not hasattr(mask, _PLAN) and not (isinstance(mask, Tensor) and mask.ndim == 2):
+    if mask is not None and not hasattr(mask, PLAN) and not (isinstance(mask, Tensor) and mask.ndim == 2):
         shape = list(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
         yield f"mask of its own for every pair of tokens ({shape})"
     for name, words in _NOT_SERVED.items():
@@ -328,7 +328,7 @@ def _plan_padding(
     A window counts places, so it needs rows without padding between their tokens; only it asks the device.
     """
     begins = keys & ~nn.functional.pad(keys[:, :-1], (1, 0))
-    if window != _EVERYTHING:
+    if window != EVERYTHING:
         _check_whole(begins.sum(1) <= 1)
     on_host = keys.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_host and (begins.sum(1) <= 1).all():
@@ -380,7 +380,7 @@ def _run(real: Tensor) -> tuple[Tensor, Tensor]:
 
 def _aligned(causal: bool, window: tuple[int, int]) -> bool:
     """Whether it matters which key a query stands at, so that both have to be packed alike."""
-    return causal or window != _EVERYTHING
+    return causal or window != EVERYTHING
 
 
 def _packed_order(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -433,12 +433,12 @@ def _traced_pattern(function: Callable[..., Any], said: dict[str, Any]) -> _Patt
         return None
     if "allow_is_bidirectional_skip" in said:
         return None if size is None else _Pattern(False, (size, size), None)
-    return _Pattern(True, _EVERYTHING if size is None else (size - 1, -1), None)
+    return _Pattern(True, EVERYTHING if size is None else (size - 1, -1), None)
 
 
 def _pattern(function: Callable[..., Any], said: dict[str, Any]) -> _Pattern:
     """Take a mask function of transformers apart; it is one of theirs, or several joined by "and"."""
-    causal, window, sequences = False, _EVERYTHING, None
+    causal, window, sequences = False, EVERYTHING, None
     # By its identity first, since a compiler cannot look into functions.
     if function is masking_utils.causal_mask_function:
         return _Pattern(True, window, sequences)

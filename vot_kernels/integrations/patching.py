@@ -32,19 +32,21 @@ if TYPE_CHECKING:  # at run time inside functions: it brings torch's compiler al
 _STATE = "_vot_kernels_patch"  # what a patch wrote, and what was there before
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 _ATTRIBUTE = "_attn_implementation_internal"
-_OP, _HYBRID_OP, _MOE, _LINEAR = "flash_attn_varlen_func", "hybrid_attention", "moe", "linear"
+_OP, _HYBRID_OP, _MOE = "flash_attn_varlen_func", "hybrid_attention", "moe"
+_LINEAR, _UNPADDED = "linear", "rows of tokens alone"
+_OF_TORCH = (_LINEAR, _UNPADDED)
 
 
 @dataclass(frozen=True)
 class PatchedModule:
-    """What became of one module: an attention, the experts of a layer, or a convolution that embeds patches.
+    """What became of one module: an attention, experts of a layer, a convolution that embeds patches, or an encoder.
 
     Attributes:
         name: its name in the model, "" for the model itself.
         kind: its class.
-        before: the attention or experts implementation it had, "conv" for a convolution.
+        before: the attention or experts implementation it had, "conv" for a convolution, "all rows" for an encoder.
         after: the function that serves it now, None if it stays as it was. It is one of this package, but for
-            "linear", which is PyTorch's.
+            "linear", which is PyTorch's. An encoder that computes no padding has "rows of tokens alone".
         backend: on what backend.
         reason: why it stays, "" if it does not.
         note: what a user should know besides.
@@ -87,7 +89,7 @@ class PatchReport:
         groups: dict[tuple, list[str]] = {}
         for m in self.modules:
             now = (
-                f"{m.before} -> {'' if m.after == _LINEAR else 'vot_kernels.'}{m.after} ({m.backend})"
+                f"{m.before} -> {'' if m.after in _OF_TORCH else 'vot_kernels.'}{m.after} ({m.backend})"
                 if m.after
                 else f"stays as it is: {m.reason}"
             )
@@ -112,12 +114,13 @@ def patch(
     frames: int | None = None,
     experts: bool = True,
     embeddings: bool = True,
+    padding: bool = True,
 ) -> PatchReport:
     """Run attention, experts and patch embedding of a transformers model on this package.
 
     With attention="exact" outputs and gradients stay the same but for rounding.
 
-    Each vision layer becomes one call for all images and frames, padding is left out, and language models keep their
+    Each vision layer becomes one call for all images and frames, without their padding, and language models keep their
     causality, sliding windows, packed sequences and caches. What a call can only find out by itself (a mask for every
     pair of tokens, dropout) raises one sentence then. A submodule may be given to patch that part alone. Models that
     were made from the same config object share the patch, since the name is written there; it is not saved with a
@@ -142,6 +145,10 @@ def patch(
             the tower's own argument `grid_thw` says it.
         experts: False leaves experts alone.
         embeddings: False leaves the convolutions of patch embeddings alone.
+        padding: False leaves padding out of all of an encoder, not of its attention alone, where the images of a batch
+            have a padded row each (SigLIP 2, Idefics, SmolVLM) and the states of single layers are not asked for. The
+            encoder then returns 0 for padding; what it returns for patches stays the same. Each forward asks the device
+            for the number of patches.
 
     Returns:
         For each such module what replaced it, on which backend, or why it stays.
@@ -157,9 +164,11 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     options = _options(attention, window, far, layers, feature_map, frames)
+    check_choice("padding", padding, (False, True))
     with imports_for("Patching a model", "llm"):
-        from vot_kernels.integrations.attention import NAME, register_attention, unwatch, watch
-    from vot_kernels.integrations.hybrid import attach, undo
+        from vot_kernels.integrations.attention import NAME, register_attention, watch
+    from vot_kernels.integrations.hybrid import attach
+    from vot_kernels.integrations.padding import leave_padding_out
 
     sites = list(_sites(model))
     if _STATE in vars(model) or any(_implementation(site.config) == NAME for site in sites):
@@ -176,6 +185,11 @@ def patch(
             more, of_part = part(model)
             rows, writes = rows + more, writes + of_part
     _check_replaceable(model, rows, writes)
+    unpadded = [] if padding else _unpadded(model, able, options is not None)
+    rows += [
+        PatchedModule(name, type(module).__name__, "all rows", _UNPADDED, "torch")
+        for name, module in unpadded
+    ]
     if options is not None and not hybrid:
         reasons = "; ".join(dict.fromkeys(exact.values())) or "none of it can be replaced"
         raise ValueError(f"No attention of {type(model).__name__} can be hybrid: {reasons}.")
@@ -185,9 +199,10 @@ def patch(
             attach(hybrid.values(), options)
         write_all([*writes, planned(model, _STATE, writes)])
         watch(model)
+        for _, module in unpadded:
+            leave_padding_out(module)
     except BaseException:
-        undo(model)
-        unwatch(model)
+        _take_hooks_back(model)
         raise
     return PatchReport(tuple(rows))
 
@@ -203,11 +218,7 @@ def unpatch(model: nn.Module) -> None:
     state = vars(model).pop(_STATE, None) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError("The model is not patched; give the very module that vot_kernels.patch was given.")
-    from vot_kernels.integrations.attention import unwatch
-    from vot_kernels.integrations.hybrid import undo
-
-    undo(model)
-    unwatch(model)
+    _take_hooks_back(model)
     take_back(state)
 
 
@@ -219,6 +230,36 @@ def patched(model: nn.Module, attention: str = "exact", **options: Any) -> Itera
         yield report
     finally:
         unpatch(model)
+
+
+def _take_hooks_back(model: nn.Module) -> None:
+    """Undo what a patch adds to modules besides attributes."""
+    from vot_kernels.integrations import attention, hybrid, padding
+
+    hybrid.undo(model)
+    attention.unwatch(model)
+    padding.undo(model)
+
+
+def _unpadded(model: nn.Module, sites: "list[_Site]", hybrid: bool) -> list[tuple[str, nn.Module]]:
+    """The encoders that are to compute no padding.
+
+    Raises:
+        ValueError: there is none, or attention is hybrid.
+    """
+    from vot_kernels.integrations.padding import encoders
+
+    if hybrid:
+        raise ValueError(
+            'padding=False is for attention="exact": hybrid attention takes frames without padding.'
+        )
+    found = list(encoders(model, [site.name for site in sites]))
+    if not found:
+        raise ValueError(
+            f"padding=False needs an encoder that hands rows and their mask alone to its layers, and "
+            f"{type(model).__name__} has none."
+        )
+    return found
 
 
 def _attention_row(site: "_Site", reason: str, hybrid: bool, exact: dict[str, str]) -> PatchedModule:
