@@ -69,15 +69,21 @@ VOT_NOINLINE inline void load_values(Dtype dtype, const Rows& from, int64_t begi
   });
 }
 
+// Each row times a factor, `factors` [head][BLOCK_ROWS] or null. `past_cache`: whoever says so calls finish_streams().
 VOT_NOINLINE inline void store_values(Dtype dtype, const float* from, int64_t begin, int rows, Heads heads, int width,
-                                      const MutableRows& to) {
+                                      const MutableRows& to, const float* factors = nullptr, bool past_cache = false) {
   const int64_t padded = round_up(width, LANES);
   with_type(dtype, [&](auto zero) {
     for (int r = 0; r < rows; r++)
       for (int h = 0; h < heads.count; h++) {
         const float* row = from + (h * BLOCK_ROWS + r) * padded;
+        const Vec factor = splat(factors ? factors[h * BLOCK_ROWS + r] : 1);
         auto* out = to.at<decltype(zero)>(begin + r, heads.first + h);
-        for_vectors(width, [&](int c, int count) { store_of(out, load(row + c), c, count); });
+        const bool aligned = width == padded && uintptr_t(out) % sizeof(Vec) == 0;
+        if (past_cache && aligned)
+          for (int c = 0; c < width; c += LANES) stream(out + c, load(row + c) * factor);
+        else
+          for_vectors(width, [&](int c, int count) { store_of(out, load(row + c) * factor, c, count); });
       }
   });
 }

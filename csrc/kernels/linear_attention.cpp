@@ -14,6 +14,7 @@
 
 #include "group_states.h"
 #include "head_blocks.h"
+#include "rows.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -244,13 +245,19 @@ struct Task {
   float* head(float* blocks, int head) const { return blocks + head * block_numbers(); }
 };
 
+// Whether the rows of `heads` heads in all, a gradient or the output, are written past the cache.
+bool past_cache(const LinearAttention& inputs, int64_t heads) {
+  return passes_cache(1, inputs.tokens * heads * inputs.head_dim * int64_t(sizeof(float)));
+}
+
 void forward_tile(const LinearAttentionForward& problem, const Task& task) {
   const LinearAttention& in = task.inputs;
   const Shape& shape = task.shape;
   const int64_t block = task.block_numbers();
   const int heads = task.queries.count, keys = task.keys.count;
-  Memory memory{scratch<0>(size_t(2 * (heads + keys) * block + shape.width * BLOCK_ROWS + Beyond::numbers(shape, keys)))};
-  float *q = memory.take(heads * block), *out = memory.take(heads * block);
+  Memory memory{scratch<0>(size_t(2 * (heads + keys) * block + (shape.width + heads) * BLOCK_ROWS +
+                                  Beyond::numbers(shape, keys)))};
+  float *q = memory.take(heads * block), *out = memory.take(heads * block), *inverses = memory.take(heads * BLOCK_ROWS);
   float *k = memory.take(keys * block), *v = memory.take(keys * block), *turned = memory.take(shape.width * BLOCK_ROWS);
   Beyond beyond(shape, keys, in.causal, task.slot, false, memory);
   for (int64_t at = task.tile.begin; at < task.tile.end; at += BLOCK_ROWS) {
@@ -273,19 +280,19 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
         add_own(shape, own_q, own, own_out, beyond.any ? Old::KEEP : Old::CLEAR);
       }
       const auto normalise = [&](int r, const float* z) {
-        float* row = own_out + r * shape.padded;
         const float total = dot(own_q + r * shape.padded, z, shape.padded), inverse = total < LEAST ? 0 : 1 / total;
-        scale_row(row, shape.padded, inverse);
-        problem.inverse[(at + r) * in.heads + task.queries.first + h] = inverse;
+        inverses[h * BLOCK_ROWS + r] = problem.inverse[(at + r) * in.heads + task.queries.first + h] = inverse;
       };
       for_normalisers(shape, rows, beyond.total(key), task.own ? own_k : nullptr, task.seen, normalise);
     }
-    store_values(in.dtype, out, at, rows, task.queries, shape.width, problem.out);
+    store_values(in.dtype, out, at, rows, task.queries, shape.width, problem.out, inverses,
+                 past_cache(in, in.heads));
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++)
       beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
     beyond.any = true;
   }
+  finish_streams();
 }
 
 // dq of a tile, -do.o of its rows, and where other tiles need it the state of its gradients, dS.
@@ -339,7 +346,7 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
         add_to_state(shape, rows, own_q, own_d_out, own_last, parts + task.state + key * shape.size,
                      totals + key * shape.padded, at == task.tile.begin && h % task.repeats == 0 ? Old::CLEAR : Old::KEEP);
     }
-    store_values(in.dtype, dq, at, rows, task.queries, shape.width, problem.dq);
+    store_values(in.dtype, dq, at, rows, task.queries, shape.width, problem.dq, nullptr, past_cache(in, in.heads));
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++) {
       beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
@@ -347,6 +354,7 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
     }
     beyond.any = true;
   }
+  finish_streams();
   for (int h = 0; task.slot && h < keys; h++)
     finish_state(shape.width, shape.width, totals + h * shape.padded, parts + task.state + h * shape.size);
 }
@@ -405,8 +413,8 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
         scale_row(own_dv + r * shape.padded, shape.padded, SCALE);
       }
     }
-    store_values(in.dtype, dk, at, rows, task.keys, shape.width, problem.dk);
-    store_values(in.dtype, dv, at, rows, task.keys, shape.width, problem.dv);
+    store_values(in.dtype, dk, at, rows, task.keys, shape.width, problem.dk, nullptr, past_cache(in, in.kv_heads));
+    store_values(in.dtype, dv, at, rows, task.keys, shape.width, problem.dv, nullptr, past_cache(in, in.kv_heads));
     if (!in.causal || at == task.tile.begin) continue;
     for (int h = 0; h < heads; h++) {
       const Old old = beyond.any || h % task.repeats ? Old::KEEP : Old::CLEAR;
@@ -415,6 +423,7 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
     }
     beyond.any = true;
   }
+  finish_streams();
 }
 
 float* new_states(const LinearAttention& inputs, const Plan& plan) {
