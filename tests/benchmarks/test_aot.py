@@ -61,7 +61,7 @@ def case(name, m, n, block, stages=2, warps=4, **limits):
         asked = limits.get("warp_specialized", False)
         config = Config({"BLOCK_K": block, "WARP_SPECIALIZE": asked}, warps, stages, limits)
         arguments = {"a_ptr": a, "b_ptr": a.new_empty(1024, n), "out_ptr": torch.empty(m, n)}
-        launch(_product_kernel, (1,), config, **arguments, k=1024, M=m, N=n)
+        launch(_product_kernel, (1,), config, arguments | {"k": 1024, "M": m, "N": n})
 
     return Case("product", name, run, lambda kernel: 2 * m * n * 1024, quick=name == "good")
 

@@ -22,12 +22,12 @@ def variant(request, backend, device, monkeypatch):
     seen = []
     inner = launching.launch
 
-    def launch(kernel, grid, config, **arguments):
+    def launch(kernel, grid, config, arguments):
         if kernel.__name__ == "_range_attention_fwd_kernel":
             seen.append(
                 (config.variant, config.blocks.get("USE_TMA", 0), config.blocks.get("WARP_SPECIALIZE", 0))
             )
-        inner(kernel, grid, config, **arguments)
+        inner(kernel, grid, config, arguments)
 
     monkeypatch.setattr(launching, "launch", launch)
     yield request.param

@@ -111,9 +111,9 @@ def test_kernels_on_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "target_arch", lambda device: ARCH)
     used, run_kernel = [], launch.launch
 
-    def noted(kernel, grid, config, **arguments):
+    def noted(kernel, grid, config, arguments):
         used.append(config.blocks["BLOCK"])
-        run_kernel(kernel, grid, config, **arguments)
+        run_kernel(kernel, grid, config, arguments)
 
     monkeypatch.setattr(launch, "launch", noted)
     search = Search(lambda tokens, device: run(tokens, device, backend="triton"))

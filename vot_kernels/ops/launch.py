@@ -87,8 +87,9 @@ class Kernel:
         """Return the config for `device` and `key`; see `vot_kernels.tuning.lookup` for the variants and the errors."""
         if _TUNED and device.type == "cuda" and _recording is None:
             use_tuned_once(torch.cuda.get_device_name(device), target_arch(device))
-        options: dict[str, Any] = {**(key or {}), "prefer": prefer, "exclude": exclude}
-        return lookup(self.family, self.name, target_arch(device), **options)
+        return lookup(
+            self.family, self.name, target_arch(device), prefer=prefer, exclude=exclude, **(key or {})
+        )
 
     def launch(
         self,
@@ -107,26 +108,31 @@ class Kernel:
         Raises:
             ValueError: a tensor is not contiguous and the arguments do not have its strides.
         """
-        for name, x in arguments.items():
+        for x in arguments.values():  # without the names, since nearly every tensor is contiguous
             if type(x) not in _NOT_TENSORS and isinstance(x, Tensor) and not x.is_contiguous():
-                _check_strides(f"{self.family} {self.name}", name, x, arguments)
+                _check_strides(f"{self.family} {self.name}", arguments)
+                break
         found = self.config(_device(arguments), key) if config is None else config
-        launch(self.function, grid, found, **arguments)
+        launch(self.function, grid, found, arguments)
 
 
-def _check_strides(kernel: str, name: str, x: Tensor, arguments: Iterable[str]) -> None:
-    """Refuse a tensor from which the kernel would read the wrong elements."""
-    prefix, others = name.removesuffix("ptr").lower(), [*map(str.lower, arguments)]
-    told = [other for other in others if re.fullmatch(rf"{prefix}(\w+_)?stride", other)]
-    columns = x.stride(-1) == 1 or x.shape[-1] == 1 or f"{prefix}transposed" in others
-    if len(told) != x.ndim - 1 or not columns:
-        raise ValueError(
-            f"{kernel}: {name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel takes "
-            f"{len(told)} of these and needs the other dimensions contiguous."
-        )
+def _check_strides(kernel: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse tensors from which the kernel would read the wrong elements."""
+    others = [*map(str.lower, arguments)]
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor) or x.is_contiguous():
+            continue
+        prefix = name.removesuffix("ptr").lower()
+        told = [other for other in others if re.fullmatch(rf"{prefix}(\w+_)?stride", other)]
+        columns = x.stride(-1) == 1 or x.shape[-1] == 1 or f"{prefix}transposed" in others
+        if len(told) != x.ndim - 1 or not columns:
+            raise ValueError(
+                f"{kernel}: {name} has shape {list(x.shape)} and strides {list(x.stride())}; the kernel takes "
+                f"{len(told)} of these and needs the other dimensions contiguous."
+            )
 
 
-def launch(kernel: Any, grid: Grid, config: Config, **arguments: Any) -> None:
+def launch(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
     """Run `kernel` on `grid` with `arguments` and the block sizes of `config`, on the device of the first tensor.
 
     An empty grid launches nothing. While `record_launches` is active, the launch is recorded instead.

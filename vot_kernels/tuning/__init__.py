@@ -113,7 +113,9 @@ def lookup(
     Raises:
         LookupError: no entry fits, or there is no table for the family.
     """
-    wanted = prefer + tuple(variant for variant in _preferred if variant not in exclude)
+    wanted = prefer
+    if _preferred:
+        wanted += tuple(variant for variant in _preferred if variant not in exclude)
     return _lookup(family, kernel, arch, wanted, exclude, tuple(sorted(key.items())))
 
 

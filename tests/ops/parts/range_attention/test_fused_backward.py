@@ -45,11 +45,11 @@ def added(monkeypatch):
     seen = []
     inner = launching.launch
 
-    def launch(kernel, grid, config, **arguments):
+    def launch(kernel, grid, config, arguments):
         if "dk_ptr" in arguments:
             seen.append(config.variant == "fused")
             assert (arguments["dq_ptr"] is not None) == bool(config.blocks.get("ADD_DQ", 0)) == seen[-1]
-        inner(kernel, grid, config, **arguments)
+        inner(kernel, grid, config, arguments)
 
     monkeypatch.setattr(launching, "launch", launch)
     return seen

@@ -64,10 +64,10 @@ def uses(monkeypatch):
     seen = []
     inner = launching.launch
 
-    def launch(kernel, grid, config, **arguments):
+    def launch(kernel, grid, config, arguments):
         if kernel.__name__ == "_range_attention_fwd_kernel":
             seen.append(way(config))
-        inner(kernel, grid, config, **arguments)
+        inner(kernel, grid, config, arguments)
 
     monkeypatch.setattr(launching, "launch", launch)
     return seen
@@ -344,7 +344,7 @@ def test_the_workspace_is_there_on_every_thread_and_the_callers_allocator_stays(
         raise AssertionError("never asked")
 
     def launch(blocks):
-        launching.launch(Noted(), (1,), tuning.Config(blocks, 4, 1), x_ptr=torch.zeros(4))
+        launching.launch(Noted(), (1,), tuning.Config(blocks, 4, 1), {"x_ptr": torch.zeros(4)})
 
     triton.set_allocator(own)
     try:
