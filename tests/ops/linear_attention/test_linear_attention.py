@@ -296,6 +296,35 @@ def test_a_segment_has_the_same_bits_in_any_packing(causal):
 
 
 @cpp
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_results_beyond_the_cache_have_the_same_bits(head_dim, causal):
+    """Those of 4 MiB and more are written in another way; the first segment alone is less."""
+    layout, short = PackedLayout.from_lengths([37, 4200]), slice(0, 37)
+    inputs, d_out = make_qkv(4240, 4, head_dim=head_dim), make_tensor(4240, 4, head_dim)
+
+    def run(layout, rows):
+        leaves = [x[rows].detach().requires_grad_() for x in inputs]
+        out = linear_attention(*leaves, layout, causal=causal, backend="cpp")
+        assert out.numel() * 4 >= 1 << 22 or rows == short
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out[rows])]
+
+    for found, alone in zip(
+        run(layout, slice(None)), run(PackedLayout.from_lengths([37]), short), strict=True
+    ):
+        assert torch.equal(found[short], alone)
+        assert not found[4237:].any()
+    long = slice(37, 4237)
+    exact = linear_attention(
+        *(x[long].double() for x in inputs),
+        PackedLayout.from_lengths([4200]),
+        causal=causal,
+        backend="torch",
+    )
+    assert max_error(run(layout, slice(None))[0][long].double(), exact) < 1e-5
+
+
+@cpp
 def test_the_cpp_backend_refuses_what_it_has_no_kernel_for():
     layout, inputs, decay = PackedLayout.from_lengths((6,)), make_qkv(6), torch.zeros(2)
     with pytest.raises(ValueError, match=r"cpp \(C\+\+ kernels take no log_decay\)"):
