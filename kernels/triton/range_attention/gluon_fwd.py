@@ -19,6 +19,9 @@ from ..common.ranges import masked_block
 from ..common.softmax import LN_2, LOG2_E
 from ..common.tiles import locate_tile
 
+# Triton 3.9 knows only the first name, 3.6 and 3.7 only the second.
+_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 
 @gluon.jit
 def _first_key(block, begin, masked, first_full, end_full, BLOCK_K: gl.constexpr):
@@ -32,9 +35,7 @@ def _load_block(source, barriers, buffers, first_key, block, wanted, STAGES: gl.
     """Start loading BLOCK_K rows from `first_key` on into the buffer of `block`, unless it is not wanted."""
     stage = block % STAGES
     mbarrier.expect(barriers.index(stage), source.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(
-        source, [first_key, 0], barriers.index(stage), buffers.index(stage), pred=wanted
-    )
+    _async_load(source, [first_key, 0], barriers.index(stage), buffers.index(stage), pred=wanted)
 
 
 @gluon.jit
@@ -208,7 +209,7 @@ def _range_attention_gluon_fwd_kernel(
         mbarrier.init(key_loaded.index(stage), count=1)
         mbarrier.init(value_loaded.index(stage), count=1)
     mbarrier.expect(query_loaded, queries.block_type.nbytes)
-    tma.async_copy_global_to_shared(queries, [first_row, 0], query_loaded, query)
+    _async_load(queries, [first_row, 0], query_loaded, query)
     for stage in gl.static_range(STAGES):
         place = _first_key(stage, begin, masked, first_full, end_full, BLOCK_K)
         _load_block(keys, key_loaded, key, place, stage, stage < count, STAGES)
