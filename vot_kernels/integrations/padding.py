@@ -1,4 +1,4 @@
-"""Encoders that compute no padding: the rows that hold tokens are packed before the first layer, and spread after it.
+"""Encoders that compute no padding: rows with tokens are packed before the first layer and spread after the last one.
 
 A batch of images of mixed sizes is mostly padding. The attention of this package leaves it out, but the linear layers,
 norms and activations around it do not, and they take most of the time.
