@@ -5,6 +5,7 @@ norms and activations around it do not, and they take most of the time.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from transformers.modeling_outputs import ModelOutput
 
 from vot_kernels.integrations.attention import EVERYTHING, PLAN, AttentionPlan
 
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # another version: then the arguments alone say that the states of every layer are wanted
-    _active_collector = None
+# Without it, in another version, the arguments alone say that the states of every layer are wanted.
+_collector: Any = None
+with suppress(ImportError):
+    from transformers.utils.output_capturing import _active_collector as _collector
 
 _ROWS = "_vot_kernels_rows"
 _STATES = ("output_hidden_states", "output_attentions")
@@ -86,7 +87,7 @@ def _spread(module: nn.Module, arguments: tuple, keywords: dict[str, Any], outpu
     if rows is None:
         return None
     if isinstance(output, ModelOutput):
-        output.last_hidden_state = _at_places(output.last_hidden_state, rows)
+        output["last_hidden_state"] = _at_places(output["last_hidden_state"], rows)
         return output
     if isinstance(output, tuple):
         return (_at_places(output[0], rows), *output[1:])
@@ -111,7 +112,7 @@ def _shows_layers(module: nn.Module, given: dict[str, Any]) -> bool:
     which cannot have as many rows as it finds."""
     if torch.compiler.is_compiling() or any(given.get(name) for name in _STATES):
         return True
-    if _active_collector is not None and _active_collector.get():
+    if _collector is not None and _collector.get():
         return True
     others = (value for name, value in given.items() if name not in ("inputs_embeds", "attention_mask"))
     return any(isinstance(value, Tensor) for value in others)
