@@ -21,12 +21,8 @@ from vot_kernels.files import atomic_write
 from vot_kernels.ops.launch import record_launches
 
 ARCH = "sm_90"
-TOKENS, HEADS, HEAD_DIM, GROUP = (
-    256,
-    16,
-    64,
-    16,
-)  # short: what the CPU does does not depend on the tokens, but for memory
+# Few tokens: what the CPU does is the same for any number of them, but for the pages of its own memory.
+TOKENS, HEADS, HEAD_DIM, GROUP = 256, 16, 64, 16
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import Idefics3VisionConfig, SmolVLMVisionConfig
+from transformers import Idefics3VisionConfig, Siglip2Config, Siglip2Model, SmolVLMVisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
@@ -112,6 +112,20 @@ def test_states_of_every_layer_keep_their_rows(tower):
         assert (x[real] - exact[real]).abs().max() <= OUTPUT * exact[real].abs().max()
 
 
+def test_texts_are_pooled_from_padding_as_always():
+    """SigLIP 2 takes the last place of a text, whatever lies there."""
+    text = SIZES | {"vocab_size": 20, "max_position_embeddings": 8, "projection_size": 32}
+    config = Siglip2Config(text_config=text, vision_config=SIZES | {"patch_size": 4, "num_patches": 16})
+    model, mask = spread(Siglip2Model(config)), torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
+    inputs = {"input_ids": torch.arange(16).view(2, 8), "attention_mask": mask}
+    wanted = model.text_model(**inputs)
+    with vot_kernels.patched(model, padding=False) as report:
+        found = model.text_model(**inputs)
+    assert [m.name for m in report.replaced if m.before == "all rows"] == ["vision_model.encoder"]
+    for name in ("last_hidden_state", "pooler_output"):
+        assert (found[name] - wanted[name]).abs().max() <= OUTPUT * wanted[name].abs().max()
+
+
 def test_a_batch_without_padding_is_as_always():
     model, inputs, _ = siglip2()
     full = inputs | {
@@ -160,7 +174,7 @@ def test_what_cannot_be_says_so_and_changes_nothing():
         vot_kernels.patch(model, "hybrid", frames=1, padding=False)
     with pytest.raises(ValueError, match="padding must be one of False, True, got 'no'"):
         vot_kernels.patch(model, padding="no")
-    with pytest.raises(ValueError, match="padding=False needs an encoder .* Qwen2_5_VL.* has none"):
+    with pytest.raises(ValueError, match="padding=False needs an image encoder .* Qwen2_5_VL.* has none"):
         vot_kernels.patch(qwen2_5_vl(), padding=False)
     assert model.config._attn_implementation == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

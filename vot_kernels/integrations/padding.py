@@ -70,7 +70,7 @@ def _pack(
     """A forward pre-hook: the rows with tokens as one row, whose mask has a plan with a segment for each old row."""
     given = {**dict(zip(("inputs_embeds", "attention_mask"), arguments, strict=False)), **keywords}
     real = _real_rows(given.get("attention_mask"))
-    if real is None or _shows_layers(module, given):
+    if real is None or _needs_all_rows(given):
         return None
     places = real.flatten().nonzero().squeeze(1)
     lengths = nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
@@ -107,7 +107,7 @@ def _real_rows(mask: Any) -> Tensor | None:
     return mask[:, 0, 0] if mask.shape[2] == mask.shape[3] else None
 
 
-def _shows_layers(module: nn.Module, given: dict[str, Any]) -> bool:
+def _needs_all_rows(given: dict[str, Any]) -> bool:
     """Whether somebody is to see the rows of every layer, or something else belongs to the rows; or a graph is traced,
     which cannot have as many rows as it finds."""
     if torch.compiler.is_compiling() or any(given.get(name) for name in _STATES):

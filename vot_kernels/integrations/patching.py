@@ -242,7 +242,7 @@ def _take_hooks_back(model: nn.Module) -> None:
 
 
 def _unpadded(model: nn.Module, sites: "list[_Site]", hybrid: bool) -> list[tuple[str, nn.Module]]:
-    """The encoders that are to compute no padding.
+    """The encoders of images that are to compute no padding.
 
     Raises:
         ValueError: there is none, or attention is hybrid.
@@ -253,13 +253,19 @@ def _unpadded(model: nn.Module, sites: "list[_Site]", hybrid: bool) -> list[tupl
         raise ValueError(
             'padding=False is for attention="exact": hybrid attention takes frames without padding.'
         )
-    found = list(encoders(model, [site.name for site in sites]))
+    # Those of texts are left alone: a pooling of the last place may read what an encoder returns for padding.
+    images = [s.name for s in sites if s.owner is not None and _takes_pixels(type(s.owner))]
+    found = list(encoders(model, images))
     if not found:
         raise ValueError(
-            f"padding=False needs an encoder that hands rows and their mask alone to its layers, and "
+            f"padding=False needs an image encoder that hands rows and their mask alone to its layers, and "
             f"{type(model).__name__} has none."
         )
     return found
+
+
+def _takes_pixels(kind: type[nn.Module]) -> bool:
+    return "pixel_values" in inspect.signature(kind.forward).parameters
 
 
 def _attention_row(site: "_Site", reason: str, hybrid: bool, exact: dict[str, str]) -> PatchedModule:

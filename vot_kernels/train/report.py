@@ -19,10 +19,10 @@ from vot_kernels.train.loop import Report
 
 
 @contextmanager
-def progress_bar(steps: int) -> Iterator[Report]:
+def progress_bar(steps: int, shown: bool = True) -> Iterator[Report]:
     """Show a bar of `steps` steps with an estimate; yield the function that the training loop reports to."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("training", total=steps)
 
         def report(step: int, terms: dict[str, float]) -> None:

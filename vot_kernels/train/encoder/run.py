@@ -1,7 +1,6 @@
 """`vot train encoder`: measure, train, measure again, and publish the encoder with a record of the run."""
 
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from vot_kernels.train.encoder.stage import (
     random_features,
     train_encoder,
 )
-from vot_kernels.train.loop import no_report
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
@@ -63,7 +61,7 @@ def run(
         return _table(record)
     on_device(guide.encoder, device)
     start = time.perf_counter()
-    with progress_bar(settings.steps) if ranks.first else nullcontext(no_report) as report:
+    with progress_bar(settings.steps, shown=ranks.first) as report:
         model = train_encoder(out, settings, config, guide, report=report, ranks=ranks)
     if not ranks.first:
         return ""

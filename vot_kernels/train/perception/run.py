@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
-from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.perception.stage import make_processor, train_perception
@@ -50,7 +48,7 @@ def run(
         return format_metrics(record["metrics"])
     start = time.perf_counter()
     steps = settings.steps + settings.dynamics_steps + settings.name_steps
-    with progress_bar(steps) if ranks.first else nullcontext(no_report) as report:
+    with progress_bar(steps, shown=ranks.first) as report:
         model = train_perception(out, settings, report=report, device=device, ranks=ranks)
     if not ranks.first:
         return ""
