@@ -319,7 +319,8 @@ def _workloads(keys: Sequence[tuple[str, str]], device: str) -> list[Workload]:
     chosen = [known[key] for key in keys]
     if device == "cuda":
         return chosen
-    return [replace(w, problem=_tiny(w.problem), device=device) for w in chosen]
+    # Not all processors have instructions for bfloat16.
+    return [replace(w, problem=_tiny(w.problem), device=device, dtype=torch.float32) for w in chosen]
 
 
 def _tiny(problem: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 Function = Callable[[], object]
 
 _CPU_FLUSH = 1 << 26  # bytes; twice the last-level cache that cores of a large server share
+_SLOW = 0.03  # seconds for a small matrix product on a CPU; one of full size would take 64 times as long
 
 
 class Timer(Protocol):
@@ -98,7 +99,8 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dic
     """Return the rates that this machine reaches: bytes/s of a copy (read plus written) and FLOP/s of a matrix
     product.
 
-    They are measured, not looked up: each is the median of several runs at a size that fills the device.
+    They are measured, not looked up: each is the median of several runs at a size that fills the device. A processor
+    without instructions for a dtype gets smaller matrices, for it would need minutes.
     """
     timer = make_timer(device)
     cuda = device.type == "cuda"
@@ -109,10 +111,17 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dic
     products = {}
     for dtype in dtypes:
         size = 8192 if cuda else 1536
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = time_in_turns([lambda _, a=a, b=b: lambda: a @ b], timer, 7, warmups=3)[0]
-        products[str(dtype).removeprefix("torch.")] = 2 * size**3 / _median(seconds)
+        if not cuda and _product_seconds(timer, device, dtype, size // 4, 1) > _SLOW:
+            size //= 4
+        products[str(dtype).removeprefix("torch.")] = 2 * size**3 / _product_seconds(
+            timer, device, dtype, size, 7
+        )
     return {**ceilings, "matmul_flops_per_s": products}
+
+
+def _product_seconds(timer: Timer, device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return _median(time_in_turns([lambda _: lambda: a @ b], timer, rounds, warmups=3)[0])
 
 
 def _median(seconds: Sequence[float]) -> float:

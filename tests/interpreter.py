@@ -1,10 +1,14 @@
-"""Patches that make Triton's interpreter more than twice as fast and change no result.
+"""Patches that make Triton's interpreter more than twice as fast, and the same on every machine.
 
 Before a launch, and again before each call inside a kernel, the interpreter replaces the builtins of
 `triton.language` and looks for them with `inspect.getmembers`. Here the set of builtins, which does not change, is
 looked for once, and a module is replaced once in a launch. Three quarters of the operations on int32 were the search
 for an overflow, whose outcome the interpreter throws away unless it debugs. The table of NumPy's dtypes was built anew
 for every operation, and so were the shape of each tensor and its type, which nothing changes afterwards.
+
+One patch changes results. NumPy multiplies matrices with kernels chosen by the processor; some of them sum an element
+of a product in an order that depends on its row, so that a row has other bits in another block. A tensor core does not.
+Here each element of a product is summed in float64 and rounded once.
 """
 
 import dataclasses
@@ -13,6 +17,8 @@ import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 
 def speed_up() -> None:
@@ -34,6 +40,7 @@ def speed_up() -> None:
     _look_up_dtypes(interpreter)
     _share_shapes()
     _leave_out_what_is_thrown_away(interpreter)
+    _round_products_once(interpreter)
 
 
 def _look_for_builtins_once(interpreter: Any) -> None:
@@ -124,3 +131,11 @@ def _leave_out_what_is_thrown_away(interpreter: Any) -> None:
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _round_products_once(interpreter: Any) -> None:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
