@@ -113,8 +113,8 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dic
         size = 8192 if cuda else 1536
         if not cuda and _product_seconds(timer, device, dtype, size // 4, 1) > _SLOW:
             size //= 4
-        products[str(dtype).removeprefix("torch.")] = 2 * size**3 / _product_seconds(
-            timer, device, dtype, size, 7
+        products[str(dtype).removeprefix("torch.")] = (
+            2 * size**3 / _product_seconds(timer, device, dtype, size, 7)
         )
     return {**ceilings, "matmul_flops_per_s": products}
 
