@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module when it is first imported; three quarters of those that are installed never are.
+INSTALL := $(PIP) install --no-compile
 # Two stamps: what is installed, and this package on top of it. A stamp appears only when all went well.
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.package-installed
 
 # Compiled modules and tests are kept: the tests start hundreds of processes, which would all compile them again.
 export PYTHONDONTWRITEBYTECODE =
-# Processes that share the tests; 0 runs them in one, which a debugger needs.
-JOBS ?= 2
+# Freed memory is kept: tests ask for large tensors again and again, and the system would clear their pages each time.
+export MALLOC_MMAP_THRESHOLD_ = 4294967296
+export MALLOC_TRIM_THRESHOLD_ = 4294967296
+# Processes that share the tests; 0 runs them in one, which a debugger needs. On two cores a third works while others wait.
+JOBS ?= 3
 TESTS ?=
 # What `make check` runs: every op of CORE in about a minute.
 CORE := tests/meta tests/docs/test_links.py tests/test_packing.py tests/test_testing.py tests/ops
@@ -29,13 +34,14 @@ new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
 pytest = $(1) -m pytest --numprocesses $(JOBS)
 
 # Two runs of pytest, because Triton has its kernels either on the interpreter or compiled: see tests/marks.py. Both
-# take place, and either fails the whole. In the second the tests of a file stay together, for they share fixtures.
+# take place, and either fails the whole. In the second the tests of a file stay together, for they share fixtures, and
+# files come in the order of tests/conftest.py.
 # Status 5 is "no tests", as one of the runs may well have in the paths given.
 define both-runs
 status=0; \
 TRITON_INTERPRET=1 $(call pytest,$(1)) --dist worksteal -m "interpreter and not gpu" $(2) || status=$$?; \
 $(if $(2),[ $$status -ne 5 ] || status=0;) \
-$(call pytest,$(1)) --dist loadfile -m "not interpreter and not gpu" $(2) || $(if $(2),[ $$? -eq 5 ] ||) status=1; \
+$(call pytest,$(1)) --dist loadfile --no-loadscope-reorder -m "not interpreter and not gpu" $(2) || $(if $(2),[ $$? -eq 5 ] ||) status=1; \
 exit $$status
 endef
 
@@ -49,10 +55,12 @@ demo: cpp  ## answer questions about two videos with the shipped checkpoint
 cpp: $(PACKAGE)  ## compile the C++ kernels for this machine, half a minute; without a compiler the ops run in PyTorch
 	@$(BIN)/python -m vot_kernels.cpp --optional
 
-check: lint cpp  ## before every commit, a minute: lint, import rules, links, each op in PyTorch against its reference
+check: $(PACKAGE)  ## before every commit, a minute: lint, import rules, links, each op in PyTorch against its reference
+	@$(MAKE) --no-print-directory --jobs 2 lint cpp
 	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" $(CORE)
 
-test: lint cpp  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
+test: $(PACKAGE)  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
+	@$(MAKE) --no-print-directory --jobs 2 lint cpp
 	@$(call both-runs,$(BIN)/python,$(TESTS))
 
 lint: $(PACKAGE)  ## ruff, its format, mypy
@@ -113,12 +121,12 @@ $(REQUIREMENTS): requirements.txt requirements-data.txt requirements-torchvision
 	@echo "Installing the pinned requirements into $(VENV): once, several minutes and 3 GB or more."
 	@if [ -e $@ ]; then rm -f $@; else $(call new-venv,$(VENV)); fi
 	@grep '^torch==' requirements.txt > $(VENV)/torch.txt
-	$(PIP) install -r $(VENV)/torch.txt
-	$(PIP) install -r requirements.txt
-	$(PIP) install --no-deps -r requirements-data.txt
-	$(PIP) install --no-deps --target $(VENV)/torchvision -r requirements-torchvision.txt
+	$(INSTALL) -r $(VENV)/torch.txt
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -r requirements-data.txt
+	$(INSTALL) --no-deps --target $(VENV)/torchvision -r requirements-torchvision.txt
 	@touch $@
 
 $(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(INSTALL) --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -29,8 +29,8 @@ left() { echo $((seconds - SECONDS)); }
 # An installed package without installing: two folders make one import package (see pyproject.toml).
 logs=$out/logs
 mkdir -p "$work/repo" "$logs" "$work/site"
-cp -r "$root"/{benchmarks,tests,kernels,vot_kernels,pyproject.toml,README.md} "$work/repo/"
-cp -r "$root/kernels/triton" "$work/repo/vot_kernels/kernels"
+cp -rp "$root"/{benchmarks,tests,kernels,vot_kernels,pyproject.toml,README.md} "$work/repo/"
+cp -rp "$root/kernels/triton" "$work/repo/vot_kernels/kernels"
 cd "$work/repo" || exit 2
 if compgen -G "$root/.whl/*.whl" >/dev/null; then
     for wheel in "$root"/.whl/*.whl; do # one by one: a wheel that does not fit must not stop the others

@@ -62,11 +62,11 @@ def run_make(clone: Path, *arguments: str, fail: str) -> subprocess.CompletedPro
 
 FULL = [
     "venv -m venv --clear .venv",
-    "pip install -r .venv/torch.txt",
-    "pip install -r requirements.txt",
-    "pip install --no-deps -r requirements-data.txt",
-    "pip install --no-deps --target .venv/torchvision -r requirements-torchvision.txt",
-    "pip install --quiet --no-deps --no-build-isolation --editable .",
+    "pip install --no-compile -r .venv/torch.txt",
+    "pip install --no-compile -r requirements.txt",
+    "pip install --no-compile --no-deps -r requirements-data.txt",
+    "pip install --no-compile --no-deps --target .venv/torchvision -r requirements-torchvision.txt",
+    "pip install --no-compile --quiet --no-deps --no-build-isolation --editable .",
 ]
 
 
