@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
+from tests.rounding import nearly_equal
 from tests.threads import differing
 from vot_kernels.ops.dispatch import BACKENDS, FUNCTIONS, describe_backends
 from vot_kernels.ops.hybrid_attention import (
@@ -302,7 +303,7 @@ def test_window_over_all_groups_is_exact_attention(window, backend):
     for begin, end in ((0, 16), (16, 25)):
         heads_first = [x[None, begin:end].transpose(1, 2) for x in (q, k, v)]
         expected = torch.nn.functional.scaled_dot_product_attention(*heads_first)
-        assert max_error(out[begin:end], expected[0].transpose(0, 1)) < 1e-6
+        assert nearly_equal(out[begin:end], expected[0].transpose(0, 1))
 
 
 @on_each_backend
@@ -314,7 +315,7 @@ def test_beta_of_minus_infinity_is_window_attention(backend):
     mask = (groups[:, None] - groups[None, :]).abs() <= 1
     heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask)
-    assert max_error(out, expected[0].transpose(0, 1)) < 1e-6
+    assert nearly_equal(out, expected[0].transpose(0, 1))
 
 
 def test_near_of_no_weight_leaves_linear_attention_whatever_beta():
@@ -392,7 +393,7 @@ def test_packed_equals_unpacked(causal, backend):
         own = slice(begin, begin + length)
         alone = PackedLayout.from_lengths((length,), group_size=4)
         out = hybrid_attention(q[own], k[own], v[own], alone, **options)
-        assert max_error(packed[own], out) < 1e-6
+        assert nearly_equal(packed[own], out)
         begin += length
 
 
@@ -654,7 +655,7 @@ def test_streaming_equals_the_whole_segment(window, kv_heads, given):
         out, state = hybrid_attention_step(q[own], k[own], v[own], state, window=window, beta=BETA, **pieces)
         outputs.append(out)
         begin += length
-    assert max_error(torch.cat(outputs), whole) < 1e-6
+    assert nearly_equal(torch.cat(outputs), whole)
 
 
 def test_streaming_state_keeps_its_size():
@@ -814,5 +815,5 @@ def test_heads_in_chunks(monkeypatch, kv_heads):
     q, k = inputs[:2]
     assert len(_blocks.head_chunks(q, k, 0)) == kv_heads
     for a, b in zip(at_once, run(), strict=True):
-        assert max_error(a, b) < 1e-6
+        assert nearly_equal(a, b)
     check(layout, inputs)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
+from tests.rounding import nearly_equal
 from tests.threads import differing
 from vot_kernels.ops.hybrid_attention import hybrid_attention
 from vot_kernels.ops.packed_attention import packed_attention, reference
@@ -74,7 +75,7 @@ def test_equals_pytorch_per_segment(causal, backend):
         expected = torch.nn.functional.scaled_dot_product_attention(
             *heads_first, is_causal=causal, enable_gqa=True
         )
-        assert max_error(out[begin : begin + length], expected[0].transpose(0, 1)) < 1e-6
+        assert nearly_equal(out[begin : begin + length], expected[0].transpose(0, 1))
         begin += length
 
 
