@@ -212,7 +212,7 @@ SURROUNDINGS: dict[str, Callable[[Call, list[Tensor], list[Tensor], float], None
 def is_a_sentence(message: str) -> bool:
     """Whether an error message is one readable sentence, or a few, and not internal text of a library."""
     strange = re.search(
-        r"Traceback|aten::|\[Triggered|c10|<class|object has no attribute|unexpected keyword", message
+        r"Traceback|aten::|\[Triggered|\bc10\b|<class|object has no attribute|unexpected keyword", message
     )
     return (
         bool(message)

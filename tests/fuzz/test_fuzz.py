@@ -4,6 +4,7 @@ import pytest
 
 from tests.fuzz.__main__ import OTHERS, fuzz
 from tests.fuzz.calls import MAKERS
+from tests.fuzz.checks import is_a_sentence
 
 
 @pytest.mark.parametrize("kind", [*MAKERS, *OTHERS])
@@ -15,3 +16,8 @@ def test_random_calls(kind):
 def test_a_failure_is_reported_with_what_reproduces_it(monkeypatch):
     monkeypatch.setattr("tests.fuzz.__main__.check", lambda call, draw: 1 / 0)
     assert "--seed 0 --index 3: moe: ZeroDivisionError" in (fuzz(seed=0, index=3, kinds=["moe"]) or "")
+
+
+def test_what_is_internal_text_and_what_is_an_address():
+    assert not is_a_sentence("expected scalar type Float but found c10::Half.")
+    assert is_a_sentence("budget must be an int >= 0, got <object object at 0x7fa565c9fc10>.")
