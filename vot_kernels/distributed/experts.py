@@ -36,7 +36,7 @@ from vot_kernels.ops.aoe.op import WEIGHTINGS
 from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
 from vot_kernels.ops.moe import moe as local_moe
-from vot_kernels.ops.parts.experts.slots import Experts, norms_backward, over_norm
+from vot_kernels.ops.parts.experts.slots import Experts, norms_backward
 from vot_kernels.packing import brief
 
 FORMS = ("gather", "exchange")
@@ -457,8 +457,8 @@ class _ChosenNorms(torch.autograd.Function):
         if ctx.group is not None:  # each rank has the part that goes through its own experts' weights
             d_chosen = all_reduce(d_chosen, ctx.group, "sum of the gradients of norms")
             indices = indices - _first(ctx.num_experts, ctx.group)
-        scale = over_norm(d_chosen, chosen)
-        return *composition.chosen_norms_backward(x, w_down, scale, indices), None, None, None, None
+        gradients = composition.chosen_norms_backward(x, w_down, d_chosen, chosen, indices)
+        return *gradients, None, None, None, None
 
 
 class _AllNorms(torch.autograd.Function):
@@ -482,7 +482,7 @@ class _AllNorms(torch.autograd.Function):
             norms = norms[:, _first(ctx.num_experts, ctx.group) :][:, : w_down.shape[0]]
         if not w_down.shape[0]:
             return torch.zeros_like(x), torch.zeros_like(w_down), None, None, None
-        d_x, d_down = norms_backward(x, w_down, over_norm(d_norms, norms), norms.dtype)
+        d_x, d_down = norms_backward(x, w_down, d_norms, norms, norms.dtype)
         return d_x.to(x.dtype), d_down.to(w_down.dtype), None, None, None
 
 

@@ -102,6 +102,19 @@ def test_shapes(shape, aux, backend):
     check_parity(make_experts(**shape), top_k, outputs=checked, backend=backend)
 
 
+@ON
+def test_the_norm_of_a_cache_whose_terms_cancel_has_a_gradient_of_full_length(backend):
+    """A cache of one number is roundings alone here, others in the backward; the gradient of |x . w| is w, -w or 0."""
+    x, w_down, *others = make_experts(tokens=200, experts=1, rank=1, dim=64)
+    w = w_down[0, 0].double()
+    x = (x.double() - torch.outer(x.double() @ w, w) / w.square().sum()).float().requires_grad_()
+    norms = aoe(x, w_down, *others, 1, return_aux=True, backend=backend)[1].norms
+    (d_x,) = torch.autograd.grad(norms.sum(), x)
+    lengths = (d_x.double() @ w).abs() / w.square().sum()
+    assert (lengths > 0).sum() > 100
+    torch.testing.assert_close(lengths, (lengths > 0).double(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_selection_follows_the_exact_norms(dtype):
     top_k = 4

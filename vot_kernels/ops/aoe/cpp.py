@@ -66,8 +66,8 @@ def backward(
     caches_backward(d_cache, x, experts.w_down, slots, rows, d_experts.w_down)
     d_x = combine(rows, slots, x.shape[0], None)
     if dense:  # the norms of all experts have gradients, not only those of the selected ones
-        scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
-        more_x, more_down = norms_backward(x, experts.w_down, scale, x.dtype)
+        d_norms = norm_gradient(norms, indices, weights, d_mix, d_norms, weighting)
+        more_x, more_down = norms_backward(x, experts.w_down, d_norms, norms, x.dtype)
         d_x += more_x
         d_experts.w_down.add_(more_down)
     return d_x, *d_experts

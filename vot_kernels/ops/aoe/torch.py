@@ -19,6 +19,7 @@ from vot_kernels.ops.parts.experts.slots import (
     over_norm,
     softmax_backward,
     swiglu_backward,
+    through_norms,
 )
 
 # Outside this range of norms, squares may overflow or vanish in float32, so rows with such norms are scaled first. On
@@ -62,13 +63,16 @@ def backward_chosen(
     return d_x.to(x.dtype, copy=False), *d_experts, d_mix
 
 
-def chosen_norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what dC = scale · C of the chosen experts adds to the gradients of x and w_down.
+def chosen_norms_backward(
+    x: Tensor, w_down: Tensor, d_norms: Tensor, norms: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what the gradients of the norms of the chosen experts add to the gradients of x and w_down.
 
-    scale: `[tokens, top_k]`, the gradient of each chosen norm over that norm. Ids without an expert are left out.
+    d_norms, norms: `[tokens, top_k]`. Ids without an expert are left out.
     """
     slots = group_slots(indices, w_down.shape[0])
-    d_cache = _caches_of(x, w_down, slots) * scale.flatten()[slots.order, None].to(x.dtype)
+    ordered = (norm.flatten()[slots.order] for norm in (d_norms, norms))
+    d_cache = through_norms(_caches_of(x, w_down, slots), *ordered)
     d_x, d_down = x.new_zeros(x.shape, dtype=accumulator(x.dtype)), torch.zeros_like(w_down)
     _caches_backward(d_cache, x, w_down, slots, d_x, d_down)
     return d_x.to(x.dtype, copy=False), d_down
@@ -151,8 +155,8 @@ def backward(
         d_cache.add_(cache * scale[slots.order, None])
     _caches_backward(d_cache, x, experts.w_down, slots, d_x, d_experts.w_down)
     if dense:  # the norms of all experts have gradients, not only those of the selected ones
-        scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
-        more_x, more_down = norms_backward(x, experts.w_down, scale, norms.dtype)
+        d_norms = norm_gradient(norms, indices, weights, d_mix, d_norms, weighting)
+        more_x, more_down = norms_backward(x, experts.w_down, d_norms, norms, norms.dtype)
         d_x.add_(more_x)
         d_experts.w_down.add_(more_down)
     return d_x.to(x.dtype, copy=False), *d_experts

@@ -21,7 +21,6 @@ from vot_kernels.ops.parts.experts.slots import (
     Saved,
     norm_gradient,
     norms_backward,
-    over_norm,
 )
 
 
@@ -70,7 +69,7 @@ def backward(
     rows = grouped_matmul(d_value, experts.w_p, slots, second=(d_cache, experts.w_down))
     d_x = combine(rows, slots, x.shape[0], None)
     if dense:  # every expert's norm has a gradient: plain matrix products over all experts
-        scale = over_norm(norm_gradient(norms, indices, weights, d_mix, d_norms, weighting), norms)
-        more_x, more_down = norms_backward(x, experts.w_down, scale, x.dtype)
+        d_norms = norm_gradient(norms, indices, weights, d_mix, d_norms, weighting)
+        more_x, more_down = norms_backward(x, experts.w_down, d_norms, norms, x.dtype)
         d_x, d_w_down = (d_x + more_x).to(x.dtype), (d_w_down + more_down).to(x.dtype)
     return d_x, d_w_down, d_w_up, d_w_p, d_w_o

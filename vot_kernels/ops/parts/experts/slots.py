@@ -148,22 +148,39 @@ def cache_blocks(
         yield tokens, (rows @ matrix).view(-1, experts, rank)
 
 
-def norms_backward(x: Tensor, w_down: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what dC = scale · C of all experts adds to the gradients of x and w_down, computed in `dtype`.
+def norms_backward(
+    x: Tensor, w_down: Tensor, d_norms: Tensor, norms: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return what the gradients of the norms of all caches add to the gradients of x and w_down, computed in `dtype`.
 
     Args:
         x: `[tokens, dim]`.
         w_down: `[experts, rank, dim]`.
-        scale: `[tokens, experts]`, the gradient of each norm over that norm.
+        d_norms, norms: `[tokens, experts]`.
 
     Returns:
-        Both in the dtype of `scale`. Only one block of caches is in memory at a time.
+        Both in the dtype of `norms`. Only one block of caches is in memory at a time.
     """
     matrix = w_down.flatten(0, 1).to(dtype)
-    d_x = x.new_empty(x.shape, dtype=scale.dtype)
-    d_down = scale.new_zeros(matrix.shape)
+    d_x = x.new_empty(x.shape, dtype=norms.dtype)
+    d_down = norms.new_zeros(matrix.shape)
     for tokens, cache in cache_blocks(x, w_down, dtype):
-        d_cache = cache.mul_(scale[tokens, :, None]).flatten(1)
+        d_cache = through_norms(cache, d_norms[tokens], norms[tokens]).flatten(1)
         d_x[tokens] = d_cache @ matrix
         d_down += d_cache.T @ x[tokens].to(dtype)
     return d_x, d_down.view_as(w_down)
+
+
+def through_norms(cache: Tensor, d_norms: Tensor, norms: Tensor) -> Tensor:
+    """Return d_norms C / ||C||, in the dtype of C and 0 where the norm is 0.
+
+    C is computed anew, and where its terms cancel, its roundings are not those of the C whose norms were taken. So the
+    quotient has the norm of this C, as a multiple of the given one, which neither overflows nor vanishes.
+
+    Args:
+        cache: C, `[..., rank]`.
+        d_norms, norms: `[...]`.
+    """
+    units = cache / torch.where(norms > 0, norms, 1.0)[..., None]
+    own = torch.linalg.vector_norm(units, dim=-1)
+    return units.mul_(over_norm(d_norms, own)[..., None]).to(cache.dtype)
