@@ -1,9 +1,18 @@
 """Video-of-Thought traces: their form, and that the evidence in them decides the question."""
 
+import re
+
 import pytest
 
 from vot_kernels.data.digitworld import KINDS, VOCABULARY, generate_questions
-from vot_kernels.data.digitworld.traces import ask, evidence, read_reply, summary_text, write_trace
+from vot_kernels.data.digitworld.traces import (
+    ask,
+    evidence,
+    evidence_text,
+    read_reply,
+    summary_text,
+    write_trace,
+)
 from vot_kernels.scene_graph import from_text
 
 
@@ -22,6 +31,25 @@ def test_a_trace_is_a_thought_with_a_clean_graph_and_the_answer(asked):
         assert issues == []
         assert {t.name for t in graph.tracklets} <= {t.name for t in item.episode.stsg.tracklets}
         assert thought.endswith(".")
+
+
+def test_a_trace_never_guesses_ahead(asked):
+    """The graph has what the question mentions, in the whole graph's order, events, then who else is in them."""
+    after_events = 0
+    for item in asked:
+        question, stsg = item.question, item.episode.stsg
+        lines = evidence_text(evidence(question, stsg), question).split("\n")[1:-1]
+        kinds = "".join("t" if "=" in line else "e" for line in lines)
+        parts = re.fullmatch("(t*)(e*)(t*)", kinds)
+        text = f"{question.text} {' '.join(question.candidates)}"
+        mentioned = [t.id for t in stsg.tracklets if f"the {t.attributes[0]} digit" in text]
+        assert parts
+        ids = [line.partition("=")[0] for line in lines if "=" in line]
+        assert ids[: len(mentioned)] == mentioned and len({*ids}) == len(ids)
+        if parts[2]:
+            assert len(parts[1]) == len(mentioned)
+            after_events += bool(parts[3])
+    assert after_events
 
 
 def test_evidence_is_true_and_about_the_question(asked):

@@ -134,7 +134,37 @@ def test_batches_depend_on_seed_and_step_alone(nano):
     assert not torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
 
 
+def test_a_conversation_has_as_many_questions_as_wanted(nano):
+    counts = {
+        wanted: [
+            len(
+                reason(
+                    generate_episode("train", n), np.random.default_rng(n), frames=0, questions=wanted
+                ).turns
+            )
+            for n in range(8)
+        ]
+        for wanted in (1, 3, 14)
+    }
+    assert {*counts[1]} == {1} and max(counts[3]) == 3 and max(counts[14]) > 7
+
+
 # --- what is trained ----------------------------------------------------------------------------------------
+
+
+def test_a_new_model_finds_again_what_it_reads(nano):
+    """Of random weights, heads of the second layer attend to what followed the same words before."""
+    model, processor = nano
+    llama = model.model.language_model
+    llama.set_attn_implementation("eager")
+    text = "<stsg>\no1=cyan digit 2\no2=red digit 5\no3=blue digit 7\n</stsg>\no2=red digit"
+    ids = processor.tokenizer(text)["input_ids"]
+    first, second, *_ = llama(torch.tensor([ids]), output_attentions=True).attentions
+    for head, weights in enumerate(first[0]):
+        assert weights[-1].argmax() == len(ids) - 2 - head
+    words = [processor.tokenizer.decode([token]).strip() for token in ids]
+    found = second[0, :, -1].argmax(-1).tolist()
+    assert found.count(words.index("red") + 2) >= 2, [words[place] for place in found]
 
 
 def test_the_encoder_is_that_of_the_perception_checkpoint(nano, perception):
