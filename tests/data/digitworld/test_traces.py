@@ -8,7 +8,6 @@ from vot_kernels.data.digitworld import KINDS, VOCABULARY, generate_questions
 from vot_kernels.data.digitworld.traces import (
     ask,
     evidence,
-    evidence_text,
     read_reply,
     summary_text,
     write_trace,
@@ -34,21 +33,30 @@ def test_a_trace_is_a_thought_with_a_clean_graph_and_the_answer(asked):
 
 
 def test_a_trace_never_guesses_ahead(asked):
-    """The graph has what the question mentions, in the whole graph's order, events, then who else is in them."""
+    """It says who is meant, by name and then by number, and its graph has them, events, then who else is in these."""
     after_events = 0
     for item in asked:
         question, stsg = item.question, item.episode.stsg
-        lines = evidence_text(evidence(question, stsg), question).split("\n")[1:-1]
-        kinds = "".join("t" if "=" in line else "e" for line in lines)
-        parts = re.fullmatch("(t*)(e*)(t*)", kinds)
+        trace = write_trace(question, stsg)
+        who, *lines = (
+            trace.removeprefix("<think>").partition("\n</stsg>")[0].replace("<stsg>\n", "").split("\n")
+        )
         text = f"{question.text} {' '.join(question.candidates)}"
-        mentioned = [t.id for t in stsg.tracklets if f"the {t.attributes[0]} digit" in text]
-        assert parts
-        ids = [line.partition("=")[0] for line in lines if "=" in line]
-        assert ids[: len(mentioned)] == mentioned and len({*ids}) == len(ids)
-        if parts[2]:
-            assert len(parts[1]) == len(mentioned)
-            after_events += bool(parts[3])
+        ids = {t.attributes[0]: t.id for t in stsg.tracklets}
+        mentioned = [ids[colour] for colour in dict.fromkeys(re.findall(r"the (\w+) digit", text))]
+        if mentioned:
+            assert [ids[c] for c in re.findall(r"[Tt]he (\w+) digit is o", who)] == mentioned
+            assert re.findall(r"is (o\d+)", who) == mentioned
+        else:
+            lines = [who, *lines]
+        lines = [line for line in lines if line not in ("<stsg>", "</stsg>")]
+        kinds = re.fullmatch("(t*)(e*)(t*)", "".join("t" if "=" in line else "e" for line in lines))
+        assert kinds
+        listed = [line.partition("=")[0] for line in lines if "=" in line]
+        assert listed[: len(mentioned)] == mentioned and len({*listed}) == len(listed)
+        if kinds[2]:
+            assert len(kinds[1]) == len(mentioned)
+            after_events += bool(kinds[3])
     assert after_events
 
 

@@ -1,15 +1,16 @@
 """Video-of-Thought traces from ground truth: the part of the graph that decides a question, a thought, the answer.
 
-<think><stsg>
+<think>The red digit is o1, the blue digit is o2.
+<stsg>
 o1=red digit 3
 o2=blue digit 7
 o1 hits o2 @6
 </stsg>
 The red digit hits the blue digit at 0.8 s.</think><answer>yes</answer>
 
-The graph begins with what the question and its candidates mention, in the order of the whole graph, then come events,
-then who else takes part in them. So each line follows from the question, the whole graph and the lines before: who
-writes it never has to guess ahead.
+First it says which tracks the question and its candidates mention. The graph begins with them, then come events, then
+who else takes part in these. So each word follows from the prompt and the words before in one step: who writes it never
+has to guess ahead.
 """
 
 import re
@@ -28,7 +29,8 @@ def write_trace(question: Question, stsg: STSG) -> str:
     """Return the reply to a question whose answer is known, from the true graph of its clip."""
     seen = evidence(question, stsg)
     thought = _sentence(_thought(question, seen, stsg))
-    return f"<think>{evidence_text(seen, question)}\n{thought}</think><answer>{question.answer}</answer>"
+    who = _who(question, stsg)
+    return f"<think>{who}{evidence_text(seen, question)}\n{thought}</think><answer>{question.answer}</answer>"
 
 
 def read_reply(reply: str) -> tuple[str, str] | None:
@@ -69,9 +71,14 @@ def evidence(question: Question, stsg: STSG) -> STSG:
 
 
 def _mentioned(question: Question, stsg: STSG) -> list[str]:
-    """Return the tracks that a question or one of its candidates names, in the order of the graph."""
-    named = {*question.objects, *_tracks(" ".join(question.candidates), stsg)}
-    return [t.id for t in stsg.tracklets if t.id in named]
+    """Return the tracks that a question, and then its candidates, name."""
+    return list(dict.fromkeys([*question.objects, *_tracks(" ".join(question.candidates), stsg)]))
+
+
+def _who(question: Question, stsg: STSG) -> str:
+    """Return which tracks those are that are mentioned, in a line; "" if none is."""
+    names = [f"{_named(id, stsg)} is {id}" for id in _mentioned(question, stsg)]
+    return f"{_sentence(', '.join(names))}\n" if names else ""
 
 
 def _events(question: Question, stsg: STSG) -> list[Event]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 _EMBEDDING = 0.3
 """Standard deviation of the embeddings."""
-_ALIKE = 0.7
+_ALIKE = 0.95
 """Cosine of embeddings of tokens that differ in marks around a word alone, such as "o1=" and " o1"."""
 _LOOK_BACK = 0.6
 """What a head that looks back adds to the embedding of a token, which has `_EMBEDDING`."""
@@ -38,7 +38,8 @@ def begin_with_induction(llama: Any, tokenizer: Any) -> None:
     """Write the first weights of a Llama that has biases in its attention, and at least two layers.
 
     In the first layer, head h looks back by h + 1 tokens, and writes what stands there into a place of its own. In the
-    second, the heads look for the last one, two and three tokens, and copy what followed them. In later layers, queries
+    second, the heads look for the last one, two and three tokens, and copy what followed them; but the first looks for
+    the token two places before, and copies what preceded it, which finds the number of a name. In later layers, queries
     equal keys, so that a word looks for itself (after Trockman & Kolter 2023). All values are copied as they are.
 
     Args:
@@ -65,12 +66,13 @@ def begin_with_induction(llama: Any, tokenizer: Any) -> None:
             value.copy_(word.expand_as(value))
             output.copy_(_LOOK_BACK * places)
             continue
-        if number == 1:
-            _find_again(query, key, [own, *places])
-        else:
-            key.copy_(query)
         value.copy_(_orthogonal(width).view(heads, size, width))
         output.copy_(_COPY * value)
+        if number == 1:
+            _find_again(query, key, [own, *places])
+            value[0], output[0] = places[0], _COPY * word
+        else:
+            key.copy_(query)
 
 
 def _embed(weight: Tensor, decode: Callable[[list[int]], str]) -> None:
@@ -94,16 +96,20 @@ def _look_back(attention: Any, rates: Tensor, heads: int) -> None:
 
 
 def _find_again(query: Tensor, key: Tensor, back: list[Tensor]) -> None:
-    """Let head h look for the last h + 1 tokens; `back[n]` reads the token n places before."""
-    size = query.shape[1]
+    """Let head 0 look for the token two places before, and head h for what followed the last h tokens.
+
+    `back[n]` reads the token n places before.
+    """
     query.zero_()
     key.zero_()
+    size = query.shape[1]
     for head in range(len(query)):
-        for n in range(min(head + 1, _LONGEST)):
+        pairs = [(n, n + 1) for n in range(min(head, _LONGEST))] or [(2, 0)]
+        for here, there in pairs:
             turn = _MATCH * _orthogonal(size).view(2, size // 2, size)
             turn[:, :_FAST] = 0
-            query[head] += turn.flatten(0, 1) @ back[n]
-            key[head] += turn.flatten(0, 1) @ back[n + 1]
+            query[head] += turn.flatten(0, 1) @ back[here]
+            key[head] += turn.flatten(0, 1) @ back[there]
 
 
 def _orthogonal(size: int) -> Tensor:
