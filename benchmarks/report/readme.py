@@ -208,6 +208,22 @@ def vlm_table() -> str:
     return _accuracy_table(result) + f"\n{note}\n"
 
 
+def nano_table() -> str:
+    """Return the accuracy of nano with true graphs, before and after it has learnt to read, from `vot train sft`."""
+    record = _read(RESULTS / "digitworld-nano-read.json")
+    columns = ["motion", "did_hit", "count", "which_first", "causal", "counterfactual", "next", "accuracy"]
+    rows = [[name, *(f"{100 * found[c]:.0f}" for c in columns)] for name, found in record["metrics"].items()]
+    metrics, minutes = record["metrics"]["after"], record["training_seconds"] / 60
+    note = (
+        f"`{record['command']}`: per cent right of {record['eval_clips']} questions about held-out clips, each with "
+        f"its true graph and with frames, of which this stage saw none, without verification; "
+        f"{100 * metrics['format']:.0f} per cent of the replies are a thought and an answer as a whole. The stage took "
+        f"{minutes:.0f} minutes on {record['threads']} CPU thread since it was last resumed."
+    )
+    titles = [c.replace("_", " ").replace("accuracy", "all") for c in columns]
+    return table(["sft", *titles], rows) + f"\n{note}\n"
+
+
 def _accuracy_table(result: Any) -> str:
     from vot_kernels.pipelines.evaluation import SYSTEMS
 
@@ -343,6 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perception": perception_table,
     "questions": question_table,
     "vlm": vlm_table,
+    "nano": nano_table,
     "temporal-context": temporal_context_table,
     "linearize": linearize_table,
     "when": when_table,

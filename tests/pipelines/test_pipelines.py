@@ -348,7 +348,8 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
     vlm.save_half(*vlm.build_model("nano", BUNDLED_CHECKPOINT, seed=0), tmp_path / "vlm")
-    said = iter(["<think>so</think><answer>{}</answer>", "{}", "<think>so</think><answer>no such</answer>"])
+    right, wrong = "<think>so</think><answer>{}</answer>", "<think>so</think><answer>no such</answer>"
+    said = iter([right, right, "{}", right, wrong, wrong])  # about the seen and the true graph in turn
     asked = evaluation.generate_questions("test", 3)
 
     def scripted(model, processor, items):
@@ -361,11 +362,11 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
         options = {"vlm": tmp_path / "vlm", "only": ("vlm", "rules")}
         result = evaluation.evaluate_digitworld(tmp_path / "scripted.json", videos=3, **options)
     assert result["accuracy"]["vlm"]["all"] == pytest.approx(1 / 3)
-    assert result["vlm_format"] == pytest.approx(2 / 3)
+    assert result["accuracy"]["vlm_truth"]["all"] == result["vlm_format"] == pytest.approx(2 / 3)
     assert result["settings"]["vlm"].startswith("vlm (") and "llm" not in result["settings"]
     table = evaluation.format_table(result)
     assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table
-    assert result["accuracy"].keys() == {"vlm", "vlm_verified", "rules", "rules_truth"}
+    assert result["accuracy"].keys() == {"vlm", "vlm_truth", "vlm_verified", "rules", "rules_truth"}
     # The seen graph contradicts what was wrong, and misleads nobody but as it misleads the rules.
     assert result["accuracy"]["vlm_verified"]["all"] == result["accuracy"]["rules"]["all"] > 1 / 3
     with pytest.raises(ValueError, match="only must be some of vlm, llm, rules, blind, got eyes"):

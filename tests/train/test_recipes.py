@@ -32,7 +32,7 @@ def test_every_setting_says_what_it_means(settings):
 
 def test_another_default_keeps_the_meaning():
     assert SftTraining.steps == 1200 and meanings(SftTraining)["steps"] == "Optimiser steps."
-    assert meanings(SftTraining)["batch_size"] == "Clips per step, each with up to four questions."
+    assert meanings(SftTraining)["seed"] == "Seed of adapters and data."
 
 
 def test_stages_are_the_commands_of_train():

@@ -37,6 +37,7 @@ from vot_kernels.watching.perception import domain_warning
 SYSTEMS = {
     "vlm_verified": "our VLM, verified",
     "vlm": "our VLM",
+    "vlm_truth": "our VLM with the true STSG",
     "vot": "language model + VoT",
     "vot_unverified": "the same, before verification",
     "direct": "language model direct",
@@ -66,7 +67,7 @@ def evaluate_digitworld(
     run is resumed. "Language model direct" reads the whole graph and takes the most likely candidate. "Before
     verification" shows what step 5 fixed and broke. "Our VLM" reads frames, the tokens of the seen graph and its events
     as text, and writes its thought and answer; what is no candidate counts as wrong. "Verified" is its answer after
-    step 5.
+    step 5, and "with the true STSG" what it answers where perception made no error.
 
     Args:
         vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
@@ -165,17 +166,17 @@ def _name(model: LanguageModel, folder: str | os.PathLike[str] | None) -> str:
 
 
 class _Reader:
-    """A video-language model that answers from frames and the seen graph."""
+    """A video-language model that answers from frames and a graph of them."""
 
     def __init__(self, folder: Path, device: str) -> None:
         model, self.processor = load_vlm(folder)
         self.model = on_device(model, device)
         self.name = named(folder.name, model)
 
-    def answer(self, item: AskedEpisode, frames: np.ndarray, seen: Detection) -> dict[str, Any]:
+    def answer(self, item: AskedEpisode, frames: np.ndarray, graph: STSG) -> dict[str, Any]:
         start = time.perf_counter()
         question = item.question
-        asked = Asked(Clip(frames, item.episode.times), seen.stsg, question.text, question.candidates)
+        asked = Asked(Clip(frames, item.episode.times), graph, question.text, question.candidates)
         (reply,) = replies(self.model, self.processor, [asked])
         read = read_reply(reply)
         return {"reply": reply, "answer": read[1] if read else "", "seconds": time.perf_counter() - start}
@@ -199,8 +200,9 @@ def _answer(
     if model is not None:
         row |= _think(model, item, seen, answers, seconds)
     if reader is not None:
-        read = reader.answer(item, frames, seen)
+        read = reader.answer(item, frames, seen.stsg)
         answers["vlm"], seconds["vlm"] = read["answer"], read["seconds"]
+        answers["vlm_truth"] = reader.answer(item, frames, item.episode.stsg)["answer"]
         answers["vlm_verified"] = _verified(question, read["answer"], seen)
         row["reply"] = read["reply"]
     return {**row, "in_domain": seen.in_domain, "seconds": seconds, "stsg": seen.stsg.to_dict()}

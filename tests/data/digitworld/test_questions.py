@@ -248,6 +248,18 @@ def test_drawn_questions_are_of_different_kinds_none_of_which_is_rare():
     assert all(10 <= counts[kind] <= 55 for kind in KINDS), counts
 
 
+def test_more_questions_of_a_kind_are_of_different_cells():
+    answers = Counter()
+    for index in range(60):
+        drawn = draw_questions(
+            generate_episode("train", index), 99, np.random.default_rng(index), of_a_kind=2
+        )
+        kinds = Counter(question.kind for question in drawn)
+        assert max(kinds.values(), default=0) <= 2 and len({q.cell for q in drawn}) == len(drawn)
+        answers.update(q.answer for q in drawn if q.kind in ("did_hit", "counterfactual"))
+    assert 0.5 < answers["yes"] / answers["no"] < 2
+
+
 def test_answers_have_no_favourite_place_even_in_a_small_set():
     """13 questions of counting, one of each cell: the place says as little as it can."""
     questions = [item.question for item in generate_questions("test", 13, kinds=("count",))]

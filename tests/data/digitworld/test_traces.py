@@ -1,9 +1,17 @@
 """Video-of-Thought traces: their form, and that the evidence in them decides the question."""
 
+import re
+
 import pytest
 
 from vot_kernels.data.digitworld import KINDS, VOCABULARY, generate_questions
-from vot_kernels.data.digitworld.traces import ask, evidence, read_reply, summary_text, write_trace
+from vot_kernels.data.digitworld.traces import (
+    ask,
+    evidence,
+    read_reply,
+    summary_text,
+    write_trace,
+)
 from vot_kernels.scene_graph import from_text
 
 
@@ -22,6 +30,34 @@ def test_a_trace_is_a_thought_with_a_clean_graph_and_the_answer(asked):
         assert issues == []
         assert {t.name for t in graph.tracklets} <= {t.name for t in item.episode.stsg.tracklets}
         assert thought.endswith(".")
+
+
+def test_a_trace_never_guesses_ahead(asked):
+    """It says who is meant, by name and then by number, and its graph has them, events, then who else is in these."""
+    after_events = 0
+    for item in asked:
+        question, stsg = item.question, item.episode.stsg
+        trace = write_trace(question, stsg)
+        who, *lines = (
+            trace.removeprefix("<think>").partition("\n</stsg>")[0].replace("<stsg>\n", "").split("\n")
+        )
+        text = f"{question.text} {' '.join(question.candidates)}"
+        ids = {t.attributes[0]: t.id for t in stsg.tracklets}
+        mentioned = [ids[colour] for colour in dict.fromkeys(re.findall(r"the (\w+) digit", text))]
+        if mentioned:
+            assert [ids[c] for c in re.findall(r"[Tt]he (\w+) digit is o", who)] == mentioned
+            assert re.findall(r"is (o\d+)", who) == mentioned
+        else:
+            lines = [who, *lines]
+        lines = [line for line in lines if line not in ("<stsg>", "</stsg>")]
+        kinds = re.fullmatch("(t*)(e*)(t*)", "".join("t" if "=" in line else "e" for line in lines))
+        assert kinds
+        listed = [line.partition("=")[0] for line in lines if "=" in line]
+        assert listed[: len(mentioned)] == mentioned and len({*listed}) == len(listed)
+        if kinds[2]:
+            assert len(kinds[1]) == len(mentioned)
+            after_events += bool(kinds[3])
+    assert after_events
 
 
 def test_evidence_is_true_and_about_the_question(asked):

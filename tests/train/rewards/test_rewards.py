@@ -115,7 +115,7 @@ def traces():
         columns = row(
             question.text, question.answer, candidates=question.candidates, times=stsg.frame_times_s
         )
-        columns["truth"] = [evidence_text(evidence(question, stsg))]
+        columns["truth"] = [evidence_text(evidence(question, stsg), question)]
         found.append((question, write_trace(question, stsg), columns))
     return found
 

@@ -390,7 +390,7 @@ def test_every_rule_spoils_what_it_says(pairs):
         question, stsg = items[pair.prompt].question, items[pair.prompt].episode.stsg
         columns = {
             "answer": [question.answer],
-            "truth": [preferences.evidence_text(preferences.evidence(question, stsg))],
+            "truth": [preferences.evidence_text(preferences.evidence(question, stsg), question)],
             "frame_times_s": [stsg.frame_times_s],
             "vocabulary": VOCABULARY,
         }

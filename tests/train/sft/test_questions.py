@@ -12,7 +12,7 @@ from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.data.questions import question_from_dict, split_questions
 from vot_kernels.data.video import load_video, save_mp4
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.scene_graph import STSG
+from vot_kernels.scene_graph import STSG, Box, Tracklet
 from vot_kernels.train.perception.batches import digitworld_config
 from vot_kernels.train.sft.questions import QuestionBatches, answer, question_metrics
 from vot_kernels.train.sft.replies import reply_to
@@ -174,9 +174,22 @@ def test_relations_that_boxes_do_not_show_are_told():
     prompt = answers.first_prompt(graph, "Who?")
     assert "o2 holding o3 @1-2" in prompt and prompt.endswith("</stsg>\nWho?")
     stsg = generate_episode("test", 0).stsg
-    assert stsg.relations and answers.first_prompt(stsg, "Who?") == (
-        f"{stsg.to_text(boxes=False, relations=False)}\nWho?"
-    )
+    assert stsg.relations
+    shown, issues = STSG.from_text(answers.first_prompt(stsg, "Who?"), stsg.vocabulary, stsg.frame_times_s)
+    assert issues == [] and shown.relations == () and shown.events == stsg.events
+
+
+@pytest.mark.parametrize(("frames", "told"), [(16, {0, 3, 12, 15}), (5, {0, 1, 3, 4}), (1, {0})])
+def test_a_prompt_tells_a_few_boxes(frames, told):
+    box = (Box(0.1, 0.2, 0.3, 0.4), 1.0)
+    late = range(min(5, frames - 1), frames)
+    tracklets = [
+        Tracklet(id, "dog", (), dict.fromkeys(seen, box))
+        for id, seen in (("o1", range(frames)), ("o2", late))
+    ]
+    graph = STSG(tuple(range(frames)), tuple(tracklets))
+    shown, _ = STSG.from_text(answers.first_prompt(graph, "Who?"), frame_times_s=graph.frame_times_s)
+    assert [set(t.frames) for t in shown.tracklets] == [told, {k for k in told if k in late} | {late[0]}]
 
 
 def test_every_question_takes_its_turn(model, file):

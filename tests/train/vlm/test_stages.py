@@ -134,7 +134,42 @@ def test_batches_depend_on_seed_and_step_alone(nano):
     assert not torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
 
 
+def test_a_conversation_has_as_many_questions_as_wanted(nano):
+    counts = {
+        wanted: [
+            len(
+                reason(
+                    generate_episode("train", n), np.random.default_rng(n), frames=0, questions=wanted
+                ).turns
+            )
+            for n in range(8)
+        ]
+        for wanted in (1, 3, 14)
+    }
+    assert {*counts[1]} == {1} and max(counts[3]) == 3 and max(counts[14]) > 7
+
+
 # --- what is trained ----------------------------------------------------------------------------------------
+
+
+def test_a_new_model_finds_again_what_it_reads(nano):
+    """Heads of the first layer look back by one token, two, …, some of the second at what followed the same words."""
+    model, processor = nano
+    llama = model.model.language_model
+    llama.set_attn_implementation("eager")
+    names = "red digit 5", "cyan digit 2", "blue digit 7", "green digit 1", "white digit 3", "orange digit 8"
+    graph = "\n".join(f"o{n}={name}" for n, name in enumerate(names))
+    found = []
+    for n, name in enumerate(names):
+        ids = processor.tokenizer(f"{graph}\no{n}={name[:-2]}")["input_ids"]
+        with torch.no_grad():
+            first, second, *_ = llama(torch.tensor([ids]), output_attentions=True).attentions
+        for head, weights in enumerate(first[0]):
+            assert weights[-1].argmax() == len(ids) - 2 - head
+        words = [processor.tokenizer.decode([token]).strip() for token in ids]
+        follows = words.index(name.split()[0]) + 2
+        found.append(second[0, :, -1, follows].max().item() * len(ids))
+    assert np.median(found) > 4, found  # times chance
 
 
 def test_the_encoder_is_that_of_the_perception_checkpoint(nano, perception):

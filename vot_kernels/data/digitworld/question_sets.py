@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vot_kernels.data.digitworld.episode import Episode, generate_episode
-from vot_kernels.data.digitworld.questions import CELLS, KINDS, Asker, Facts, Question
+from vot_kernels.data.digitworld.questions import CELLS, KINDS, Asker, Facts, Question, kept
 
 _MAX_CLIPS_PER_QUESTION = 500
 
@@ -81,20 +81,22 @@ def draw_question(split: str, index: int, seed: int = 0) -> AskedEpisode:
     )
 
 
-def draw_questions(episode: Episode, count: int, rng: np.random.Generator) -> list[Question]:
-    """Return up to `count` questions about one clip, of different kinds, for training.
+def draw_questions(
+    episode: Episode, count: int, rng: np.random.Generator, of_a_kind: int = 1
+) -> list[Question]:
+    """Return up to `count` questions about one clip, at most `of_a_kind` of each kind, for training.
 
-    Kinds come in random order, and of each a random one of the cells that the clip admits, so that none is rare. A set
-    for testing has all of them equally often: see `generate_questions`.
+    Kinds come in random order, and of each random ones of the cells that the clip admits, without those that most clips
+    admit more often than others, so that no answer is rare. A set for testing has all of them equally often: see
+    `generate_questions`.
     """
     asker = Asker(Facts(episode.scene, episode.motion), rng)
     found: list[Question] = []
     for kind in rng.permutation(KINDS):
-        if len(found) == count:
-            break
-        asked = (asker.ask(kind, str(cell)) for cell in rng.permutation(CELLS[kind]))
-        found += itertools.islice((question for question in asked if question is not None), 1)
-    return found
+        cells = (str(cell) for cell in rng.permutation(CELLS[kind]))
+        asked = (asker.ask(kind, cell) for cell in cells if rng.random() < kept(kind, cell))
+        found += itertools.islice((question for question in asked if question is not None), of_a_kind)
+    return [found[n] for n in rng.permutation(len(found))[:count]]
 
 
 def _number(place: tuple[str, str]) -> int:

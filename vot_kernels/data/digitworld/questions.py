@@ -464,12 +464,12 @@ def ask_all(scene: Scene, motion: Motion, rng: np.random.Generator) -> tuple[Que
     questions = []
     for kind in KINDS:
         cell = CELLS[kind][rng.integers(len(CELLS[kind]))]
-        if rng.random() < _kept(kind, cell) and (question := asker.ask(kind, cell)):
+        if rng.random() < kept(kind, cell) and (question := asker.ask(kind, cell)):
             questions.append(question)
     return tuple(questions)
 
 
-def _kept(kind: str, cell: str) -> float:
+def kept(kind: str, cell: str) -> float:
     """Return the share of possible questions of a cell to keep: that of the rarest cell of its form over its own."""
     for form, shares in AVAILABILITY.items():
         if form.startswith(kind) and cell in shares:

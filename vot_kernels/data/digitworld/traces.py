@@ -1,11 +1,16 @@
 """Video-of-Thought traces from ground truth: the part of the graph that decides a question, a thought, the answer.
 
-<think><stsg>
+<think>The red digit is o1, the blue digit is o2.
+<stsg>
 o1=red digit 3
 o2=blue digit 7
 o1 hits o2 @6
 </stsg>
 The red digit hits the blue digit at 0.8 s.</think><answer>yes</answer>
+
+First it says which tracks the question and its candidates mention. The graph begins with them, then come events, then
+who else takes part in these. So each word follows from the prompt and the words before in one step: who writes it never
+has to guess ahead.
 """
 
 import re
@@ -24,7 +29,8 @@ def write_trace(question: Question, stsg: STSG) -> str:
     """Return the reply to a question whose answer is known, from the true graph of its clip."""
     seen = evidence(question, stsg)
     thought = _sentence(_thought(question, seen, stsg))
-    return f"<think>{evidence_text(seen)}\n{thought}</think><answer>{question.answer}</answer>"
+    who = _who(question, stsg)
+    return f"<think>{who}{evidence_text(seen, question)}\n{thought}</think><answer>{question.answer}</answer>"
 
 
 def read_reply(reply: str) -> tuple[str, str] | None:
@@ -43,23 +49,36 @@ def summary_text(stsg: STSG) -> str:
     return stsg.to_text(boxes=False, relations=False)
 
 
-def evidence_text(stsg: STSG) -> str:
-    """Return a graph that `evidence` returned as text; each of its boxes is written."""
-    return stsg.to_text(every=1, relations=False)
+def evidence_text(seen: STSG, question: Question) -> str:
+    """Return what `evidence` returned as text: what the question mentions, events, then who else takes part in them.
+
+    Each of its boxes is written.
+    """
+    start, *lines, end = seen.to_text(every=1, relations=False).split("\n")
+    named, all = len(_mentioned(question, seen)), len(seen.tracklets)
+    return "\n".join([start, *lines[:named], *lines[all:], *lines[named:all], end])
 
 
 def evidence(question: Question, stsg: STSG) -> STSG:
     """Return what of the graph decides the question: a few tracklets, their events, and boxes where motion decides."""
     events = _events(question, stsg)
     frames = _frames(question, stsg)
-    named = [*question.objects, *_tracks(question.answer, stsg)]
-    ids = dict.fromkeys([*named, *(id for event in events for id in event.participants)])
-    tracklets = tuple(
-        replace(t, boxes={k: box for k, box in t.boxes.items() if k in frames})
-        for t in stsg.tracklets
-        if t.id in ids
-    )
+    taking_part = [id for event in events for id in event.participants]
+    ids = dict.fromkeys([*_mentioned(question, stsg), *taking_part])
+    tracks = [stsg.tracklet(id) for id in ids]
+    tracklets = tuple(replace(t, boxes={k: box for k, box in t.boxes.items() if k in frames}) for t in tracks)
     return replace(stsg, tracklets=tracklets, relations=(), events=tuple(events))
+
+
+def _mentioned(question: Question, stsg: STSG) -> list[str]:
+    """Return the tracks that a question, and then its candidates, name."""
+    return list(dict.fromkeys([*question.objects, *_tracks(" ".join(question.candidates), stsg)]))
+
+
+def _who(question: Question, stsg: STSG) -> str:
+    """Return which tracks those are that are mentioned, in a line; "" if none is."""
+    names = [f"{_named(id, stsg)} is {id}" for id in _mentioned(question, stsg)]
+    return f"{_sentence(', '.join(names))}\n" if names else ""
 
 
 def _events(question: Question, stsg: STSG) -> list[Event]:
@@ -85,7 +104,8 @@ def _events(question: Question, stsg: STSG) -> list[Event]:
             time = _asked_time(question.text)
             return [hit for hit in hits if stsg.frame_times_s[hit.t] <= time + 0.1]
         case "counterfactual":
-            return _of(hits, objects)
+            removed, *pair = question.objects
+            return [hit for hit in hits if removed in hit.participants or set(pair) == set(hit.participants)]
     return []
 
 
@@ -95,12 +115,10 @@ def _frames(question: Question, stsg: STSG) -> set[int]:
     match question.kind, question.cell.split(":")[0]:
         case "motion", "start":
             return {0, quarter - 1}
-        case "motion", "end":
+        case ("motion", "end") | ("next", _):
             return {last - quarter + 1, last}
         case "motion", _:
             return {0, last}
-        case "next", _:
-            return {max(last - 1, 0), last}
     return set()
 
 

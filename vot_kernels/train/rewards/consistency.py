@@ -1,5 +1,6 @@
 """The reward of consistency: what a reply says follows from the graph that it states itself."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def _consistency(question: str, candidates: Sequence[str] | None, stated: Stated
     graph, asked = stated.graph, find_tracklets(question, stated.graph)
     task = Task(question, kind_of(question) or "open", "question", asked, "question")
     answer = check(task, stated.answer, candidates or (stated.answer,), graph).verdict
-    thoughts = [judge_claim(part, graph)[0] for part in outside_blocks(stated.thought).split(";")]
+    claims = re.split("[;\n]+", outside_blocks(stated.thought))
+    thoughts = [judge_claim(claim, graph)[0] for claim in claims]
     verdicts = [{"supported": True, "contradicted": False, "uncheckable": None}[answer], *thoughts]
     if False in verdicts:
         return 0.0

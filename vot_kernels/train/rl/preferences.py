@@ -75,7 +75,7 @@ def wrong_objects(question: Question, stsg: STSG, rng: np.random.Generator) -> s
     others = [t for t in stsg.tracklets if t.name not in held]
     other = others[rng.integers(len(others))] if others else _next_digit(tracks[which])
     tracks[which] = replace(tracks[which], label=other.label, attributes=other.attributes)
-    graph = evidence_text(replace(seen, tracklets=tuple(tracks)))
+    graph = evidence_text(replace(seen, tracklets=tuple(tracks)), question)
     return _reply(graph, _parts(question, stsg)[1], question.answer)
 
 
@@ -85,7 +85,7 @@ def wrong_times(question: Question, stsg: STSG, rng: np.random.Generator) -> str
     if not seen.events:
         return None
     moved = [replace(event, t=(event.t + _LATER) % stsg.num_frames) for event in seen.events]
-    graph = evidence_text(replace(seen, events=tuple(moved)))
+    graph = evidence_text(replace(seen, events=tuple(moved)), question)
     return _reply(graph, _parts(question, stsg)[1], question.answer)
 
 
@@ -269,7 +269,7 @@ def _next_digit(track: Tracklet) -> Tracklet:
 def _parts(question: Question, stsg: STSG) -> tuple[str, str]:
     """Return graph and thought of the true trace."""
     parts = read_reply(write_trace(question, stsg))
-    return evidence_text(evidence(question, stsg)), outside_blocks(parts[0] if parts else "")
+    return evidence_text(evidence(question, stsg), question), outside_blocks(parts[0] if parts else "")
 
 
 def _reply(graph: str, thought: str, answer: str) -> str:

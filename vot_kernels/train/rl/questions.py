@@ -54,7 +54,7 @@ class Rows:
             "question": question.text,
             "candidates": list(question.candidates),
             "answer": question.answer,
-            "truth": evidence_text(evidence(question, stsg)),
+            "truth": evidence_text(evidence(question, stsg), question),
             "frame_times_s": list(stsg.frame_times_s),
         }
 

@@ -11,10 +11,13 @@ class SftTraining(VlmTraining):
     """Settings of a run."""
 
     steps: int = 1200
-    batch_size: int = setting(4, "Clips per step, each with up to four questions.")
+    batch_size: int = setting(4, "Clips per step.")
     seed: int = setting(0, "Seed of adapters and data.")
     text: Literal["all", "lora"] = setting(
         "all", "What of the language model is trained: all of it, or adapters (lora)."
+    )
+    questions: int = setting(
+        12, "Questions per clip, at most; more of them cost less, since the graph is read once for all."
     )
     frames: float = setting(
         1.0, "Share of the clips whose frames are shown beside their graph; a graph alone takes less time."

@@ -19,18 +19,25 @@ from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
 from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
 from vot_kernels.train.vlm.stage import nats_per_token, train_parts
 
-MAX_QUESTIONS = 4
+QUESTIONS = 12
+_OF_A_KIND = 2
 _EVAL_BATCH = 8
 
 
-def reason(episode: Episode, rng: np.random.Generator, *, frames: float = 1.0) -> Conversation:
+def reason(
+    episode: Episode, rng: np.random.Generator, *, frames: float = 1.0, questions: int = QUESTIONS
+) -> Conversation:
     """Return questions about an episode, each with its trace; one that admits none is captioned.
 
-    frames: share of the conversations that show the clip beside its graph.
+    Args:
+        episode: what is asked about.
+        rng: draws the questions, and whether the clip is shown.
+        frames: share of the conversations that show the clip beside its graph.
+        questions: at most so many.
     """
     stsg = episode.stsg
-    questions = draw_questions(episode, MAX_QUESTIONS, rng)
-    turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg)) for q in questions]
+    asked = draw_questions(episode, questions, rng, _OF_A_KIND)
+    turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg)) for q in asked]
     turns = turns or [Turn(CAPTION, caption(stsg))]
     first = Turn(first_prompt(stsg, turns[0].prompt), turns[0].reply)
     clip = render(episode) if rng.random() < frames else None
@@ -39,7 +46,7 @@ def reason(episode: Episode, rng: np.random.Generator, *, frames: float = 1.0) -
 
 def train_sft(out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any) -> int:
     """Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
-    speak = partial(reason, frames=settings.frames)
+    speak = partial(reason, frames=settings.frames, questions=settings.questions)
     return train_parts(out, model, processor, settings, speak=speak, **options)
 
 

@@ -33,12 +33,19 @@ class Asked:
 def first_prompt(graph: STSG | None, question: str) -> str:
     """Return what the user says first: the graph, if there is one, then the question.
 
-    Of the graph it has the tracklets, the events, and the relations that do not follow from boxes.
+    Of the graph it has the tracklets with a few boxes, the events, and the relations that do not follow from boxes. The
+    boxes are where a tracklet begins and ends, and at the ends of the first and the last quarter of the clip.
     """
     if graph is None:
         return question
     relations = tuple(r for r in graph.relations if r.predicate not in GEOMETRIC_PREDICATES)
-    return f"{replace(graph, relations=relations).to_text(boxes=False)}\n{question}"
+    last, quarter = graph.num_frames - 1, -(-graph.num_frames // 4)
+    frames = {0, quarter - 1, last - quarter + 1, last}
+    tracklets = tuple(
+        replace(t, boxes={k: t.boxes[k] for k in t.frames if k in frames or k in (t.frames[0], t.frames[-1])})
+        for t in graph.tracklets
+    )
+    return f"{replace(graph, tracklets=tracklets, relations=relations).to_text(every=1)}\n{question}"
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from vot_kernels.models.vot import (
     add_placeholders,
 )
 from vot_kernels.train.encoder.stage import caption
+from vot_kernels.train.vlm.induction import begin_with_induction
 
 LanguageModelName = Literal["nano", "smollm2"]
 PARTS = {
@@ -41,10 +42,14 @@ NANO_TEXT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
+    "initializer_range": 128**-0.5,
+    "attention_bias": True,  # by which heads look back
+    # Most rotations are so slow that a word in the graph resembles the same word in a question far behind it.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
 }
 NUM_FRAMES = 4
-_VOCABULARY_SIZE = 768
-_WORDS = r"<\|?/?[a-z_]+\|?>| ?[A-Za-z]+[0-9]*=?| ?@?[0-9]+|\n| ?[^ A-Za-z0-9\n]+| "
+_VOCABULARY_SIZE = 1024
+_WORDS = r"<\|?/?[a-z_]+\|?>| ?[A-Za-z]+[0-9]*=?| ?@?[0-9]+(?:\.[0-9]+)?[:,]?|\n| ?[^ A-Za-z0-9\n<]+|<| "
 _TOKENIZER_EPISODES = 150
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 _LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -89,6 +94,8 @@ def build_model(
     )
     torch.manual_seed(seed)
     model = VotForConditionalGeneration.from_parts(config, seen.encoder, whole)
+    if whole is None:
+        begin_with_induction(model.model.language_model, tokenizer)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = VotProcessor.for_model(
