@@ -40,11 +40,6 @@ def one_thread_table() -> str:
     return _speed_table("one-thread")
 
 
-def avx2_table() -> str:
-    """Return the same on a processor that has AVX2 and no AVX-512."""
-    return _speed_table("avx2")
-
-
 def gpu_table() -> str:
     """Return ours against each peer on GPUs."""
     return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
@@ -353,7 +348,6 @@ def long_encoding_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
-    "avx2": avx2_table,
     "towers": towers_table,
     "gpu": gpu_table,
     "perception": perception_table,
