@@ -106,9 +106,9 @@ def main_loop(cubin: bytes, ttgir: str) -> tuple[MainLoop | None, int]:
 
     The second number counts the loads and stores of local memory in all loops with products.
     """
-    bodies = _product_loops(parse(disassemble(cubin)))
     products = _main_products(ttgir)
-    if not bodies or not products:
+    bodies = _product_loops(parse(disassemble(cubin))) if products else []
+    if not bodies:
         return None, 0
     spills = sum(one.stem in ("LDL", "STL") for body in bodies for one in body)
     body = max(bodies, key=lambda body: (*_work(body), -len(body)))
@@ -133,7 +133,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", str(path)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,15 @@ from torch.multiprocessing import get_context
 
 from tests.torchvision_operators import FOLDER, make_torchvision_importable
 
-# A rank has the path of the tests, but not what they declared. It is still being made, and has no parent yet; this
-# module is the first that it imports, before those of the cases.
+# A server finds `preloaded` from the root of the repository alone. A rank that was forked from one without it has the
+# path of the tests, but not what they declared. It is still being made, and has no parent yet; this module is the first
+# that it imports, before those of the cases.
 if multiprocessing.current_process().name != "MainProcess":
     sys.path[:] = [entry for entry in sys.path if entry != str(FOLDER)]
     make_torchvision_importable()
 
 Case = Callable[[ProcessGroup], None]
+Made = TypeVar("Made")
 
 
 def run_ranks(
@@ -39,7 +42,7 @@ def run_ranks(
     Cases are functions at the top of a module, or partials of them, because ranks are new processes.
     """
     context = get_context("forkserver")  # imports what takes seconds once, not once for each rank
-    context.set_forkserver_preload(["vot_kernels.distributed", "vot_kernels.testing", "pytest"])
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     arguments = (world_size, folder, cases, timeout_s)
     ranks = [
         context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world_size)
@@ -81,6 +84,13 @@ def _rank(rank: int, world_size: int, folder: Path, cases: dict[str, Case], time
         except Exception:
             report[name] = traceback.format_exc(limit=-2)
         (folder / f"{rank}.json").write_text(json.dumps(report))
+
+
+def given_by_first(group: ProcessGroup, make: Callable[[], Made]) -> Made:
+    """Let the first rank make something while the others wait, and return it on all."""
+    box: list[Any] = [make() if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(box, group=group)
+    return box[0]
 
 
 class _Shared(torch.autograd.Function):

@@ -1,8 +1,12 @@
 """Attention over 2 and 4 ranks: results and gradients are those of one process; a rank that ends takes none along."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,21 +45,21 @@ def test_two_ranks(two_ranks, case):
 
 def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path):
     """Rank 1 is killed between two calls; the others end by themselves, and say why."""
-    command = [sys.executable, "-m", "tests.distributed.endless", str(tmp_path)]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "3"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
-    try:
-        while not all((tmp_path / f"running{rank}").exists() for rank in range(3)):
-            assert all(process.poll() is None for process in ranks)
-            time.sleep(0.1)
-        ranks[1].kill()
-        for rank in (0, 2):
-            _, said = ranks[rank].communicate(timeout=60)
-            assert ranks[rank].returncode == 1
-            assert f"failed on rank {rank} of 3, because another rank has ended" in said
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    command = [sys.executable, "-m", "tests.distributed.endless", str(tmp_path), "3"]
+    running = [tmp_path / f"running{rank}" for rank in range(3)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as all_ranks:
+        try:
+            while not all(path.exists() and path.read_text() for path in running):
+                assert all_ranks.poll() is None
+                time.sleep(0.1)
+            os.kill(int(running[1].read_text()), signal.SIGKILL)
+            printed, _ = all_ranks.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(all_ranks.pid, signal.SIGKILL)
+    assert json.loads(printed) == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        said = (tmp_path / f"said{rank}").read_text()
+        assert f"failed on rank {rank} of 3, because another rank has ended" in said

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.data import Dataset
 from transformers import BatchFeature
 
-from tests.distributed.ranks import shared_folder
+from tests.distributed.ranks import given_by_first, shared_folder
 from tests.models.vot.tiny import tiny_config, tiny_tokenizer
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.perception.modeling import VotPerceptionModel
@@ -99,7 +99,7 @@ def trained(
 def equals_one_process(group: ProcessGroup, **options: float) -> None:
     settings, ranks = dataclasses.replace(SETTINGS, **options), ranks_of(group)
     model, seen = trained(shared_folder(group), settings, ranks)
-    alone, wanted = trained(Path(tempfile.mkdtemp()), settings, ALONE)
+    alone, wanted = given_by_first(group, lambda: trained(Path(tempfile.mkdtemp()), settings, ALONE))
     assert all(layer.spread is None for layer in model.modules() if isinstance(layer, AutonomyOfExperts))
     assert_same_weights(model, alone, settings.learning_rate)
     assert len(wanted) == settings.steps
@@ -127,10 +127,8 @@ def language_model_equals_one_process(group: ProcessGroup) -> None:
     torch.set_default_dtype(torch.float64)
     try:
         settings, ranks = ProjectorTraining(steps=3, batch_size=5, warmup=1), ranks_of(group)
-        (model, seen), (alone, wanted) = (
-            spoken(folder, settings, together)
-            for folder, together in ((shared_folder(group), ranks), (Path(tempfile.mkdtemp()), ALONE))
-        )
+        model, seen = spoken(shared_folder(group), settings, ranks)
+        alone, wanted = given_by_first(group, lambda: spoken(Path(tempfile.mkdtemp()), settings, ALONE))
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same_weights(model, alone, settings.learning_rate)
@@ -163,7 +161,9 @@ def perception_equals_one_process(group: ProcessGroup) -> None:
             model = perceiving(folder, settings, ranks, seen, stop_at)
             dist.barrier(group)
         wanted: Losses = []
-        alone = perceiving(Path(tempfile.mkdtemp()), settings, ALONE, wanted)
+        alone, wanted = given_by_first(
+            group, lambda: (perceiving(Path(tempfile.mkdtemp()), settings, ALONE, wanted), wanted)
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     assert_same_weights(model, alone, settings.learning_rate)
@@ -209,9 +209,9 @@ def linearization_equals_one_process(group: ProcessGroup) -> None:
     settings = Linearization(layer_steps=2, steps=2, warmup=1, learning_rate=1e-3)
     torch.set_default_dtype(torch.float64)
     try:
-        (model, errors, seen), (alone, true_errors, wanted) = (
-            linearized(folder, settings, together)
-            for folder, together in ((shared_folder(group), ranks), (Path(tempfile.mkdtemp()), ALONE))
+        model, errors, seen = linearized(shared_folder(group), settings, ranks)
+        alone, true_errors, wanted = given_by_first(
+            group, lambda: linearized(Path(tempfile.mkdtemp()), settings, ALONE)
         )
     finally:
         torch.set_default_dtype(torch.float32)
