@@ -39,6 +39,7 @@ def speed_up() -> None:
     _patch_once_in_a_launch(interpreter)
     _look_up_dtypes(interpreter)
     _share_shapes()
+    _leave_equal_shapes_alone()
     _leave_out_what_is_thrown_away(interpreter)
     _round_products_once(interpreter)
 
@@ -104,9 +105,19 @@ def _look_up_dtypes(interpreter: Any) -> None:
 def _share_shapes() -> None:
     from triton.language import core
 
-    make_block, make_tensor = core.block_type.with_element_ty, core.tensor.__init__
+    make_type, make_block = core.block_type.__init__, core.block_type.with_element_ty
+    make_tensor = core.tensor.__init__
+    types: dict[Any, Any] = {}
     blocks: dict[Any, Any] = {}
     shapes: dict[Any, Any] = {}
+
+    def type_(self: Any, scalar: Any, shape: Any) -> None:
+        key = (*(getattr(size, "value", size) for size in shape), scalar.name)
+        if key not in types:
+            make_type(self, scalar, shape)
+            types[key] = self.shape, self.numel, self.name
+        self.element_ty = scalar
+        self.shape, self.numel, self.name = types[key]
 
     def block(self: Any, scalar: Any) -> Any:
         if scalar.is_ptr():
@@ -124,7 +135,21 @@ def _share_shapes() -> None:
         self.shape, self.numel = shapes[key]
         self.handle, self.type, self.dtype = handle, type, type.scalar
 
-    core.block_type.with_element_ty, core.tensor.__init__ = block, tensor
+    core.block_type.__init__, core.block_type.with_element_ty, core.tensor.__init__ = type_, block, tensor
+
+
+def _leave_equal_shapes_alone() -> None:
+    from triton.language.semantic import TritonSemantic
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_others(self: Any, a: Any, b: Any) -> Any:
+        blocks = a.type.is_block(), b.type.is_block()
+        if blocks == (False, False) or (all(blocks) and a.type.shape.values == b.type.shape.values):
+            return a, b
+        return broadcast(self, a, b)
+
+    TritonSemantic.broadcast_impl_value = broadcast_others
 
 
 def _leave_out_what_is_thrown_away(interpreter: Any) -> None:
