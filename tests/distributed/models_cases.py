@@ -1,16 +1,21 @@
-"""A model of transformers, which spreads its experts over ranks by itself, with those computed by `moe`."""
+"""Models of transformers over ranks: one spreads its experts, one is patched and sharded by torch."""
 
 import os
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
+import vot_kernels
 from tests.distributed.ranks import Case, shared_folder
+from tests.integrations.tiny import VISION_LANGUAGE, image_and_text
+from vot_kernels.integrations import attention
 from vot_kernels.integrations.transformers import register_experts
 from vot_kernels.testing import shifted
 
@@ -60,7 +65,34 @@ def expert_parallel_of_transformers(group: ProcessGroup, implementation: str) ->
             torch.testing.assert_close(gradient, own, rtol=0, atol=1e-10)
 
 
+def sharded_by_torch(group: ProcessGroup) -> None:
+    """A patched tower and language model under `fully_shard` have the gradients of one process."""
+    inputs, model = image_and_text(), VISION_LANGUAGE["qwen3_vl"]()
+    rows = inputs["attention_mask"].bool()
+    model(**inputs).logits[rows].square().mean().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    vot_kernels.patch(model)
+    visual = model.model.visual
+    op = attention.flash_attn_varlen_func
+    with mock.patch.object(attention, "flash_attn_varlen_func", side_effect=op) as calls:
+        for block in [visual.patch_embed, *visual.blocks, *model.model.language_model.layers, model]:
+            fully_shard(block)
+        model(**inputs).logits[rows].square().mean().backward()
+        assert calls.call_count == 4
+        found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        vot_kernels.unpatch(model)
+        model(**inputs)
+        assert calls.call_count == 4
+    assert found.keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        error = (found[name] - gradient).abs().max()
+        assert error <= 2e-4 * gradient.abs().max() or error <= 1e-6 * largest, (name, error)
+
+
 CASES: dict[str, Case] = {
-    name: partial(expert_parallel_of_transformers, implementation=name)
-    for name in ("all_reduce", "all_to_all")
+    "all_reduce": partial(expert_parallel_of_transformers, implementation="all_reduce"),
+    "all_to_all": partial(expert_parallel_of_transformers, implementation="all_to_all"),
+    "fully_shard": sharded_by_torch,
 }

@@ -1,4 +1,4 @@
-"""Models of transformers over 2 ranks: transformers spreads the experts, this package computes them."""
+"""Models of transformers over 2 ranks: transformers or torch spreads them, this package computes them."""
 
 import pytest
 
