@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vot_kernels.scene_graph.text import GRID
-
 _EMBEDDING = 0.3
 """Standard deviation of the embeddings."""
 _ALIKE = 0.95
 """Cosine of embeddings of tokens that differ in marks around a word alone, such as "o1=" and " o1"."""
-_VALUE = 0.7
-"""Share of a number's embedding that tells its value, in place of what tells it from all others."""
-_WAVES = 3
-"""Waves over all numbers; the slowest is half a turn."""
 _LOOK_BACK = 0.6
 """What a head that looks back adds to the embedding of a token, which has `_EMBEDDING`."""
 _COPY = 0.3
@@ -82,24 +76,14 @@ def begin_with_induction(llama: Any, tokenizer: Any) -> None:
 
 
 def _embed(weight: Tensor, decode: Callable[[list[int]], str]) -> None:
-    """Draw embeddings, of which those of one word resemble the first of them, and those of near numbers each other."""
+    """Draw embeddings, of which those of one word resemble the first of them."""
     weight.normal_(0, _EMBEDDING)
-    values = _EMBEDDING * math.sqrt(weight.shape[1]) * _values(weight.shape[1])
     first: dict[str, int] = {}
     for token in range(len(weight)):
         word = decode([token]).strip(" =@:,")
         same = first.setdefault(word, token) if word else token
         if same != token:
             weight[token] = _ALIKE * weight[same] + math.sqrt(1 - _ALIKE**2) * weight[token]
-        elif word.isdecimal() and int(word) < len(values):
-            weight[token] = _VALUE * values[int(word)] + math.sqrt(1 - _VALUE**2) * weight[token]
-
-
-def _values(width: int, largest: int = GRID) -> Tensor:
-    """Return unit vectors `[largest + 1, width]` of the numbers from 0: slow waves, by which they are compared."""
-    angles = torch.arange(largest + 1)[:, None] * (math.pi / largest * torch.arange(1, _WAVES + 1))
-    waves = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(_WAVES)
-    return waves @ _orthogonal(width)[: 2 * _WAVES]
 
 
 def _look_back(attention: Any, rates: Tensor, heads: int) -> None:
