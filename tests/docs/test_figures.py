@@ -29,7 +29,7 @@ def test_an_edited_figure_is_noticed():
 def test_an_unknown_table_is_refused():
     with pytest.raises(
         ValueError,
-        match="'speed'.*cpu, .*, perception, questions, vlm, nano, temporal-context, linearize, when, long-video",
+        match="'speed'.*cpu, .*, perception, questions, vlm, reader, temporal-context, linearize, when, long-video",
     ):
         render("<!-- table: speed -->\n<!-- end -->")
 
@@ -46,11 +46,12 @@ def test_scores_of_questions_follow_from_their_rows():
             for row in rows
         ]
         assert sum(found) / len(found) == pytest.approx(scores[system]["all"]["miou"]), system
-    accuracy = read("digitworld-vlm.json")["accuracy"]
-    rows = read_json_lines(RESULTS / "digitworld-vlm.rows.jsonl")[1:]
-    for system in ("vlm", "vlm_verified", "rules"):
-        right = [row["answers"][system] == row["question"]["answer"] for row in rows]
-        assert sum(right) / len(right) == pytest.approx(accuracy[system]["all"]), system
+    for name in ("vlm", "reader"):
+        accuracy = read(f"digitworld-{name}.json")["accuracy"]
+        rows = read_json_lines(RESULTS / f"digitworld-{name}.rows.jsonl")[1:]
+        for system in ("vlm", "vlm_verified", "rules"):
+            right = [row["answers"][system] == row["question"]["answer"] for row in rows]
+            assert sum(right) / len(right) == pytest.approx(accuracy[system]["all"]), (name, system)
 
 
 def read(name):

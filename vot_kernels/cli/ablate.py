@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vot_kernels.cli.manners import when_interrupted
-from vot_kernels.cli.options import PATH
+from vot_kernels.cli.options import CHECKPOINT, PATH
 from vot_kernels.extras import require
 
 
@@ -25,7 +25,8 @@ def ablate(
     vlm: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a model of `vot train sft`, for graph tokens and reinforcement.", **PATH
+            help="Folder of a model of `vot train sft`, for graph tokens and reinforcement, or digitworld-reader.",
+            **CHECKPOINT,
         ),
     ] = None,
     answers: Annotated[

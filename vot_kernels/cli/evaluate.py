@@ -7,7 +7,7 @@ import typer
 
 from vot_kernels.cli.manners import answers_are_kept, when_interrupted
 from vot_kernels.cli.models import Models
-from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, Llm, examples
+from vot_kernels.cli.options import CHECKPOINT, GROUP, PATH, Checkpoint, Device, Llm, examples
 from vot_kernels.extras import require
 from vot_kernels.files import check_output
 
@@ -29,7 +29,11 @@ def eval_digitworld(
     llm: Llm = None,
     vlm: Annotated[
         Path | None,
-        typer.Option(help="Folder of a video-language checkpoint made by `vot train sft`.", **PATH),
+        typer.Option(
+            help="Folder of a video-language checkpoint made by `vot train sft`, or digitworld-reader, which ships "
+            "with the package.",
+            **CHECKPOINT,
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -27,7 +27,15 @@ def local_path(text: str | Path) -> Path:
     return Path(text)
 
 
+def checkpoint_path(text: str | Path) -> Path:
+    """Return a path, or the folder of the checkpoint of that name in the package; refuse a URL."""
+    from vot_kernels.models.checkpoint import find_checkpoint
+
+    return find_checkpoint(local_path(text))
+
+
 PATH: dict[str, Any] = {"parser": local_path, "metavar": "PATH"}
+CHECKPOINT: dict[str, Any] = {"parser": checkpoint_path, "metavar": "PATH"}
 
 Fps = Annotated[
     float | None,

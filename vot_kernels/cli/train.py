@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vot_kernels.cli.manners import checkpoints_are_kept, when_interrupted
-from vot_kernels.cli.options import GROUP, PATH, Checkpoint, Device, examples
+from vot_kernels.cli.options import CHECKPOINT, GROUP, PATH, Checkpoint, Device, examples
 from vot_kernels.cli.settings import with_settings
 from vot_kernels.extras import require
 from vot_kernels.files import check_output_folder
@@ -61,7 +61,7 @@ Out = Annotated[
 ]
 EvalClips = Annotated[int, typer.Option(help="Held-out clips in the metrics.")]
 VlmCheckpoint = Annotated[
-    Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage before.", **PATH)
+    Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage before.", **CHECKPOINT)
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print parameters, operations, memory and time, and train nothing.")

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-BUNDLED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "digitworld-nano"
+_BUNDLED = Path(__file__).parent.parent / "checkpoints"
+BUNDLED_CHECKPOINT = _BUNDLED / "digitworld-nano"
 """The perception checkpoint that ships with the package: it knows DigitWorld and nothing else."""
+BUNDLED_READER = _BUNDLED / "digitworld-reader"
+"""The video-language checkpoint that ships with the package: it reads scene graphs of DigitWorld and nothing else."""
 PERCEPTION, ENCODER, VLM = "vot_perception", "vot_encoder", "vot"
 _NAMES = {
     PERCEPTION: "a perception checkpoint",
@@ -22,6 +25,13 @@ _WEIGHTS = ("model.safetensors", "adapters.safetensors")
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 Module = TypeVar("Module", bound="nn.Module")
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a checkpoint: `path`, or where nothing is there, the one of that name in the package."""
+    given = Path(path)
+    bundled = _BUNDLED / given.name
+    return bundled if given.parts == (given.name,) and not given.exists() and bundled.is_dir() else given
 
 
 def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:

@@ -84,9 +84,7 @@ def test_evidence_decides_the_question(asked):
             case "which_first" if question.objects:
                 answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
             case "causal" if question.cell == "turn":
-                time = float(re.search(r"at ([\d.]+) s", question.text)[1])
-                hit = min(seen.events, key=lambda e: abs(seen.frame_times_s[e.t] - time))
-                answer = next(names[id] for id in hit.participants if id not in question.objects)
+                answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
             case "motion":
                 (box, _), *_, (last, _) = seen.tracklet(question.objects[0]).boxes.values()
                 x, y = (b - a for a, b in zip(box.center, last.center, strict=True))
@@ -98,21 +96,6 @@ def test_evidence_decides_the_question(asked):
         counted += 1
         assert answer == question.answer
     assert counted > len(asked) / 3
-
-
-def test_motion_follows_from_two_numbers_of_the_trace(asked):
-    """Both stand in the boxes of the graph, so that the thought says nothing that was not read."""
-    ways = set()
-    for item in asked:
-        if item.question.kind == "motion":
-            trace = write_trace(item.question, item.episode.stsg)
-            side, first, last = re.search(r"Its (left|top) edge goes from (\d+) to (\d+)\.", trace).groups()
-            boxes = [box.split(",") for box in re.findall(r" \d+:([\d,]+)", trace)]
-            assert [first, last] == [box[("left", "top").index(side)] for box in boxes]
-            grows = int(last) > int(first)
-            assert item.question.answer == {"left": ("left", "right"), "top": ("up", "down")}[side][grows]
-            ways.add(item.question.answer)
-    assert len(ways) > 2
 
 
 def test_summaries_have_events_without_boxes(asked):

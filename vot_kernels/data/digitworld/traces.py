@@ -19,7 +19,6 @@ from dataclasses import replace
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.scene_graph.graph import STSG, Event
-from vot_kernels.scene_graph.text import cell
 
 _REPLY = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _NAME = re.compile(r"the (\w+) digit")
@@ -99,7 +98,8 @@ def _events(question: Question, stsg: STSG) -> list[Event]:
         case "count" | "which_first":
             return _of(hits, objects)
         case "causal" if question.cell == "turn":
-            return _of(hits, objects)
+            time = _asked_time(question.text)
+            return sorted(_of(hits, objects), key=lambda hit: abs(stsg.frame_times_s[hit.t] - time))[:1]
         case "causal":
             time = _asked_time(question.text)
             return [hit for hit in hits if stsg.frame_times_s[hit.t] <= time + 0.1]
@@ -129,7 +129,7 @@ def _thought(question: Question, seen: STSG, stsg: STSG) -> str:
     match question.kind:
         case "motion":
             part = question.text.removesuffix("?").split(" move ")[1]
-            return f"{_shift(question, seen)}. {_capital(names[0])} moves {question.answer} {part}"
+            return f"{names[0]} moves {question.answer} {part}"
         case "did_hit":
             told = ", and ".join(moments) or f"{names[0]} never hits {names[1]}"
             half = re.search(r"in the (first|second) half", question.text)
@@ -140,22 +140,13 @@ def _thought(question: Question, seen: STSG, stsg: STSG) -> str:
         case "which_first":
             return ", then ".join(moments)
         case "causal" if question.cell == "turn":
-            time = _asked_time(question.text)
-            return f"{', '.join(moments)}; nearest to {time:.1f} s is {question.answer}"
+            return moments[0]
         case "causal":
             return f"without {question.answer}, {names[0]} would not hit {names[1]}"
         case "counterfactual":
             would = "would" if question.answer == "yes" else "would not"
             return f"without {names[0]}, {names[1]} {would} hit {names[2]}"
     return f"{names[0]} moves towards {question.answer}"
-
-
-def _shift(question: Question, seen: STSG) -> str:
-    """Return from where to where an edge goes that tells its directions apart, in cells of the boxes as written."""
-    side, edge = ("left", 0) if "left" in question.candidates else ("top", 1)
-    boxes = seen.tracklet(question.objects[0]).boxes
-    first, last = (cell(boxes[frame][0][edge]) for frame in (min(boxes), max(boxes)))
-    return f"its {side} edge goes from {first} to {last}"
 
 
 def _of(events: Iterable[Event], objects: set[str]) -> list[Event]:
@@ -187,8 +178,4 @@ def _asked_time(text: str) -> float:
 
 
 def _sentence(text: str) -> str:
-    return f"{_capital(text)}."
-
-
-def _capital(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}"
+    return f"{text[:1].upper()}{text[1:]}."
