@@ -7,8 +7,8 @@ import pytest
 from vot_kernels.data.digitworld import generate_questions
 from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
 from vot_kernels.models.checkpoint import BUNDLED_READER, find_checkpoint
-from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.train.vlm.answers import first_prompt, prompt_inputs
+from vot_kernels.train.vlm.model import load_vlm
 
 READ = ("motion", "did_hit", "count")
 """Kinds of questions whose answers follow from what the graph says, without a simulation."""
@@ -17,8 +17,7 @@ READ = ("motion", "did_hit", "count")
 @pytest.fixture(scope="module")
 def told():
     """Questions about held-out clips, each with the reply of the model, which sees their true graphs alone."""
-    model = VotForConditionalGeneration.from_pretrained(BUNDLED_READER).eval()
-    processor = VotProcessor.from_pretrained(BUNDLED_READER)
+    model, processor = load_vlm(BUNDLED_READER)
     asked = [a for a in generate_questions("test", 70, seed=2) if a.question.kind in READ]
     messages = []
     for item in asked:

@@ -55,8 +55,8 @@ def evidence_text(seen: STSG, question: Question) -> str:
     Each of its boxes is written.
     """
     start, *lines, end = seen.to_text(every=1, relations=False).split("\n")
-    named, all = len(_mentioned(question, seen)), len(seen.tracklets)
-    return "\n".join([start, *lines[:named], *lines[all:], *lines[named:all], end])
+    named, tracks = len(_mentioned(question, seen)), len(seen.tracklets)
+    return "\n".join([start, *lines[:named], *lines[tracks:], *lines[named:tracks], end])
 
 
 def evidence(question: Question, stsg: STSG) -> STSG:
