@@ -33,7 +33,10 @@ VOT_INLINE void softmax_row(const T* row, int width, float* out) {
   for_vectors(width, [&](int c, int) { store(out + c, load(out + c) * share); });
 }
 
-// The softmax of two rows of N vectors, which stay in registers, times a weight each. A row's sums are a chain of steps that each wait for the
+// The vectors of a row that softmax_of_two() takes: 64 numbers, a usual width of a head, where vectors are wide.
+constexpr int PAIR_VECTORS = VOT_VECTOR_BYTES == 32 ? 8 : 4;
+
+// The softmax of two rows of N vectors, times a weight each. A row's sums are a chain of steps that each wait for the
 // last, so that two rows take hardly longer than one.
 template <int N, class T>
 VOT_INLINE void softmax_of_two(const T* const (&rows)[2], const float (&weights)[2], float* const (&out)[2]) {
@@ -41,12 +44,12 @@ VOT_INLINE void softmax_of_two(const T* const (&rows)[2], const float (&weights)
 #pragma GCC unroll 2
   for (int r = 0; r < 2; r++) {
     largest[r] = splat(-INF), total[r] = Vec{};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++) largest[r] = greater_of(x[r][i] = load(rows[r] + i * LANES), largest[r]);
   }
 #pragma GCC unroll 2
   for (int r = 0; r < 2; r++) largest[r] = splat(greatest(largest[r]));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < N; i++)
 #pragma GCC unroll 2
     for (int r = 0; r < 2; r++) total[r] += x[r][i] = exp(x[r][i] - largest[r]);
@@ -54,7 +57,7 @@ VOT_INLINE void softmax_of_two(const T* const (&rows)[2], const float (&weights)
   for (int r = 0; r < 2; r++) share[r] = splat(weights[r] / sum(total[r]));
 #pragma GCC unroll 2
   for (int r = 0; r < 2; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++) store(out[r] + i * LANES, x[r][i] * share[r]);
 }
 
