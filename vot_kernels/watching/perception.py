@@ -1,8 +1,13 @@
 """The eyes that this package trains itself: a perception checkpoint, which knows the world that it was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
+from vot_kernels.data.digitworld.particle_filter import explain_events
 from vot_kernels.data.digitworld.physics import Physics
 from vot_kernels.data.digitworld.truth import VOCABULARY
 from vot_kernels.data.video import VideoClip
@@ -33,18 +38,42 @@ class PerceptionEyes:
     ) -> None:
         self.model, self.processor = model, processor
         self.calibrations = calibrations or {}
-        self.world = Physics() if vocabulary(model.config) == VOCABULARY else None
+        self.world = Physics() if knows_mechanics(model) else None
         self.name = model.config.name_or_path or "an unnamed checkpoint"
         self.fps = float(model.config.fps)
 
     def see(self, clip: VideoClip) -> Sight:
         source = f"{Path(clip.info.path).name} seen by {self.name}"
-        (detection,) = detect(self.model, self.processor, [clip.frames], [clip.times], source)
+        (detection,) = watch(self.model, self.processor, [clip.frames], [clip.times], source)
         return self.sight(detection)
 
     def sight(self, detection: Detection) -> Sight:
         """Return what was detected as a sight."""
         return Sight(detection.stsg, f"the perception checkpoint {self.name}", domain_warning(detection))
+
+
+def knows_mechanics(model: VotPerceptionModel) -> bool:
+    """Whether a checkpoint was trained on a world whose mechanics this package knows, which is DigitWorld."""
+    return vocabulary(model.config) == VOCABULARY
+
+
+def watch(
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    clips: Sequence[np.ndarray],
+    times: Sequence[np.ndarray],
+    source: str = "",
+    read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> list[Detection]:
+    """Detect the graphs of clips, as `detect` does with the same arguments, and explain their events.
+
+    Where the mechanics are known, the events of a clip that resembles the training clips are those that the mechanics
+    make of its boxes, not those that the checkpoint read from its frames.
+    """
+    found = detect(model, processor, clips, times, source, read)
+    if not knows_mechanics(model):
+        return found
+    return [replace(seen, stsg=explain_events(seen.stsg)) if seen.in_domain else seen for seen in found]
 
 
 def domain_warning(detection: Detection) -> str | None:

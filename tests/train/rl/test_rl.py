@@ -73,15 +73,18 @@ def same(a, b):
 
 
 @pytest.mark.fixed_seed  # two steps of training
-@pytest.mark.parametrize("text", ["all", "lora"])
-def test_exactly_its_parts_are_trained(folder, tmp_path, lively, text):
+@pytest.mark.parametrize(
+    "text, frames, parts",
+    [("all", 2, {"projector", "text"}), ("lora", 2, {"projector", "lora"}), ("all", 0, {"text"})],
+)
+def test_exactly_its_parts_are_trained(folder, tmp_path, lively, text, frames, parts):
     model, processor = load_vlm(folder)
-    settings = GrpoReasoning(steps=2, text=text, learning_rate=1e-2, **SHORT)
+    settings = GrpoReasoning(steps=2, text=text, learning_rate=1e-2, **(SHORT | {"frames": frames}))
     trained = add_lora(model, 0) if text == "lora" else model
     before = parameters(trained)
     assert grpo.train_grpo(tmp_path, trained, processor, settings) == 2
     changed = {part_of(n) for n, p in trained.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == set(settings.parts) == {"projector", "text" if text == "all" else "lora"}
+    assert changed == set(settings.parts) == parts
 
 
 def test_other_parameters_are_found(folder, tmp_path):
@@ -335,6 +338,10 @@ def test_weights_of_rewards():
         GrpoReasoning(accumulation=3)
     with pytest.raises(ValueError, match="generations must be at least 2, got 1"):
         GrpoReasoning(generations=1)
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        GrpoPerception(frames=0)
+    with pytest.raises(ValueError, match="frames must be at least 0, got -1"):
+        GrpoReasoning(frames=-1)
 
 
 def test_a_run_publishes_logs_and_validates(folder, tmp_path, lively):

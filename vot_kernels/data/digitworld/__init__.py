@@ -12,6 +12,7 @@ from vot_kernels.data.digitworld.localisation import (
     localisation_scores,
 )
 from vot_kernels.data.digitworld.needles import NEEDLE_FORMS, LongClip, Needle, long_clip, needle, needles
+from vot_kernels.data.digitworld.particle_filter import explain_events
 from vot_kernels.data.digitworld.physics import Physics
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, TIMED_KINDS, Question
@@ -47,6 +48,7 @@ __all__ = [
     "baseline_answers",
     "baseline_intervals",
     "episode_batch",
+    "explain_events",
     "generate_episode",
     "generate_questions",
     "h264_roundtrip",

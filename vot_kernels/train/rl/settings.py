@@ -52,14 +52,15 @@ class GrpoTraining(RlTraining):
     )
 
     def __post_init__(self) -> None:
-        self._check(self.batch_size * self.generations, "replies", generations=2, frames=1)
+        self._check(self.batch_size * self.generations, "replies", generations=2, frames=0)
         if not any(self.weights.values()):
             raise ValueError("At least one reward must have a weight other than 0.")
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that are trained; the graph tokens are read as they are."""
-        return ("projector", "text" if self.text == "all" else "lora")
+        projector = ("projector",) if self.frames else ()
+        return (*projector, "text" if self.text == "all" else "lora")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -75,11 +76,19 @@ class GrpoPerception(GrpoTraining):
     form_weight: float = setting(0.5, "Weight of the reward of form.")
     grounding_weight: float = setting(1.0, "Weight of the reward of grounding.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(self.batch_size * self.generations, "replies", frames=1)
+
 
 @dataclass(frozen=True)
 class GrpoReasoning(GrpoTraining):
     """Settings of GRPO on reasoning: the model also reads tracklets and events."""
 
+    frames: int = setting(
+        4,
+        "Frames of each clip that the model sees beside its graph; 0 for the graph alone, which takes less time.",
+    )
     accuracy_weight: float = setting(1.0, "Weight of the reward of accuracy.")
     grounding_weight: float = setting(0.5, "Weight of the reward of grounding.")
     temporal_weight: float = setting(0.5, "Weight of the reward of times.")
