@@ -19,10 +19,26 @@ def test_fitting_brings_the_error_down_on_answers_that_were_not_fitted():
     assert errors["raw"] > 0.15 and errors["calibrated"] < 0.05
 
 
-@pytest.mark.parametrize("right", [[True] * 39, [True] * 50, [False] * 50])
-def test_too_few_answers_are_one_sentence(right):
-    with pytest.raises(ValueError, match="needs 40 answers, right ones and wrong ones"):
-        fit_calibration([0.5] * len(right), right)
+def test_too_few_answers_are_one_sentence():
+    with pytest.raises(ValueError, match="needs 40 answers, got 39"):
+        fit_calibration([0.5] * 39, [True] * 39)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_answers_that_are_all_alike_leave_a_doubt(right):
+    """As if one more of each had been seen."""
+    confidences = np.linspace(0.1, 0.9, 50).tolist()
+    calibration = fit_calibration(confidences, [right] * 50)
+    expected = 51 / 52 if right else 1 / 52
+    assert [calibration(c) for c in confidences] == pytest.approx([expected] * 50, abs=2e-3)
+    errors = calibration_errors(confidences, [right] * 50)  # each fifth by 40 others
+    assert errors["calibrated"] == pytest.approx(1 / 42, abs=3e-3)
+
+
+def test_the_order_of_confidences_stays():
+    confidences = np.linspace(0.1, 0.9, 50).tolist()
+    calibration = fit_calibration(confidences, [c < 0.5 for c in confidences])
+    assert calibration.slope == 0 and calibration(0.1) == calibration(0.9) == pytest.approx(0.5)
 
 
 def rows_file(path, llm="some model", count=60):

@@ -554,7 +554,7 @@ def test_parsers_take_what_models_write():
 def test_a_choice_about_a_known_clip_has_its_calibrated_confidence(world):
     question, candidates = "Which direction does the red digit move?", ["left", "right"]
 
-    def ask(given, **options):
+    def ask(given, question=question, **options):
         calibrated = VideoOfThought(lambda prompt: "right", calibration=lambda raw: raw / 2)
         raw = VideoOfThought(lambda prompt: "right")
         return [v.run(question, given, world, **options).confidence for v in (calibrated, raw)]
@@ -564,3 +564,5 @@ def test_a_choice_about_a_known_clip_has_its_calibrated_confidence(world):
     for given, options in ((None, {}), (["right"], {}), (candidates, {"domain_warning": "it is dark"})):
         same, raw = ask(given, **options)
         assert same == raw
+    unsupported, raw = ask(["happy", "sad"], "How does the red digit feel?")
+    assert 0 < unsupported == raw <= 0.5

@@ -25,19 +25,29 @@ _FOLDS = 5
 def fit_calibration(confidences: Sequence[float], right: Sequence[bool]) -> Calibration:
     """Fit a calibration to answers to held-out questions.
 
+    As in Platt (1999, "Probabilistic outputs for support vector machines"), an answer that was right counts as a
+    little wrong and the other way round, as if one more of each had been seen. So answers that were all right do not
+    make a calibration certain. Nor does a calibration turn the order of confidences: where the fit would, for few
+    answers tell it, all get the same one.
+
     Raises:
-        ValueError: there are fewer than 40 answers, or all are right, or none.
+        ValueError: there are fewer than 40 answers.
     """
-    if len(right) < MIN_QUESTIONS or len({*right}) < 2:
-        raise ValueError(
-            f"A calibration needs {MIN_QUESTIONS} answers, right ones and wrong ones, got {len(right)}, "
-            f"of which {sum(right)} are right."
-        )
+    if len(right) < MIN_QUESTIONS:
+        raise ValueError(f"A calibration needs {MIN_QUESTIONS} answers, got {len(right)}.")
     with imports_for("A calibration", "train"):
         from sklearn.linear_model import LogisticRegression
+    hits = np.asarray(right, bool)
+    share = np.where(hits, (hits.sum() + 1) / (hits.sum() + 2), 1 / ((~hits).sum() + 2))
     features = np.array([[logit(c)] for c in confidences])
-    model = LogisticRegression().fit(features, np.asarray(right))
-    return Calibration(float(model.coef_[0, 0]), float(model.intercept_[0]), len(right))
+    labels = np.repeat([True, False], len(hits))
+    model = LogisticRegression().fit(
+        np.concatenate([features, features]), labels, sample_weight=np.concatenate([share, 1 - share])
+    )
+    slope, offset = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if slope < 0:
+        slope, offset = 0.0, logit(float(share.mean()))
+    return Calibration(slope, offset, len(right))
 
 
 def calibration_errors(confidences: Sequence[float], right: Sequence[bool]) -> dict[str, float]:

@@ -267,7 +267,7 @@ def _summarise(
     if "vot" in answers:
         result["verification"] = _verification(questions, answers)
         confidences, right = answered(rows)
-        if len(right) >= 2 * MIN_QUESTIONS and len({*right}) == 2:
+        if len(right) >= 2 * MIN_QUESTIONS:
             result["calibration"] = calibration_errors(confidences, right)
     if "vlm" in answers:
         result["vlm_format"] = sum(read_reply(row["reply"]) is not None for row in rows) / len(rows)

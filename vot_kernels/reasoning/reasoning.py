@@ -44,7 +44,8 @@ class VideoOfThought:
         graph_style: how the model reads the graph: "sentences", "stsg" (the compact text form) or "both".
         world: simulates what the clip does not show, so that verification can check it; None leaves that unchecked.
         calibration: maps the raw confidence of an answer to how often such answers are right, of a choice among given
-            candidates about a known clip; see `vot_kernels.reasoning.calibration`. None leaves it raw.
+            candidates about a known clip that the graph supports; see `vot_kernels.reasoning.calibration`. None leaves
+            it raw.
 
     Raises:
         TypeError: `llm` is neither.
@@ -163,8 +164,10 @@ class VideoOfThought:
             # A single candidate has not won against another.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
-            if self.calibration is not None and warning is None and given is not None and len(given) > 1:
-                sure = self.calibration(sure)
+            if self.calibration is not None and given is not None and len(given) > 1:
+                # What it was fitted to; of an answer that nothing bears out it knows nothing.
+                if warning is None and verdict == "supported":
+                    sure = self.calibration(sure)
         return Answer(
             question=task.question,
             text=_wording(choice, verification, warning, only=given is not None and len(given) == 1),

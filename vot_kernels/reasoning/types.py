@@ -292,7 +292,8 @@ class Answer:
         choice: the candidate that was chosen, None after abstaining.
         choice_before: the candidate before verification, which shows what verification fixed or broke.
         confidence: a number in [0, 1]; `vot_kernels.reasoning.verification.confidence` defines it. Where there is a
-            calibration, it is the share of such answers that were right on held-out questions.
+            calibration, and the graph supports the answer, it is the share of such answers that were right on held-out
+            questions.
         decided_by: which of the model's two ratings decided.
         verification: outcome of step 5.
         evidence: the parts of the video that the answer rests on.
