@@ -100,6 +100,12 @@ def test_too_few_frames_are_left_alone(frames):
     assert explain_events(graph) is graph
 
 
+def test_times_that_do_not_rise_are_left_alone():
+    truth = generate_episode("val", 0, 0).stsg
+    standing = replace(truth, frame_times_s=(0.0, *truth.frame_times_s[:-1]))
+    assert explain_events(standing) is standing
+
+
 def test_a_single_disc_bounces():
     truth = generate_episode("val", 2, 0).stsg
     alone = replace(truth, tracklets=truth.tracklets[:1], relations=(), events=())

@@ -30,10 +30,11 @@ def explain_events(graph: STSG) -> STSG:
     """Return the graph with the hits and bounces that DigitWorld's mechanics make of its boxes, and its other events.
 
     The score of an event is the share of the simulated worlds in which it happened within a frame of it. A graph of
-    fewer than three frames, without boxes, or with motion that the mechanics do not explain is returned as it is.
+    fewer than three frames, with times that do not rise, without boxes, or with motion that the mechanics do not
+    explain is returned as it is.
     """
     tracks = Tracks(graph)
-    if graph.num_frames < 3 or not tracks.tracklets:
+    if graph.num_frames < 3 or not tracks.tracklets or np.diff(tracks.times).min() <= 0:
         return graph
     names = [tracklet.id for tracklet in tracks.tracklets]
     found: list[Event] = []
