@@ -164,10 +164,10 @@ class VideoOfThought:
             # A single candidate has not won against another.
             share = chosen.score if len(ranking.candidates) > 1 else chosen.score / 2
             sure = confidence(share, verdict, verification.commonsense, seen, warning is None)
-            if self.calibration is not None and given is not None and len(given) > 1:
-                # What it was fitted to; of an answer that nothing bears out it knows nothing.
-                if warning is None and verdict == "supported":
-                    sure = self.calibration(sure)
+            # Such answers it was fitted to; of one that nothing bears out it knows nothing.
+            fitting = warning is None and verdict == "supported" and given is not None and len(given) > 1
+            if self.calibration is not None and fitting:
+                sure = self.calibration(sure)
         return Answer(
             question=task.question,
             text=_wording(choice, verification, warning, only=given is not None and len(given) == 1),
