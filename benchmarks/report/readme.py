@@ -41,6 +41,11 @@ def one_thread_table() -> str:
     return _speed_table("one-thread")
 
 
+def avx2_table() -> str:
+    """Return the same on a processor without AVX-512."""
+    return _speed_table("avx2")
+
+
 def gpu_table() -> str:
     """Return ours against each peer on GPUs."""
     return _speed_table("gpu") or "No figures have been measured on a GPU yet.\n"
@@ -289,10 +294,9 @@ def when_table() -> str:
         ]
         for name, scores in result["scores"].items()
     ]
-    settings, asked = result["settings"], result.get("interrupted_after")
-    note = f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`"
-    note += f", stopped after {asked} of them" if asked else ""
-    note += f": one question about each held-out video, {settings['llm']}."
+    settings = result["settings"]
+    note = f"`vot eval digitworld --videos 0 --when {settings['videos']} --out results.json`: "
+    note += f"one question about each held-out video, {settings['llm']}."
     return table(["answered by", *columns], rows) + f"\n{note}\n"
 
 
@@ -351,6 +355,7 @@ def long_encoding_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
+    "avx2": avx2_table,
     "towers": towers_table,
     "gpu": gpu_table,
     "perception": perception_table,
