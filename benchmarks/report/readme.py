@@ -227,6 +227,34 @@ def reader_table() -> str:
     return _accuracy_table(result) + f"\n{note}\n"
 
 
+def reader_grpo_table() -> str:
+    """Return what reinforcement learning made of the bundled video-language model."""
+    runs = _read(RESULTS / "digitworld-reader-grpo.json")["runs"]
+
+    def cells(settings: dict[str, Any], metrics: dict[str, float]) -> list[str]:
+        per_step = f"{settings['batch_size']} × {settings['generations']}"
+        how = [
+            str(settings["steps"]),
+            per_step,
+            str(settings["learning_rate"]),
+            str(settings["grounding_weight"]),
+        ]
+        return how + [
+            _percent(metrics["accuracy"]),
+            *(f"{metrics[name]:.2f}" for name in ("grounding", "temporal")),
+        ]
+
+    columns = ["steps", "questions × replies", "learning rate", "weight of grounding and of time"]
+    columns += ["right answers", "grounding", "times"]
+    before = cells(runs[0]["settings"], runs[0]["metrics"]["before"])
+    rows = [
+        ["0", "", "", "", *before[4:]],
+        *(cells(run["settings"], run["metrics"]["after"]) for run in runs),
+    ]
+    note = f"Greedy replies to {runs[0]['eval_clips']} held-out questions; the first line is the model as it ships."
+    return table(columns, rows) + f"\n{note}\n"
+
+
 def _accuracy_table(result: Any) -> str:
     from vot_kernels.pipelines.evaluation import SYSTEMS
 
@@ -362,6 +390,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "questions": question_table,
     "vlm": vlm_table,
     "reader": reader_table,
+    "reader-grpo": reader_grpo_table,
     "temporal-context": temporal_context_table,
     "linearize": linearize_table,
     "when": when_table,

@@ -50,7 +50,8 @@ VOT_NOINLINE inline void load_features(Dtype dtype, FeatureMap map, const Rows& 
       int h = 0;
       if (map == FeatureMap::SOFTMAX && width == PAIR_VECTORS * LANES)
         for (; h + 2 <= heads.count; h += 2)
-          softmax_of_two<PAIR_VECTORS>({row(r, h), row(r, h + 1)}, {weight(r, h), weight(r, h + 1)}, {out(r, h), out(r, h + 1)});
+          softmax_of_two<PAIR_VECTORS>({row(r, h), row(r, h + 1)}, {weight(r, h), weight(r, h + 1)},
+                                       {out(r, h), out(r, h + 1)});
       for (; h < heads.count; h++) {
         feature_row(map, row(r, h), width, out(r, h));
         if (weight(r, h) != 1) scale_row(out(r, h), padded, weight(r, h));

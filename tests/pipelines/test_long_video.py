@@ -16,7 +16,7 @@ from tests.pipelines.long_scenes import drawn, long_scene, part_of
 from vot_kernels.data.digitworld.truth import true_stsg
 from vot_kernels.data.video import VideoError, load_video, save_mp4, stream_video
 from vot_kernels.models.encoder import VotEncoderConfig, VotImageProcessor
-from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel
+from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect
 from vot_kernels.pipelines.encode import encode_videos
 from vot_kernels.pipelines.long_video import GraphJoiner, see_stream
 from vot_kernels.pipelines.long_video.frames import Showcase, windows
@@ -25,7 +25,7 @@ from vot_kernels.pipelines.long_video.reading import PATIENCE, shown_part
 from vot_kernels.pipelines.sampling import Sampling, stream_samples
 from vot_kernels.pipelines.video_qa import VideoQA, load_perception
 from vot_kernels.scene_graph import STSG, Box, Event, Interval, Relation, Tracklet
-from vot_kernels.watching.perception import PerceptionEyes, watch
+from vot_kernels.watching.perception import PerceptionEyes, explained
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ class TestReading:
         scene, motion = long_scene(24)
         frames = list(drawn(scene, motion))
         clip = np.stack([frame for frame, _ in frames])
-        (whole,) = watch(*perception, [clip], [np.arange(24) / 8], "clip")
+        (whole,) = explained(perception[0], detect(*perception, [clip], [np.arange(24) / 8], "clip"))
         seen = see_stream(*perception, iter(frames), "clip")
         assert seen.detection == whole and seen.complete
         np.testing.assert_array_equal(seen.frames, clip)

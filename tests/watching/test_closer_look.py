@@ -200,6 +200,7 @@ def vot(monkeypatch, capfd):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["vot", *map(str, words)])
+        capfd.readouterr()  # what making a model's folder wrote
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capfd.readouterr()

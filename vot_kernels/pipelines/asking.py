@@ -13,10 +13,10 @@ from vot_kernels.data.digitworld.question_sets import AskedEpisode
 from vot_kernels.files import append_json_lines, read_json_lines
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.perception.reading import Detection
+from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.pipelines.progress import track
 from vot_kernels.train.checkpoint import fingerprint
-from vot_kernels.watching.perception import watch
+from vot_kernels.watching.perception import explained
 
 LOOKED_AT = ("frames", "frame_size", "fps", "codec", "decoder")
 Row = dict[str, Any]
@@ -45,7 +45,8 @@ def answer_rows(
             append({"settings": settings})
         for item in track(asked[len(rows) :], "Asking", done=len(rows)):
             frames = h264_roundtrip(item.episode.frames(), _CRF)
-            (seen,) = watch(perception, processor, [frames], [item.episode.times], item.episode.name)
+            found = detect(perception, processor, [frames], [item.episode.times], item.episode.name)
+            (seen,) = explained(perception, found)
             rows.append(answer(item, frames, seen))
             append(rows[-1])
     return rows

@@ -1,11 +1,8 @@
 """The eyes that this package trains itself: a perception checkpoint, which knows the world that it was trained on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-from torch import Tensor
 
 from vot_kernels.data.digitworld.particle_filter import explain_events
 from vot_kernels.data.digitworld.physics import Physics
@@ -44,7 +41,8 @@ class PerceptionEyes:
 
     def see(self, clip: VideoClip) -> Sight:
         source = f"{Path(clip.info.path).name} seen by {self.name}"
-        (detection,) = watch(self.model, self.processor, [clip.frames], [clip.times], source)
+        found = detect(self.model, self.processor, [clip.frames], [clip.times], source)
+        (detection,) = explained(self.model, found)
         return self.sight(detection)
 
     def sight(self, detection: Detection) -> Sight:
@@ -57,22 +55,14 @@ def knows_mechanics(model: VotPerceptionModel) -> bool:
     return vocabulary(model.config) == VOCABULARY
 
 
-def watch(
-    model: VotPerceptionModel,
-    processor: VotImageProcessor,
-    clips: Sequence[np.ndarray],
-    times: Sequence[np.ndarray],
-    source: str = "",
-    read: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-) -> list[Detection]:
-    """Detect the graphs of clips, as `detect` does with the same arguments, and explain their events.
+def explained(model: VotPerceptionModel, found: Sequence[Detection]) -> list[Detection]:
+    """Return what `detect` found with a checkpoint, with the events that the mechanics of its world make of the boxes.
 
-    Where the mechanics are known, the events of a clip that resembles the training clips are those that the mechanics
-    make of its boxes, not those that the checkpoint read from its frames.
+    What the checkpoint itself read from the frames stays where the mechanics are not known, or where a clip does not
+    resemble the training clips.
     """
-    found = detect(model, processor, clips, times, source, read)
     if not knows_mechanics(model):
-        return found
+        return list(found)
     return [replace(seen, stsg=explain_events(seen.stsg)) if seen.in_domain else seen for seen in found]
 
 

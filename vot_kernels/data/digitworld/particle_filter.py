@@ -75,17 +75,14 @@ class _Particles:
 
     def record(self, frames: np.ndarray, worlds: np.ndarray, events: np.ndarray) -> None:
         """Count events of worlds, one each, at frames; see `_next_events` for their numbers."""
-        discs = self.places.shape[1]
-        walls = events < 2 * discs
-        body, axis = events[walls] // 2, events[walls] % 2
+        walls, (body, axis), (first, second) = _parties(events, self.places.shape[1])
         self.bounces[worlds[walls], frames[walls], body, axis] += 1
         self.last[worlds[walls], body] = -1
         self.new[worlds[walls], body] = 1
-        first, second = (index[events[~walls] - 2 * discs] for index in np.triu_indices(discs, 1))
         self.hits[worlds[~walls], frames[~walls], first, second] += 1
-        for body in (first, second):
-            self.last[worlds[~walls], body] = events[~walls]
-            self.new[worlds[~walls], body] = 1
+        for disc in (first, second):
+            self.last[worlds[~walls], disc] = events[~walls]
+            self.new[worlds[~walls], disc] = 1
 
     def correct(self, seen: np.ndarray, seconds: float) -> float:
         """Weigh and steer the worlds by the places that are seen, [N, 2], and return how far the nearest is off."""
@@ -224,13 +221,20 @@ def _next_events(
     return delays[np.arange(worlds), events], events
 
 
+def _parties(
+    events: np.ndarray, discs: int
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return which events are bounces, disc and axis of these, and the two discs of each of the others."""
+    walls = events < 2 * discs
+    first, second = (index[events[~walls] - 2 * discs] for index in np.triu_indices(discs, 1))
+    return walls, (events[walls] // 2, events[walls] % 2), (first, second)
+
+
 def _turn(places: np.ndarray, velocities: np.ndarray, worlds: np.ndarray, events: np.ndarray) -> None:
     """Change the velocities of what bounces, and of the pairs that hit along the line of their centres."""
-    discs = places.shape[1]
-    walls = events < 2 * discs
-    velocities[worlds[walls], events[walls] // 2, events[walls] % 2] *= -1
+    walls, (body, axis), (first, second) = _parties(events, places.shape[1])
+    velocities[worlds[walls], body, axis] *= -1
     hit = worlds[~walls]
-    first, second = (index[events[~walls] - 2 * discs] for index in np.triu_indices(discs, 1))
     normal = places[hit, second] - places[hit, first]
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
     approach = ((velocities[hit, first] - velocities[hit, second]) * normal).sum(1, keepdims=True)

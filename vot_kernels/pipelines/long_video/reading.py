@@ -9,13 +9,13 @@ import numpy as np
 from vot_kernels.data.video import FrameStream, VideoClip
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.models.perception.reading import Detection
+from vot_kernels.models.perception.reading import Detection, detect
 from vot_kernels.models.perception.streaming import TokenStream, can_stream
 from vot_kernels.pipelines.long_video.frames import Frame, Showcase, Window, windows
 from vot_kernels.pipelines.long_video.joining import EVERY, MAX_BOXES, GraphJoiner
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.summary import at_frames
-from vot_kernels.watching.perception import watch
+from vot_kernels.watching.perception import explained
 from vot_kernels.watching.protocols import WINDOW, Eyes, Sight
 
 OVERLAP = 8  # frames that a window shares with the one before
@@ -75,7 +75,8 @@ def see_stream(
         if report is not None and len(distances) % REPORTED == 1:
             report(_progress(window))
         read = None if stream is None else stream.reader(window.new)
-        (only,) = watch(model, processor, [window.frames], [window.times], source, read)
+        found = detect(model, processor, [window.frames], [window.times], source, read)
+        (only,) = explained(model, found)
         joiner.add(only.stsg, window.start)
         distances.append(only.domain_distance)
         if give_up and len(distances) == PATIENCE and min(distances) > only.domain_threshold:
