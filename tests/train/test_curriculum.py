@@ -42,6 +42,9 @@ BEGINS = {
 def test_every_stage_trains_from_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("vot_kernels.train.perception.stage._DOMAIN_STEPS", 3)
+    monkeypatch.setattr("vot_kernels.train.perception.stage._DOMAIN_HELD_OUT", 1)
+    monkeypatch.setattr("vot_kernels.train.linearize.run._BATCH", 1)
     monkeypatch.chdir(tmp_path)
     for stage in STAGES:
         Path(f"{stage}.yaml").write_text(FILES[stage])

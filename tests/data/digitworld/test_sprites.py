@@ -1,7 +1,32 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+from vot_kernels.data.digitworld import sprites
 from vot_kernels.data.digitworld.sprites import COLOURS, digit_images, image_split, render
+
+
+@pytest.mark.parametrize("file", ["there", "gone"])
+def test_images_are_those_of_scikit_learn(monkeypatch, file):
+    from sklearn.datasets import load_digits
+
+    if file == "gone":
+        monkeypatch.setattr(sprites, "find_spec", lambda name: None)
+    bunch = load_digits()
+    images, labels = digit_images.__wrapped__()
+    assert np.array_equal(images, (bunch.images / 16).astype(np.float32)) and images.dtype == np.float32
+    assert np.array_equal(labels, bunch.target) and labels.dtype == np.int64
+
+
+def test_scikit_learn_is_not_imported_for_its_images():
+    code = (
+        "import sys; from vot_kernels.data.digitworld.sprites import digit_images;"
+        " digit_images(); print('sklearn' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 def test_image_splits_are_disjoint_complete_and_sorted_by_digit():

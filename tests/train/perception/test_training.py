@@ -21,7 +21,9 @@ from vot_kernels.train.perception.stage import (
 )
 from vot_kernels.train.report import format_metrics
 
-SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2, name_steps=2)
+SETTINGS = PerceptionTraining(
+    steps=4, batch_size=2, warmup=2, dynamics_steps=2, name_steps=2, num_frames=4
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +112,7 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
     assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
     assert record["command"] == (
         "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --warmup 2 --weight-decay 0.02 "
-        "--clip 1.0 --seed 0 --dynamics-steps 2 --name-steps 2 --num-frames 16 --attention hybrid"
+        "--clip 1.0 --seed 0 --dynamics-steps 2 --name-steps 2 --num-frames 4 --attention hybrid"
     )
 
 

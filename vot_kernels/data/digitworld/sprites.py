@@ -5,6 +5,8 @@ Pixel i covers [i, i + 1), so its centre is at i + 0.5; positions are in these c
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
@@ -31,12 +33,26 @@ _SPLIT_SEED = 20250315  # fixed, because the held-out images must never depend o
 @lru_cache(maxsize=1)
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
     """(images float32 [1797, 8, 8] in [0, 1], labels int64 [1797])."""
+    rows = _digit_rows()
+    images = (rows[:, :-1].reshape(-1, _SIDE, _SIDE) / 16.0).astype(np.float32)
+    images.flags.writeable = False
+    return images, rows[:, -1].astype(np.int64)
+
+
+def _digit_rows() -> np.ndarray:
+    """Return each image's 64 pixels and its label, float64 [1797, 65].
+
+    They are read from scikit-learn's file, if it is where it always was: to import the package takes a second or two,
+    in every command and in every process that prepares batches.
+    """
+    package = find_spec("sklearn")
+    file = Path(package.origin or "").parent / "datasets/data/digits.csv.gz" if package else None
+    if file and file.is_file():
+        return np.loadtxt(file, delimiter=",")
     with imports_for("DigitWorld, whose digits are scikit-learn's,", "train"):
         from sklearn.datasets import load_digits
     bunch = load_digits()
-    images = (bunch.images / 16.0).astype(np.float32)
-    images.flags.writeable = False
-    return images, bunch.target.astype(np.int64)
+    return np.column_stack([bunch.data, bunch.target])
 
 
 @lru_cache(maxsize=1)
