@@ -268,11 +268,12 @@ def check_against_reference(
         names: what to call the outputs.
     """
     doubles = [None if x is None else x.detach().double() for x in inputs]
-    results = [
-        _run_with_gradients(function, arguments, gradients)
-        for function, arguments in ((run, inputs), (reference, inputs), (reference, doubles))
-    ]
-    (actual, actual_grads), (low, low_grads), (exact, exact_grads) = results
+    actual, actual_grads = _run_with_gradients(run, inputs, gradients)
+    exact, exact_grads = _run_with_gradients(reference, doubles, gradients)
+    if all(x is None or x.dtype == torch.float64 for x in inputs):
+        low, low_grads = exact, exact_grads
+    else:
+        low, low_grads = _run_with_gradients(reference, inputs, gradients)
     if not len(actual) == len(low) == len(exact):
         raise ToleranceError(f"{len(actual)} outputs instead of {len(exact)}")
     labels = list(names) if names is not None else [f"output {i}" for i in range(len(actual))]

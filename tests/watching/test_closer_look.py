@@ -179,6 +179,8 @@ def test_of_the_windows_one_is_held_at_a_time(film, models, kind, monkeypatch):
     """And the one before, until the model has begun with the next."""
     video_qa, held, alive = models[kind], [], []
     see = type(video_qa.eyes).see
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched again and again
 
     def watching(self, clip):
         gc.collect()
