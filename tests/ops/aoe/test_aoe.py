@@ -158,7 +158,7 @@ def test_bias_changes_the_selection_alone(weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_gradcheck(weighting, top_k):
-    inputs = [x.requires_grad_() for x in make_experts(4, 4, 3, 2, 3, dtype=torch.float64)]
+    inputs = [x.requires_grad_() for x in make_experts(4, 4, 4, 2, 3, dtype=torch.float64)]
     assert torch.autograd.gradcheck(
         lambda *tensors: outputs(
             *aoe(*tensors, top_k, weighting=weighting, return_aux=True, backend="torch")
