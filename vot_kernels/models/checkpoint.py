@@ -34,6 +34,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     return bundled if given.parts == (given.name,) and not given.exists() and bundled.is_dir() else given
 
 
+def checkpoint_name(folder: str) -> str:
+    """Return what `find_checkpoint` finds a folder by, on any machine: the name of one of the package, else itself."""
+    return Path(folder).name if Path(folder).parent == _BUNDLED else folder
+
+
 def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
     """Return the kind of checkpoint in a folder, one of `allowed`: `PERCEPTION`, `ENCODER`, `VLM`.
 

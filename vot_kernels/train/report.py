@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vot_kernels.files import atomic_write
+from vot_kernels.models.checkpoint import checkpoint_name
 from vot_kernels.train.loop import Report
 
 
@@ -99,7 +100,8 @@ def _is_before(row: Mapping[str, str | None], step: int) -> bool:
 def command_line(command: str, settings: Any, *words: str) -> str:
     """Return the `vot` command that repeats a run with these settings."""
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in asdict(settings).items()]
-    return f"{command} {shlex.join([*words, *(word for pair in pairs for word in pair)])}"
+    named = map(checkpoint_name, words)
+    return f"{command} {shlex.join([*named, *(word for pair in pairs for word in pair)])}"
 
 
 def machine() -> dict[str, Any]:

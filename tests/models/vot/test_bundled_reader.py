@@ -6,7 +6,9 @@ import pytest
 
 from vot_kernels.data.digitworld import generate_questions
 from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
-from vot_kernels.models.checkpoint import BUNDLED_READER, find_checkpoint
+from vot_kernels.models.checkpoint import BUNDLED_READER, checkpoint_name, find_checkpoint
+from vot_kernels.train.report import command_line
+from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm.answers import first_prompt, prompt_inputs
 from vot_kernels.train.vlm.model import load_vlm
 
@@ -55,5 +57,9 @@ def test_commands_find_it_by_its_name(tmp_path, monkeypatch):
     assert find_checkpoint("digitworld-reader") == BUNDLED_READER
     for other in ("digitworld", "../checkpoints/digitworld-reader", str(tmp_path / "digitworld-reader")):
         assert str(find_checkpoint(other)) == other
+        assert checkpoint_name(other) == other
+    assert checkpoint_name(str(BUNDLED_READER)) == "digitworld-reader"
+    command = command_line("vot train sft", SftTraining(), str(BUNDLED_READER))
+    assert command.startswith("vot train sft digitworld-reader --steps ")  # on every machine
     (tmp_path / "digitworld-reader").mkdir()  # the user's own folder comes first
     assert str(find_checkpoint("digitworld-reader")) == "digitworld-reader"
