@@ -1,4 +1,9 @@
-"""The terms of the suite: a problem, a workload, a provider, and the outcome of a provider on a workload."""
+"""The terms of the suite: a problem, a workload, a provider, and the outcome of a provider on a workload.
+
+It does not import torch, which takes seconds: reports know its terms, and compute nothing.
+"""
+
+from __future__ import annotations
 
 import math
 import re
@@ -7,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -55,7 +61,7 @@ class Problem(Protocol):
     def oracle(self, inputs: Sequence[Tensor], rows: Tensor | None) -> Tensor | Sequence[Tensor]:
         """Return the given rows of the correct output, in the dtype of the inputs, differentiable."""
 
-    def small(self) -> "Problem":
+    def small(self) -> Problem:
         """Return the same structure at a size for which the oracle computes every row; `rows` leaves out only ties."""
 
     def work(self, direction: str, itemsize: int) -> Work:
@@ -69,7 +75,7 @@ def ops_of(problem: Problem) -> tuple[str, ...]:
 
 def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the results of a provider or an oracle as a tuple: one tensor, or several."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return tuple(result) if isinstance(result, Sequence) else (result,)
 
 
 @dataclass(frozen=True)

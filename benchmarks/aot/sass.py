@@ -4,6 +4,7 @@ The main loop is the innermost loop with the most matrix products; of equal ones
 of keys that need a mask have a loop of their own with more instructions.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -13,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 from triton import knobs
+from triton.runtime.cache import get_cache_manager
 
 # Multiply-adds of one instruction of one warp; those of a warpgroup are shared by its four warps.
 _HGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
@@ -129,12 +131,19 @@ def _work(body: Sequence[Instruction]) -> tuple[int, int]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Return the machine code as text."""
+    """Return the machine code as text. Triton's cache keeps it: nvdisasm takes half a second to start."""
+    tool = knobs.nvidia.nvdisasm
+    command = [tool.path, "--print-code", "--no-dataflow"]
+    words = "\0".join((tool.version, *command[1:]))
+    cache = get_cache_manager(hashlib.sha256(words.encode() + cubin).hexdigest())
+    if kept := cache.get_file("kernel.sass"):
+        return Path(kept).read_text()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "--print-code", "--no-dataflow", str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = subprocess.run([*command, str(path)], check=True, capture_output=True, text=True)
+    cache.put(done.stdout, "kernel.sass", binary=False)
+    return done.stdout
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:

@@ -37,6 +37,7 @@ constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 typedef float Vec __attribute__((vector_size(VOT_VECTOR_BYTES)));
 typedef float UnalignedVec __attribute__((vector_size(VOT_VECTOR_BYTES), aligned(1), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(VOT_VECTOR_BYTES)));
+typedef uint32_t BitVec __attribute__((vector_size(VOT_VECTOR_BYTES)));  // of which a sum may overflow
 
 template <class T>
 VOT_INLINE constexpr T least(T a, T b) {
@@ -243,7 +244,7 @@ VOT_INLINE void finish_streams() {
 constexpr float MAGIC = 12582912.f;  // 1.5 * 2^23: a sum with it has no bits below the integer
 
 // 2^x with a relative error below 3e-7, for x up to 127; 0 for x = -inf and for results below 2^-126. A minimax
-// polynomial of degree 5 on [-1/2, 1/2].
+// polynomial of degree 5 on [-1/2, 1/2]. Lanes that nobody reads may hold any bits.
 VOT_INLINE Vec exp2(Vec x) {
   const auto polynomial = [](Vec r) {
     Vec p = splat(0.00132764183f) * r + 0.00967554105f;
@@ -258,7 +259,7 @@ VOT_INLINE Vec exp2(Vec x) {
 #else
   x = greater_of(splat(-127.f), x);  // in this order, which keeps NaN
   const Vec shifted = x + MAGIC, whole = shifted - MAGIC;
-  const IntVec exponent = ((IntVec)shifted << 23) + (127 << 23);
+  const BitVec exponent = ((BitVec)shifted << 23) + (127u << 23);
   return polynomial(x - whole) * (Vec)exponent;
 #endif
 }
@@ -277,7 +278,7 @@ VOT_INLINE Vec exp(Vec x) {
 #if VOT_VECTOR_BYTES == 64
   return _mm512_scalef_ps(p, whole);
 #else
-  const IntVec power = ((IntVec)shifted << 23) + ((127 + 25) << 23);  // of 2^(whole + 25), which is never subnormal
+  const BitVec power = ((BitVec)shifted << 23) + ((127u + 25) << 23);  // of 2^(whole + 25), which is never subnormal
   return p * (Vec)power * 0x1p-25f;
 #endif
 }

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # It runs the command repeatedly, because PyTorch takes long to start; each run gets its own estimate of a race in
 # seconds. The package is not installed, the linear op is wrong, and the plain mixture of experts and one peer crash.
 DRIVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 from dataclasses import replace
 from importlib.util import find_spec
@@ -55,6 +55,7 @@ first, towers = first_light.WORKLOADS[:5], [w for w in first_light.WORKLOADS if 
 first_light.WORKLOADS = (*(w for w in first if w[0] in suites), *towers[:1])
 first_light.SWEPT = first_light.SWEPT[:1]
 piece = first_light._piece
+gc.freeze()  # each race collects garbage: a fork would copy all of the modules for that
 for line in sys.stdin:
     seconds, *sys.argv[1:] = json.loads(line)
     pid = os.fork()

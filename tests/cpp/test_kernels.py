@@ -1,5 +1,6 @@
 """The compiled kernels apart from any op: where instructions stand, what sanitizers say, every instruction set."""
 
+import hashlib
 import mmap
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 from tests.marks import cpp
 from vot_kernels.cpp import build, paths
 from vot_kernels.cpp.library import library
+from vot_kernels.files import atomic_write
 from vot_kernels.ops.dispatch import CAPABILITIES, FUNCTIONS, _no_cpp_kernel
 from vot_kernels.ops.pack_patches import pack_patches
 
@@ -55,16 +57,44 @@ def test_the_search_for_wide_instructions_can_find_some():
     assert functions_with(r"%zmm", text) == {"_ZN3vot4mainEv"}
 
 
+# Unoptimised: compiling takes longer than running. Without these macros, which no header asks for, GCC takes the same
+# compiled headers whatever the sanitizer.
+COMMON = ("-O0", "-U__SANITIZE_ADDRESS__", "-U__SANITIZE_THREAD__")
+SYSTEM_HEADERS = ROOT / "tests" / "csrc" / "system.h"
+
+
+def compile_headers(options: tuple[str, ...], folder: Path) -> Path:
+    """A header to include before all else. Without it, every file spends most of its time on the system's headers."""
+    command = [*build.find_compiler(), *build.OPTIONS, *options, "-x", "c++-header"]
+    text = SYSTEM_HEADERS.read_text()
+    key = "\0".join((build.compiler_version(), *command, text))
+    header = folder / hashlib.sha256(key.encode()).hexdigest()[:16] / SYSTEM_HEADERS.name
+    header.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(header) as draft:
+        draft.write_text(text)
+    compiled = header.with_name(f"{header.name}.gch")
+    # Clang refuses those of other sanitizers, and reads the text instead if there are none.
+    if not compiled.exists() and "clang" not in build.compiler_version():
+        with atomic_write(compiled) as draft:
+            build.run([*command, str(header), "-o", str(draft)])
+    return header
+
+
 def compile_driver(sanitizer: str, isa: str, checks: list[Path]) -> Path:
     """The checks of tests/csrc with the kernels. Objects are kept for the next run of the tests."""
-    folder = paths.build_folder() / "sanitizers" / sanitizer
-    # Unoptimised: compiling takes longer than running.
-    options = ("-O0", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
-    own = (f"-DVOT_ISA={isa}", *build.ISAS[isa], *options)
-    units = build.kernel_units([isa], options) + [build.Unit(path, isa, own) for path in checks]
-    objects = build.compile_units(units, folder)
-    program = folder / "driver"
-    build.run([*build.find_compiler(), *options, *map(str, objects), "-pthread", "-o", str(program)])
+    folder = paths.build_folder() / "sanitizers"
+    own = (f"-DVOT_ISA={isa}", *build.ISAS[isa], *COMMON)
+    include = ("-include", str(compile_headers(own, folder)))
+    options = (*COMMON, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", *include)
+    # Only the driver starts threads, and only kernels run on them: no check touches memory while there are several.
+    plain = [path for path in checks if sanitizer == "thread" and path.stem != "driver"]
+    units = build.kernel_units([isa], options)
+    for path in checks:
+        units.append(build.Unit(path, isa, (*own, *(include if path in plain else options))))
+    objects = build.compile_units(units, folder / sanitizer)
+    program = folder / sanitizer / "driver"
+    link = [*build.find_compiler(), f"-fsanitize={sanitizer}", "-pthread"]
+    build.run([*link, *map(str, objects), "-o", str(program)])
     return program
 
 

@@ -21,9 +21,7 @@ from vot_kernels.train.perception.stage import (
 )
 from vot_kernels.train.report import format_metrics
 
-SETTINGS = PerceptionTraining(
-    steps=4, batch_size=2, warmup=2, dynamics_steps=2, name_steps=2, num_frames=4
-)
+SETTINGS = PerceptionTraining(steps=4, batch_size=2, warmup=2, dynamics_steps=2, name_steps=2, num_frames=4)
 
 
 @pytest.fixture(autouse=True)
