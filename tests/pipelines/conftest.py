@@ -13,6 +13,7 @@ def vot(monkeypatch, capsys):
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vot", *words])
+        capsys.readouterr()  # what fixtures wrote
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()

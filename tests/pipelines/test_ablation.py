@@ -193,6 +193,15 @@ def test_a_video_language_model_is_measured(quick, vlm, tmp_path, monkeypatch):
         assert found["nats"] > 0 and found["accuracy"] == 0
 
 
+def test_a_dry_run_says_what_it_cannot_know(vot, vlm, tmp_path):
+    options = ("--vlm", vlm, "--seeds", 1, "--out", tmp_path / "a.json", "--dry-run")
+    code, table, err = vot("--only", "reinforcement", *options)
+    assert code == 0, err
+    rows = [line for line in table.splitlines() if line.endswith(" steps")]
+    trained = [line for line in rows if not line.endswith(" 0 steps")]
+    assert trained and f"Not in it: {len(trained)} of them" in table
+
+
 def test_reinforcement_goes_on_from_a_finished_stage(quick, vlm, tmp_path, monkeypatch):
     short = {
         name: partial(stage, batch_size=1, generations=2, max_reply_tokens=4, learning_rate=1e-2)

@@ -167,11 +167,12 @@ def _train(run: Row, sources: Sources, folder: Path) -> Row:
 def plan_text(plan: Plan) -> str:
     """Return a table of all runs: parameters and operations of the encoder, and seconds, from a step measured here."""
     lines = ["parameters  GFLOP/step  seconds  run"]
-    total = 0.0
+    total, unknown = 0.0, 0
     for run in plan.runs():
         task = TASKS[run["task"]]
         cost, seconds = task.cost(run), run["steps"] * _step_seconds(json.dumps(_without_seed(run)))
         total += seconds
+        unknown += not cost and run["steps"] > 0
         numbers = (
             [f"{cost['parameters']:,}", f"{cost['operations'] / 1e9:.1f}", f"{seconds:.0f}"]
             if cost
@@ -181,6 +182,10 @@ def plan_text(plan: Plan) -> str:
             f"{numbers[0]:>10}  {numbers[1]:>10}  {numbers[2]:>7}  {describe(run)}, {run['steps']} steps"
         )
     lines.append(f"{len(lines) - 1} runs, {_minutes(total)} of training as measured here, and the measuring.")
+    if unknown:
+        lines.append(
+            f"Not in it: {unknown} of them, which train a model of your own and take as long as that takes."
+        )
     return "\n".join(lines)
 
 
