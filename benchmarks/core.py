@@ -75,7 +75,7 @@ def ops_of(problem: Problem) -> tuple[str, ...]:
 
 def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the results of a provider or an oracle as a tuple: one tensor, or several."""
-    return tuple(result) if isinstance(result, Sequence) else (result,)
+    return (result,) if hasattr(result, "dtype") else tuple(result)
 
 
 @dataclass(frozen=True)
