@@ -46,9 +46,10 @@ def _digit_rows() -> np.ndarray:
     in every command and in every process that prepares batches.
     """
     package = find_spec("sklearn")
-    file = Path(package.origin or "").parent / "datasets/data/digits.csv.gz" if package else None
-    if file and file.is_file():
-        return np.loadtxt(file, delimiter=",")
+    if package and package.origin:
+        file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
     with imports_for("DigitWorld, whose digits are scikit-learn's,", "train"):
         from sklearn.datasets import load_digits
     bunch = load_digits()

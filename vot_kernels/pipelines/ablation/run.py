@@ -183,9 +183,7 @@ def plan_text(plan: Plan) -> str:
         )
     lines.append(f"{len(lines) - 1} runs, {_minutes(total)} of training as measured here, and the measuring.")
     if unknown:
-        lines.append(
-            f"Not in it: {unknown} of them, which train a model of your own and take as long as that takes."
-        )
+        lines.append(f"Not in it: {unknown} of them, which train the model of --vlm.")
     return "\n".join(lines)
 
 
