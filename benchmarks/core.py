@@ -74,7 +74,7 @@ def ops_of(problem: Problem) -> tuple[str, ...]:
 
 
 def as_outputs(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the results of a provider or an oracle as a tuple: one tensor, or several."""
+    """Return the results of a provider or an oracle as a tuple: one tensor, which alone has a dtype, or several."""
     return (result,) if hasattr(result, "dtype") else tuple(result)
 
 
