@@ -8,6 +8,7 @@ INSTALL := $(PIP) install --no-compile
 # Two stamps: what is installed, and this package on top of it. A stamp appears only when all went well.
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.package-installed
+MODULES := $(VENV)/.modules-compiled
 
 # Compiled modules and tests are kept: the tests start hundreds of processes, which would all compile them again.
 export PYTHONDONTWRITEBYTECODE =
@@ -60,7 +61,7 @@ check: $(PACKAGE)  ## before every commit, a minute: lint, import rules, links, 
 	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" $(CORE)
 
 test: $(PACKAGE)  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
-	@$(MAKE) --no-print-directory --jobs 2 lint cpp
+	@$(MAKE) --no-print-directory --jobs 2 lint cpp $(MODULES)
 	@$(call both-runs,$(BIN)/python,$(TESTS))
 
 lint: $(PACKAGE)  ## ruff, its format, mypy
@@ -129,4 +130,9 @@ $(REQUIREMENTS): requirements.txt requirements-data.txt requirements-torchvision
 
 $(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py
 	$(INSTALL) --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Each of the processes that share the tests would compile all modules: here one does it for them, beside the linters.
+$(MODULES): $(REQUIREMENTS) | $(PACKAGE)
+	@$(BIN)/python -m pytest --collect-only --quiet -p no:cacheprovider >/dev/null 2>&1 || true
 	@touch $@

@@ -136,9 +136,12 @@ def test_both_runs_of_pytest_take_place_and_either_fails_make(clone, fail, statu
     (clone / "calls").write_text("")
     result = run_make(clone, "test", fail=fail)
     assert result.returncode == status
-    calls = [line for line in (clone / "calls").read_text().splitlines() if "-m pytest" in line]
+    first, *calls = [line for line in (clone / "calls").read_text().splitlines() if "-m pytest" in line]
+    assert "--collect-only" in first, "which compiles the modules"
     assert [f"{line[0]} {line.partition(' -m pytest ')[2].partition('-m ')[2]}" for line in calls] == RUNS
     assert result.stdout.splitlines()[-1].endswith("passed")
+    run_make(clone, "test", fail=fail)
+    assert (clone / "calls").read_text().count("--collect-only") == 1, "modules are compiled once"
 
 
 def test_help_lists_every_target():

@@ -19,13 +19,18 @@ from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_video_qa
 from vot_kernels.reasoning.types import Switches
 from vot_kernels.watching import written
 
-gr = pytest.importorskip("gradio")
-
-from vot_kernels.pipelines import web  # noqa: E402
-
 CLIP, QUESTION, CANDIDATES = digitworld_clip()
 CHOICES = "|".join(CANDIDATES)
 EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def web():
+    """The module, which imports gradio: four seconds, which only the process that runs these tests shall pay."""
+    pytest.importorskip("gradio")
+    from vot_kernels.pipelines import web
+
+    return web
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,7 @@ def nothing(text: str) -> None:
     pass
 
 
-def test_an_answer_has_all_its_parts(make):
+def test_an_answer_has_all_its_parts(web, make):
     said = []
     shown = web.answer_question(make, CLIP, QUESTION, CHOICES, False, said.append)
     assert f"<h2>{CANDIDATES[0]}</h2>" in shown.headline and "decided by likelihood" in shown.headline
@@ -51,13 +56,13 @@ def test_an_answer_has_all_its_parts(make):
     assert len(said) == web.ACTIVITIES
 
 
-def test_what_others_say_is_text(make):
+def test_what_others_say_is_text(web, make):
     shown = web.answer_question(make, CLIP, f"Which digit hits {EVIL}?", f"{EVIL}|b", False, nothing)
     assert "&lt;img" in shown.steps and "&lt;img" in shown.headline
     assert not any("<img" in part for part in (shown.headline, shown.timeline, shown.steps))
 
 
-def test_a_foreign_clip_gets_no_answer_unless_asked_to_guess(make, tmp_path):
+def test_a_foreign_clip_gets_no_answer_unless_asked_to_guess(web, make, tmp_path):
     save_mp4(tmp_path / "grey.mp4", np.full((4, 64, 64, 3), 128, np.uint8), 8)
     ask = partial(web.answer_question, make, tmp_path / "grey.mp4", "What moves?", "a|b")
     shown = ask(False, nothing)
@@ -75,17 +80,17 @@ def test_a_foreign_clip_gets_no_answer_unless_asked_to_guess(make, tmp_path):
         ("FOLDER/text.mp4", "Who?", "", "text.mp4"),
     ],
 )
-def test_mistakes_are_one_sentence_without_the_folder(make, path, question, candidates, told, tmp_path):
+def test_mistakes_are_one_sentence_without_the_folder(web, make, path, question, candidates, told, tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     path = str(path).replace("FOLDER", str(tmp_path))
-    with pytest.raises(gr.Error) as caught:
+    with pytest.raises(web.gr.Error) as caught:
         web.answer_question(make, path, question, candidates, False, nothing)
     assert told in caught.value.message and str(tmp_path) not in caught.value.message
     assert len(caught.value.message.splitlines()) == 1 and not caught.value.print_exception
 
 
 @pytest.fixture(scope="module")
-def address(make):
+def address(web, make):
     with web.served(web.build(make(), [(CLIP, QUESTION, CANDIDATES)])) as address:
         yield address
 
@@ -104,7 +109,7 @@ def test_the_page_is_for_this_machine_alone(address):
     assert '"analytics_enabled":false' in text.replace(" ", "") and "is_share" not in text
 
 
-def test_a_port_that_is_taken_is_one_sentence(make, address):
+def test_a_port_that_is_taken_is_one_sentence(web, make, address):
     port, page = urlsplit(address).port, web.build(make(), [(CLIP, QUESTION, CANDIDATES)])
     with pytest.raises(OSError, match=rf"^The port {port} is taken: .*\.$"), web.served(page, port):
         pass
@@ -164,7 +169,7 @@ def vlm(tmp_path, monkeypatch):
     return save("smolvlm2", tmp_path / "smolvlm2")
 
 
-def test_a_video_language_model_answers_on_the_page(vlm):
+def test_a_video_language_model_answers_on_the_page(web, vlm):
     video_qa = load_video_qa(vlm=vlm)
     page = web.build(video_qa, [(CLIP, QUESTION, CANDIDATES)])
     props = [block.get_config() for block in page.blocks.values()]
@@ -177,7 +182,7 @@ def test_a_video_language_model_answers_on_the_page(vlm):
     assert "5. Verification" in shown.steps and "Sampled" in shown.steps
 
 
-def test_a_browser_asks_a_video_language_model(tab, vlm):
+def test_a_browser_asks_a_video_language_model(web, tab, vlm):
     with web.served(web.build(load_video_qa(vlm=vlm), [(CLIP, QUESTION, CANDIDATES)])) as address:
         tab.send("Page.navigate", url=address)
         tab.wait("document.querySelector('#ask') !== null")
@@ -198,7 +203,7 @@ def test_the_policy_keeps_a_page_from_going_elsewhere(tab, address):
     assert tab.wait("window.refused.join()") == "connect-src"
 
 
-def test_the_command_serves_until_ctrl_c(monkeypatch, capsys, make):
+def test_the_command_serves_until_ctrl_c(web, monkeypatch, capsys, make):
     from vot_kernels import cli
 
     def interrupted():
