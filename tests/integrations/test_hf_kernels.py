@@ -140,7 +140,7 @@ def test_metadata_tells_the_builds_apart_and_lists_every_file(exported):
             assert hashlib.sha256(files[name].read_bytes()).digest() == b64decode(digest)
         text = "".join(p.read_text() for name, p in files.items() if name.endswith("/op.py"))
         named = re.findall(rf'custom_op\(\s*"{fact["id"]}::', text)
-        assert len(named) == text.count("library.custom_op(") >= 16
+        assert len(named) == text.count("@custom_op(") >= 16
 
 
 def test_other_sources_have_other_names(exported, tmp_path, monkeypatch):

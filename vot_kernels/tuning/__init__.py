@@ -116,7 +116,7 @@ def lookup(
     wanted = prefer
     if _preferred:
         wanted += tuple(variant for variant in _preferred if variant not in exclude)
-    return _lookup(family, kernel, arch, wanted, exclude, tuple(sorted(key.items())))
+    return _lookup(family, kernel, arch, wanted, exclude, tuple(key.items()))
 
 
 _preferred: tuple[str, ...] = ()  # of all lookups
@@ -187,6 +187,7 @@ def _lookup(
     exclude: tuple[str, ...],
     key: tuple[tuple[str, int], ...],
 ) -> Config:
+    key = tuple(sorted(key))
     fitting = fitting_entries(_first.get((arch, family), {}), kernel, key)
     fitting += fitting_entries(_table(family, nearest_arch(family, arch)), kernel, key)
     chosen = [entry for variant in prefer for entry in fitting if entry.get("variant") == variant]

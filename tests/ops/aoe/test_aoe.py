@@ -323,9 +323,9 @@ def test_a_token_does_not_depend_on_the_others():
 def test_opcheck(weighting, tokens, backend):
     dtype = torch.bfloat16 if backend == "torch" else torch.float32
     inputs = make_experts(tokens=tokens, dtype=dtype)
-    torch.library.opcheck(op._aoe_fwd, (*inputs, torch.ones(6), 2, weighting, False, backend))
+    torch.library.opcheck(op._aoe_fwd.op, (*inputs, torch.ones(6), 2, weighting, False, backend))
     inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(op._aoe_fwd, (*inputs, None, 2, weighting, True, backend))
+    torch.library.opcheck(op._aoe_fwd.op, (*inputs, None, 2, weighting, True, backend))
 
 
 @ON
@@ -341,7 +341,7 @@ def test_opcheck_backward(backend):
     ):
         for weighting in WEIGHTINGS:
             arguments = (*grads, *inputs, norms, indices, weights, *saved, weighting, backend)
-            torch.library.opcheck(op._aoe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(op._aoe_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @ON

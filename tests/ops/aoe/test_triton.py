@@ -222,9 +222,9 @@ def test_aoe_a_token_does_not_depend_on_the_others():
 @WEIGHTINGS
 def test_opcheck(weighting):
     inputs = [x.requires_grad_() for x in make_experts(5, 8, 3, 4, 8)]
-    torch.library.opcheck(_aoe_fwd, (*inputs, torch.ones(3), 2, weighting, True, "triton"))
+    torch.library.opcheck(_aoe_fwd.op, (*inputs, torch.ones(3), 2, weighting, True, "triton"))
     x, a, b, idx, w = make_moe(5, 8, 3, 8)
-    torch.library.opcheck(_moe_fwd, (x.requires_grad_(), a, b, idx, w, True, "triton"))
+    torch.library.opcheck(_moe_fwd.op, (x.requires_grad_(), a, b, idx, w, True, "triton"))
 
 
 @interpreted
@@ -235,10 +235,10 @@ def test_opcheck_backward():
     norms, _, weights = saved[:3]
     for grads in ((y, None, None), (y, norms, weights), (None, None, weights)):
         arguments = (*grads, *inputs, *saved, "topk_softmax", "triton")
-        torch.library.opcheck(_aoe_bwd, arguments, test_utils=tests)
+        torch.library.opcheck(_aoe_bwd.op, arguments, test_utils=tests)
     x, a, b, idx, w = make_moe(5, 8, 3, 8)
     y, *saved = _moe_fwd(x, a, b, idx, w, True, "triton")
-    torch.library.opcheck(_moe_bwd, (y, x, a, b, w, *saved, "triton"), test_utils=tests)
+    torch.library.opcheck(_moe_bwd.op, (y, x, a, b, w, *saved, "triton"), test_utils=tests)
 
 
 @interpreted

@@ -111,12 +111,12 @@ def test_a_norm_is_that_of_torch_and_leaves_the_sum_as_it_is(backend):
 def test_opcheck_with_a_norm(dtype, backend):
     weights, norm_weight, *states = (x.requires_grad_() for x in norm_inputs(dtype=dtype))
     arguments = (states, weights, norm_weight, 1e-3, backend)
-    torch.library.opcheck(op._dense_residual_norm_fwd, arguments)
+    torch.library.opcheck(op._dense_residual_norm_fwd.op, arguments)
     states = [x.detach() for x in states]
     grads = torch.ones((), dtype=dtype).expand(9, 12), states[0].T.contiguous().T
     arguments = (*grads, states, weights.detach(), norm_weight.detach(), states[1], 1e-3, backend)
     torch.library.opcheck(
-        op._dense_residual_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor")
+        op._dense_residual_norm_bwd.op, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -193,11 +193,11 @@ def test_any_number_of_threads_gives_the_same_bits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype, backend):
     weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))
-    torch.library.opcheck(op._dense_residual_fwd, (states, weights, backend))
+    torch.library.opcheck(op._dense_residual_fwd.op, (states, weights, backend))
     strided = [make_tensor(4, 6, seed=i, dtype=dtype).T for i in range(2)]
-    torch.library.opcheck(op._dense_residual_fwd, (strided, weights[:2].detach().requires_grad_(), backend))
+    torch.library.opcheck(op._dense_residual_fwd.op, (strided, weights[:2].detach().requires_grad_(), backend))
     arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach(), backend)
-    torch.library.opcheck(op._dense_residual_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._dense_residual_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens(on):

@@ -218,10 +218,10 @@ def test_memory_is_that_of_the_inputs_and_not_of_all_pairs(segments, sides):
 def test_opcheck_and_compile(causal, backend):
     q, k, v = (x.requires_grad_() for x in make_inputs())
     options = (None, 0 if causal else None, 0.25, False, backend)
-    torch.library.opcheck(op._flash_attention_fwd, (q, k, v, bounds(ROWS), bounds(KEYS), *options))
+    torch.library.opcheck(op._flash_attention_fwd.op, (q, k, v, bounds(ROWS), bounds(KEYS), *options))
     out, lse = op._flash_attention_fwd(q, k, v, bounds(ROWS), bounds(KEYS), *options)
     saved = [x.detach() for x in (out, out, lse, q, k, v)]
-    torch.library.opcheck(op._flash_attention_bwd, (*saved, bounds(ROWS), bounds(KEYS), *options))
+    torch.library.opcheck(op._flash_attention_bwd.op, (*saved, bounds(ROWS), bounds(KEYS), *options))
 
 
 @compiled

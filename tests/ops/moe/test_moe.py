@@ -151,7 +151,7 @@ def test_opcheck(save, tokens, backend):
     x, a, b, idx, w = make_moe(tokens=tokens)
     if save:
         x, a, b, w = (t.requires_grad_() for t in (x, a, b, w))
-    torch.library.opcheck(op._moe_fwd, (x, a, b, idx, w, save, backend))
+    torch.library.opcheck(op._moe_fwd.op, (x, a, b, idx, w, save, backend))
 
 
 @pytest.mark.parametrize("backend", COMPUTING)
@@ -159,7 +159,7 @@ def test_opcheck_backward(backend):
     x, a, b, idx, w = make_moe()
     y, *saved = op._moe_fwd(x, a, b, idx, w, True, backend)
     arguments = (y, x, a, b, w, *saved, backend)
-    torch.library.opcheck(op._moe_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._moe_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_one_compiled_graph_for_any_number_of_tokens(on):

@@ -201,11 +201,11 @@ def test_opcheck(backend, dtype):
     images[1] = images[1].transpose(1, 2)
     if dtype.is_floating_point:
         images = [image.requires_grad_() for image in images]
-    torch.library.opcheck(op._pack_patches_fwd, (images, 4, 2, [], [], dtype, backend))
-    torch.library.opcheck(op._pack_patches_fwd, (images, 4, 2, *COLOURS, torch.float16, backend))
+    torch.library.opcheck(op._pack_patches_fwd.op, (images, 4, 2, [], [], dtype, backend))
+    torch.library.opcheck(op._pack_patches_fwd.op, (images, 4, 2, *COLOURS, torch.float16, backend))
     d_values = make_tensor(1, 3 * 2 * 16).expand(10, -1)
     arguments = (d_values, [4, 4, 12, 0, 8, 8], 4, 2, *COLOURS, torch.float16, backend)
-    torch.library.opcheck(op._pack_patches_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._pack_patches_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_patch_as_large_as_its_image_shares_no_memory_with_it():

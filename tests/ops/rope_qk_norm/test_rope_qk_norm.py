@@ -203,11 +203,11 @@ def test_opcheck(dtype, norm, backend):
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     inputs = [None if x is None else x.requires_grad_() for x in (q, k, *weights)]
     torch.library.opcheck(
-        op._rope_qk_norm_fwd, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6, backend)
+        op._rope_qk_norm_fwd.op, (*inputs[:2], POSITIONS, *inputs[2:], 100.0, [2, 3, 3], 1e-6, backend)
     )
     detached = [None if x is None else x.detach() for x in inputs]
     arguments = (*detached[:2], *detached[:2], POSITIONS, *detached[2:], 100.0, [2, 3, 3], 1e-6, backend)
-    torch.library.opcheck(op._rope_qk_norm_bwd, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._rope_qk_norm_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

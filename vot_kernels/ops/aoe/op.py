@@ -14,6 +14,7 @@ from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_choice, check_device, check_floating, check_tensor
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.parts.experts.slots import Experts, Saved, Slots
 from vot_kernels.packing import brief
 
@@ -132,7 +133,7 @@ def aoe(
     return y, AoEAux(norms, indices, weights, loads, balance_loss)
 
 
-@torch.library.custom_op("vot_kernels::aoe_fwd", mutates_args=())
+@custom_op("vot_kernels::aoe_fwd")
 def _aoe_fwd(
     x: Tensor,
     w_down: Tensor,
@@ -186,7 +187,7 @@ def _(
     )
 
 
-@torch.library.custom_op("vot_kernels::aoe_bwd", mutates_args=())
+@custom_op("vot_kernels::aoe_bwd")
 def _aoe_bwd(
     d_y: Tensor | None,
     d_norms: Tensor | None,

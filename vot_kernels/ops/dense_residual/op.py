@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from vot_kernels.ops.autocast import autocasts, without_autocast
@@ -17,6 +16,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dense_residual import reference
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.packing import brief
 
 
@@ -87,7 +87,7 @@ def dense_residual(
     return _dense_residual_norm_fwd(states, weights, norm_weight, eps, chosen)
 
 
-@torch.library.custom_op("vot_kernels::dense_residual_fwd", mutates_args=())
+@custom_op("vot_kernels::dense_residual_fwd")
 def _dense_residual_fwd(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
     """Compute the sum; see `dense_residual`."""
     return load("dense_residual", backend).forward(states, weights)
@@ -98,7 +98,7 @@ def _(states: Sequence[Tensor], weights: Tensor, backend: str) -> Tensor:
     return states[0].new_empty(states[0].shape)
 
 
-@torch.library.custom_op("vot_kernels::dense_residual_bwd", mutates_args=())
+@custom_op("vot_kernels::dense_residual_bwd")
 @without_autocast
 def _dense_residual_bwd(
     d_out: Tensor, states: Sequence[Tensor], weights: Tensor, backend: str
@@ -126,7 +126,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[list[Tensor], Tensor, None]:
 _dense_residual_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("vot_kernels::dense_residual_norm_fwd", mutates_args=())
+@custom_op("vot_kernels::dense_residual_norm_fwd")
 def _dense_residual_norm_fwd(
     states: Sequence[Tensor], weights: Tensor, norm_weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _(
     return states[0].new_empty(states[0].shape), states[0].new_empty(states[0].shape)
 
 
-@torch.library.custom_op("vot_kernels::dense_residual_norm_bwd", mutates_args=())
+@custom_op("vot_kernels::dense_residual_norm_bwd")
 @without_autocast
 def _dense_residual_norm_bwd(
     d_out: Tensor,

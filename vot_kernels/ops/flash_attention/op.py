@@ -21,6 +21,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.flash_attention import reference
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
@@ -284,7 +285,7 @@ def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if causal else right
 
 
-@torch.library.custom_op("vot_kernels::flash_attention_fwd", mutates_args=())
+@custom_op("vot_kernels::flash_attention_fwd")
 @without_autocast
 def _flash_attention_fwd(
     q: Tensor,
@@ -309,7 +310,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@torch.library.custom_op("vot_kernels::flash_attention_bwd", mutates_args=())
+@custom_op("vot_kernels::flash_attention_bwd")
 @without_autocast
 def _flash_attention_bwd(
     d_out: Tensor,

@@ -11,7 +11,6 @@ attention.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -29,7 +28,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
-from vot_kernels.ops.eager import needs_dispatcher
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.hybrid_attention import reference
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import VARIANTS, Grads, Options
@@ -161,7 +160,7 @@ def hybrid_attention(
             scale=scale,
         )
     else:
-        out, lse = compute(inputs, geometry, feature_map, scale, weighs, _variant, backend)
+        out, lse = _hybrid_attention_fwd(*inputs, *geometry, feature_map, scale, weighs, _variant, backend)
     return (out, lse) if return_lse else out
 
 
@@ -169,7 +168,9 @@ def hybrid_attention(
 # depends on a batch, so that one compiled graph serves every packing.
 
 
-def _forward(
+@custom_op("vot_kernels::hybrid_attention_fwd")
+@without_autocast
+def _hybrid_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -206,28 +207,12 @@ def _forward(
     return load("hybrid_attention", backend).forward(inputs, geometry, options)
 
 
-_hybrid_attention_fwd = torch.library.custom_op(
-    "vot_kernels::hybrid_attention_fwd", without_autocast(_forward), mutates_args=()
-)
-
-
-def compute(inputs: Inputs, geometry: Geometry, *options: Any) -> tuple[Tensor, Tensor]:
-    """Return output and lse, by the custom op or, where nothing needs it, by its function.
-
-    Autocast is off: the public functions turn it off before they call this one.
-    """
-    function: Callable[..., tuple[Tensor, Tensor]] = _forward
-    if needs_dispatcher(*inputs):
-        function = _hybrid_attention_fwd
-    return function(*inputs, *geometry, *options)
-
-
 @_hybrid_attention_fwd.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
-@torch.library.custom_op("vot_kernels::hybrid_attention_bwd", mutates_args=())
+@custom_op("vot_kernels::hybrid_attention_bwd")
 @without_autocast
 def _hybrid_attention_bwd(
     d_out: Tensor,

@@ -22,6 +22,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.linear_attention import reference
 from vot_kernels.ops.linear_attention.geometry import Geometry, Inputs, Options, Saved
 from vot_kernels.ops.parts.attention import Grads
@@ -93,7 +94,7 @@ def _check_decay(log_decay: Tensor, q: Tensor, causal: str | None) -> None:
         raise ValueError(f"log_decay must be at most 0, got {float(log_decay.detach().max()):g}.")
 
 
-@torch.library.custom_op("vot_kernels::linear_attention_fwd", mutates_args=())
+@custom_op("vot_kernels::linear_attention_fwd")
 @without_autocast
 def _linear_attention_fwd(
     q: Tensor,
@@ -116,7 +117,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
-@torch.library.custom_op("vot_kernels::linear_attention_bwd", mutates_args=())
+@custom_op("vot_kernels::linear_attention_bwd")
 @without_autocast
 def _linear_attention_bwd(
     d_out: Tensor,

@@ -6,6 +6,7 @@ No function here waits for the device.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from vot_kernels.ops.parts.group_states.triton import (
     running_states,
     states_config,
 )
+from vot_kernels.ops.parts.plans import keep_with
 
 SCALE = 1.0  # as in `vot_kernels.ops.linear_attention.torch`
 _APPLY = Kernel("linear_attention", "apply", "linear_attention.rows:_linear_apply_kernel")
@@ -89,8 +91,9 @@ class _LinearLaunch:
 
     def states(self, rows: Rows, *, reverse: bool = False) -> Tensor | None:
         """Return the state before each tile; None if every segment is one tile, whose kernel needs none."""
-        lengths = self.host_cu_seqlens.diff()
-        if not lengths.numel() or int(lengths.max()) <= states_config(rows).blocks["TILE"]:
+        bounds = self.host_cu_seqlens
+        longest = keep_with(bounds, "longest", lambda: int(np.diff(bounds.numpy()).max(initial=0)))
+        if longest <= states_config(rows).blocks["TILE"]:
             return None
         if self.causal:
             return running_states(

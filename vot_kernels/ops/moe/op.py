@@ -8,6 +8,7 @@ from torch import Tensor
 from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_tensor
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.moe import reference
 from vot_kernels.ops.parts.experts.slots import Slots
 
@@ -55,7 +56,7 @@ def moe(
     return _moe_fwd(x, w_gate_up, w_down, topk_idx, topk_weights, save, chosen)[0]
 
 
-@torch.library.custom_op("vot_kernels::moe_fwd", mutates_args=())
+@custom_op("vot_kernels::moe_fwd")
 def _moe_fwd(
     x: Tensor,
     w_gate_up: Tensor,
@@ -95,7 +96,7 @@ def _(
     )
 
 
-@torch.library.custom_op("vot_kernels::moe_bwd", mutates_args=())
+@custom_op("vot_kernels::moe_bwd")
 def _moe_bwd(
     d_y: Tensor,
     x: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from vot_kernels.ops.autocast import autocasts, without_autocast
 from vot_kernels.ops.checks import check_no_tangent, check_number
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.pack_patches import reference
 from vot_kernels.ops.pack_patches.normalise import Normalise
 from vot_kernels.packing import brief
@@ -75,7 +76,7 @@ def pack_patches(
     return values, torch.tensor(grid, dtype=torch.int64, device=images[0].device)
 
 
-@torch.library.custom_op("vot_kernels::pack_patches_fwd", mutates_args=())
+@custom_op("vot_kernels::pack_patches_fwd")
 def _pack_patches_fwd(
     images: Sequence[Tensor],
     patch_size: int,
@@ -105,7 +106,7 @@ def _(
     return images[0].new_empty(sum(t * y * x for t, y, x in grid), width, dtype=dtype)
 
 
-@torch.library.custom_op("vot_kernels::pack_patches_bwd", mutates_args=())
+@custom_op("vot_kernels::pack_patches_bwd")
 @without_autocast
 def _pack_patches_bwd(
     d_values: Tensor,

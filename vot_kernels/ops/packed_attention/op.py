@@ -9,7 +9,7 @@ from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_causal, check_choice, check_packed, check_scale
 from vot_kernels.ops.dispatch import select
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
-from vot_kernels.ops.hybrid_attention.op import compute
+from vot_kernels.ops.hybrid_attention.op import _hybrid_attention_fwd
 from vot_kernels.ops.packed_attention import reference
 from vot_kernels.ops.parts.attention import VARIANTS
 from vot_kernels.packing import PackedLayout
@@ -93,5 +93,5 @@ def packed_attention(
         out, lse = reference.packed_attention(q, k, v, layout, causal=causal, scale=scale)
     else:
         inputs, geometry = Inputs(q, k, v), Geometry.of(layout, None, causal)
-        out, lse = compute(inputs, geometry, "softmax", scale, False, _variant, backend)
+        out, lse = _hybrid_attention_fwd(*inputs, *geometry, "softmax", scale, False, _variant, backend)
     return (out, lse) if return_lse else out

@@ -9,6 +9,7 @@ from torch import Tensor
 from vot_kernels.ops.autocast import autocasts, without_autocast
 from vot_kernels.ops.checks import check_alike, check_device, check_floating, check_number, check_tensor
 from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.rope_qk_norm import reference
 from vot_kernels.packing import brief
 
@@ -74,7 +75,7 @@ def default_sections(pairs: int) -> list[int]:
     return [pairs - 2 * space, space, space]
 
 
-@torch.library.custom_op("vot_kernels::rope_qk_norm_fwd", mutates_args=())
+@custom_op("vot_kernels::rope_qk_norm_fwd")
 def _rope_qk_norm_fwd(
     q: Tensor,
     k: Tensor,
@@ -106,7 +107,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("vot_kernels::rope_qk_norm_bwd", mutates_args=())
+@custom_op("vot_kernels::rope_qk_norm_bwd")
 @without_autocast
 def _rope_qk_norm_bwd(
     d_q_out: Tensor,

@@ -18,6 +18,7 @@ from vot_kernels.ops.checks import (
 )
 from vot_kernels.ops.dispatch import load, select
 from vot_kernels.ops.dtypes import accumulator
+from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.size_aware_embedding import reference
 from vot_kernels.packing import PackedLayout
 
@@ -123,7 +124,7 @@ def size_aware_embedding(
     return _segment_add_fwd(x, embedding, layout.cu_seqlens, layout.positions.shape[0], chosen)
 
 
-@torch.library.custom_op("vot_kernels::segment_add_fwd", mutates_args=())
+@custom_op("vot_kernels::segment_add_fwd")
 def _segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
     """Add to each row of x its segment's row of `embedding` `[segments, dim]`; rows from `tokens` on become zero."""
     return load("size_aware_embedding", backend).forward(x, embedding, cu_seqlens, tokens)
@@ -134,7 +135,7 @@ def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: st
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vot_kernels::segment_add_bwd", mutates_args=())
+@custom_op("vot_kernels::segment_add_bwd")
 @without_autocast
 def _segment_add_bwd(
     d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str

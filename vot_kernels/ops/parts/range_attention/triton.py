@@ -123,7 +123,7 @@ class KeyRanges:
             return self._compute(rows)
         sides = self.left, self.right, self.tokens_left, self.tokens_right
         others = (self.cu_rows, self.cu_keys, self.key_groups, self.segment_groups)
-        known = tuple((id(x), x._version) for x in others if x is not None)
+        known = tuple([(id(x), None if x is None else x._version) for x in others])
         key = ("ranges", rows, target_arch(self.cu_rows.device), sides, known)
         return keep_with(self.row_groups, key, lambda: self._compute(rows))
 
@@ -504,17 +504,21 @@ def _loads_by_descriptors(arch: str, *tensors: Tensor) -> bool:
     """
     if arch != INTERPRETER and int(arch.removeprefix("sm_")) < 90:
         return False
-    for x in tensors:
-        if x.data_ptr() % _DESCRIPTOR_BYTES or not _strides_fit(x.stride(), x.itemsize, x.shape[2]):
-            return False
-    return True
+    first = tensors[0]
+    return _strides_fit(
+        tuple([x.stride() for x in tensors]), first.itemsize, tuple([x.shape[2] for x in tensors])
+    ) and not any([x.data_ptr() % _DESCRIPTOR_BYTES for x in tensors])
 
 
 @lru_cache(maxsize=256)
-def _strides_fit(stride: tuple[int, int, int], itemsize: int, head_dim: int) -> bool:
-    row, head, column = stride
-    aligned = column == 1 and row * itemsize % _DESCRIPTOR_BYTES == head * itemsize % _DESCRIPTOR_BYTES == 0
-    return aligned and 0 < row * itemsize < 2**40 and head_dim == padded(head_dim)
+def _strides_fit(
+    strides: tuple[tuple[int, int, int], ...], itemsize: int, head_dims: tuple[int, ...]
+) -> bool:
+    for (row, head, column), head_dim in zip(strides, head_dims, strict=True):
+        aligned = row * itemsize % _DESCRIPTOR_BYTES == head * itemsize % _DESCRIPTOR_BYTES == 0
+        if column != 1 or not aligned or not 0 < row * itemsize < 2**40 or head_dim != padded(head_dim):
+            return False
+    return True
 
 
 def _key(q: Tensor, far: bool, descriptors: bool | None = None) -> dict[str, int]:
