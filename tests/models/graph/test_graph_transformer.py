@@ -184,8 +184,9 @@ def test_future_frames_do_not_change_the_past():
         ]
         changed = dataclasses.replace(stsg, tracklets=tuple(mixed))
         before, after = (by_node(g, net([g.to_packed()])) for g in (stsg, changed))
+        # Not bit by bit: the number of later nodes may differ, and so may the order in which a product is summed.
         past = {key for key in before if key[1] < cut}
-        assert past and all(torch.equal(before[key], after[key]) for key in past)
+        assert past and all(torch.allclose(before[key], after[key], atol=1e-12, rtol=0) for key in past)
         common = {key for key in before.keys() & after.keys() if key[1] >= cut}
         assert not common or any(not torch.allclose(before[key], after[key]) for key in common)
 
