@@ -195,7 +195,9 @@ def test_opcheck(dtype, backend):
     weights, *states = (x.requires_grad_() for x in make_inputs(dtype=dtype))
     torch.library.opcheck(op._dense_residual_fwd.op, (states, weights, backend))
     strided = [make_tensor(4, 6, seed=i, dtype=dtype).T for i in range(2)]
-    torch.library.opcheck(op._dense_residual_fwd.op, (strided, weights[:2].detach().requires_grad_(), backend))
+    torch.library.opcheck(
+        op._dense_residual_fwd.op, (strided, weights[:2].detach().requires_grad_(), backend)
+    )
     arguments = (torch.ones((), dtype=dtype).expand(6, 4), strided, weights[:2].detach(), backend)
     torch.library.opcheck(op._dense_residual_bwd.op, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -203,7 +203,9 @@ def test_opcheck(dtype, segments, backend):
     layout = LAYOUT if segments else PackedLayout.from_lengths([])
     x = make_tensor(6, 40, dtype=dtype).T.requires_grad_()
     embedding = make_tensor(segments, 6, seed=1).requires_grad_()
-    torch.library.opcheck(op._segment_add_fwd.op, (x, embedding, layout.cu_seqlens, layout.num_tokens, backend))
+    torch.library.opcheck(
+        op._segment_add_fwd.op, (x, embedding, layout.cu_seqlens, layout.num_tokens, backend)
+    )
     arguments = (
         x.detach()[:1].expand(40, 6),
         embedding.detach(),
