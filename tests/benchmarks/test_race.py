@@ -420,7 +420,7 @@ def test_the_whole_op_plans_anew_and_the_kernel_does_not(kind, monkeypatch):
 
 
 def test_everything_that_our_ops_remember_is_forgotten():
-    """The ops use only `remember` for plans, so `forget_plans` is all there is to call; shapes are no plan."""
+    """The ops use only `remember` for plans, so `forget_plans` is all there is to call; shapes and GPUs are no plan."""
     import pkgutil
     from importlib import import_module
 
@@ -431,12 +431,12 @@ def test_everything_that_our_ops_remember_is_forgotten():
         for module in pkgutil.walk_packages(vot_kernels.ops.__path__, "vot_kernels.ops.")
     ]
     assert plans in modules
-    of_shapes = {"_strides_of_rows", "_strides_fit", "_sizes", "_has_gluon"}
+    no_plans = {"_strides_of_rows", "_strides_fit", "_sizes", "_has_gluon", "_arch_of_gpu"}
     for module in modules:
         own = [
             f
             for name, f in vars(module).items()
-            if getattr(f, "__module__", None) == module.__name__ and name not in of_shapes
+            if getattr(f, "__module__", None) == module.__name__ and name not in no_plans
         ]
         assert not [f for f in own if hasattr(f, "cache_clear")], module.__name__
 

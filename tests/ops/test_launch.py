@@ -8,6 +8,7 @@ from vot_kernels.ops.launch import (
     Kernel,
     contiguous,
     matrices_contiguous,
+    record_launches,
     rows_contiguous,
     run_within_resources,
     strides,
@@ -19,9 +20,10 @@ KERNEL = Kernel("scan", "sum", "experts.combine:_combine_kernel")
 ROWS = torch.zeros(4, 6, 32)
 
 
-def launch(**arguments):
+def launch(*, checked=True, **arguments):
     """On an empty grid, so that only the check takes place."""
-    KERNEL.launch((0,), config=Config({}, 4, 1), **arguments)
+    with record_launches("sm_90", checked=checked):
+        KERNEL.launch((0,), config=Config({}, 4, 1), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,12 @@ def test_a_tensor_whose_strides_the_kernel_is_not_told_is_refused(x, told):
         ValueError, match=r"scan sum: x_ptr has shape \[.*\] and strides \[.*\]; the kernel takes "
     ):
         launch(x_ptr=x, **told)
+
+
+def test_strides_are_checked_where_it_costs_nothing():
+    pytest.importorskip("triton")
+    launch(checked=False, x_ptr=torch.zeros(3, 4).T)
+    assert launching._checking == launching.INTERPRETING
 
 
 @pytest.mark.parametrize(

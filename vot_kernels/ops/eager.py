@@ -11,6 +11,9 @@ from torch.nn import Parameter
 
 _PLAIN = frozenset({Tensor, Parameter})
 _SEQUENCES = frozenset({list, tuple})
+# Arguments that are no tensors. What is of another type, as a symbolic integer is, goes through the dispatcher.
+_OTHERS = _SEQUENCES | {bool, int, float, str, torch.dtype, type(None)}
+_Lengths = Sequence[int | None] | None
 
 
 class Op:
@@ -30,15 +33,18 @@ class Op:
         self._node: type[Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        flat, lengths = _flat(arguments)
-        tensors = [x for x in flat if isinstance(x, Tensor)]
+        tensors = [x for x in arguments if type(x) not in _OTHERS]
+        nested = not _SEQUENCES.isdisjoint(map(type, arguments))
+        if nested:
+            tensors += [y for x in arguments if type(x) in _SEQUENCES for y in x if type(y) not in _OTHERS]
         if needs_dispatcher(tensors):
             return self.op(*arguments)
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        if not torch.is_grad_enabled() or not any([x.requires_grad for x in tensors]):
             return self._function(*arguments)
         if self._node is None:  # no derivative: PyTorch says so if one is asked for
             return self.op(*arguments)
-        return self._node.apply(*flat, lengths)
+        lengths = [len(x) if type(x) in _SEQUENCES else None for x in arguments] if nested else None
+        return self._node.apply(*_flat(arguments, lengths), lengths)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """As the method of the custom op."""
@@ -70,35 +76,27 @@ def needs_dispatcher(tensors: list[Tensor]) -> bool:
     return not _PLAIN.issuperset(map(type, tensors))
 
 
-def _flat(arguments: Sequence[Any]) -> tuple[Sequence[Any], Sequence[int | None] | None]:
-    """Return the arguments with those of sequences one by one, and the length of each sequence, None for others.
+def _flat(values: Sequence[Any], lengths: _Lengths) -> Sequence[Any]:
+    """Return the values with those of sequences one by one: autograd finds no tensors in sequences.
 
-    Without sequences, the second value is None. Autograd finds no tensors in sequences.
+    Args:
+        values: arguments, or their gradients, in which None is the gradient of a whole sequence.
+        lengths: of each sequence, and None for other values; None if there are no sequences.
     """
-    if _SEQUENCES.isdisjoint(map(type, arguments)):
-        return arguments, None
+    if lengths is None:
+        return values
     flat: list[Any] = []
-    lengths = [len(x) if isinstance(x, (list, tuple)) else None for x in arguments]
-    for x, length in zip(arguments, lengths, strict=True):
-        flat += [x] if length is None else x
-    return flat, lengths
+    for x, length in zip(values, lengths, strict=True):
+        flat += [x] if length is None else x or [None] * length
+    return flat
 
 
-def _nested(flat: Sequence[Any], lengths: Sequence[int | None] | None) -> Sequence[Any]:
-    """Return the arguments that `_flat` was called with, tuples as lists."""
+def _nested(flat: Sequence[Any], lengths: _Lengths) -> Sequence[Any]:
+    """Return the values that `_flat` was called with, tuples as lists."""
     if lengths is None:
         return flat
     values = iter(flat)
     return [next(values) if length is None else [*islice(values, length)] for length in lengths]
-
-
-def _flat_gradients(gradients: Sequence[Any], lengths: Sequence[int | None] | None) -> Sequence[Any]:
-    if lengths is None:
-        return gradients
-    flat: list[Any] = []
-    for gradient, length in zip(gradients, lengths, strict=True):
-        flat += [gradient] if length is None else gradient or [None] * length
-    return flat
 
 
 def _node(
@@ -114,7 +112,7 @@ def _node(
         return output
 
     def differentiate(ctx: Any, *gradients: Any) -> Any:
-        return (*_flat_gradients(backward(ctx, *gradients), ctx.lengths), None)
+        return (*_flat(backward(ctx, *gradients), ctx.lengths), None)
 
     # Of its name autograd makes that of the output's `grad_fn`.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
