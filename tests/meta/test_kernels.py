@@ -12,13 +12,16 @@ from vot_kernels import tuning  # noqa: E402
 
 @pytest.fixture(scope="module")
 def launched():
+    """Every launch of every case on every GPU; the tests that need it are slow."""
     return build.launched(cases(), GPUS)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_reached(launched):
     assert build.unreached_kernels(launched, build.registered_kernels()) == []
 
 
+@pytest.mark.slow
 def test_every_shipped_config_is_used(launched):
     assert build.unused_entries(launched, GPUS) == []
 
@@ -27,6 +30,7 @@ def test_every_op_with_a_kernel_has_a_case():
     assert set(kernel_ops()) <= {case.op for case in cases()}
 
 
+@pytest.mark.slow
 def test_the_tests_compile_every_kernel(launched):
     quick = build.launched([case for case in cases() if case.quick], ["sm_90"])
     assert {launch.kernel for launch in quick} == build.registered_kernels()
@@ -61,6 +65,7 @@ def test_registered_kernels_are_found_in_the_package():
     assert "_group_states_kernel" in build.registered_kernels()
 
 
+@pytest.mark.slow
 def test_an_unused_config_is_found(launched):
     """Leaving out what one entry serves names that entry, even where another one is equal to it."""
     arch, family, kernel = "sm_90", "group_states", "reduce_states"
