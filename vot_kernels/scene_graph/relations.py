@@ -106,8 +106,10 @@ def geometric_relations(
     found: list[Relation] = []
     for i, a in enumerate(tracks):
         for j, b in enumerate(tracks):
-            measures = _motion(a) if i == j else _pair(a, b, first=i < j or inverses)
-            frames, scores = _common(a, b)
+            frames, at_a, at_b = _common(a, b)
+            first = i < j or inverses
+            measures = _motion(a) if i == j else _pair(a, b, at_a, at_b, first=first)
+            scores = np.minimum(a.scores[at_a], b.scores[at_b])
             for predicate in wanted:
                 if predicate in measures:
                     threshold = _threshold(rules, predicate)
@@ -155,17 +157,21 @@ def _velocities(times: np.ndarray, centers: np.ndarray, window: int) -> np.ndarr
     velocities = np.zeros_like(centers)
     for n in range(len(times)):
         near = slice(max(0, n - window), n + window + 1)
-        t = times[near] - times[near].mean()
+        t = times[near]
+        t = t - t.sum() / len(t)
         spread = (t * t).sum()
         if spread > 0:
             velocities[n] = t @ centers[near] / spread
     return velocities
 
 
-def _common(a: _Track, b: _Track) -> tuple[np.ndarray, np.ndarray]:
-    """Return the frames that show both, and the lower score in each."""
+def _common(a: _Track, b: _Track) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Return the frames that show both, and their indices in either track."""
+    if np.array_equal(a.frames, b.frames):  # most tracks are there in all frames
+        every = np.arange(len(a.frames))
+        return a.frames.tolist(), every, every
     frames, at_a, at_b = np.intersect1d(a.frames, b.frames, assume_unique=True, return_indices=True)
-    return frames, np.minimum(a.scores[at_a], b.scores[at_b])
+    return frames.tolist(), at_a, at_b
 
 
 def _motion(track: _Track) -> dict[str, np.ndarray]:
@@ -173,9 +179,8 @@ def _motion(track: _Track) -> dict[str, np.ndarray]:
     return {"moves left": -x, "moves right": x, "moves up": -y, "moves down": y}
 
 
-def _pair(a: _Track, b: _Track, first: bool) -> dict[str, np.ndarray]:
+def _pair(a: _Track, b: _Track, at_a: np.ndarray, at_b: np.ndarray, first: bool) -> dict[str, np.ndarray]:
     """Measure `a … b` over their common frames; `first`: also the measures that have an inverse in `b … a`."""
-    _, at_a, at_b = np.intersect1d(a.frames, b.frames, assume_unique=True, return_indices=True)
     p, q = a.boxes[at_a], b.boxes[at_b]
     measures = {"approaches": _approach(p, q, a.velocities[at_a], b.velocities[at_b])}
     if first:
@@ -204,18 +209,19 @@ def _threshold(rules: RelationRules, predicate: str) -> Threshold:
 
 
 def _intervals(
-    measure: np.ndarray, threshold: Threshold, frames: np.ndarray, scores: np.ndarray, rules: RelationRules
+    measure: np.ndarray, threshold: Threshold, frames: list[int], scores: np.ndarray, rules: RelationRules
 ) -> Iterator[tuple[int, int, float]]:
     """Yield (t0, t1, mean score) of each run that opens at `on`, stays at or above `off` and is long enough."""
     start: int | None = None
+    numbers = measure.tolist()  # of Python, which compares its own numbers faster
     for n in range(len(frames) + 1):
         inside = n < len(frames)
         if start is not None:
-            closes = not inside or measure[n] < threshold.off or frames[n] - frames[n - 1] > rules.max_gap
+            closes = not inside or numbers[n] < threshold.off or frames[n] - frames[n - 1] > rules.max_gap
             if closes:
-                t0, t1 = int(frames[start]), int(frames[n - 1])
+                t0, t1 = frames[start], frames[n - 1]
                 if t1 - t0 + 1 >= rules.min_duration:
-                    yield t0, t1, float(scores[start:n].mean())
+                    yield t0, t1, float(scores[start:n].sum()) / (n - start)
                 start = None
-        if start is None and inside and measure[n] >= threshold.on:
+        if start is None and inside and numbers[n] >= threshold.on:
             start = n
