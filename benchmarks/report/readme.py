@@ -213,16 +213,19 @@ def reader_table() -> str:
     """Return the accuracy of the bundled video-language model on held-out questions, and how it was trained."""
     result = _read(RESULTS / "digitworld-reader.json")
     settings, seconds = result["settings"], result["seconds_per_question"]["vlm"]
-    stages = [_read(RESULTS / "digitworld-reader-projector.json"), _read(BUNDLED_READER / "training.json")]
-    minutes = sum(stage["training_seconds"] for stage in stages) / 60
-    last = stages[-1]
-    before, after = (100 * last["metrics"][when]["accuracy"] for when in ("before", "after"))
+    earlier = [_read(RESULTS / f"digitworld-reader-{name}.json") for name in ("projector", "short", "whole")]
+    last = _read(BUNDLED_READER / "training.json")
+    minutes = sum(stage["training_seconds"] for stage in (*earlier, last)) / 60
+    # Other questions than those after short thoughts alone, of which there were half as many.
+    short, whole = (
+        100 * stage["metrics"][when]["accuracy"] for stage, when in ((earlier[-1], "before"), (last, "after"))
+    )
     note = (
         f"`vot eval digitworld --videos {settings['videos']} --vlm digitworld-reader --only vlm --only rules`: per "
         f"cent right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. "
-        f"Seconds a question on one core: {seconds:.1f}. The two stages took {minutes:.0f} minutes on "
-        f"{last['threads']} CPU thread. Of {last['eval_clips']} questions about other held-out clips, each with frames "
-        f"and true graph, the model answers {before:.0f} per cent before sft and {after:.0f} after it."
+        f"Seconds a question on one core: {seconds:.1f}. The four stages took {minutes:.0f} minutes on one or two CPU "
+        f"threads. Of {last['eval_clips']} questions about other held-out clips, each with frames and true graph, the "
+        f"model answers {short:.0f} per cent with short thoughts and {whole:.0f} with whole ones."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 
@@ -251,7 +254,8 @@ def reader_grpo_table() -> str:
         ["0", "", "", "", *before[4:]],
         *(cells(run["settings"], run["metrics"]["after"]) for run in runs),
     ]
-    note = f"Greedy replies to {runs[0]['eval_clips']} held-out questions; the first line is the model as it ships."
+    asked = runs[0]["eval_clips"]
+    note = f"Greedy replies to {asked} held-out questions; the first line is the model that it began with."
     return table(columns, rows) + f"\n{note}\n"
 
 

@@ -104,7 +104,7 @@ def _tracklet_line(tracklet: Tracklet, every: int, boxes: bool) -> str:
     if not boxes or not frames:
         return head
     shown = [k for k in frames if k % every == 0 or k in (frames[0], frames[-1])]
-    return f"{head}: " + " ".join(f"{k}:{','.join(map(_cell, tracklet.boxes[k][0]))}" for k in shown)
+    return f"{head}: " + " ".join(f"{k}:{','.join(map(grid_cell, tracklet.boxes[k][0]))}" for k in shown)
 
 
 def _relation_line(relation: Relation) -> str:
@@ -119,7 +119,7 @@ def _event_line(event: Event) -> str:
     return f"{' '.join(map(_word, words))} @{event.t}"
 
 
-def _cell(coordinate: float) -> str:
+def grid_cell(coordinate: float) -> str:
     """Return a fraction as its grid cell; a coordinate outside the frame is clamped to its edge."""
     if math.isnan(coordinate):
         raise ValueError("A box coordinate is NaN, which the text form cannot print.")

@@ -84,7 +84,9 @@ def test_evidence_decides_the_question(asked):
             case "which_first" if question.objects:
                 answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
             case "causal" if question.cell == "turn":
-                answer = next(names[id] for id in seen.events[0].participants if id not in question.objects)
+                time = float(re.search(r"at ([\d.]+) s", question.text)[1])
+                hit = min(seen.events, key=lambda hit: abs(seen.frame_times_s[hit.t] - time))
+                answer = next(names[id] for id in hit.participants if id not in question.objects)
             case "motion":
                 (box, _), *_, (last, _) = seen.tracklet(question.objects[0]).boxes.values()
                 x, y = (b - a for a, b in zip(box.center, last.center, strict=True))
@@ -96,6 +98,41 @@ def test_evidence_decides_the_question(asked):
         counted += 1
         assert answer == question.answer
     assert counted > len(asked) / 3
+
+
+def test_thoughts_compare_what_the_evidence_says(asked):
+    compared = set()
+    for item in asked:
+        question, stsg = item.question, item.episode.stsg
+        graph, _, thought = read_reply(write_trace(question, stsg))[0].partition("</stsg>")
+        match question.kind:
+            case "motion":
+                edge, first, last = re.search(
+                    r"Its (left edge|top) is at (\d+), then (\d+), so", thought
+                ).groups()
+                written = re.findall(
+                    r" \d+:(\d+),(\d+),\d+,\d+", graph
+                )  # as tokens of the graph, to be copied
+                assert [box[edge == "top"] for box in (written[0], written[-1])] == [first, last]
+                assert (int(last) > int(first)) == (question.answer in ("right", "down"))
+            case "count":
+                assert re.findall(r"\((\d+)\)", thought) == [str(n + 1) for n in range(int(question.answer))]
+            case "causal" if question.cell == "turn":
+                assert re.search(r"Nearest to [\d.]+ s, .*hits", thought) and question.answer in thought
+            case "causal" | "counterfactual":
+                assert re.search(r"; (before that|meanwhile), .*; without the", thought)
+            case _:
+                continue
+        compared.add(question.kind)
+    assert compared == {"motion", "count", "causal", "counterfactual"}
+
+
+def test_short_thoughts_conclude_at_once(asked):
+    for item in asked:
+        question, stsg = item.question, item.episode.stsg
+        whole, short = (write_trace(question, stsg, short=short) for short in (False, True))
+        assert len(short) <= len(whole) and short.endswith(f"<answer>{question.answer}</answer>")
+        assert not re.search(r"is at \d+, then|Nearest|meanwhile|before that|\(\d+\)", short)
 
 
 def test_summaries_have_events_without_boxes(asked):

@@ -19,16 +19,23 @@ from dataclasses import replace
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.scene_graph.graph import STSG, Event
+from vot_kernels.scene_graph.text import grid_cell
 
 _REPLY = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _NAME = re.compile(r"the (\w+) digit")
 _TIME = re.compile(r"at ([\d.]+) s")
 
 
-def write_trace(question: Question, stsg: STSG) -> str:
-    """Return the reply to a question whose answer is known, from the true graph of its clip."""
-    seen = evidence(question, stsg)
-    thought = _sentence(_thought(question, seen, stsg))
+def write_trace(question: Question, stsg: STSG, *, short: bool = False) -> str:
+    """Return the reply to a question whose answer is known, from the true graph of its clip.
+
+    Args:
+        question: the question.
+        stsg: the true graph.
+        short: conclude from the evidence at once, without comparing sides of boxes, times, or hits before others.
+    """
+    seen = evidence(question, stsg, short=short)
+    thought = _sentence((_conclusion if short else _thought)(question, seen, stsg))
     who = _who(question, stsg)
     return f"<think>{who}{evidence_text(seen, question)}\n{thought}</think><answer>{question.answer}</answer>"
 
@@ -59,9 +66,14 @@ def evidence_text(seen: STSG, question: Question) -> str:
     return "\n".join([start, *lines[:named], *lines[tracks:], *lines[named:tracks], end])
 
 
-def evidence(question: Question, stsg: STSG) -> STSG:
-    """Return what of the graph decides the question: a few tracklets, their events, and boxes where motion decides."""
+def evidence(question: Question, stsg: STSG, *, short: bool = False) -> STSG:
+    """Return what of the graph decides the question: a few tracklets, their events, and boxes where motion decides.
+
+    short: of several hits of which one is the nearest to a time, return that one alone.
+    """
     events = _events(question, stsg)
+    if short and question.kind == "causal" and question.cell == "turn":
+        events = [_nearest(question, events, stsg)]
     frames = _frames(question, stsg)
     taking_part = [id for event in events for id in event.participants]
     ids = dict.fromkeys([*_mentioned(question, stsg), *taking_part])
@@ -95,14 +107,11 @@ def _events(question: Question, stsg: STSG) -> list[Event]:
         case "which_first" if not objects:
             pairs = [set(_tracks(candidate, stsg)) for candidate in question.candidates]
             return [hit for hit in hits if set(hit.participants) in pairs]
-        case "count" | "which_first":
-            return _of(hits, objects)
-        case "causal" if question.cell == "turn":
-            time = _asked_time(question.text)
-            return sorted(_of(hits, objects), key=lambda hit: abs(stsg.frame_times_s[hit.t] - time))[:1]
-        case "causal":
+        case "causal" if question.cell != "turn":
             time = _asked_time(question.text)
             return [hit for hit in hits if stsg.frame_times_s[hit.t] <= time + 0.1]
+        case "count" | "which_first" | "causal":
+            return _of(hits, objects)
         case "counterfactual":
             removed, *pair = question.objects
             return [hit for hit in hits if removed in hit.participants or set(pair) == set(hit.participants)]
@@ -123,7 +132,26 @@ def _frames(question: Question, stsg: STSG) -> set[int]:
 
 
 def _thought(question: Question, seen: STSG, stsg: STSG) -> str:
-    """Return why the answer is right, in one sentence."""
+    """Return why the answer is right, in one sentence: what the graph says, compared, then what follows from it."""
+    conclusion = _conclusion(question, seen, stsg)
+    match question.kind:
+        case "motion":
+            return f"{_moved(question, seen)}, so {conclusion}"
+        case "count":
+            moments = [f"{_told(event, seen)} ({n})" for n, event in enumerate(seen.events, 1)]
+            return f"{', '.join(moments) or 'it never happens'}: {question.answer}"
+        case "causal" if question.cell == "turn":
+            nearest = _nearest(question, seen.events, seen)
+            return f"nearest to {_asked_time(question.text):.1f} s, {_told(nearest, seen)}"
+        case "causal":
+            return f"{_facts(question.answer, question.objects, seen)}; {conclusion}"
+        case "counterfactual":
+            return f"{_facts(_named(question.objects[0], stsg), question.objects[1:], seen)}; {conclusion}"
+    return conclusion
+
+
+def _conclusion(question: Question, seen: STSG, stsg: STSG) -> str:
+    """Return what follows from the evidence."""
     names = [_named(id, stsg) for id in question.objects]
     moments = [_told(event, seen) for event in seen.events]
     match question.kind:
@@ -147,6 +175,31 @@ def _thought(question: Question, seen: STSG, stsg: STSG) -> str:
             would = "would" if question.answer == "yes" else "would not"
             return f"without {names[0]}, {names[1]} {would} hit {names[2]}"
     return f"{names[0]} moves towards {question.answer}"
+
+
+def _moved(question: Question, seen: STSG) -> str:
+    """Return from where to where a side of the box goes, across which the answer is one of two directions."""
+    boxes = [box for box, _ in seen.tracklet(question.objects[0]).boxes.values()]
+    side, edge = ("left edge", 0) if question.answer in ("left", "right") else ("top", 1)
+    start, end = (grid_cell(boxes[n][edge]) for n in (0, -1))
+    return f"its {side} is at {start}, then {end}"
+
+
+def _facts(actor: str, pair: Sequence[str], seen: STSG) -> str:
+    """Return whether two hit each other, and the first hits that others gave to either until then."""
+    together = [hit for hit in seen.events if set(hit.participants) == set(pair)]
+    end = together[0].t if together else seen.num_frames
+    others = [hit for hit in _of(seen.events, set(pair)) if hit not in together and hit.t <= end]
+    first = {frozenset(hit.participants): _told(hit, seen) for hit in reversed(others)}
+    told = _told(together[0], seen) if together else " never hits ".join(_named(id, seen) for id in pair)
+    until = "before that" if together else "meanwhile"
+    return f"{told}; {until}, {', then '.join(reversed(first.values())) or f'{actor} hits neither'}"
+
+
+def _nearest(question: Question, events: Sequence[Event], stsg: STSG) -> Event:
+    """Return the event that is nearest to the time in the question."""
+    time = _asked_time(question.text)
+    return min(events, key=lambda event: abs(stsg.frame_times_s[event.t] - time))
 
 
 def _of(events: Iterable[Event], objects: set[str]) -> list[Event]:

@@ -22,6 +22,9 @@ class SftTraining(VlmTraining):
     frames: float = setting(
         1.0, "Share of the clips whose frames are shown beside their graph; a graph alone takes less time."
     )
+    thoughts: Literal["whole", "short"] = setting(
+        "whole", "Whether thoughts compare what they read; from short ones a new model learns to read sooner."
+    )
 
     @property
     def parts(self) -> tuple[str, ...]:

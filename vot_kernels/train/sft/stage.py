@@ -25,7 +25,12 @@ _EVAL_BATCH = 8
 
 
 def reason(
-    episode: Episode, rng: np.random.Generator, *, frames: float = 1.0, questions: int = QUESTIONS
+    episode: Episode,
+    rng: np.random.Generator,
+    *,
+    frames: float = 1.0,
+    questions: int = QUESTIONS,
+    short: bool = False,
 ) -> Conversation:
     """Return questions about an episode, each with its trace; one that admits none is captioned.
 
@@ -34,10 +39,11 @@ def reason(
         rng: draws the questions, and whether the clip is shown.
         frames: share of the conversations that show the clip beside its graph.
         questions: at most so many.
+        short: see `write_trace`.
     """
     stsg = episode.stsg
     asked = draw_questions(episode, questions, rng, _OF_A_KIND)
-    turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg)) for q in asked]
+    turns = [Turn(ask(q.text, q.candidates), write_trace(q, stsg, short=short)) for q in asked]
     turns = turns or [Turn(CAPTION, caption(stsg))]
     first = Turn(first_prompt(stsg, turns[0].prompt), turns[0].reply)
     clip = render(episode) if rng.random() < frames else None
@@ -46,7 +52,8 @@ def reason(
 
 def train_sft(out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any) -> int:
     """Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
-    speak = partial(reason, frames=settings.frames, questions=settings.questions)
+    short = settings.thoughts == "short"
+    speak = partial(reason, frames=settings.frames, questions=settings.questions, short=short)
     return train_parts(out, model, processor, settings, speak=speak, **options)
 
 

@@ -137,7 +137,7 @@ def _texts() -> Iterator[str]:
         yield from (caption(episode.stsg), summary_text(episode.stsg), episode.stsg.to_text(every=8))
         for question in episode.questions:
             yield f"user\n{ask(question.text, question.candidates)}"
-            yield f"assistant\n{write_trace(question, episode.stsg)}"
+            yield f"assistant\n{write_trace(question, episode.stsg, short=True)}"
 
 
 def _nano_config(tokenizer: Any) -> Any:
