@@ -33,6 +33,8 @@ class Op:
         self._node: type[Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # first, so that no compiler has to trace what follows
+            return self.op(*arguments)
         tensors = [x for x in arguments if type(x) not in _OTHERS]
         nested = not _SEQUENCES.isdisjoint(map(type, arguments))
         if nested:
@@ -64,10 +66,9 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
 def needs_dispatcher(tensors: list[Tensor]) -> bool:
     """Say whether something records or intercepts a call with these tensors, other than autograd.
 
-    That is the case while compiling, tracing and profiling, in modes and under transforms, and for subclasses of
-    Tensor.
+    That is the case while tracing and profiling, in modes and under transforms, and for subclasses of Tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None:
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
