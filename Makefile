@@ -20,7 +20,7 @@ JOBS ?= 3
 TESTS ?=
 # What `make check` runs in about a minute: how each op computes, not how PyTorch registers, derives and compiles it.
 CORE := tests/meta tests/docs/test_links.py tests/test_packing.py tests/test_testing.py tests/ops
-LATER := opcheck or gradcheck or compile
+LATER := opcheck or gradcheck or compiles or compiled_graph
 # What `make matrix` runs, and with which torch: the oldest that pyproject.toml allows, and the newest there is.
 OPS := tests/test_packing.py tests/test_testing.py tests/ops tests/tuning
 TORCH ?= 2.11.0 newest
