@@ -2,7 +2,8 @@
 
 The launches are recorded and not made, so no GPU is needed: what is left are the checks, PyTorch's dispatch, and the
 arguments of the kernels. Short of tokens, a GPU waits for this. The first call on a layout also launches what is kept
-with the layout afterwards. Triton's own launch code is not in the figures.
+with the layout afterwards, the second is recorded, and later ones repeat it. Triton's own launch code is not in the
+figures.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from vot_kernels.ops.launch import record_launches
 ARCH = "sm_90"
 # Few tokens: what the CPU does is the same for any number of them, but for the pages of its own memory.
 TOKENS, HEADS, HEAD_DIM, GROUP = 256, 16, 64, 16
+_NEW_LAYOUTS = 20
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,15 @@ class Cost:
         call: the op and the direction.
         first_launches: launches of the first call on a layout.
         launches: launches of each later one.
-        median_us, least_us: host time of a later one, in microseconds.
+        first_us, second_us: host time of the first two calls on a layout, in microseconds, medians over layouts.
+        median_us, least_us: that of a later one.
     """
 
     call: str
     first_launches: int
     launches: int
+    first_us: float
+    second_us: float
     median_us: float
     least_us: float
 
@@ -73,8 +78,10 @@ def calls() -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
 
 def measure(rounds: int) -> list[Cost]:
     """Return the cost of every call; all calls take turns, so that a disturbance hits all of them."""
-    made = {name: make() for name, make in calls()}
+    makes = dict(calls())
+    made = {name: make() for name, make in makes.items()}
     first, later, times = {}, {}, {name: list[float]() for name in made}
+    on_new_layouts = {name: ([], []) for name in made}
     with record_launches(ARCH, checked=False) as launches:
         for name, call in made.items():
             for counts in (first, later):
@@ -84,15 +91,32 @@ def measure(rounds: int) -> list[Cost]:
         for _ in range(rounds):
             for name, call in made.items():
                 launches.clear()
-                started = time.perf_counter()
-                _run(name, call)
-                times[name].append(1e6 * (time.perf_counter() - started))
-    return [Cost(name, first[name], later[name], median(times[name]), min(times[name])) for name in made]
+                times[name].append(_run(name, call))
+        for _ in range(_NEW_LAYOUTS):
+            for name, make in makes.items():
+                call = make()
+                for found in on_new_layouts[name]:
+                    launches.clear()
+                    found.append(_run(name, call))
+    return [
+        Cost(
+            name,
+            first[name],
+            later[name],
+            *map(median, on_new_layouts[name]),
+            median(times[name]),
+            min(times[name]),
+        )
+        for name in made
+    ]
 
 
-def _run(name: str, call: Callable[[], object]) -> None:
+def _run(name: str, call: Callable[[], object]) -> float:
+    """Call it and return the microseconds that it took."""
     with torch.set_grad_enabled("backward" in name):
+        started = time.perf_counter()
         call()
+        return 1e6 * (time.perf_counter() - started)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     costs = measure(options.rounds)
     for cost in costs:
         launches = f"{cost.launches} launches, {cost.first_launches} on a new layout"
-        print(f"{cost.call:40} {cost.median_us:6.0f} us, least {cost.least_us:6.0f} us; {launches}")
+        new = f"{cost.first_us:.0f} and {cost.second_us:.0f} us"
+        print(
+            f"{cost.call:40} {cost.median_us:6.0f} us, least {cost.least_us:6.0f} us, {new} at first; {launches}"
+        )
     if options.json:
         with atomic_write(options.json) as path:
             path.write_text(json.dumps([asdict(cost) for cost in costs], indent=1) + "\n", encoding="utf-8")

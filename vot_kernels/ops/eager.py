@@ -1,6 +1,7 @@
 """Custom ops that are called without PyTorch's dispatcher where nothing needs it."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
+
+from vot_kernels.ops.replay import Replayed
 
 _PLAIN = frozenset({Tensor, Parameter})
 _SEQUENCES = frozenset({list, tuple})
@@ -27,9 +30,15 @@ class Op:
         op: the custom op, as `torch.library.custom_op` returns it.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.op = torch.library.custom_op(name, function, mutates_args=())
-        self._function = function
+    def __init__(self, name: str, function: Callable[..., Any], layout: Sequence[str]) -> None:
+        replayed = Replayed(function, layout)
+
+        @wraps(function)  # torch.library wants a function
+        def called(*arguments: Any) -> Any:
+            return replayed(*arguments)
+
+        self.op = torch.library.custom_op(name, called, mutates_args=())
+        self._name, self._function = function.__name__, replayed
         self._node: type[Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -55,12 +64,15 @@ class Op:
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """As the method of the custom op."""
         self.op.register_autograd(backward, setup_context=setup_context)
-        self._node = _node(self._function, backward, setup_context)
+        self._node = _node(self._name, self._function, backward, setup_context)
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
-    """Make an `Op` of a function, whose annotations are the schema; it changes none of its arguments."""
-    return lambda function: Op(name, function)
+def custom_op(name: str, layout: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """Make an `Op` of a function, whose annotations are the schema; it changes none of its arguments.
+
+    layout: the arguments that are tensors of a layout, see `Replayed`.
+    """
+    return lambda function: Op(name, function, layout)
 
 
 def needs_dispatcher(tensors: list[Tensor]) -> bool:
@@ -101,7 +113,7 @@ def _nested(flat: Sequence[Any], lengths: _Lengths) -> Sequence[Any]:
 
 
 def _node(
-    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+    name: str, function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> type[Function]:
     """Return the node of autograd that does what the custom op does with the same functions."""
 
@@ -117,4 +129,4 @@ def _node(
 
     # Of its name autograd makes that of the output's `grad_fn`.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    return type(function.__name__.strip("_"), (Function,), methods)
+    return type(name.strip("_"), (Function,), methods)

@@ -9,9 +9,10 @@ A launcher declares each kernel once and launches it by keyword:
 import contextvars
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -140,15 +141,24 @@ def launch(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -
         kernel: the `@triton.jit` function.
         grid: the number of programs along each axis, or a function of the block sizes that returns it.
     """
+    programs = grid(config.blocks) if callable(grid) else grid
+    if 0 in programs:
+        return
+    if _watchers.innermost is None:
+        start(kernel, grid, config, arguments)
+    else:
+        with _watchers.innermost(kernel, grid, config, arguments):
+            start(kernel, grid, config, arguments)
+
+
+def start(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+    """Do what `launch` does, for a grid that is not empty, without a word to who watches launches."""
 
     def programs(config: Config) -> tuple[int, ...]:
         return grid(config.blocks) if callable(grid) else grid
 
-    first = programs(config)
-    if 0 in first:
-        return
     if _recording is not None:
-        _recording[1].append(Launch(kernel, first, {**arguments, **config.blocks}, config))
+        _recording[1].append(Launch(kernel, programs(config), {**arguments, **config.blocks}, config))
         return
     device = _device(arguments)
 
@@ -163,6 +173,28 @@ def launch(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -
             with_workspace(run)
         else:
             run()
+
+
+# Called with the arguments of a launch; the launch takes place inside what it returns.
+Watcher = Callable[[Any, Grid, Config, dict[str, Any]], AbstractContextManager[None]]
+
+
+class _Watchers(threading.local):
+    innermost: Watcher | None = None
+
+
+_watchers = _Watchers()
+
+
+@contextmanager
+def watched_launches(watcher: Watcher) -> Iterator[None]:
+    """Call `watcher` for each launch of this thread, other than empty ones."""
+    before = _watchers.innermost
+    _watchers.innermost = watcher
+    try:
+        yield
+    finally:
+        _watchers.innermost = before
 
 
 # What ran in place of a config that asks for more than the GPU has, by the id of that config, which is kept with it.
@@ -180,9 +212,8 @@ def run_within_resources(run: Callable[[Config], None], config: Config, *, any_b
     """
     from triton.runtime.errors import OutOfResources
 
-    known = _SMALLER.get(id(config))
     try:
-        return run(config if known is None else known[1])
+        return run(fitting(config))
     except OutOfResources as error:
         lacking = error
     for other in smaller(config):
@@ -201,6 +232,12 @@ def run_within_resources(run: Callable[[Config], None], config: Config, *, any_b
         )
         return None
     raise lacking
+
+
+def fitting(config: Config) -> Config:
+    """Return the config that `run_within_resources` uses for `config`, as far as it is known."""
+    known = _SMALLER.get(id(config))
+    return config if known is None else known[1]
 
 
 def with_workspace(run: Callable[[], None]) -> None:

@@ -121,6 +121,7 @@ def lookup(
 
 _preferred: tuple[str, ...] = ()  # of all lookups
 _first: dict[tuple[str, str], Table] = {}  # by (arch, family): entries that come before the shipped ones
+_changes = 0  # of `_first`
 
 
 @contextmanager
@@ -151,7 +152,14 @@ def use(arch: str, tables: Mapping[str, Table]) -> None:
     _replace(others | {(arch, family): table for family, table in tables.items()})
 
 
+def state() -> tuple[object, ...]:
+    """Return what the outcome of all lookups depends on, beyond their arguments."""
+    return _preferred, _changes
+
+
 def _replace(first: Mapping[tuple[str, str], Table]) -> None:
+    global _changes
+    _changes += 1
     _first.clear()
     _first.update(first)
     _lookup.cache_clear()

@@ -285,7 +285,7 @@ def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     return left, 0 if causal else right
 
 
-@custom_op("vot_kernels::flash_attention_fwd")
+@custom_op("vot_kernels::flash_attention_fwd", ("cu_seqlens_q", "cu_seqlens_k"))
 @without_autocast
 def _flash_attention_fwd(
     q: Tensor,
@@ -310,7 +310,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-@custom_op("vot_kernels::flash_attention_bwd")
+@custom_op("vot_kernels::flash_attention_bwd", ("cu_seqlens_q", "cu_seqlens_k"))
 @without_autocast
 def _flash_attention_bwd(
     d_out: Tensor,

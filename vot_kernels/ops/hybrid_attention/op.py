@@ -166,9 +166,13 @@ def hybrid_attention(
 
 # The ops take the layout's tensors, on the device for kernels and on the host for planning, and no integer that
 # depends on a batch, so that one compiled graph serves every packing.
+_LAYOUT = (
+    *("cu_seqlens", "cu_groups", "segment_groups"),
+    *("host_cu_seqlens", "host_cu_groups", "host_segment_groups"),
+)
 
 
-@custom_op("vot_kernels::hybrid_attention_fwd")
+@custom_op("vot_kernels::hybrid_attention_fwd", _LAYOUT)
 @without_autocast
 def _hybrid_attention_fwd(
     q: Tensor,
@@ -212,7 +216,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
-@custom_op("vot_kernels::hybrid_attention_bwd")
+@custom_op("vot_kernels::hybrid_attention_bwd", _LAYOUT)
 @without_autocast
 def _hybrid_attention_bwd(
     d_out: Tensor,

@@ -94,7 +94,7 @@ def _check_decay(log_decay: Tensor, q: Tensor, causal: str | None) -> None:
         raise ValueError(f"log_decay must be at most 0, got {float(log_decay.detach().max()):g}.")
 
 
-@custom_op("vot_kernels::linear_attention_fwd")
+@custom_op("vot_kernels::linear_attention_fwd", ("cu_seqlens", "host_cu_seqlens"))
 @without_autocast
 def _linear_attention_fwd(
     q: Tensor,
@@ -117,7 +117,7 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
 
 
-@custom_op("vot_kernels::linear_attention_bwd")
+@custom_op("vot_kernels::linear_attention_bwd", ("cu_seqlens", "host_cu_seqlens"))
 @without_autocast
 def _linear_attention_bwd(
     d_out: Tensor,

@@ -28,7 +28,7 @@ def remember(make: Callable[..., T]) -> Callable[..., T]:
     @lru_cache(maxsize=32)
     def make_once(arguments: _Arguments) -> T:
         with torch.inference_mode(False):  # a plan made in a validation step may be used in training later
-            return make(*arguments.take())
+            return _marked(make(*arguments.take()))
 
     seen: dict[tuple[Any, ...], _Seen[T]] = {}
     _forget.extend((make_once.cache_clear, seen.clear))
@@ -73,8 +73,20 @@ def keep_with(owner: Tensor, key: Hashable, make: Callable[[], T]) -> T:
         if len(kept) >= _MOST_KEPT:
             kept.clear()
         with torch.inference_mode(False):  # as for plans
-            found = kept[whole] = make()
+            found = kept[whole] = _marked(make())
     return found
+
+
+def is_kept(x: Tensor) -> bool:
+    """Whether this is a result of `remember` or `keep_with`, or a part of one, and so the same in later calls."""
+    return getattr(x, "_vot_kernels_is_kept", False)
+
+
+def _marked(result: T) -> T:
+    for x in _leaves((result,)):
+        if isinstance(x, Tensor):
+            x.__dict__["_vot_kernels_is_kept"] = True
+    return result
 
 
 def forget_plans() -> None:

@@ -124,7 +124,7 @@ def size_aware_embedding(
     return _segment_add_fwd(x, embedding, layout.cu_seqlens, layout.positions.shape[0], chosen)
 
 
-@custom_op("vot_kernels::segment_add_fwd")
+@custom_op("vot_kernels::segment_add_fwd", ("cu_seqlens",))
 def _segment_add_fwd(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str) -> Tensor:
     """Add to each row of x its segment's row of `embedding` `[segments, dim]`; rows from `tokens` on become zero."""
     return load("size_aware_embedding", backend).forward(x, embedding, cu_seqlens, tokens)
@@ -135,7 +135,7 @@ def _(x: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: st
     return x.new_empty(x.shape)
 
 
-@custom_op("vot_kernels::segment_add_bwd")
+@custom_op("vot_kernels::segment_add_bwd", ("cu_seqlens",))
 @without_autocast
 def _segment_add_bwd(
     d_out: Tensor, embedding: Tensor, cu_seqlens: Tensor, tokens: int, backend: str
