@@ -32,25 +32,28 @@ TOKENS, WIDTH = 11, 16
 ARCH = "sm_90"
 
 
-def rows(*shape):
-    return torch.randn(shape, requires_grad=True)
+def layout(device="cpu"):
+    return PackedLayout.from_grid_thw([(2, 1, 3), (1, 5, 1)], device=device)
 
 
-def layout():
-    return PackedLayout.from_grid_thw([(2, 1, 3), (1, 5, 1)])
-
-
-def calls():
+def calls(device="cpu"):
     """Yield each op's name, a call of it with a layout, and its tensors."""
+
+    def rows(*shape):
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    def shares(*shape):
+        return torch.rand(shape, device=device, requires_grad=True)
+
     q, k, v = rows(TOKENS, 4, WIDTH), rows(TOKENS, 2, WIDTH), rows(TOKENS, 2, WIDTH)
-    weight, norm = torch.rand(4, requires_grad=True), rows(WIDTH)
+    weight, norm = shares(4), rows(WIDTH)
     yield "packed", lambda at, **b: packed_attention(q, k, v, at, return_lse=True, **b), (q, k, v)
     near = {"window": (1, 0), "beta": weight, "causal": "token"}
     yield "hybrid", lambda at, **b: hybrid_attention(q, k, v, at, **near, **b), (q, k, v, weight)
     far = {"window": 0, "far_weight": weight}
     yield "hybrid, far weight", lambda at, **b: hybrid_attention(q, k, v, at, **far, **b), (q, k, v, weight)
     yield "linear", lambda at, **b: linear_attention(q, k, v, at, **b), (q, k, v)
-    fade = torch.rand(4, requires_grad=True)
+    fade = shares(4)
 
     def fading(at, **b):
         return linear_attention(q, k, v, at, causal=True, log_decay=-fade.abs(), **b)
@@ -67,7 +70,7 @@ def calls():
     experts = rows(4, 16, WIDTH), rows(4, 16, 16), rows(4, 16, WIDTH), rows(4, 16, WIDTH)
     yield "aoe", lambda at, **b: aoe(x, *experts, 2, return_aux=True, **b)[0], (x, *experts)
     gate_up, out = rows(4, 32, WIDTH), rows(4, WIDTH, 16)
-    weights = torch.rand(TOKENS, 2, requires_grad=True)
+    weights = shares(TOKENS, 2)
 
     def routed(at, **b):
         indices = x.detach()[:, :4].topk(2).indices
@@ -109,8 +112,8 @@ def in_full(monkeypatch):
     return call
 
 
-def results(call, tensors, at):
-    found = call(at, backend="triton")
+def results(call, tensors, at, backend="triton"):
+    found = call(at, backend=backend)
     found = found if isinstance(found, tuple) else (found,)
     return [*found, *torch.autograd.grad(sum(x.sin().sum() for x in found), tensors)]
 
