@@ -1,4 +1,4 @@
-"""Repeated launches on a GPU: the results of whole calls, on each stream, and in a graph that is captured afterwards."""
+"""Repeated launches on a GPU: the results of whole calls, on each stream, and in a graph captured afterwards."""
 
 from functools import partial
 
