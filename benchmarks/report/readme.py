@@ -231,32 +231,31 @@ def reader_table() -> str:
 
 
 def reader_grpo_table() -> str:
-    """Return what reinforcement learning made of the bundled video-language model."""
+    """Return what reinforcement learning made of the bundled video-language model, and of an earlier one."""
     runs = _read(RESULTS / "digitworld-reader-grpo.json")["runs"]
 
-    def cells(settings: dict[str, Any], metrics: dict[str, float]) -> list[str]:
-        per_step = f"{settings['batch_size']} × {settings['generations']}"
+    def cells(run: dict[str, Any], when: str) -> list[str]:
+        settings, metrics = run["settings"], run["metrics"][when]
         how = [
             str(settings["steps"]),
-            per_step,
+            f"{settings['batch_size']} × {settings['generations']}",
             str(settings["learning_rate"]),
-            str(settings["grounding_weight"]),
+            f"{settings['grounding_weight']}, {settings['temporal_weight']}",
         ]
-        return how + [
+        return [
+            f"{run['checkpoint']} ({run['checkpoint_fingerprint']})",
+            *(how if when == "after" else ["0", "", "", ""]),
             _percent(metrics["accuracy"]),
             *(f"{metrics[name]:.2f}" for name in ("grounding", "temporal")),
         ]
 
-    columns = ["steps", "questions × replies", "learning rate", "weight of grounding and of time"]
+    columns = ["began with", "steps", "questions × replies", "learning rate", "weights of grounding, time"]
     columns += ["right answers", "grounding", "times"]
-    before = cells(runs[0]["settings"], runs[0]["metrics"]["before"])
-    rows = [
-        ["0", "", "", "", *before[4:]],
-        *(cells(run["settings"], run["metrics"]["after"]) for run in runs),
-    ]
-    asked = runs[0]["eval_clips"]
-    note = f"Greedy replies to {asked} held-out questions; the first line is the model that it began with."
-    return table(columns, rows) + f"\n{note}\n"
+    rows = []
+    for run in runs:
+        before = cells(run, "before")
+        rows += [*([] if before in rows else [before]), cells(run, "after")]
+    return table(columns, rows) + f"\nGreedy replies to {runs[0]['eval_clips']} held-out questions.\n"
 
 
 def _accuracy_table(result: Any) -> str:
