@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.aot.sass import MainLoop, main_loop
+from benchmarks.aot.sass import MainLoop, local_in_loops, main_loop
 from vot_kernels.ops.launch import Launch
 
 
@@ -71,7 +71,8 @@ class Resources:
         tma: bulk tensor copies are used.
         warp_specialized: warps differ in what they do. A loop may ask for it and be compiled as any other.
         loop: what the main loop does; None without matrix products on tensor cores in a loop.
-        local_in_loops: loads and stores of local memory, where spilled registers go, in loops with matrix products.
+        local_in_loops: loads and stores of local memory, where spilled registers go, in loops with matrix products; if
+            none of these is on tensor cores, in loops with any arithmetic.
     """
 
     registers: int
@@ -117,6 +118,8 @@ def compile_kernel(what: Specialization) -> Resources:
     matrix, unit = matrix_instructions(ptx)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     loop, local = main_loop(compiled.asm["cubin"], compiled.asm["ttgir"])
+    if loop is None and stack:
+        local = local_in_loops(compiled.asm["cubin"])
     return Resources(
         registers=registers,
         spill_bytes=stack,

@@ -19,6 +19,7 @@ from triton.runtime.cache import get_cache_manager
 # Multiply-adds of one instruction of one warp; those of a warpgroup are shared by its four warps.
 _HGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 _HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
+_FLOATS = re.compile(r"([DFH](FMA|ADD|MUL)|MUFU)")
 _TCGEN05 = re.compile(r"UTC\w*MMA")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?);")
 _LABEL = re.compile(r"(\.L_\w+|\$[\w$.]+):")
@@ -112,7 +113,7 @@ def main_loop(cubin: bytes, ttgir: str) -> tuple[MainLoop | None, int]:
     bodies = _product_loops(parse(disassemble(cubin))) if products else []
     if not bodies:
         return None, 0
-    spills = sum(one.stem in ("LDL", "STL") for body in bodies for one in body)
+    spills = _local(bodies)
     body = max(bodies, key=lambda body: (*_work(body), -len(body)))
     macs, _ = _work(body)
     needed, issued = (sum(getattr(product, name) for product in products) for name in ("macs", "issued"))
@@ -123,6 +124,18 @@ def main_loop(cubin: bytes, ttgir: str) -> tuple[MainLoop | None, int]:
     barriers = sum(one.stem == "BAR" for one in body)
     waited = sum(one.busy for one in body) / macs if macs else 1
     return MainLoop(len(body), per_kmac, round(waited * issued / needed, 3), barriers), spills
+
+
+def local_in_loops(cubin: bytes) -> int:
+    """Return how many loads and stores of local memory there are in innermost loops that compute with floats."""
+    instructions, labels = parse(disassemble(cubin))
+    loops = _loops(instructions, labels)
+    computing = [loop for loop in loops if any(_FLOATS.match(instructions[i].stem) for i in loop)]
+    return _local(_bodies(instructions, _innermost(computing)))
+
+
+def _local(bodies: Iterable[Sequence[Instruction]]) -> int:
+    return sum(one.stem in ("LDL", "STL") for body in bodies for one in body)
 
 
 def _work(body: Sequence[Instruction]) -> tuple[int, int]:
@@ -164,8 +177,16 @@ def _product_loops(program: tuple[list[Instruction], dict[str, int]]) -> list[li
     instructions, _ = program
     loops = _loops(*program)
     with_products = [loop for loop in loops if any(instructions[i].multiplies for i in loop)]
-    innermost = [loop for loop in with_products if not any(other < loop for other in with_products)]
-    return [[instructions[i] for i in sorted(loop)] for loop in innermost]
+    return _bodies(instructions, _innermost(with_products))
+
+
+def _innermost(loops: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+    """Return the loops with no other of them inside."""
+    return [loop for loop in loops if not any(other < loop for other in loops)]
+
+
+def _bodies(instructions: Sequence[Instruction], loops: Iterable[frozenset[int]]) -> list[list[Instruction]]:
+    return [[instructions[i] for i in sorted(loop)] for loop in loops]
 
 
 def _loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[frozenset[int]]:

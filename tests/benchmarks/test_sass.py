@@ -87,6 +87,9 @@ def test_main_loop_counts_what_one_iteration_does(monkeypatch):
 def test_without_products_there_is_no_main_loop(monkeypatch):
     monkeypatch.setattr(sass, "disassemble", lambda cubin: PROGRAM.replace("HMMA.16816.F32.BF16", "FFMA"))
     assert sass.main_loop(b"", TTGIR) == (None, 0)
+    assert sass.local_in_loops(b"") == 2  # in either loop that computes, not in the wait inside the first
+    monkeypatch.setattr(sass, "disassemble", lambda cubin: PROGRAM.replace("FADD", "IADD3"))
+    assert sass.local_in_loops(b"") == 1
 
 
 @pytest.mark.parametrize(
