@@ -48,6 +48,8 @@ def calls(device="cpu"):
     q, k, v = rows(TOKENS, 2, WIDTH), rows(TOKENS, 1, WIDTH), rows(TOKENS, 1, WIDTH)
     weight, norm = shares(2), rows(WIDTH)
     yield "packed", lambda at, **b: packed_attention(q, k, v, at, return_lse=True, **b), (q, k, v)
+    apart = torch.randn(WIDTH, 2, TOKENS, device=device).permute(2, 1, 0).requires_grad_()  # it is copied
+    yield "packed, strides", lambda at, **b: packed_attention(apart, k, v, at, **b), (apart, k, v)
     near = {"window": (1, 0), "beta": weight, "causal": "token"}
     yield "hybrid", lambda at, **b: hybrid_attention(q, k, v, at, **near, **b), (q, k, v, weight)
     far = {"window": 0, "far_weight": weight}
