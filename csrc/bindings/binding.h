@@ -21,7 +21,7 @@ const T* in(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-// Asks the system for large pages where a result is so large that it lies in new ones.
+// Asks the system for large pages where a result is large enough to hold some.
 void prefer_large_pages(void* data, int64_t bytes);
 
 // Of a result that was just allocated.

@@ -134,12 +134,13 @@ def flags_of_memory_at(address: int) -> list[str]:
 
 
 @cpp
-def test_a_large_result_asks_for_large_pages():
+@pytest.mark.parametrize("side", [1328, 3456])  # results of 5 and of 34 MiB
+def test_a_large_result_asks_for_large_pages(side):
     """The system takes longer to clear small pages than the kernel to fill them."""
     if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
         pytest.skip("the system has no large pages to ask for")
     # Memory of its own, since the allocator may hand out some that an earlier result has had.
-    image = torch.frombuffer(mmap.mmap(-1, 3 * 3456 * 3456), dtype=torch.uint8).view(3, 3456, 3456)
+    image = torch.frombuffer(mmap.mmap(-1, 3 * side * side), dtype=torch.uint8).view(3, side, side)
     image.copy_(torch.arange(image.numel(), dtype=torch.int32).view(image.shape))
     patches, _ = pack_patches([image], 16, backend="cpp")
     assert "hg" in flags_of_memory_at(patches.data_ptr() + patches.numel() // 2)
