@@ -5,19 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from tests.ops.test_replay import CALLS, calls, layout, results
+from tests.ops.test_replay import CALLS, call_in_full, calls, layout, results
 from vot_kernels import PackedLayout, hybrid_attention
-from vot_kernels.ops import replay
 from vot_kernels.testing import make_qkv
 
 OP = "hybrid_attention"
 pytestmark = pytest.mark.gpu
-
-
-def in_full(function, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(replay.Replayed, "__call__", lambda self, *arguments: self._function(*arguments))
-        return function()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -28,7 +21,7 @@ def test_other_data_give_the_results_of_a_whole_call(name, backend, device, monk
         call, tensors = next((call, tensors) for known, call, tensors in calls(device) if known == name)
         others.append(call)  # whose memory no later one gets
         run = partial(results, call, tensors, at, backend)
-        for x, y in zip(run(), in_full(run, monkeypatch), strict=True):
+        for x, y in zip(run(), call_in_full(monkeypatch, run), strict=True):
             # A backward on a GPU may sum in any order.
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -42,7 +35,7 @@ def test_streams_and_graphs_after_the_record(backend, device, monkeypatch):
     def call():
         return hybrid_attention(q, k, v, at, window=1, backend=backend)
 
-    wanted = in_full(call, monkeypatch)
+    wanted = call_in_full(monkeypatch, call)
     for stream in [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -55,4 +48,4 @@ def test_streams_and_graphs_after_the_record(backend, device, monkeypatch):
     with torch.no_grad():
         q.copy_(k)
     graph.replay()
-    assert torch.equal(captured, in_full(call, monkeypatch))
+    assert torch.equal(captured, call_in_full(monkeypatch, call))

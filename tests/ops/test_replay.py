@@ -102,16 +102,16 @@ def repeated(monkeypatch):
     return count
 
 
+def call_in_full(monkeypatch, function):
+    """Call a function with no launches recorded or repeated."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Replayed, "__call__", lambda self, *arguments: self._function(*arguments))
+        return function()
+
+
 @pytest.fixture
 def in_full(monkeypatch):
-    """Call a function with no launches recorded or repeated."""
-
-    def call(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(Replayed, "__call__", lambda self, *arguments: self._function(*arguments))
-            return function()
-
-    return call
+    return partial(call_in_full, monkeypatch)
 
 
 def results(call, tensors, at, backend="triton"):
@@ -128,6 +128,7 @@ def test_other_data_give_the_bits_of_a_whole_call(name, in_full, repeated):
         torch.manual_seed(n)
         call, tensors = next((call, tensors) for known, call, tensors in calls() if known == name)
         others.append(call)  # whose memory no later one gets
+        repeated.clear()  # an op without a layout may have met calls of this kind before
         found = results(call, tensors, at)
         if n > 0:  # the one that is recorded, and the one that is repeated
             for x, y in zip(found, in_full(partial(results, call, tensors, at)), strict=True):
@@ -150,13 +151,8 @@ def half(*shape):
 
 
 def test_the_launches_are_those_of_a_whole_call(repeated, in_full):
-    q, k, v, at = (
-        half(64, 4, 32),
-        half(64, 2, 32),
-        half(64, 2, 32),
-        PackedLayout.from_lengths([40, 24], group_size=8),
-    )
-    beta = torch.zeros(4)
+    q, k, v, beta = half(64, 4, 32), half(64, 2, 32), half(64, 2, 32), torch.zeros(4)
+    at = PackedLayout.from_lengths([40, 24], group_size=8)
 
     def call():
         hybrid_attention(q, k, v, at, window=1, beta=beta, backend="triton")
