@@ -1,6 +1,7 @@
 """Settings, their YAML files, and the options of the command that are made of them."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -8,7 +9,11 @@ import yaml
 
 from vot_kernels import cli
 from vot_kernels.train.config import meanings, read_settings, recipe_text
+from vot_kernels.train.encoder.settings import EncoderTraining
+from vot_kernels.train.linearize.settings import Linearization
+from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.recipes import STAGES, recipe
+from vot_kernels.train.rl.settings import GrpoPerception, GrpoReasoning
 from vot_kernels.train.sft.settings import SftTraining
 
 
@@ -112,3 +117,41 @@ def test_the_command_says_what_is_wrong(vot, tmp_path):
     assert code == 2 and not out and err.endswith("steps must be a whole number, got 'many'.\n")
     assert vot("train", "recipe", "grpo-reasoning")[1] == recipe("grpo-reasoning")
     assert "got 'stage'" in vot("train", "recipe", "stage")[2]
+
+
+@pytest.mark.parametrize("settings", STAGES.values(), ids=STAGES)
+def test_numbers_out_of_their_bounds_are_refused(settings):
+    """Each by its name, with what is allowed."""
+    for name in ("steps", "warmup", "learning_rate", "clip"):
+        with pytest.raises(ValueError, match=rf"^{name} must be at least [01], got -1\.$"):
+            settings(**{name: -1})
+        with pytest.raises(ValueError, match=rf"^{name} must be a number, got nan\.$"):
+            settings(**{name: float("nan")})
+    if settings is Linearization:
+        return
+    for name in ("batch_size", "accumulation", "validation_clips"):
+        with pytest.raises(ValueError, match=rf"^{name} must be at least 1, got 0\.$"):
+            settings(**{name: 0})
+    with pytest.raises(ValueError, match=r"^accumulation must divide the \d+ \w+ of a step, got 1000\.$"):
+        settings(accumulation=1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (SftTraining, {"frames": 1.5}, "frames must lie between 0 and 1, got 1.5."),
+        (SftTraining, {"questions": 0}, "questions must be at least 1, got 0."),
+        (EncoderTraining, {"h264_share": -0.1}, "h264_share must lie between 0 and 1, got -0.1."),
+        (EncoderTraining, {"num_frames": 0}, "num_frames must be at least 1, got 0."),
+        (PerceptionTraining, {"dynamics_steps": -1}, "dynamics_steps must be at least 0, got -1."),
+    ],
+)
+def test_bounds_of_single_stages(settings, given, message):
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        settings(**given)
+
+
+def test_another_default_keeps_the_bounds():
+    assert GrpoReasoning(frames=0).frames == 0
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        GrpoPerception(frames=0)

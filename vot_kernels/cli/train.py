@@ -82,6 +82,7 @@ def train_perception_command(
     settings: Any,
     eval_clips: Annotated[int, typer.Option(help="Held-out clips per split in the final metrics.")] = 200,
     device: Device = "cpu",
+    dry_run: DryRun = False,
 ) -> None:
     """Train the nano encoder and the STSG head on DigitWorld."""
     require("vot train perception", "video", "llm", "train")
@@ -91,7 +92,7 @@ def train_perception_command(
     check_output_folder(out)
     from vot_kernels.train.perception.run import run
 
-    _over_ranks(device, lambda own, ranks: run(out, settings, eval_clips, own, ranks))
+    _over_ranks(device, lambda own, ranks: run(out, settings, eval_clips, own, dry_run, ranks))
 
 
 @train_app.command("linearize", epilog=examples("vot train linearize runs/softmax/model --out runs/hybrid"))
@@ -142,6 +143,7 @@ def train_encoder_command(
     ] = None,
     eval_clips: EvalClips = 200,
     device: Device = "cpu",
+    dry_run: DryRun = False,
 ) -> None:
     """Pretrain the nano encoder on DigitWorld by distillation and by contrast with captions."""
     require("vot train encoder", "video", "llm", "train")
@@ -155,7 +157,7 @@ def train_encoder_command(
     check_output_folder(out)
     from vot_kernels.train.encoder.run import run
 
-    _over_ranks(device, lambda own, ranks: run(out, settings, folder, eval_clips, own, ranks))
+    _over_ranks(device, lambda own, ranks: run(out, settings, folder, eval_clips, own, dry_run, ranks))
 
 
 @train_app.command("projector", epilog=examples("vot train projector --out runs/projector"))

@@ -1,7 +1,6 @@
 """`vot train sft` on a video-language model of transformers: adapters, through TRL, on a user's own questions."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from vot_kernels.data.questions.file import QuestionFile, split_questions
 from vot_kernels.data.video import VideoClip
 from vot_kernels.extras import imports_for
 from vot_kernels.train.checkpoint import fingerprint, publish_folder
-from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.loop import Measure, Report, no_report
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -37,10 +36,10 @@ MAX_PIXELS = 448 * 448
 class Finetuning(SftTraining):
     """The settings of the stage sft for a model whose adapters alone are trained, and what its trainer must know."""
 
-    accumulation: ClassVar = 1
-    validate_every: ClassVar = 0
+    item_name: ClassVar[str] = "questions"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.text != "lora":
             raise ValueError("Of a model of transformers adapters alone are trained: pass --text lora.")
         if self.learning_rate == SftTraining.learning_rate:
@@ -128,6 +127,7 @@ def finetune(
     save_every: int = 20,
     stop_at: int | None = None,
     report: Report = no_report,
+    validate: Measure | None = None,
 ) -> int:
     """Train the adapters of a model in place, or resume; return the number of steps done.
 
@@ -141,6 +141,7 @@ def finetune(
         save_every: steps between two checkpoints.
         stop_at: end early after this step, with a checkpoint.
         report: called after every step with what TRL logs of it.
+        validate: measures the model during training.
 
     Raises:
         ValueError: a checkpoint in `out` is of another run, or a video cannot be read.
@@ -158,7 +159,7 @@ def finetune(
         model,
         args=SFTConfig(
             output_dir=str(out),
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=settings.part_size,
             max_length=None,
             completion_only_loss=True,
             remove_unused_columns=False,  # a row is made of its index
@@ -169,7 +170,7 @@ def finetune(
         processing_class=processor,
         optimizers=(run.optimizer, run.schedule),
     )
-    each = EachStep(run, report, dict, stop_at)
+    each = EachStep(run, report, validate, stop_at)
     trainer.add_callback(each)
     return train(trainer, run, each)
 
@@ -246,13 +247,16 @@ def run_finetuning(
     counts = f"{len(train_on):,} questions to train on, {len(measure_on):,} held out."
     if record := finished(out / "model", same):
         return f"{counts}\n{format_metrics(record['metrics'], 'weights')}"
-    measure = partial(held_out_metrics, processor=processor, questions=measure_on, clips=eval_clips)
-    metrics = {"before": measure(model)}
+
+    def measure(model: Any, clips: int) -> dict[str, float]:
+        return held_out_metrics(model, processor, measure_on, clips)
+
+    metrics = {"before": measure(model, eval_clips)}
     adapted = add_adapters(model, settings.seed)
     with reporting(out, settings.steps) as report:
-        finetune(out, adapted, processor, settings, train_on, known=known, report=report)
+        finetune(out, adapted, processor, settings, train_on, known=known, report=report, validate=measure)
     merged = adapted.merge_and_unload()
-    metrics["after"] = measure(merged)
+    metrics["after"] = measure(merged, eval_clips)
     words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
     record = {
         "command": command_line("vot train sft", settings, *words),

@@ -1,9 +1,10 @@
 """Settings of the stages: dataclasses whose fields say what they mean, and their YAML files."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vot_kernels.extras import imports_for
 
@@ -11,9 +12,17 @@ Settings = TypeVar("Settings")
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """Return a field of a settings dataclass with its default and what it means, in one sentence."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+def setting(
+    default: Any, meaning: str | None = None, *, least: float | None = None, most: float | None = None
+) -> Any:
+    """Return a field of a settings dataclass with its default, what it means, in one sentence, and its bounds.
+
+    What is not given is that of the field that this one repeats.
+    """
+    given = {"meaning": meaning, "least": least, "most": most}
+    return dataclasses.field(
+        default=default, metadata={name: value for name, value in given.items() if value is not None}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,32 +32,76 @@ class Training:
     A stage repeats a field to give it another default, and its meaning where that is another one, too.
     """
 
-    steps: int = setting(1000, "Optimiser steps.")
-    batch_size: int = setting(4, "Clips per step.")
+    item_name: ClassVar[str] = "clips"
+
+    steps: int = setting(1000, "Optimiser steps.", least=1)
+    batch_size: int = setting(4, "Clips per step.", least=1)
     learning_rate: float = setting(
-        2e-3, "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine."
+        2e-3,
+        "Peak learning rate, reached after the warmup, from which it falls to 0 along half a cosine.",
+        least=0,
     )
-    warmup: int = setting(50, "Steps in which the learning rate rises.")
-    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.")
-    clip: float = setting(1.0, "Largest gradient norm.")
-    seed: int = setting(0, "Seed of weights and data.")
-
-
-@dataclasses.dataclass(frozen=True)
-class VlmTraining(Training):
-    """What the stages of the video-language model have in common."""
-
+    warmup: int = setting(50, "Steps in which the learning rate rises.", least=0)
+    weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.", least=0)
+    clip: float = setting(1.0, "Largest gradient norm.", least=0)
+    seed: int = setting(0, "Seed of weights and data.", least=0)
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "Numbers of matrix products in training; weights stay in float32."
     )
+    accumulation: int = setting(1, "Parts into which a step is cut, to save memory.", least=1)
+    validate_every: int = setting(0, "Steps between two measurements of held-out clips; 0 is never.", least=0)
+    validation_clips: int = setting(16, "Held-out clips in each of these measurements.", least=1)
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of their bounds.
+
+        Raises:
+            ValueError: one is.
+        """
+        check_bounds(self)
+        if self.items % self.accumulation:
+            raise ValueError(
+                f"accumulation must divide the {self.items} {self.item_name} of a step, got {self.accumulation}."
+            )
+
+    @property
+    def items(self) -> int:
+        """How many items a step has, which accumulation divides."""
+        return self.batch_size
+
+    @property
+    def part_size(self) -> int:
+        """How many of them each part of a step has."""
+        return self.items // self.accumulation
 
 
 def meanings(settings: type) -> dict[str, str]:
-    """Return what each field of a settings dataclass means, in their order; a field without a meaning inherits it."""
-    found: dict[str, str] = {}
+    """Return what each field of a settings dataclass means, in their order."""
+    return {name: known["meaning"] for name, known in _metadata(settings).items()}
+
+
+def check_bounds(settings: Any) -> None:
+    """Refuse numbers of a settings dataclass that are out of the bounds of their fields.
+
+    Raises:
+        ValueError: one is, or is not a number at all.
+    """
+    for name, known in _metadata(type(settings)).items():
+        value, least, most = getattr(settings, name), known.get("least", -math.inf), known.get("most")
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} must be a number, got {value}.")
+        if most is not None and not least <= value <= most:
+            raise ValueError(f"{name} must lie between {least} and {most}, got {value}.")
+        if "least" in known and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _metadata(settings: type) -> dict[str, dict[str, Any]]:
+    """Return what is said of each field of a settings dataclass, in their order; what is not said is inherited."""
+    found: dict[str, dict[str, Any]] = {}
     for base in reversed(settings.__mro__):
         for name, field in getattr(base, "__dataclass_fields__", {}).items():
-            found[name] = field.metadata.get("meaning", found.get(name))
+            found[name] = found.get(name, {}) | dict(field.metadata)
     return {field.name: found[field.name] for field in dataclasses.fields(settings)}
 
 

@@ -1,4 +1,4 @@
-"""Optimisation: the learning rate, the parameters with weight decay, one update."""
+"""Optimisation: the learning rate, the parameters with weight decay, the numbers of products, one update."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import nn
 
 def cosine_schedule(step: int, steps: int, peak: float, warmup: int) -> float:
     """Return the learning rate at `step`: linear to `peak` over `warmup` steps, then half a cosine to 0 at `steps`."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, undecayed: Sequence[str] = ()) -> list[dict]:
@@ -23,6 +23,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, undecayed: Sequence[
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
+
+
+def in_precision(model: nn.Module, precision: str) -> torch.autocast:
+    """Return the context in which matrix products have a precision of the settings: float32 or bfloat16."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, clip: float) -> None:

@@ -6,7 +6,7 @@ needs all rows at once, as contrast does, is computed on every rank from the row
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,11 @@ class Ranks:
             return 1.0
         total = all_reduce(torch.tensor(float(rows), dtype=torch.float64), self.group, "sum of rows")
         return self.size * rows / float(total)
+
+    def weights(self, rows: Sequence[int]) -> list[float]:
+        """Return by how much means over so many rows each, the parts of this rank's batch, count in a whole step."""
+        whole, total = self.weight(sum(rows)), sum(rows)
+        return [whole * count / total if total else 0.0 for count in rows]
 
     def joined(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks in their order, differentiable; all ranks go on with them in the same way."""

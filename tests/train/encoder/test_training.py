@@ -1,7 +1,9 @@
 """Pretraining the encoder: what is trained, bit-equal resuming, and what is learned on held-out clips."""
 
+import csv
 import dataclasses
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -207,7 +209,7 @@ def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path, monkeypatch):
     assert record["command"].startswith("vot train encoder --teacher random --steps 1 ")
     encoder = VotEncoder.from_pretrained(tmp_path / "model", local_files_only=True)
     assert encoder.config.hidden_size == VotEncoderConfig.preset("nano").hidden_size
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "model"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "log.csv", "model", "tensorboard"}
     with pytest.raises(ValueError, match="batch_size was 2, now 3"):
         run(tmp_path, dataclasses.replace(settings, batch_size=3), None, eval_clips=6)
     for name in ("train_encoder", "encoder_metrics", "publish"):  # a finished run needs none of them
@@ -215,12 +217,63 @@ def test_run_publishes_the_encoder_and_how_it_was_made(tmp_path, monkeypatch):
     assert run(tmp_path, settings, None, eval_clips=6) == table
 
 
+def test_a_step_in_parts_learns_what_the_whole_step_does(tmp_path):
+    """By distillation, a mean over tokens of clips that here are equally large; contrast is within a part."""
+    settings = dataclasses.replace(SHORT, steps=3, contrastive=0.0, h264_share=0.0)
+    found: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    torch.set_default_dtype(torch.float64)
+    try:
+        teacher = random_features(CONFIG, seed=1)
+        with mock.patch("vot_kernels.train.encoder.stage.TRAIN_SIZES", [(64, 64)]):
+            for parts, seen in found.items():
+                cut = dataclasses.replace(settings, accumulation=parts)
+                out = tmp_path / str(parts)
+                train_encoder(out, cut, CONFIG, teacher, report=lambda step, terms, to=seen: to.append(terms))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[1][-1]["loss"] < found[1][0]["loss"]
+    for whole, parts in zip(found[1], found[2], strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_run_in_bfloat16_and_parts_measures_as_it_goes(tmp_path):
+    settings = EncoderTraining(
+        steps=2,
+        batch_size=4,
+        num_frames=2,
+        caption_width=16,
+        precision="bfloat16",
+        accumulation=2,
+        validate_every=2,
+        validation_clips=4,
+    )
+    run(tmp_path, settings, None, eval_clips=4)
+    with (tmp_path / "log.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["step"] for row in rows] == ["1", "2"] and 0 < float(rows[0]["loss"]) < 20
+    assert not rows[0].get("held_out/distil_tokens") and 0 < float(rows[1]["held_out/distil_tokens"]) < 3
+    precise = dataclasses.replace(settings, precision="float32", validate_every=0)
+    run(tmp_path / "precise", precise, None, eval_clips=4)
+    with (tmp_path / "precise" / "log.csv").open() as lines:
+        exact = float(next(csv.DictReader(lines))["distil_tokens"])
+    assert float(rows[0]["distil_tokens"]) == pytest.approx(exact, rel=0.02)
+    assert float(rows[0]["distil_tokens"]) != exact
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(tmp_path):
+    settings = EncoderTraining(steps=7, batch_size=2, num_frames=2, caption_width=16)
+    text = run(tmp_path / "out", settings, None, dry_run=True)
+    assert "trained (encoder, distillation, captions, contrast)" in text and "for 7 steps" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distillation": 0.0, "contrastive": 0.0}, "one of them positive, got 0.0 and 0.0"),
+        ({"distillation": 0.0, "contrastive": 0.0}, "distillation or contrastive must be positive"),
         ({"contrastive": -1.0}, "must be at least 0"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"batch_size": 6, "accumulation": 6}, "at least 2 per part of a step.* got 6 in 6"),
     ],
 )
 def test_bad_settings(options, message):

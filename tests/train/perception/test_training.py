@@ -1,9 +1,12 @@
 """Training is resumable bit for bit, refuses other settings, and learns."""
 
 import copy
+import csv
 import dataclasses
 import json
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +19,7 @@ from vot_kernels.train.perception.stage import (
     PerceptionTraining,
     make_processor,
     recoloured,
+    stage_batches,
     train_names,
     train_perception,
 )
@@ -110,8 +114,45 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
     assert table == format_metrics(record["metrics"]) and "five_objects" in record["metrics"]
     assert record["command"] == (
         "vot train perception --steps 4 --batch-size 2 --learning-rate 0.002 --warmup 2 --weight-decay 0.02 "
-        "--clip 1.0 --seed 0 --dynamics-steps 2 --name-steps 2 --num-frames 4 --attention hybrid"
+        "--clip 1.0 --seed 0 --precision float32 --accumulation 1 --validate-every 0 --validation-clips 16 "
+        "--dynamics-steps 2 --name-steps 2 --num-frames 4 --attention hybrid"
     )
+
+
+def test_a_run_in_bfloat16_and_parts_measures_as_it_goes(tmp_path):
+    settings = dataclasses.replace(
+        SETTINGS, steps=2, precision="bfloat16", accumulation=2, validate_every=2, validation_clips=1
+    )
+    table = run(tmp_path, settings, eval_clips=1)
+    assert "test, before" in table
+    with (tmp_path / "log.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row["step"]) for row in rows] == list(range(1, 7))  # through all stages
+    measured = [row["step"] for row in rows if row["held_out/presence"]]
+    assert measured == ["2", "4", "6"]
+    precise = dataclasses.replace(settings, precision="float32", validate_every=0)
+    losses = []
+    train_perception(tmp_path / "precise", precise, report=lambda step, terms: losses.append(terms["loss"]))
+    for row, loss in zip(rows, losses, strict=True):
+        assert float(row["loss"]) == pytest.approx(loss, rel=0.05)
+    assert float(rows[0]["loss"]) != losses[0]
+
+
+def test_a_step_has_the_same_clips_in_parts():
+    settings = dataclasses.replace(SETTINGS, batch_size=4)
+    with mock.patch("vot_kernels.train.perception.batches.TRAIN_SIZES", [(64, 64)]):
+        whole = stage_batches(settings, "whole")[1].clips
+        batches = stage_batches(dataclasses.replace(settings, accumulation=2), "whole")
+        parts = [batches[index].clips for index in (2, 3)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(tmp_path):
+    text = run(tmp_path / "out", SETTINGS, dry_run=True)
+    for stage in ("the whole model", "relations and events", "labels and attributes"):
+        assert text.count(f"({stage})") == 1
+    assert text.count("GFLOP") == 3 and "for 4 steps" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_prints_its_table_again_and_does_nothing_else(trained, monkeypatch):

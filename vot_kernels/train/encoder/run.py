@@ -1,6 +1,7 @@
 """`vot train encoder`: measure, train, measure again, and publish the encoder with a record of the run."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from vot_kernels.train.checkpoint import publish_folder
 from vot_kernels.train.encoder.metrics import encoder_metrics
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
 from vot_kernels.train.encoder.stage import (
+    EncoderPretraining,
     build,
+    encoder_work,
     load_teacher,
     make_processor,
     random_features,
     train_encoder,
+    trainable_parts,
 )
+from vot_kernels.train.estimate import estimate
+from vot_kernels.train.loop import no_report
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
@@ -25,7 +31,7 @@ from vot_kernels.train.report import (
     finished,
     format_metrics,
     machine,
-    progress_bar,
+    reporting,
     write_record,
 )
 
@@ -36,6 +42,7 @@ def run(
     teacher: Path | None,
     eval_clips: int = 200,
     device: str = "cpu",
+    dry_run: bool = False,
     ranks: Ranks = ALONE,
 ) -> str:
     """Train a nano encoder, or resume, and write `out/model`; returns a table of metrics before and after.
@@ -44,7 +51,8 @@ def run(
     checkpoint is loaded if the settings turn distillation off.
     `out/model` holds safetensors, the configurations, and training.json: the command, the settings, the
     teacher, the wall time, and the metrics of the random and of the trained weights on held-out clips.
-    A finished run is neither trained nor measured again. Of several `ranks` the first measures and writes.
+    A finished run is neither trained nor measured again. Of several `ranks` the first measures and writes. With
+    `dry_run` nothing is written, and what a run would take is returned.
     """
     check_eval_clips(eval_clips)
     config = VotEncoderConfig.preset("nano")
@@ -56,19 +64,27 @@ def run(
         "teacher_fingerprint": guide.fingerprint if settings.distillation else None,
         "eval_clips": eval_clips,
     }
-    record = finished(out / "model", same)
+    record = None if dry_run else finished(out / "model", same)
     if record is not None:
         return _table(record)
     on_device(guide.encoder, device)
+    if dry_run:
+        new = build(settings, config, guide)
+        work = encoder_work(new, settings, guide)
+        return estimate(new, new.parameters(), ", ".join(trainable_parts(settings)), settings.steps, work)
+
+    def measure(model: EncoderPretraining, clips: int) -> dict[str, float]:
+        return encoder_metrics(model, guide, settings, clips)
+
     start = time.perf_counter()
-    with progress_bar(settings.steps, shown=ranks.first) as report:
-        model = train_encoder(out, settings, config, guide, report=report, ranks=ranks)
+    with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
+        model = train_encoder(out, settings, config, guide, report=report, validate=measure, ranks=ranks)
     if not ranks.first:
         return ""
     seconds = time.perf_counter() - start
     metrics = {
-        "random weights": encoder_metrics(build(settings, config, guide), guide, settings, eval_clips),
-        "trained": encoder_metrics(model, guide, settings, eval_clips),
+        "random weights": measure(build(settings, config, guide), eval_clips),
+        "trained": measure(model, eval_clips),
     }
     teacher_words = ("--teacher", RANDOM_TEACHER if teacher is None else str(teacher))
     record = {

@@ -12,21 +12,24 @@ class EncoderTraining(Training):
     """Settings of a run."""
 
     batch_size: int = setting(16, "Clips per step, of mixed sizes.")
-    distillation: float = setting(1.0, "Weight of distillation; 0 is off.")
-    contrastive: float = setting(1.0, "Weight of contrast; 0 is off.")
-    num_frames: int = setting(16, "Frames per clip.")
-    caption_width: int = setting(96, "Width of the caption encoder.")
-    caption_layers: int = setting(2, "Layers of the caption encoder.")
-    h264_share: float = setting(0.5, "Share of the clips that are encoded with H.264 and decoded.")
+    distillation: float = setting(1.0, "Weight of distillation; 0 is off.", least=0)
+    contrastive: float = setting(1.0, "Weight of contrast; 0 is off.", least=0)
+    num_frames: int = setting(16, "Frames per clip.", least=1)
+    caption_width: int = setting(96, "Width of the caption encoder.", least=1)
+    caption_layers: int = setting(2, "Layers of the caption encoder.", least=0)
+    h264_share: float = setting(
+        0.5, "Share of the clips that are encoded with H.264 and decoded.", least=0, most=1
+    )
+    accumulation: int = setting(
+        1, "Parts into which a step is cut, to save memory; contrast compares the clips of a part."
+    )
 
     def __post_init__(self) -> None:
-        weights = (self.distillation, self.contrastive)
-        if min(weights) < 0 or max(weights) == 0:
+        super().__post_init__()
+        if not self.distillation and not self.contrastive:
+            raise ValueError("distillation or contrastive must be positive, got 0 and 0.")
+        if self.part_size < 2:
             raise ValueError(
-                "distillation and contrastive must be at least 0 and one of them positive, "
-                f"got {self.distillation} and {self.contrastive}."
-            )
-        if self.batch_size < 2:
-            raise ValueError(
-                f"batch_size must be at least 2, because contrast needs two clips, got {self.batch_size}."
+                "batch_size must be at least 2 per part of a step, because contrast needs two clips, "
+                f"got {self.batch_size} in {self.accumulation}."
             )

@@ -31,14 +31,23 @@ from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.encoder.settings import EncoderTraining
-from vot_kernels.train.loop import Report, Schedule, load_ahead, no_report, run_steps
-from vot_kernels.train.optimization import parameter_groups
+from vot_kernels.train.estimate import Work
+from vot_kernels.train.loop import (
+    Measure,
+    Report,
+    Schedule,
+    Validation,
+    load_ahead,
+    no_report,
+    run_steps,
+)
+from vot_kernels.train.optimization import in_precision, parameter_groups
 from vot_kernels.train.perception.batches import TRAIN_SIZES
 from vot_kernels.train.ranks import ALONE, Ranks
 
 _MAX_PIXELS = 96 * 96
 _BALANCE_WEIGHT = 0.01
-_FIT_BATCHES = 4  # batches from which the teacher's mean and deviation are taken
+_FIT_BATCHES = 4  # steps from whose clips the teacher's mean and deviation are taken
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class EncoderPretraining(nn.Module):
         self.captions: CaptionEncoder | None = None
         self.contrast: ContrastiveHead | None = None
         if settings.contrastive:
-            texts, bias = settings.caption_width, -math.log(settings.batch_size)
+            texts, bias = settings.caption_width, -math.log(settings.part_size)
             self.captions = CaptionEncoder(texts, settings.caption_layers)
             self.contrast = ContrastiveHead(width, texts, config.projection_size, bias=bias)
 
@@ -155,6 +164,19 @@ class EncoderPretraining(nn.Module):
         With several ranks, `inputs` and `captions` are those of this one, and the averages of the terms are the whole
         batch's.
         """
+        with in_precision(self, settings.precision):
+            terms = self._terms(inputs, captions, teacher, settings, ranks)
+        whole = next(self.parameters()).dtype
+        return {name: term.to(whole) for name, term in terms.items()}
+
+    def _terms(
+        self,
+        inputs: BatchFeature,
+        captions: Sequence[str],
+        teacher: Teacher,
+        settings: EncoderTraining,
+        ranks: Ranks,
+    ) -> dict[str, Tensor]:
         seen = self.encoder(**inputs)
         terms = {"balance": _BALANCE_WEIGHT * seen.balance_loss}
         if self.distillation is not None:
@@ -183,7 +205,7 @@ class CaptionedClips:
 
 
 class CaptionBatches(Dataset[CaptionedClips]):
-    """The batches of the training split by step; the same on every machine and in every process.
+    """The batches of the training split, parts of steps; the same on every machine and in every process.
 
     With several `ranks` an item is this rank's share of the batch.
     """
@@ -194,13 +216,13 @@ class CaptionBatches(Dataset[CaptionedClips]):
     def __getitem__(self, step: int) -> CaptionedClips:
         settings = self.settings
         rng = np.random.default_rng([settings.seed, step])
-        sizes = [TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] for _ in range(settings.batch_size)]
+        sizes = [TRAIN_SIZES[rng.integers(len(TRAIN_SIZES))] for _ in range(settings.part_size)]
         # Patches have a fixed size, so pixels stand for tokens here.
         pixels = PackedLayout.from_grid_thw([[settings.num_frames, *size] for size in sizes])
         episodes = [
             generate_episode(
                 "train",
-                step * settings.batch_size + i,
+                step * settings.part_size + i,
                 settings.seed,
                 size=sizes[i],
                 num_frames=settings.num_frames,
@@ -250,12 +272,14 @@ def train_encoder(
     stop_at: int | None = None,
     report: Report = no_report,
     kind: type[VotEncoder] = VotEncoder,
+    validate: Measure | None = None,
     ranks: Ranks = ALONE,
 ) -> EncoderPretraining:
     """Train, or resume from the newest checkpoint under `out`; the caller saves the result.
 
-    `kind` is the class of the encoder. See `vot_kernels.train.loop.run_steps` for the options. With several `ranks`
-    each trains on its share of every batch, and the weights are, up to rounding, those of one process.
+    `kind` is the class of the encoder, and `validate` measures the model during training. See
+    `vot_kernels.train.loop.run_steps` for the other options. With several `ranks` each trains on its share of every
+    batch, and the weights are, up to rounding, those of one process.
 
     Raises:
         ValueError: the teacher has another patch size, or the checkpoint has other settings.
@@ -267,7 +291,7 @@ def train_encoder(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
 
-    def losses(step: int, batch: CaptionedClips) -> dict[str, Tensor]:
+    def losses(index: int, batch: CaptionedClips) -> dict[str, Tensor]:
         inputs = processor(batch.clips, fps=batch.fps).to(teacher.encoder.device)
         return model.losses(inputs, batch.captions, teacher, settings, ranks)
 
@@ -276,13 +300,14 @@ def train_encoder(
             out,
             model,
             optimizer,
-            Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+            Schedule.of(settings),
             CaptionBatches(settings, ranks).loader,
             losses,
             signature=_signature(settings, config, teacher),
             save_every=save_every,
             stop_at=stop_at,
             report=report,
+            validation=Validation(model, settings, validate),
             after_backward=lambda: assert_trainable(model, optimizer, teacher, settings),
             ranks=ranks,
         )
@@ -305,11 +330,23 @@ def build(
         processor, batches = make_processor(config), CaptionBatches(settings)
         seen = [
             teach(teacher, processor(batch.clips, fps=batch.fps).to(teacher.encoder.device))
-            for batch in (batches[step] for step in range(_FIT_BATCHES))
+            for batch in (batches[n] for n in range(_FIT_BATCHES * settings.accumulation))
         ]
         tokens, pooled = (torch.cat(parts) for parts in zip(*seen, strict=True))
         model.distillation.fit_targets(tokens, pooled)
     return model
+
+
+def encoder_work(model: EncoderPretraining, settings: EncoderTraining, teacher: Teacher) -> Work:
+    """Return what a step of `train_encoder` computes."""
+    batch = CaptionBatches(settings)[0]
+    inputs = make_processor(model.encoder.config)(batch.clips, fps=batch.fps).to(teacher.encoder.device)
+
+    def loss() -> Tensor:
+        terms = model.losses(inputs, batch.captions, teacher, settings)
+        return torch.stack(list(terms.values())).sum()
+
+    return Work(loss, settings.accumulation)
 
 
 def make_processor(config: VotEncoderConfig) -> VotImageProcessor:

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import fingerprint
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.linearize.stage import linearize
+from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.batches import Batch, TrainingBatches
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.run import publish
@@ -26,7 +28,7 @@ from vot_kernels.train.report import (
     finished,
     format_metrics,
     machine,
-    progress_bar,
+    reporting,
 )
 
 _BATCH, _SEED = 12, 1
@@ -91,7 +93,7 @@ def run(
     metrics = {"softmax": measure(teacher), "converted": measure(student)} if ranks.first else {}
     start = time.perf_counter()
     steps = settings.layer_steps + settings.steps
-    with progress_bar(steps, shown=ranks.first) as report:
+    with reporting(out, steps) if ranks.first else nullcontext(no_report) as report:
         errors = linearize(
             out, teacher, student, names, batches, outputs, settings, known=known, report=report, ranks=ranks
         )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ import torch
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.estimate import estimate
+from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.metrics import perception_metrics
 from vot_kernels.train.perception.settings import PerceptionTraining
-from vot_kernels.train.perception.stage import make_processor, train_perception
+from vot_kernels.train.perception.stage import (
+    make_processor,
+    new_model,
+    perception_works,
+    train_perception,
+)
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
     check_eval_clips,
@@ -21,7 +29,7 @@ from vot_kernels.train.report import (
     finished,
     format_metrics,
     machine,
-    progress_bar,
+    reporting,
     write_record,
 )
 
@@ -33,29 +41,38 @@ def run(
     settings: PerceptionTraining,
     eval_clips: int = 200,
     device: str = "cpu",
+    dry_run: bool = False,
     ranks: Ranks = ALONE,
 ) -> str:
     """Train, or resume, measure on the held-out splits, and write `out/model`; returns a table of metrics.
 
     `out/model` holds fp16 safetensors, the configurations, and training.json: the command, the settings, the
-    wall time, and the metrics of the weights as published. A finished run is neither trained nor measured again.
-    Of several `ranks` the first measures and writes.
+    wall time, and the metrics of the new weights on one split, and of the weights as published on all. A finished run
+    is neither trained nor measured again. Of several `ranks` the first measures and writes. With `dry_run` nothing is
+    written, and what a run would take is returned.
     """
     check_eval_clips(eval_clips)
     same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
+    if dry_run:
+        return _estimates(new_model(settings, device), settings)
     record = finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"])
+
+    def measure(model: VotPerceptionModel, clips: int, split: str = "val") -> dict[str, float]:
+        return perception_metrics(model, make_processor(model), split, clips)
+
+    before = measure(new_model(settings, device).eval(), eval_clips, SPLITS[0]) if ranks.first else {}
     start = time.perf_counter()
     steps = settings.steps + settings.dynamics_steps + settings.name_steps
-    with progress_bar(steps, shown=ranks.first) as report:
-        model = train_perception(out, settings, report=report, device=device, ranks=ranks)
+    with reporting(out, steps) if ranks.first else nullcontext(no_report) as report:
+        model = train_perception(out, settings, report=report, device=device, validate=measure, ranks=ranks)
     if not ranks.first:
         return ""
     seconds = time.perf_counter() - start
 
     def describe(published: VotPerceptionModel) -> dict[str, Any]:
-        processor = make_processor(on_device(published, device))
+        on_device(published, device)
         return {
             "command": command_line("vot train perception", settings),
             **same,
@@ -64,11 +81,20 @@ def run(
             "processes": ranks.size,
             "parameters": published.num_parameters_by_part,
             "metrics": {
-                split: perception_metrics(published, processor, split, eval_clips) for split in SPLITS
+                f"{SPLITS[0]}, before": before,
+                **{split: measure(published, eval_clips, split) for split in SPLITS},
             },
         }
 
     return format_metrics(publish(model, out / "model", describe)["metrics"])
+
+
+def _estimates(model: VotPerceptionModel, settings: PerceptionTraining) -> str:
+    """Return what a run would take, stage by stage."""
+    return "\n\n".join(
+        f"{name}\n{estimate(model, part.parameters(), name, steps, work)}"
+        for name, (part, steps, work) in perception_works(model, settings).items()
+    )
 
 
 def publish(

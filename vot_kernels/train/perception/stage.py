@@ -1,9 +1,10 @@
 """Training of the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.head import HeadOutput, Place
 from vot_kernels.models.perception.loss import dynamics_loss, match, naming_loss, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
-from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
-from vot_kernels.train.optimization import parameter_groups
+from vot_kernels.train.estimate import Work
+from vot_kernels.train.loop import Measure, Report, Schedule, Validation, no_report, run_steps
+from vot_kernels.train.optimization import in_precision, parameter_groups
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.ranks import ALONE, Ranks
@@ -36,65 +38,95 @@ def train_perception(
     report: Report = no_report,
     device: str = "cpu",
     config: VotPerceptionConfig | None = None,
+    validate: Measure | None = None,
     ranks: Ranks = ALONE,
 ) -> VotPerceptionModel:
     """Train the three stages, or resume from the newest checkpoint; the caller saves the result.
 
     Checkpoints of the first stage are in `out`, those of the others in `out/dynamics` and `out/names`. Steps are
     counted through all, also in `stop_at`. A run may be resumed on another `device`. `config` is that of a model in
-    the place of the nano one. With several `ranks` each runs the model on its part of every batch, and all compute the
-    loss of the whole one, so that the weights are, up to rounding, those of one process. See
-    `vot_kernels.train.loop.run_steps` for the other options.
+    the place of the nano one, and `validate` measures the model during training. With several `ranks` each runs the
+    model on its part of every batch, and all compute the loss of the whole one, so that the weights are, up to
+    rounding, those of one process. See `vot_kernels.train.loop.run_steps` for the other options.
 
     Raises:
         ValueError: torch cannot use the device, the checkpoint has other settings, or a batch has fewer clips than
             there are ranks.
     """
     ranks.part(_DYNAMICS_BATCH)  # so that too many ranks are refused here, and not after the first stage
-    torch.manual_seed(settings.seed)
+    model = new_model(settings, device, config)
     known = {} if config is None else {"config": config.to_diff_dict()}
-    model = VotPerceptionModel(config or digitworld_config(settings.attention))
-    model = on_device(model.train(), device)
     processor = make_processor(model)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-    )
-    batches = TrainingBatches(settings.seed, settings.batch_size, num_frames=settings.num_frames, ranks=ranks)
+    kept: dict[str, Any] = {
+        "save_every": save_every,
+        "validation": Validation(model, settings, validate),
+        "ranks": ranks,
+    }
+    batches = stage_batches(settings, "whole", ranks)
+
+    def left(done: int) -> int | None:
+        return None if stop_at is None else max(0, stop_at - done)
+
     with ranks.balance(model):
         step = run_steps(
             out,
             model,
-            optimizer,
-            Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip),
+            torch.optim.AdamW(
+                parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
+                lr=settings.learning_rate,
+                betas=(0.9, 0.98),
+            ),
+            Schedule.of(settings),
             batches.loader,
-            lambda step, batch: perception_losses(model, processor, batch, ranks),
+            lambda index, batch: perception_losses(model, processor, batch, ranks, settings.precision),
             signature=asdict(settings) | known,
-            save_every=save_every,
             stop_at=stop_at,
             report=report,
-            ranks=ranks,
+            **kept,
         )
     if step == settings.steps:
-        more = None if stop_at is None else max(0, stop_at - step)
-        done = train_dynamics(out / "dynamics", model, settings, save_every, more, report, ranks)
-        if done == settings.dynamics_steps:
-            more = None if more is None else max(0, more - done)
-            named = train_names(out / "names", model, processor, settings, save_every, more, report, ranks)
-            if named == settings.name_steps:
-                fit_domain(model, processor, batches, settings.steps, ranks)
+        step += train_dynamics(out / "dynamics", model, settings, left(step), report, **kept)
+    if step == settings.steps + settings.dynamics_steps:
+        step += train_names(out / "names", model, processor, settings, left(step), report, **kept)
+    if step == settings.steps + settings.dynamics_steps + settings.name_steps:
+        fit_domain(model, processor, batches, settings.steps * settings.accumulation, ranks)
     return model.eval()
+
+
+def new_model(
+    settings: PerceptionTraining, device: str = "cpu", config: VotPerceptionConfig | None = None
+) -> VotPerceptionModel:
+    """Return the model before its first step.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    torch.manual_seed(settings.seed)
+    model = VotPerceptionModel(config or digitworld_config(settings.attention))
+    return on_device(model.train(), device)
+
+
+def stage_batches(
+    settings: PerceptionTraining, stage: Literal["whole", "dynamics", "names"], ranks: Ranks = ALONE
+) -> TrainingBatches:
+    """Return the batches of one of the stages, which are parts of its steps where these have pixels."""
+    if stage == "dynamics":
+        seed, size = settings.seed + 1, _DYNAMICS_BATCH
+    else:
+        seed, size = settings.seed + (2 if stage == "names" else 0), settings.part_size
+    render = stage != "dynamics"
+    return TrainingBatches(seed, size, render=render, num_frames=settings.num_frames, ranks=ranks)
 
 
 def train_dynamics(
     out: Path,
     model: VotPerceptionModel,
     settings: PerceptionTraining,
-    save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    *,
     ranks: Ranks = ALONE,
+    **options: Any,
 ) -> int:
     """Train relations and events on true tracks with noise, which needs no pixels and is therefore cheap.
 
@@ -102,32 +134,38 @@ def train_dynamics(
     parameters are frozen. The function returns the number of steps done.
     """
     dynamics = model.head.dynamics
-
-    def losses(step: int, batch: Batch) -> dict[str, Tensor]:
-        targets, frame = batch.targets, batch.clips.shape[2:4]
-        generator = torch.Generator().manual_seed(_noise_seed(settings.seed, step))
-        noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
-        noise = noise * torch.randn(targets.centers.shape, generator=generator)
-        centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
-        targets, own = targets.to(model.device), ranks.part(len(centers))
-        read = dynamics(centers[own].to(model.device), targets.sizes[own], frame)
-        return dynamics_loss({name: ranks.joined(logits) for name, logits in read.items()}, targets)
-
     return run_steps(
         out,
         model,
         torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0),
         Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
-        TrainingBatches(
-            settings.seed + 1, _DYNAMICS_BATCH, render=False, num_frames=settings.num_frames, ranks=ranks
-        ).loader,
-        losses,
+        stage_batches(settings, "dynamics", ranks).loader,
+        lambda index, batch: dynamics_losses(model, batch, settings, index, ranks),
         signature=asdict(settings),
-        save_every=save_every,
         stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + step, terms),
         ranks=ranks,
+        **options,
     )
+
+
+def dynamics_losses(
+    model: VotPerceptionModel,
+    batch: Batch,
+    settings: PerceptionTraining,
+    index: int,
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """Return the terms of the loss of relations and events, read from true tracks with noise."""
+    targets, frame = batch.targets, batch.clips.shape[2:4]
+    generator = torch.Generator().manual_seed(_noise_seed(settings.seed, index))
+    noise = torch.rand(len(targets.exists), 1, 1, 1, generator=generator) * _TRACK_NOISE_PX
+    noise = noise * torch.randn(targets.centers.shape, generator=generator)
+    centers = targets.centers + noise / torch.tensor([frame[1], frame[0]])
+    targets, own = targets.to(model.device), ranks.part(len(centers))
+    with in_precision(model, settings.precision):
+        read = model.head.dynamics(centers[own].to(model.device), targets.sizes[own], frame)
+    return dynamics_loss({name: ranks.joined(_whole(logits)) for name, logits in read.items()}, targets)
 
 
 def train_names(
@@ -135,10 +173,11 @@ def train_names(
     model: VotPerceptionModel,
     processor: VotImageProcessor,
     settings: PerceptionTraining,
-    save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    *,
     ranks: Ranks = ALONE,
+    **options: Any,
 ) -> int:
     """Train what names the objects so that a label rests on shape alone, whatever the colour.
 
@@ -148,39 +187,75 @@ def train_names(
     parameters are frozen. The function returns the number of steps done.
     """
     namer = model.head.namer
-
-    def losses(step: int, batch: Batch) -> dict[str, Tensor]:
-        targets = batch.targets.to(model.device)
-        place, frames, head = _located(model, processor, batch)
-        generator = torch.Generator().manual_seed(_noise_seed(settings.seed, step))
-        crops = namer.glimpses(place, frames)
-        # Features and colours are drawn for the whole batch, of which this rank then takes its part.
-        whole, own = ranks.joined(place.features), ranks.part(len(targets.exists))
-        others = torch.randperm(whole.shape[:2].numel(), generator=generator).to(model.device)
-        features = whole.flatten(0, 1)[others].view_as(whole)[own]
-        colours = torch.rand(*whole.shape[:2], 3, generator=generator).to(model.device)
-        seen = namer.glimpse(recoloured(crops, colours[own]))
-        labels = ranks.joined(namer.read(namer.label, seen, place, features))
-        attributes = ranks.joined(namer.read(namer.attribute, namer.glimpse(crops), place))
-        return naming_loss(labels, attributes, targets, match(_joined(head, ranks), targets))
-
+    schedule = Schedule.of(settings)
+    peak, before = settings.learning_rate / 2, settings.steps + settings.dynamics_steps
     return run_steps(
         out,
         namer,
-        torch.optim.AdamW(
-            namer.parameters(), lr=settings.learning_rate / 2, weight_decay=settings.weight_decay
-        ),
-        Schedule(settings.name_steps, settings.learning_rate / 2, settings.warmup, settings.clip),
-        TrainingBatches(
-            settings.seed + 2, settings.batch_size, num_frames=settings.num_frames, ranks=ranks
-        ).loader,
-        losses,
+        torch.optim.AdamW(namer.parameters(), lr=peak, weight_decay=settings.weight_decay),
+        replace(schedule, steps=settings.name_steps, learning_rate=peak),
+        stage_batches(settings, "names", ranks).loader,
+        lambda index, batch: naming_losses(model, processor, batch, settings, index, ranks),
         signature=asdict(settings),
-        save_every=save_every,
         stop_at=stop_at,
-        report=lambda step, terms: report(settings.steps + settings.dynamics_steps + step, terms),
+        report=lambda step, terms: report(before + step, terms),
         ranks=ranks,
+        **options,
     )
+
+
+def naming_losses(
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    batch: Batch,
+    settings: PerceptionTraining,
+    index: int,
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """Return the terms of the loss of labels, read from recoloured glimpses, and of attributes."""
+    namer, targets = model.head.namer, batch.targets.to(model.device)
+    place, frames, head = _located(model, processor, batch)
+    generator = torch.Generator().manual_seed(_noise_seed(settings.seed, index))
+    crops = namer.glimpses(place, frames)
+    # Features and colours are drawn for the whole batch, of which this rank then takes its part.
+    whole, own = ranks.joined(place.features), ranks.part(len(targets.exists))
+    others = torch.randperm(whole.shape[:2].numel(), generator=generator).to(model.device)
+    features = whole.flatten(0, 1)[others].view_as(whole)[own]
+    colours = torch.rand(*whole.shape[:2], 3, generator=generator).to(model.device)
+    with in_precision(model, settings.precision):
+        seen = namer.glimpse(recoloured(crops, colours[own]))
+        labels = namer.read(namer.label, seen, place, features)
+        attributes = namer.read(namer.attribute, namer.glimpse(crops), place)
+    labels, attributes = (ranks.joined(_whole(logits)) for logits in (labels, attributes))
+    return naming_loss(labels, attributes, targets, match(_joined(head, ranks), targets))
+
+
+def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) -> dict[str, tuple]:
+    """Return by the name of each stage the parameters that it trains, its steps, and what one computes."""
+    processor, head = make_processor(model), model.head
+    whole, dynamics, names = (stage_batches(settings, name)[0] for name in ("whole", "dynamics", "names"))
+
+    def work(losses: Callable[[], dict[str, Tensor]], passes: int) -> Work:
+        return Work(lambda: torch.stack(list(losses().values())).sum(), passes)
+
+    parts = settings.accumulation
+    return {
+        "the whole model": (
+            model,
+            settings.steps,
+            work(lambda: perception_losses(model, processor, whole, precision=settings.precision), parts),
+        ),
+        "relations and events": (
+            head.dynamics,
+            settings.dynamics_steps,
+            work(lambda: dynamics_losses(model, dynamics, settings, 0), 1),
+        ),
+        "labels and attributes": (
+            head.namer,
+            settings.name_steps,
+            work(lambda: naming_losses(model, processor, names, settings, 0), parts),
+        ),
+    }
 
 
 @torch.no_grad()
@@ -243,18 +318,30 @@ def fit_domain(
 
 
 def perception_losses(
-    model: VotPerceptionModel, processor: VotImageProcessor, batch: Batch, ranks: Ranks = ALONE
+    model: VotPerceptionModel,
+    processor: VotImageProcessor,
+    batch: Batch,
+    ranks: Ranks = ALONE,
+    precision: str = "float32",
 ) -> dict[str, Tensor]:
     """Return the terms of the loss of the whole batch, whose sum is minimised; they are the same on every rank."""
     inputs = processor(list(batch.clips), fps=batch.fps).to(model.device)
     targets = batch.targets.to(model.device)
-    output = model(**inputs, output_balance=True)
+    with in_precision(model, precision):
+        output = model(**inputs, output_balance=True)
     head = _joined(output.clips[0], ranks)
     _, height, width = inputs["image_grid_thw"][0].tolist()
     terms = perception_loss(head, targets, match(head, targets), (height, width))
-    return terms | {"balance": 0.01 * output.balance_loss}
+    return terms | {"balance": 0.01 * _whole(output.balance_loss)}
+
+
+def _whole(values: Tensor) -> Tensor:
+    """Return values in the precision of losses, which is at least single."""
+    return values.float() if values.dtype == torch.bfloat16 else values
 
 
 def _joined(head: HeadOutput, ranks: Ranks) -> HeadOutput:
     """Return what the queries of all ranks found, differentiable."""
-    return HeadOutput(**{field.name: ranks.joined(getattr(head, field.name)) for field in fields(head)})
+    return HeadOutput(
+        **{field.name: ranks.joined(_whole(getattr(head, field.name))) for field in fields(head)}
+    )

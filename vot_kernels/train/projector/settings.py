@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vot_kernels.train.config import VlmTraining, setting
+from vot_kernels.train.config import Training, setting
 
 
 @dataclass(frozen=True)
-class ProjectorTraining(VlmTraining):
+class ProjectorTraining(Training):
     """Settings of a run."""
 
     steps: int = 400

@@ -1,25 +1,25 @@
 """The stages of GRPO (Shao et al. 2024, DeepSeekMath) on the video-language model, through TRL's trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vot_kernels.data.digitworld.truth import VOCABULARY
 from vot_kernels.extras import imports_for
 from vot_kernels.models.vot import PLACEHOLDERS, VotProcessor
 from vot_kernels.train import rewards
-from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.estimate import Work
+from vot_kernels.train.loop import Measure, Report, no_report
+from vot_kernels.train.optimization import in_precision
 from vot_kernels.train.rewards import with_options
 from vot_kernels.train.rl.graphs import GraphMemory
 from vot_kernels.train.rl.questions import Rows, as_dataset
 from vot_kernels.train.rl.settings import GrpoPerception, GrpoTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
 from vot_kernels.train.vlm.answers import prompt_inputs
-from vot_kernels.train.vlm.estimate import Work
 
 Reward = Callable[..., list[float | None]]
 _BATCH = 8
@@ -52,6 +52,7 @@ def train_grpo(
     save_every: int = 20,
     stop_at: int | None = None,
     report: Report = no_report,
+    validate: Measure | None = None,
 ) -> int:
     """Train the projector and the language model or its adapters in place, or resume; return the steps done.
 
@@ -64,6 +65,7 @@ def train_grpo(
         save_every: steps between two checkpoints.
         stop_at: end early after this step, with a checkpoint.
         report: called after every step with what TRL logs of it.
+        validate: measures the model during training.
 
     Raises:
         ImportError: trl is not installed.
@@ -104,8 +106,7 @@ def train_grpo(
         processing_class=memory,
         optimizers=(run.optimizer, run.schedule),
     )
-    held_out = partial(grpo_metrics, model, processor, settings.validation_clips, settings=settings)
-    each = EachStep(run, report, partial(_in_between, model, held_out, preference), stop_at)
+    each = EachStep(run, report, validate, stop_at)
     trainer.add_callback(each)
     handle = memory.attach(model)
     try:
@@ -151,9 +152,18 @@ def grpo_work(model: Any, processor: VotProcessor, settings: GrpoTraining) -> Wo
         **part,
         "input_ids": torch.cat([ids, reply], 1),
         "attention_mask": torch.cat([part["attention_mask"], torch.ones_like(reply)], 1),
-        "labels": torch.cat([torch.full_like(ids, -100), reply], 1),
     }
-    return Work(inputs, settings.accumulation, prompt_inputs(processor, asked), settings.max_reply_tokens)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+
+    def loss() -> Tensor:
+        """How likely the replies are, which a step then weighs."""
+        tokens = settings.max_reply_tokens
+        with in_precision(model, settings.precision):
+            logits = model(**inputs, use_cache=False, logits_to_keep=tokens + 1).logits[:, :-1]
+        drawn = inputs["input_ids"][:, -tokens:]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), drawn.flatten())
+
+    return Work(loss, settings.accumulation, prompt_inputs(processor, asked), settings.max_reply_tokens)
 
 
 def _rows(split: str, count: int, seed: int, settings: GrpoTraining, processor: VotProcessor) -> Rows:
@@ -179,14 +189,3 @@ def _greedy(
         **inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=_placeholders(processor)
     )
     return processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _in_between(
-    model: Any, measure: Callable[..., dict[str, float]], preference: Reward | None
-) -> dict[str, float]:
-    """Measure between two steps of training."""
-    model.eval()
-    try:
-        return measure(preference=preference)
-    finally:
-        model.train()

@@ -7,13 +7,12 @@ whole, and its thought no longer than it needs to be.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.data.digitworld.traces import ask, evidence, evidence_text, read_reply, write_trace
@@ -23,13 +22,14 @@ from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.scene_graph.graph import STSG, Tracklet
 from vot_kernels.scene_graph.text import outside_blocks
 from vot_kernels.train.checkpoint import fingerprint
-from vot_kernels.train.loop import Report, no_report
+from vot_kernels.train.estimate import Work
+from vot_kernels.train.loop import Measure, Report, no_report
+from vot_kernels.train.optimization import in_precision
 from vot_kernels.train.rewards.reading import Completion, text_of
 from vot_kernels.train.rl.questions import asked_about
 from vot_kernels.train.rl.settings import PreferenceTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
 from vot_kernels.train.vlm.answers import first_prompt
-from vot_kernels.train.vlm.estimate import Work
 
 SOURCE = "synthetic"
 """The label of every pair."""
@@ -218,6 +218,7 @@ def train_preference(
     save_every: int = 50,
     stop_at: int | None = None,
     report: Report = no_report,
+    validate: Measure | None = None,
 ) -> int:
     """Train the reward model in place by TRL's RewardTrainer, or resume; return the steps done.
 
@@ -239,7 +240,7 @@ def train_preference(
         model,
         args=RewardConfig(
             output_dir=str(out),
-            per_device_train_batch_size=settings.batch_size // settings.accumulation,
+            per_device_train_batch_size=settings.part_size,
             max_length=None,
             save_steps=save_every,
             **arguments(settings, next(model.parameters()).device.type),
@@ -248,8 +249,7 @@ def train_preference(
         processing_class=tokenizer,
         optimizers=(run.optimizer, run.schedule),
     )
-    held_out = partial(preference_metrics, model, tokenizer, settings.validation_clips)
-    each = EachStep(run, report, held_out, stop_at)
+    each = EachStep(run, report, validate, stop_at)
     trainer.add_callback(each)
     return train(trainer, run, each)
 
@@ -257,9 +257,16 @@ def train_preference(
 def preference_work(model: Any, tokenizer: Any, settings: PreferenceTraining) -> Work:
     """Return what a step computes."""
     pairs = _tokenized(tokenizer, settings.batch_size, settings.seed)
-    both = [ids for pair in pairs[: settings.batch_size // settings.accumulation] for ids in pair]
-    inputs = _padded(both, tokenizer)
-    return Work({**inputs, "labels": torch.zeros(len(both))}, settings.accumulation)
+    both = [ids for pair in pairs[: settings.part_size] for ids in pair]
+    inputs = {name: value.to(model.device) for name, value in _padded(both, tokenizer).items()}
+
+    def loss() -> Tensor:
+        with in_precision(model, settings.precision):
+            scores = model(**inputs, use_cache=False).logits.float()
+        chosen, rejected = scores.unflatten(0, (-1, 2)).unbind(1)
+        return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+    return Work(loss, settings.accumulation)
 
 
 def _next_digit(track: Tracklet) -> Tracklet:

@@ -1,34 +1,18 @@
 """The settings of the stages of reinforcement learning; importing them takes no time."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
-from vot_kernels.train.config import VlmTraining, setting
+from vot_kernels.train.config import Training, setting
 
 _WEIGHT = "_weight"
-_POSITIVE = ("steps", "batch_size", "accumulation", "warmup")
 
 
 @dataclass(frozen=True)
-class RlTraining(VlmTraining):
+class RlTraining(Training):
     """What all stages of reinforcement learning have in common."""
 
     warmup: int = 10
-    accumulation: int = setting(1, "Parts into which a step is cut, to save memory.")
-    validate_every: int = setting(0, "Steps between two measurements of held-out clips; 0 is never.")
-    validation_clips: int = setting(16, "Held-out clips in each of these measurements.")
-
-    def _check(self, items: int, name: str, **least: int) -> None:
-        """Refuse settings below their least values, and an accumulation that does not divide the items of a step."""
-        for setting_name, bound in (dict.fromkeys(_POSITIVE, 1) | least).items():
-            if getattr(self, setting_name) < bound:
-                raise ValueError(
-                    f"{setting_name} must be at least {bound}, got {getattr(self, setting_name)}."
-                )
-        if items % self.accumulation:
-            raise ValueError(
-                f"accumulation must divide the {items} {name} of a step, got {self.accumulation}."
-            )
 
 
 @dataclass(frozen=True)
@@ -43,18 +27,25 @@ class GrpoTraining(RlTraining):
     text: Literal["all", "lora"] = setting(
         "all", "What of the language model is trained: all of it, or adapters (lora)."
     )
-    generations: int = setting(4, "Replies per question, which are compared with each other.")
-    temperature: float = setting(1.0, "Temperature at which replies are drawn.")
-    max_reply_tokens: int = setting(192, "Tokens after which a reply is cut off.")
-    frames: int = setting(4, "Frames of each clip that the model sees.")
+    generations: int = setting(4, "Replies per question, which are compared with each other.", least=2)
+    temperature: float = setting(1.0, "Temperature at which replies are drawn.", least=0)
+    max_reply_tokens: int = setting(192, "Tokens after which a reply is cut off.", least=1)
+    frames: int = setting(4, "Frames of each clip that the model sees.", least=1)
     sigma_s: float = setting(
-        0.5, "Seconds by which an event may be off and still earn 0.6 of the temporal reward."
+        0.5, "Seconds by which an event may be off and still earn 0.6 of the temporal reward.", least=0
     )
 
+    item_name: ClassVar[str] = "replies"
+
     def __post_init__(self) -> None:
-        self._check(self.batch_size * self.generations, "replies", generations=2, frames=0)
+        super().__post_init__()
         if not any(self.weights.values()):
             raise ValueError("At least one reward must have a weight other than 0.")
+
+    @property
+    def items(self) -> int:
+        """How many replies a step has."""
+        return self.batch_size * self.generations
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -76,10 +67,6 @@ class GrpoPerception(GrpoTraining):
     form_weight: float = setting(0.5, "Weight of the reward of form.")
     grounding_weight: float = setting(1.0, "Weight of the reward of grounding.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(self.batch_size * self.generations, "replies", frames=1)
-
 
 @dataclass(frozen=True)
 class GrpoReasoning(GrpoTraining):
@@ -88,6 +75,7 @@ class GrpoReasoning(GrpoTraining):
     frames: int = setting(
         4,
         "Frames of each clip that the model sees beside its graph; 0 for the graph alone, which takes less time.",
+        least=0,
     )
     accuracy_weight: float = setting(1.0, "Weight of the reward of accuracy.")
     grounding_weight: float = setting(0.5, "Weight of the reward of grounding.")
@@ -111,8 +99,7 @@ class PreferenceTraining(RlTraining):
     learning_rate: float = 3e-4
     seed: int = setting(0, "Seed of the new weights and of the data.")
 
-    def __post_init__(self) -> None:
-        self._check(self.batch_size, "pairs")
+    item_name: ClassVar[str] = "pairs"
 
     @property
     def parts(self) -> tuple[str, ...]:

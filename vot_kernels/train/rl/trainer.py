@@ -8,7 +8,7 @@ import contextlib
 import math
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vot_kernels.train.checkpoint import fingerprint, load_state, newest_checkpoint, save_state
-from vot_kernels.train.loop import Report
+from vot_kernels.train.loop import Measure, Report, Validation
 from vot_kernels.train.optimization import cosine_schedule, parameter_groups
 from vot_kernels.train.vlm.model import check_trained, train_only
 
@@ -99,10 +99,9 @@ class Resumable:
 class EachStep(TrainerCallback):
     """What happens around every step: its random numbers, checks, reports, held-out metrics, and the end on request."""
 
-    def __init__(
-        self, run: Run, report: Report, validate: Callable[[], dict[str, float]], stop_at: int | None
-    ) -> None:
-        self.run, self.report, self.validate, self.stop_at = run, report, validate, stop_at
+    def __init__(self, run: Run, report: Report, validate: Measure | None, stop_at: int | None) -> None:
+        self.run, self.report, self.stop_at = run, report, stop_at
+        self.validation = Validation(run.model, run.settings, validate)
         self.interrupted = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -118,9 +117,8 @@ class EachStep(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        every, step = self.run.settings.validate_every, state.global_step
-        held_out = self.validate() if every and step % every == 0 else {}
-        values = logs | {f"held_out/{name}": value for name, value in held_out.items()}
+        step = state.global_step
+        values = logs | self.validation.after(step)
         self.report(step, {name: math.nan if v is None else float(v) for name, v in values.items()})
 
 

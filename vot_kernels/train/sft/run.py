@@ -7,12 +7,12 @@ from vot_kernels.data.questions.file import split_questions
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.sft.questions import QuestionBatches, answer, data_identity, question_metrics
 from vot_kernels.train.sft.settings import SftTraining
-from vot_kernels.train.sft.stage import reason, sft_metrics, train_sft
+from vot_kernels.train.sft.stage import sft_metrics, sft_work, train_sft
 from vot_kernels.train.vlm.model import load_vlm
 from vot_kernels.train.vlm.run import Origin, VlmStage, run_stage
 from vot_kernels.train.vlm.stage import conversation_work, train_parts
 
-STAGE = VlmStage("sft", train_sft, sft_metrics, partial(conversation_work, speak=reason))
+STAGE = VlmStage("sft", train_sft, sft_metrics, sft_work)
 
 
 def run(

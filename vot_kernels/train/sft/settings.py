@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vot_kernels.train.config import VlmTraining, setting
+from vot_kernels.train.config import Training, setting
 
 
 @dataclass(frozen=True)
-class SftTraining(VlmTraining):
+class SftTraining(Training):
     """Settings of a run."""
 
     steps: int = 1200
@@ -17,10 +17,15 @@ class SftTraining(VlmTraining):
         "all", "What of the language model is trained: all of it, or adapters (lora)."
     )
     questions: int = setting(
-        12, "Questions per clip, at most; more of them cost less, since the graph is read once for all."
+        12,
+        "Questions per clip, at most; more of them cost less, since the graph is read once for all.",
+        least=1,
     )
     frames: float = setting(
-        1.0, "Share of the clips whose frames are shown beside their graph; a graph alone takes less time."
+        1.0,
+        "Share of the clips whose frames are shown beside their graph; a graph alone takes less time.",
+        least=0,
+        most=1,
     )
     thoughts: Literal["whole", "short"] = setting(
         "whole", "Whether thoughts compare what they read; from short ones a new model learns to read sooner."

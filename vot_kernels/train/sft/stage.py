@@ -13,11 +13,12 @@ from vot_kernels.data.digitworld.question_sets import draw_questions, generate_q
 from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.encoder.stage import caption
+from vot_kernels.train.estimate import Work
 from vot_kernels.train.projector.stage import CAPTION
 from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm.answers import Asked, first_prompt, replies
-from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Turn, render
-from vot_kernels.train.vlm.stage import nats_per_token, train_parts
+from vot_kernels.train.vlm.conversations import Conversation, ConversationBatches, Speaker, Turn, render
+from vot_kernels.train.vlm.stage import conversation_work, nats_per_token, train_parts
 
 QUESTIONS = 12
 _OF_A_KIND = 2
@@ -52,9 +53,17 @@ def reason(
 
 def train_sft(out: Path, model: Any, processor: VotProcessor, settings: SftTraining, **options: Any) -> int:
     """Train the language model or its adapters, the projector and the graph tokens in place; see `train_parts`."""
+    return train_parts(out, model, processor, settings, speak=_speaker(settings), **options)
+
+
+def sft_work(model: Any, processor: VotProcessor, settings: SftTraining) -> Work:
+    """Return what a step of `train_sft` computes."""
+    return conversation_work(model, processor, settings, _speaker(settings))
+
+
+def _speaker(settings: SftTraining) -> Speaker:
     short = settings.thoughts == "short"
-    speak = partial(reason, frames=settings.frames, questions=settings.questions, short=short)
-    return train_parts(out, model, processor, settings, speak=speak, **options)
+    return partial(reason, frames=settings.frames, questions=settings.questions, short=short)
 
 
 def sft_metrics(model: Any, processor: VotProcessor, clips: int, seed: int = 0) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
+from vot_kernels.train.estimate import Work, estimate
 from vot_kernels.train.loop import no_report
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.report import (
@@ -20,8 +21,7 @@ from vot_kernels.train.report import (
     reporting,
     write_record,
 )
-from vot_kernels.train.vlm.estimate import Work, estimate
-from vot_kernels.train.vlm.model import add_lora, count_parameters, save_half
+from vot_kernels.train.vlm.model import add_lora, count_parameters, save_half, train_only
 
 Loader = Callable[[], tuple[Any, Any]]
 
@@ -32,8 +32,8 @@ class VlmStage:
 
     Attributes:
         name: as the command line has it.
-        train: `train(out, model, processor, settings, report=…)` trains in place, or resumes. If the stage's parts
-            include "lora", it gets the model with adapters.
+        train: `train(out, model, processor, settings, report=…, validate=…)` trains in place, or resumes. If the
+            stage's parts include "lora", it gets the model with adapters.
         measure: `measure(model, processor, clips)` returns metrics of that many held-out clips.
         work: `work(model, processor, settings)` returns what a step computes, for an estimate.
         rows: what the rows of the table of metrics are, in the head of their column.
@@ -106,23 +106,28 @@ def run_stage(
     if record is not None:
         return format_metrics(record["metrics"], stage.rows)
     model, processor = load()
+
+    def measure(model: Any, clips: int) -> dict[str, float]:
+        return stage.measure(model, processor, clips)
+
     on_device(model.eval(), device)
     adapters = "lora" in settings.parts
     if dry_run:
         trained: Any = add_lora(model, settings.seed) if adapters else model
-        return estimate(trained, settings.parts, settings.steps, stage.work(trained, processor, settings))
-    metrics = {"before": stage.measure(model, processor, eval_clips)} if ranks.first else {}
+        learnt, what = train_only(trained, settings.parts).values(), ", ".join(settings.parts)
+        return estimate(trained, learnt, what, settings.steps, stage.work(trained, processor, settings))
+    metrics = {"before": measure(model, eval_clips)} if ranks.first else {}
     trained = add_lora(model, settings.seed) if adapters else model
     start = time.perf_counter()
     together = {"ranks": ranks} if ranks.size > 1 else {}
     with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
-        stage.train(out, trained, processor, settings, report=report, **together)
+        stage.train(out, trained, processor, settings, report=report, validate=measure, **together)
     if not ranks.first:
         return ""
     seconds = time.perf_counter() - start
     if adapters:
         model = trained.merge_and_unload()
-    metrics["after"] = stage.measure(model.eval(), processor, eval_clips)
+    metrics["after"] = measure(model.eval(), eval_clips)
     words = (*origin.words, "--eval-clips", str(eval_clips))
     record = {
         "command": command_line(f"vot train {stage.name}", settings, *words),

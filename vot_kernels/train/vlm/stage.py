@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from vot_kernels.integrations.patching import patched
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.checkpoint import fingerprint
-from vot_kernels.train.loop import Report, Schedule, no_report, run_steps
-from vot_kernels.train.optimization import parameter_groups
+from vot_kernels.train.estimate import Work
+from vot_kernels.train.loop import Measure, Report, Schedule, Validation, no_report, run_steps
+from vot_kernels.train.optimization import in_precision, parameter_groups
 from vot_kernels.train.ranks import ALONE, Ranks
 from vot_kernels.train.vlm.conversations import ConversationBatches, Speaker
-from vot_kernels.train.vlm.estimate import Work
 from vot_kernels.train.vlm.model import check_trained, train_only
 
 Batches = Callable[..., ConversationBatches]
@@ -33,6 +33,7 @@ def train_parts(
     save_every: int = 100,
     stop_at: int | None = None,
     report: Report = no_report,
+    validate: Measure | None = None,
     ranks: Ranks = ALONE,
 ) -> int:
     """Train exactly the settings' parts of the model in place, or resume; return the number of steps done.
@@ -41,11 +42,11 @@ def train_parts(
         out: folder of the checkpoints, which hold the trained parameters alone.
         model: the video-language model, on its device; its other parameters stay as they are.
         processor: of the model.
-        settings: a dataclass with the fields of `Schedule`, weight_decay, batch_size, precision and seed, and with
-            parts, as `train_only` takes them.
+        settings: those of `Training`, with parts, as `train_only` takes them.
         speak: makes the conversations.
         batches: makes what is learned from; by default from DigitWorld.
         save_every, stop_at, report: as in `run_steps`.
+        validate: measures the model during training.
         ranks: the processes that train together, each on its share of every batch; losses and weights are, up to
             rounding, those of one process.
 
@@ -54,28 +55,28 @@ def train_parts(
         RuntimeError: other parameters than those of the parts are trained.
     """
     parts = settings.parts
-    data = batches(processor, speak, settings.seed, settings.batch_size, ranks=ranks)
+    data = batches(processor, speak, settings.seed, settings.part_size, ranks=ranks)
     start = fingerprint(model)
     trained = train_only(model, parts)
     groups = parameter_groups(trained, settings.weight_decay, undecayed=("embed_tokens",))
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-    schedule = Schedule(settings.steps, settings.learning_rate, settings.warmup, settings.clip)
     model.train()
 
-    def loss_terms(step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_terms(index: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         check_trained(model, parts)
-        learnt = int((batch["labels"][:, 1:] >= 0).sum())
-        return {"reply": ranks.weight(learnt) * _loss(model, batch, settings.precision)}
+        return {"reply": _loss(model, batch, settings.precision)}
 
     with patched(model):
         done = run_steps(
             out,
             trained,
             optimizer,
-            schedule,
+            Schedule.of(settings),
             data.loader,
             loss_terms,
             signature={**asdict(settings), **data.signature, "start": start},
+            rows=_learnt,
+            validation=Validation(model, settings, validate),
             save_every=save_every,
             stop_at=stop_at,
             report=report,
@@ -93,7 +94,15 @@ def conversation_work(
     batches: Batches = ConversationBatches,
 ) -> Work:
     """Return what a step of `train_parts` computes."""
-    return Work(batches(processor, speak, settings.seed, settings.batch_size)[0])
+    device = next(model.parameters()).device
+    first = batches(processor, speak, settings.seed, settings.part_size)[0]
+    batch = {name: value.to(device) for name, value in first.items()}
+
+    def loss() -> Tensor:
+        with patched(model):
+            return _loss(model, batch, settings.precision)
+
+    return Work(loss, settings.accumulation)
 
 
 @torch.no_grad()
@@ -102,10 +111,15 @@ def nats_per_token(model: nn.Module, batches: ConversationBatches, clips: int) -
     total, tokens = 0.0, 0
     with patched(model):
         for batch in batches.first(clips):
-            learnt = int((batch["labels"][:, 1:] >= 0).sum())
+            learnt = _learnt(batch)
             total += learnt * _loss(model, batch).item()
             tokens += learnt
     return total / tokens
+
+
+def _learnt(batch: dict[str, Tensor]) -> int:
+    """Return how many tokens of a batch are learnt."""
+    return int((batch["labels"][:, 1:] >= 0).sum())
 
 
 def _loss(model: nn.Module, batch: dict[str, Tensor], precision: str = "float32") -> Tensor:
@@ -118,6 +132,6 @@ def _loss(model: nn.Module, batch: dict[str, Tensor], precision: str = "float32"
     inputs = {name: value.to(device) for name, value in batch.items()}
     following = inputs.pop("labels")[0, 1:]
     learnt = (following >= 0).nonzero().flatten()
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with in_precision(model, precision):
         logits = model(**inputs, use_cache=False, logits_to_keep=learnt).logits
     return nn.functional.cross_entropy(logits[0].float(), following[learnt])
