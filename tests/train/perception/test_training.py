@@ -20,6 +20,7 @@ from vot_kernels.train.perception.stage import (
     make_processor,
     recoloured,
     stage_batches,
+    train_dynamics,
     train_names,
     train_perception,
 )
@@ -81,6 +82,18 @@ def test_names_are_learnt_without_touching_anything_else(trained, tmp_path):
     assert done == 2 and {name.split(".")[1] for name in changed} == {"namer"}
     parts = {name.split(".")[2] for name in changed}
     assert parts == {"glimpse", "label", "attribute"}
+
+
+def test_a_stage_that_would_train_more_or_less_stops(trained, tmp_path):
+    model = copy.deepcopy(trained[1]).requires_grad_(True)
+    model.encoder.patch_embedding.weight.grad = torch.ones_like(model.encoder.patch_embedding.weight)
+    with pytest.raises(RuntimeError, match=r"trains head\.dynamics.*patch_embedding\.weight'\] are too many"):
+        train_dynamics(tmp_path / "more", model, SETTINGS)
+    model.zero_grad(set_to_none=True)
+    name, frozen = next(iter(model.head.namer.named_parameters(prefix="head.namer")))
+    frozen.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=rf"trains head\.namer.*\['{name}'\] are missing"):
+        train_names(tmp_path / "less", model, make_processor(model), SETTINGS)
 
 
 def test_crops_change_their_colour_and_nothing_else():

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from vot_kernels.train.loop import (
     no_report,
     run_steps,
 )
-from vot_kernels.train.optimization import in_precision, parameter_groups
+from vot_kernels.train.optimization import check_optimised, in_precision, parameter_groups
 from vot_kernels.train.perception.batches import TRAIN_SIZES
 from vot_kernels.train.ranks import ALONE, Ranks
 
@@ -388,19 +388,10 @@ def assert_trainable(
     """
     parts = trainable_parts(settings)
     wanted = {f"{part}.{n}" for part in parts for n, _ in model.get_submodule(part).named_parameters()}
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters()) | {
+    parameters = dict(model.named_parameters()) | {
         f"teacher.{name}": p for name, p in teacher.encoder.named_parameters()
     }
-    for what, found in (
-        ("have a gradient", {name for name, p in parameters.items() if p.grad is not None}),
-        ("are optimised", {name for name, p in parameters.items() if id(p) in owned}),
-    ):
-        if found != wanted:
-            raise RuntimeError(
-                f"The stage trains {', '.join(parts)}, but of the parameters that {what} "
-                f"{sorted(wanted - found)[:4]} are missing and {sorted(found - wanted)[:4]} are too many."
-            )
+    check_optimised(parameters, wanted, optimizer, ", ".join(parts))
 
 
 def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Teacher) -> dict[str, Any]:

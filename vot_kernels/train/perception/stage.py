@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,13 @@ from vot_kernels.models.perception.loss import dynamics_loss, match, naming_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.estimate import Work
 from vot_kernels.train.loop import Measure, Report, Schedule, Validation, no_report, run_steps
-from vot_kernels.train.optimization import in_precision, parameter_groups
+from vot_kernels.train.optimization import check_optimised, in_precision, parameter_groups
 from vot_kernels.train.perception.batches import Batch, TrainingBatches, digitworld_config
 from vot_kernels.train.perception.settings import PerceptionTraining
 from vot_kernels.train.ranks import ALONE, Ranks
 
 _DYNAMICS_BATCH = 24
+_UNUSED = ("encoder.pooling.",)  # which perception does without, and nothing therefore trains
 _TRACK_NOISE_PX = 0.4  # largest standard deviation of the noise on true centres
 _DOMAIN_STEPS = 40  # batches whose clips define the domain
 _DOMAIN_HELD_OUT = 15
@@ -63,6 +65,11 @@ def train_perception(
         "ranks": ranks,
     }
     batches = stage_batches(settings, "whole", ranks)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay, undecayed=["queries"], untrained=_UNUSED),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+    )
 
     def left(done: int) -> int | None:
         return None if stop_at is None else max(0, stop_at - done)
@@ -71,15 +78,12 @@ def train_perception(
         step = run_steps(
             out,
             model,
-            torch.optim.AdamW(
-                parameter_groups(model, settings.weight_decay, undecayed=["queries"]),
-                lr=settings.learning_rate,
-                betas=(0.9, 0.98),
-            ),
+            optimizer,
             Schedule.of(settings),
             batches.loader,
             lambda index, batch: perception_losses(model, processor, batch, ranks, settings.precision),
             signature=asdict(settings) | known,
+            after_backward=partial(_check, model, "", optimizer),
             stop_at=stop_at,
             report=report,
             **kept,
@@ -133,15 +137,18 @@ def train_dynamics(
     Events are rare: a clip has two or three hits, and without this stage the model sees too few of them. All other
     parameters are frozen. The function returns the number of steps done.
     """
-    dynamics = model.head.dynamics
+    optimizer = torch.optim.AdamW(
+        model.head.dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0
+    )
     return run_steps(
         out,
         model,
-        torch.optim.AdamW(dynamics.parameters(), lr=settings.learning_rate, weight_decay=0.0),
+        optimizer,
         Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
         stage_batches(settings, "dynamics", ranks).loader,
         lambda index, batch: dynamics_losses(model, batch, settings, index, ranks),
         signature=asdict(settings),
+        after_backward=partial(_check, model, "head.dynamics", optimizer),
         stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + step, terms),
         ranks=ranks,
@@ -189,14 +196,16 @@ def train_names(
     namer = model.head.namer
     schedule = Schedule.of(settings)
     peak, before = settings.learning_rate / 2, settings.steps + settings.dynamics_steps
+    optimizer = torch.optim.AdamW(namer.parameters(), lr=peak, weight_decay=settings.weight_decay)
     return run_steps(
         out,
         namer,
-        torch.optim.AdamW(namer.parameters(), lr=peak, weight_decay=settings.weight_decay),
+        optimizer,
         replace(schedule, steps=settings.name_steps, learning_rate=peak),
         stage_batches(settings, "names", ranks).loader,
         lambda index, batch: naming_losses(model, processor, batch, settings, index, ranks),
         signature=asdict(settings),
+        after_backward=partial(_check, model, "head.namer", optimizer),
         stop_at=stop_at,
         report=lambda step, terms: report(before + step, terms),
         ranks=ranks,
@@ -256,6 +265,13 @@ def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) ->
             work(lambda: naming_losses(model, processor, names, settings, 0), parts),
         ),
     }
+
+
+def _check(model: VotPerceptionModel, part: str, optimizer: torch.optim.Optimizer) -> None:
+    """Check after a backward pass that exactly a part of the model is trained; "" is all that it uses."""
+    trained = [n for n, _ in model.get_submodule(part).named_parameters(prefix=part)]
+    used = [name for name in trained if not name.startswith(_UNUSED)]
+    check_optimised(dict(model.named_parameters()), used, optimizer, part or "the whole model")
 
 
 @torch.no_grad()
