@@ -7,7 +7,6 @@ import sys
 import time
 import zlib
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from vot_kernels.pipelines.ablation.picture import draw
 from vot_kernels.pipelines.ablation.summary import format_summary, summarise
 from vot_kernels.pipelines.ablation.tasks import TASKS
 from vot_kernels.pipelines.ablation.tasks.base import Sources, seconds_of
-from vot_kernels.train.loop import no_report
 from vot_kernels.train.report import machine, progress_bar
 
 Row = dict[str, Any]
@@ -149,11 +147,7 @@ def _rows_of(plan: Plan, part: Part, variant: Variant, done: dict[str, Row]) -> 
 
 def _train(run: Row, sources: Sources, folder: Path) -> Row:
     task, start = TASKS[run["task"]], time.perf_counter()
-    with (
-        progress_bar(run["steps"])
-        if sys.stderr.isatty() and run["steps"]
-        else nullcontext(no_report) as report
-    ):
+    with progress_bar(run["steps"], shown=sys.stderr.isatty() and run["steps"] > 0) as report:
         metrics = task.run(run, run["seed"], run["steps"], folder, report, sources)
     return {
         "run": run,
