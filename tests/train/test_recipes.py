@@ -1,6 +1,7 @@
 """Settings, their YAML files, and the options of the command that are made of them."""
 
 import dataclasses
+import math
 import re
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from vot_kernels import cli
-from vot_kernels.train.config import meanings, read_settings, recipe_text
+from vot_kernels.train.config import identity, meanings, read_settings, recipe_text
 from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.linearize.settings import Linearization
 from vot_kernels.train.perception.settings import PerceptionTraining
@@ -122,11 +123,15 @@ def test_the_command_says_what_is_wrong(vot, tmp_path):
 @pytest.mark.parametrize("settings", STAGES.values(), ids=STAGES)
 def test_numbers_out_of_their_bounds_are_refused(settings):
     """Each by its name, with what is allowed."""
-    for name in ("steps", "warmup", "learning_rate", "clip"):
+    for name in ("steps", "warmup", "learning_rate"):
         with pytest.raises(ValueError, match=rf"^{name} must be at least [01], got -1\.$"):
             settings(**{name: -1})
-        with pytest.raises(ValueError, match=rf"^{name} must be a number, got nan\.$"):
-            settings(**{name: float("nan")})
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=rf"^{name} must be a number, got {value}\.$"):
+                settings(**{name: value})
+    assert settings(clip=math.inf).clip == math.inf
+    with pytest.raises(ValueError, match=r"^clip must be more than 0, got 0\.$"):
+        settings(clip=0)
     if settings is Linearization:
         return
     for name in ("batch_size", "accumulation", "validation_clips"):
@@ -142,7 +147,13 @@ def test_numbers_out_of_their_bounds_are_refused(settings):
         (SftTraining, {"frames": 1.5}, "frames must lie between 0 and 1, got 1.5."),
         (SftTraining, {"questions": 0}, "questions must be at least 1, got 0."),
         (EncoderTraining, {"h264_share": -0.1}, "h264_share must lie between 0 and 1, got -0.1."),
-        (EncoderTraining, {"num_frames": 0}, "num_frames must be at least 1, got 0."),
+        (EncoderTraining, {"num_frames": 1}, "num_frames must be at least 2, got 1."),
+        (EncoderTraining, {"caption_width": 20}, "caption_width must be a multiple of 8, got 20."),
+        (EncoderTraining, {"distillation": math.inf}, "distillation must be a number, got inf."),
+        (PerceptionTraining, {"num_frames": 1}, "num_frames must be at least 2, got 1."),
+        (GrpoReasoning, {"temperature": 0}, "temperature must be more than 0, got 0."),
+        (GrpoReasoning, {"sigma_s": 0}, "sigma_s must be more than 0, got 0."),
+        (GrpoReasoning, {"accuracy_weight": math.inf}, "accuracy_weight must be a number, got inf."),
         (PerceptionTraining, {"dynamics_steps": -1}, "dynamics_steps must be at least 0, got -1."),
     ],
 )
@@ -155,3 +166,9 @@ def test_another_default_keeps_the_bounds():
     assert GrpoReasoning(frames=0).frames == 0
     with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
         GrpoPerception(frames=0)
+
+
+def test_what_only_watches_does_not_make_another_run():
+    """Nor do its settings keep a run from being resumed."""
+    assert identity(SftTraining()) == identity(SftTraining(validate_every=5, validation_clips=2))
+    assert identity(SftTraining()) != identity(SftTraining(accumulation=2))

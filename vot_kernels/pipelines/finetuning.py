@@ -1,6 +1,6 @@
 """`vot train sft` on a video-language model of transformers: adapters, through TRL, on a user's own questions."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from vot_kernels.data.questions.file import QuestionFile, split_questions
 from vot_kernels.data.video import VideoClip
 from vot_kernels.extras import imports_for
 from vot_kernels.train.checkpoint import fingerprint, publish_folder
+from vot_kernels.train.config import identity
 from vot_kernels.train.loop import Measure, Report, no_report
 from vot_kernels.train.report import (
     check_eval_clips,
@@ -242,7 +243,7 @@ def run_finetuning(
     model, processor = whole.model, whole.processor
     if getattr(processor, "image_processor", None) is None:
         raise ValueError(f"The frames are shown as images, but the processor of '{folder}' takes none.")
-    same = {"settings": asdict(settings), **known, "checkpoint_fingerprint": fingerprint(model)}
+    same = {"settings": identity(settings), **known, "checkpoint_fingerprint": fingerprint(model)}
     same["eval_clips"] = eval_clips
     counts = f"{len(train_on):,} questions to train on, {len(measure_on):,} held out."
     if record := finished(out / "model", same):

@@ -9,17 +9,23 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 from vot_kernels.extras import imports_for
 
 Settings = TypeVar("Settings")
+_WATCHING = ("validate_every", "validation_clips")
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 
 
 def setting(
-    default: Any, meaning: str | None = None, *, least: float | None = None, most: float | None = None
+    default: Any,
+    meaning: str | None = None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """Return a field of a settings dataclass with its default, what it means, in one sentence, and its bounds.
 
-    What is not given is that of the field that this one repeats.
+    What is not given is that of the field that this one repeats. Numbers are finite, except where `most` is infinity.
     """
-    given = {"meaning": meaning, "least": least, "most": most}
+    given = {"meaning": meaning, "least": least, "above": above, "most": most}
     return dataclasses.field(
         default=default, metadata={name: value for name, value in given.items() if value is not None}
     )
@@ -43,7 +49,7 @@ class Training:
     )
     warmup: int = setting(50, "Steps in which the learning rate rises.", least=0)
     weight_decay: float = setting(0.02, "Weight decay of AdamW, on matrices alone.", least=0)
-    clip: float = setting(1.0, "Largest gradient norm.", least=0)
+    clip: float = setting(1.0, "Largest gradient norm; inf clips nothing.", above=0, most=math.inf)
     seed: int = setting(0, "Seed of weights and data.", least=0)
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "Numbers of matrix products in training; weights stay in float32."
@@ -87,13 +93,20 @@ def check_bounds(settings: Any) -> None:
         ValueError: one is, or is not a number at all.
     """
     for name, known in _metadata(type(settings)).items():
-        value, least, most = getattr(settings, name), known.get("least", -math.inf), known.get("most")
-        if isinstance(value, float) and math.isnan(value):
+        value, least, above, most = (getattr(settings, name), *map(known.get, ("least", "above", "most")))
+        if isinstance(value, float) and not math.isfinite(value) and value != most:
             raise ValueError(f"{name} must be a number, got {value}.")
-        if most is not None and not least <= value <= most:
+        if least is not None and most is not None and not least <= value <= most:
             raise ValueError(f"{name} must lie between {least} and {most}, got {value}.")
-        if "least" in known and value < least:
+        if least is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if above is not None and value <= above:
+            raise ValueError(f"{name} must be more than {above}, got {value}.")
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """Return the settings on which the weights depend: two runs with equal ones are the same run."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in _WATCHING}
 
 
 def _metadata(settings: type) -> dict[str, dict[str, Any]]:

@@ -86,15 +86,16 @@ class Validation:
         model: the whole model, of which a part may be trained.
         settings: of the stage, which say how often and of how many clips.
         measure: what is measured, by every rank; None is nothing.
+        before: steps that were done before those of the loop, of other parts of the stage.
     """
 
-    def __init__(self, model: nn.Module, settings: Any, measure: Measure | None) -> None:
-        self.model, self.measure = model, measure
+    def __init__(self, model: nn.Module, settings: Any, measure: Measure | None, before: int = 0) -> None:
+        self.model, self.measure, self.before = model, measure, before
         self.every, self.clips = settings.validate_every, settings.validation_clips
 
     def after(self, step: int) -> dict[str, float]:
         """Return the metrics, if they are due after so many steps; training goes on as if nothing had happened."""
-        if self.measure is None or not self.every or step % self.every:
+        if self.measure is None or not self.every or (self.before + step) % self.every:
             return {}
         modes = {module: module.training for module in self.model.modules()}
         with torch.random.fork_rng(devices=[]):
@@ -113,7 +114,7 @@ def run_steps(
     loss_terms: Callable[[int, Batch], dict[str, Tensor]],
     *,
     signature: dict[str, Any],
-    rows: Callable[[Batch], int] = lambda batch: 1,
+    rows: Callable[[Batch], int] | None = None,
     validation: Validation | None = None,
     save_every: int = 100,
     stop_at: int | None = None,
@@ -135,7 +136,8 @@ def run_steps(
             schedule accumulates.
         loss_terms: the terms of the loss of a batch, by its number, scalars whose sum is minimised.
         signature: what must be equal for a run to be resumed.
-        rows: of how many rows the loss of a batch is the mean, which says how much it counts among those of a step.
+        rows: of how many rows the loss of a batch is the mean, which says how much it counts among those of a step and
+            of all ranks; None if equally much.
         validation: what is measured during training and reported with the losses.
         save_every: steps between two checkpoints.
         stop_at: end early after this step, with a checkpoint.
@@ -158,7 +160,8 @@ def run_steps(
     try:
         for group in _groups(batches(step * parts, end * parts), parts):
             found: dict[str, Tensor] = {}
-            for n, (batch, weight) in enumerate(zip(group, ranks.weights([*map(rows, group)]), strict=True)):
+            weights = [1 / parts] * parts if rows is None else ranks.weights([*map(rows, group)])
+            for n, (batch, weight) in enumerate(zip(group, weights, strict=True)):
                 terms = {name: weight * term for name, term in loss_terms(step * parts + n, batch).items()}
                 torch.stack(list(terms.values())).sum().backward()
                 found = {name: found.get(name, 0) + term.detach() for name, term in terms.items()}

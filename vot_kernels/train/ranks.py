@@ -170,7 +170,8 @@ def torchrun(device: str) -> Iterator[tuple[Ranks, str]]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # Counts of rows are on the CPU, also where tensors are on GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), device
     finally:

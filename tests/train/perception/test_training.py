@@ -134,13 +134,13 @@ def test_run_publishes_the_model_and_how_it_was_made(trained):
 
 def test_a_run_in_bfloat16_and_parts_measures_as_it_goes(tmp_path):
     settings = dataclasses.replace(
-        SETTINGS, steps=2, precision="bfloat16", accumulation=2, validate_every=2, validation_clips=1
+        SETTINGS, steps=3, precision="bfloat16", accumulation=2, validate_every=2, validation_clips=1
     )
     table = run(tmp_path, settings, eval_clips=1)
     assert "test, before" in table
     with (tmp_path / "log.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert [int(row["step"]) for row in rows] == list(range(1, 7))  # through all stages
+    assert [int(row["step"]) for row in rows] == list(range(1, 8))  # through all stages
     measured = [row["step"] for row in rows if row["held_out/presence"]]
     assert measured == ["2", "4", "6"]
     precise = dataclasses.replace(settings, precision="float32", validate_every=0)
@@ -165,6 +165,9 @@ def test_a_dry_run_says_what_each_stage_takes_and_writes_nothing(tmp_path):
     for stage in ("the whole model", "relations and events", "labels and attributes"):
         assert text.count(f"({stage})") == 1
     assert text.count("GFLOP") == 3 and "for 4 steps" in text
+    model = VotPerceptionModel(digitworld_config())
+    whole, unused = (sum(p.numel() for p in m.parameters()) for m in (model, model.encoder.pooling))
+    assert f"{whole - unused:,} trained (the whole model) of {whole:,}" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -1,9 +1,11 @@
 """The stages of the video-language model: what they train, what they learn from, bit-equal resuming, the record."""
 
 import copy
+import csv
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -266,7 +268,14 @@ def test_metrics_need_clips(tmp_path, count):
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train, settings", [(train_projector, SHORT), (train_sft, SHORT_SFT)])
+@pytest.mark.parametrize(
+    ("train", "settings"),
+    [
+        (train_projector, SHORT),
+        (train_sft, SHORT_SFT),
+        (train_sft, dataclasses.replace(SHORT_SFT, accumulation=2, frames=0.0)),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, settings):
     results = []
     for name, stops in (("whole", (None,)), ("parts", (1, None))):
@@ -278,6 +287,55 @@ def test_a_resumed_run_ends_with_the_same_bits(perception, tmp_path, train, sett
     other, processor = vlm.build_model("nano", perception, seed=1)
     with pytest.raises(ValueError, match="start was"):
         train(tmp_path / "whole", other, processor, settings)
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(perception, tmp_path):
+    """Each token of the replies counts equally, however many a part has."""
+    settings, seen = SftTraining(steps=1, batch_size=4, warmup=0, frames=0.0), {}
+    for parts in (1, 2, 4):
+        model, processor = vlm.build_model("nano", perception, seed=0)
+        cut = dataclasses.replace(settings, accumulation=parts)
+        reports = []
+        with (  # the gradients stay
+            mock.patch("torch.optim.AdamW.step", lambda self: None),
+            mock.patch("torch.optim.AdamW.zero_grad", lambda self, set_to_none: None),
+        ):
+            train_sft(
+                tmp_path / str(parts),
+                model,
+                processor,
+                cut,
+                report=lambda step, terms, to=reports: to.append(terms["loss"]),
+            )
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        seen[parts] = (reports[0], gradients)
+    for parts in (2, 4):
+        assert seen[parts][0] == pytest.approx(seen[1][0], rel=1e-5)
+        torch.testing.assert_close(seen[parts][1], seen[1][1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_sft_measures_as_it_goes(published, tmp_path, adapters):
+    """What it measures after the last step is what is measured at the end."""
+    settings = dataclasses.replace(
+        SHORT_SFT, validate_every=2, validation_clips=2, text="lora" if adapters else "all"
+    )
+    sft_run.run(tmp_path, published[0], settings, eval_clips=2)
+    check_log(tmp_path, "nats")
+
+
+def test_projector_measures_as_it_goes(perception, tmp_path):
+    settings = dataclasses.replace(SHORT, validate_every=2, validation_clips=2)
+    projector_run.run(tmp_path, settings, perception, eval_clips=2)
+    check_log(tmp_path, "both")
+
+
+def check_log(out, name):
+    with (out / "log.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    after = json.loads((out / "model" / "training.json").read_text())["metrics"]["after"]
+    assert [row[f"held_out/{name}"] for row in rows[:-1]] == [""]
+    assert float(rows[-1][f"held_out/{name}"]) == pytest.approx(after[name], rel=1e-4)
 
 
 @pytest.mark.fixed_seed  # a few steps of training

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.configuration import VotEncoderConfig
 from vot_kernels.models.encoder.modeling import VotEncoder
 from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.config import identity
 from vot_kernels.train.encoder.metrics import encoder_metrics
 from vot_kernels.train.encoder.settings import RANDOM_TEACHER, EncoderTraining
 from vot_kernels.train.encoder.stage import (
@@ -59,7 +59,7 @@ def run(
     loaded = teacher if settings.distillation else None
     guide = random_features(config, settings.seed) if loaded is None else load_teacher(loaded)
     same = {
-        "settings": asdict(settings),
+        "settings": identity(settings),
         "teacher": guide.name if settings.distillation else None,
         "teacher_fingerprint": guide.fingerprint if settings.distillation else None,
         "eval_clips": eval_clips,

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vot_kernels.packing import PackedLayout
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import MOTIONS
 from vot_kernels.train.checkpoint import fingerprint
+from vot_kernels.train.config import identity
 from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.estimate import Work
 from vot_kernels.train.loop import (
@@ -164,20 +165,13 @@ class EncoderPretraining(nn.Module):
         With several ranks, `inputs` and `captions` are those of this one, and the averages of the terms are the whole
         batch's.
         """
-        with in_precision(self, settings.precision):
-            terms = self._terms(inputs, captions, teacher, settings, ranks)
         whole = next(self.parameters()).dtype
-        return {name: term.to(whole) for name, term in terms.items()}
-
-    def _terms(
-        self,
-        inputs: BatchFeature,
-        captions: Sequence[str],
-        teacher: Teacher,
-        settings: EncoderTraining,
-        ranks: Ranks,
-    ) -> dict[str, Tensor]:
-        seen = self.encoder(**inputs)
+        with in_precision(self, settings.precision):
+            found = self.encoder(**inputs)
+        # The teacher and the objectives are in the precision of the weights, as the teacher's statistics are.
+        seen: Any = VotEncoderOutput()
+        for name in ("last_hidden_state", "pooler_output", "balance_loss"):
+            seen[name] = found[name].to(whole)
         terms = {"balance": _BALANCE_WEIGHT * seen.balance_loss}
         if self.distillation is not None:
             distances = self.distil(seen, teacher, inputs, ranks)
@@ -205,7 +199,9 @@ class CaptionedClips:
 
 
 class CaptionBatches(Dataset[CaptionedClips]):
-    """The batches of the training split, parts of steps; the same on every machine and in every process.
+    """The batches of the training split by number, each a step or a part of one.
+
+    They are the same on every machine and in every process.
 
     With several `ranks` an item is this rank's share of the batch.
     """
@@ -398,4 +394,4 @@ def _signature(settings: EncoderTraining, config: VotEncoderConfig, teacher: Tea
     """Return what must be equal for a run to be resumed."""
     fields = set(inspect.signature(VotEncoderConfig.__init__).parameters) - {"self", "kwargs"}
     known = {"teacher": teacher.name, "teacher_fingerprint": teacher.fingerprint}
-    return asdict(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}
+    return identity(settings) | known | {f"encoder.{name}": getattr(config, name) for name in sorted(fields)}

@@ -1,5 +1,6 @@
 """The settings of linearization; importing them takes no time."""
 
+import math
 from dataclasses import dataclass
 
 from vot_kernels.train.config import check_bounds, setting
@@ -14,7 +15,7 @@ class Linearization:
     layer_learning_rate: float = setting(3e-3, "Peak learning rate of the layers alone.", least=0)
     learning_rate: float = setting(1e-5, "Peak learning rate of all layers together.", least=0)
     warmup: int = setting(10, "Steps of either part in which the learning rate rises.", least=0)
-    clip: float = setting(1.0, "Largest gradient norm.", least=0)
+    clip: float = setting(1.0, "Largest gradient norm; inf clips nothing.", above=0, most=math.inf)
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -57,7 +57,9 @@ class Batch:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """The batches of the training split by step; the same on every machine and in every process.
+    """The batches of the training split by number, each a step or a part of one.
+
+    They are the same on every machine and in every process.
 
     Args:
         seed: seed of the whole run.

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from vot_kernels.models.checkpoint import load_checkpoint, on_device
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.train.checkpoint import publish_folder
+from vot_kernels.train.config import identity
 from vot_kernels.train.estimate import estimate
 from vot_kernels.train.loop import no_report
 from vot_kernels.train.perception.metrics import perception_metrics
@@ -52,7 +52,7 @@ def run(
     written, and what a run would take is returned.
     """
     check_eval_clips(eval_clips)
-    same = {"settings": asdict(settings), "eval_clips_per_split": eval_clips}
+    same = {"settings": identity(settings), "eval_clips_per_split": eval_clips}
     if dry_run:
         return _estimates(new_model(settings, device), settings)
     record = finished(out / "model", same)
@@ -92,8 +92,8 @@ def run(
 def _estimates(model: VotPerceptionModel, settings: PerceptionTraining) -> str:
     """Return what a run would take, stage by stage."""
     return "\n\n".join(
-        f"{name}\n{estimate(model, part.parameters(), name, steps, work)}"
-        for name, (part, steps, work) in perception_works(model, settings).items()
+        f"{name}\n{estimate(model, parameters, name, steps, work)}"
+        for name, (parameters, steps, work) in perception_works(model, settings).items()
     )
 
 

@@ -14,11 +14,12 @@ class PerceptionTraining(Training):
     batch_size: int = 12
     dynamics_steps: int = setting(800, "Further steps that train relations and events alone.", least=0)
     name_steps: int = setting(250, "Further steps that train labels by shape, whatever the colour.", least=0)
-    num_frames: int = setting(16, "Frames per clip.", least=1)
-    clip: float = setting(1.0, "Largest gradient norm of the first stage.")
+    num_frames: int = setting(16, "Frames per clip.", least=2)
+    clip: float = setting(1.0, "Largest gradient norm of the first stage; inf clips nothing.")
     attention: Literal["hybrid", "softmax"] = setting(
         "hybrid", "Attention of the encoder; softmax reaches all frames."
     )
     accumulation: int = setting(
-        1, "Parts into which a step is cut, to save memory; further steps without pixels are not."
+        1,
+        "Parts into which a step is cut, to save memory, of equal weight; steps without pixels are not cut.",
     )

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
@@ -17,6 +17,7 @@ from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.models.perception.head import HeadOutput, Place
 from vot_kernels.models.perception.loss import dynamics_loss, match, naming_loss, perception_loss
 from vot_kernels.models.perception.modeling import VotPerceptionModel
+from vot_kernels.train.config import identity
 from vot_kernels.train.estimate import Work
 from vot_kernels.train.loop import Measure, Report, Schedule, Validation, no_report, run_steps
 from vot_kernels.train.optimization import check_optimised, in_precision, parameter_groups
@@ -27,7 +28,7 @@ from vot_kernels.train.ranks import ALONE, Ranks
 _DYNAMICS_BATCH = 24
 _UNUSED = ("encoder.pooling.",)  # which perception does without, and nothing therefore trains
 _TRACK_NOISE_PX = 0.4  # largest standard deviation of the noise on true centres
-_DOMAIN_STEPS = 40  # batches whose clips define the domain
+_DOMAIN_STEPS = 40  # steps whose clips define the domain
 _DOMAIN_HELD_OUT = 15
 
 
@@ -59,11 +60,7 @@ def train_perception(
     model = new_model(settings, device, config)
     known = {} if config is None else {"config": config.to_diff_dict()}
     processor = make_processor(model)
-    kept: dict[str, Any] = {
-        "save_every": save_every,
-        "validation": Validation(model, settings, validate),
-        "ranks": ranks,
-    }
+    kept: dict[str, Any] = {"save_every": save_every, "ranks": ranks}
     batches = stage_batches(settings, "whole", ranks)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay, undecayed=["queries"], untrained=_UNUSED),
@@ -71,8 +68,11 @@ def train_perception(
         betas=(0.9, 0.98),
     )
 
-    def left(done: int) -> int | None:
-        return None if stop_at is None else max(0, stop_at - done)
+    def after(done: int) -> dict[str, Any]:
+        return kept | {
+            "stop_at": None if stop_at is None else max(0, stop_at - done),
+            "validation": Validation(model, settings, validate, before=done),
+        }
 
     with ranks.balance(model):
         step = run_steps(
@@ -82,18 +82,17 @@ def train_perception(
             Schedule.of(settings),
             batches.loader,
             lambda index, batch: perception_losses(model, processor, batch, ranks, settings.precision),
-            signature=asdict(settings) | known,
+            signature=identity(settings) | known,
             after_backward=partial(_check, model, "", optimizer),
-            stop_at=stop_at,
             report=report,
-            **kept,
+            **after(0),
         )
     if step == settings.steps:
-        step += train_dynamics(out / "dynamics", model, settings, left(step), report, **kept)
+        step += train_dynamics(out / "dynamics", model, settings, report, **after(step))
     if step == settings.steps + settings.dynamics_steps:
-        step += train_names(out / "names", model, processor, settings, left(step), report, **kept)
+        step += train_names(out / "names", model, processor, settings, report, **after(step))
     if step == settings.steps + settings.dynamics_steps + settings.name_steps:
-        fit_domain(model, processor, batches, settings.steps * settings.accumulation, ranks)
+        fit_domain(model, processor, batches, settings, ranks)
     return model.eval()
 
 
@@ -126,7 +125,6 @@ def train_dynamics(
     out: Path,
     model: VotPerceptionModel,
     settings: PerceptionTraining,
-    stop_at: int | None = None,
     report: Report = no_report,
     *,
     ranks: Ranks = ALONE,
@@ -147,9 +145,8 @@ def train_dynamics(
         Schedule(settings.dynamics_steps, settings.learning_rate, settings.warmup, math.inf),
         stage_batches(settings, "dynamics", ranks).loader,
         lambda index, batch: dynamics_losses(model, batch, settings, index, ranks),
-        signature=asdict(settings),
+        signature=identity(settings),
         after_backward=partial(_check, model, "head.dynamics", optimizer),
-        stop_at=stop_at,
         report=lambda step, terms: report(settings.steps + step, terms),
         ranks=ranks,
         **options,
@@ -180,7 +177,6 @@ def train_names(
     model: VotPerceptionModel,
     processor: VotImageProcessor,
     settings: PerceptionTraining,
-    stop_at: int | None = None,
     report: Report = no_report,
     *,
     ranks: Ranks = ALONE,
@@ -204,9 +200,8 @@ def train_names(
         replace(schedule, steps=settings.name_steps, learning_rate=peak),
         stage_batches(settings, "names", ranks).loader,
         lambda index, batch: naming_losses(model, processor, batch, settings, index, ranks),
-        signature=asdict(settings),
+        signature=identity(settings),
         after_backward=partial(_check, model, "head.namer", optimizer),
-        stop_at=stop_at,
         report=lambda step, terms: report(before + step, terms),
         ranks=ranks,
         **options,
@@ -240,8 +235,8 @@ def naming_losses(
 
 
 def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) -> dict[str, tuple]:
-    """Return by the name of each stage the parameters that it trains, its steps, and what one computes."""
-    processor, head = make_processor(model), model.head
+    """Return by the name of each stage the parameters that it trains, their number of steps, and what one computes."""
+    processor = make_processor(model)
     whole, dynamics, names = (stage_batches(settings, name)[0] for name in ("whole", "dynamics", "names"))
 
     def work(losses: Callable[[], dict[str, Tensor]], passes: int) -> Work:
@@ -250,17 +245,17 @@ def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) ->
     parts = settings.accumulation
     return {
         "the whole model": (
-            model,
+            _used(model).values(),
             settings.steps,
             work(lambda: perception_losses(model, processor, whole, precision=settings.precision), parts),
         ),
         "relations and events": (
-            head.dynamics,
+            _used(model, "head.dynamics").values(),
             settings.dynamics_steps,
             work(lambda: dynamics_losses(model, dynamics, settings, 0), 1),
         ),
         "labels and attributes": (
-            head.namer,
+            _used(model, "head.namer").values(),
             settings.name_steps,
             work(lambda: naming_losses(model, processor, names, settings, 0), parts),
         ),
@@ -269,9 +264,13 @@ def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) ->
 
 def _check(model: VotPerceptionModel, part: str, optimizer: torch.optim.Optimizer) -> None:
     """Check after a backward pass that exactly a part of the model is trained; "" is all that it uses."""
-    trained = [n for n, _ in model.get_submodule(part).named_parameters(prefix=part)]
-    used = [name for name in trained if not name.startswith(_UNUSED)]
-    check_optimised(dict(model.named_parameters()), used, optimizer, part or "the whole model")
+    check_optimised(dict(model.named_parameters()), _used(model, part), optimizer, part or "the whole model")
+
+
+def _used(model: VotPerceptionModel, part: str = "") -> dict[str, nn.Parameter]:
+    """Return by name the parameters of a part of the model, without those that perception does without."""
+    named = model.get_submodule(part).named_parameters(prefix=part)
+    return {name: parameter for name, parameter in named if not name.startswith(_UNUSED)}
 
 
 @torch.no_grad()
@@ -318,19 +317,22 @@ def fit_domain(
     model: VotPerceptionModel,
     processor: VotImageProcessor,
     batches: TrainingBatches,
-    start: int,
+    settings: PerceptionTraining,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Learn the distribution of training clips from batches after `start`, which were not trained on.
+    """Learn the distribution of training clips from batches after those that were trained on.
 
     Every rank learns it from the clips of all.
     """
     model.eval()
+    start, known, more = (
+        settings.accumulation * steps for steps in (settings.steps, _DOMAIN_STEPS, _DOMAIN_HELD_OUT)
+    )
     tokens = [
         ranks.joined(model.mean_tokens(**processor(list(batch.clips), fps=batch.fps).to(model.device)))
-        for batch in batches.loader(start, start + _DOMAIN_STEPS + _DOMAIN_HELD_OUT)
+        for batch in batches.loader(start, start + known + more)
     ]
-    model.fit_domain(torch.cat(tokens[:_DOMAIN_STEPS]), torch.cat(tokens[_DOMAIN_STEPS:]))
+    model.fit_domain(torch.cat(tokens[:known]), torch.cat(tokens[known:]))
 
 
 def perception_losses(

@@ -28,11 +28,11 @@ class GrpoTraining(RlTraining):
         "all", "What of the language model is trained: all of it, or adapters (lora)."
     )
     generations: int = setting(4, "Replies per question, which are compared with each other.", least=2)
-    temperature: float = setting(1.0, "Temperature at which replies are drawn.", least=0)
+    temperature: float = setting(1.0, "Temperature at which replies are drawn.", above=0)
     max_reply_tokens: int = setting(192, "Tokens after which a reply is cut off.", least=1)
     frames: int = setting(4, "Frames of each clip that the model sees.", least=1)
     sigma_s: float = setting(
-        0.5, "Seconds by which an event may be off and still earn 0.6 of the temporal reward.", least=0
+        0.5, "Seconds by which an event may be off and still earn 0.6 of the temporal reward.", above=0
     )
 
     item_name: ClassVar[str] = "replies"

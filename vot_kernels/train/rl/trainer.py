@@ -9,7 +9,6 @@ import math
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from vot_kernels.train.checkpoint import fingerprint, load_state, newest_checkpoint, save_state
+from vot_kernels.train.config import identity
 from vot_kernels.train.loop import Measure, Report, Validation
 from vot_kernels.train.optimization import cosine_schedule, parameter_groups
 from vot_kernels.train.vlm.model import check_trained, train_only
@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, out: Path, model: nn.Module, settings: Any, **known: Any) -> None:
         self.out, self.model, self.settings = out, model, settings
-        self.signature = {**asdict(settings), "start": fingerprint(model), **known}
+        self.signature = {**identity(settings), "start": fingerprint(model), **known}
         self.trained = train_only(model, settings.parts)
         groups = parameter_groups(self.trained, settings.weight_decay, undecayed=("embed_tokens",))
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))

@@ -57,7 +57,9 @@ Speaker = Callable[[Any, np.random.Generator], Conversation]
 
 
 class ConversationBatches(Dataset[dict[str, Tensor]]):
-    """The batches of a split by step; the same on every machine and in every process.
+    """The batches of a split by number, each a step or a part of one.
+
+    They are the same on every machine and in every process.
 
     Args:
         processor: of the model.

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vot_kernels.models.checkpoint import on_device
 from vot_kernels.train.checkpoint import folder_fingerprint, publish_folder
+from vot_kernels.train.config import identity
 from vot_kernels.train.estimate import Work, estimate
 from vot_kernels.train.loop import no_report
 from vot_kernels.train.ranks import ALONE, Ranks
@@ -101,7 +102,7 @@ def run_stage(
         ValueError: `eval_clips` is below 1, or a checkpoint in `out` is of another run.
     """
     check_eval_clips(eval_clips)
-    same = {"settings": asdict(settings), **origin.record(), "eval_clips": eval_clips}
+    same = {"settings": identity(settings), **origin.record(), "eval_clips": eval_clips}
     record: Mapping[str, Any] | None = None if dry_run else finished(out / "model", same)
     if record is not None:
         return format_metrics(record["metrics"], stage.rows)

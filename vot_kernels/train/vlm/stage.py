@@ -1,16 +1,16 @@
 """Supervised training of parts of the video-language model on conversations."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vot_kernels.integrations.patching import patched
+from vot_kernels.integrations.patching import patch, patched, unpatch
 from vot_kernels.models.vot import VotProcessor
 from vot_kernels.train.checkpoint import fingerprint
+from vot_kernels.train.config import identity
 from vot_kernels.train.estimate import Work
 from vot_kernels.train.loop import Measure, Report, Schedule, Validation, no_report, run_steps
 from vot_kernels.train.optimization import in_precision, parameter_groups
@@ -66,6 +66,14 @@ def train_parts(
         check_trained(model, parts)
         return {"reply": _loss(model, batch, settings.precision)}
 
+    def measured(model: Any, clips: int) -> Mapping[str, float]:
+        assert validate is not None
+        unpatch(model)  # what is measured runs as before and after training
+        try:
+            return validate(model, clips)
+        finally:
+            patch(model)
+
     with patched(model):
         done = run_steps(
             out,
@@ -74,9 +82,9 @@ def train_parts(
             Schedule.of(settings),
             data.loader,
             loss_terms,
-            signature={**asdict(settings), **data.signature, "start": start},
+            signature={**identity(settings), **data.signature, "start": start},
             rows=_learnt,
-            validation=Validation(model, settings, validate),
+            validation=Validation(model, settings, None if validate is None else measured),
             save_every=save_every,
             stop_at=stop_at,
             report=report,
