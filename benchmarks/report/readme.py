@@ -200,11 +200,12 @@ def vlm_table() -> str:
         f"{record['settings']['batch_size']} clips"
         for name, record in records.items()
     ]
+    threads, minutes = records["sft"]["threads"], sum(r["training_seconds"] for r in records.values()) / 60
     note = (
-        f"`vot eval digitworld --videos {settings['videos']} --vlm runs/sft/model --only vlm --only rules`: per cent "
+        f"`vot eval digitworld --videos {settings['videos']} --vlm adapters --only vlm --only rules`: per cent "
         f"right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The "
-        f"model is {language_model}, trained with {', then '.join(stages)} on one CPU thread. Seconds a question on "
-        f"two cores that had other work too: {seconds:.1f}."
+        f"model is {language_model}, trained with {', then '.join(stages)} in {minutes:.0f} minutes on {threads} CPU "
+        f"threads that had other work, too. Seconds a question on two cores: {seconds:.1f}."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 

@@ -39,6 +39,7 @@ class Training:
     """
 
     item_name: ClassVar[str] = "clips"
+    """What messages call the items of a step."""
 
     steps: int = setting(1000, "Optimiser steps.", least=1)
     batch_size: int = setting(4, "Clips per step.", least=1)
