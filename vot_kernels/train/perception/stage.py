@@ -1,7 +1,7 @@
 """Training of the perception model (nano encoder + STSG head) on DigitWorld."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -234,7 +234,9 @@ def naming_losses(
     return naming_loss(labels, attributes, targets, match(_joined(head, ranks), targets))
 
 
-def perception_works(model: VotPerceptionModel, settings: PerceptionTraining) -> dict[str, tuple]:
+def perception_works(
+    model: VotPerceptionModel, settings: PerceptionTraining
+) -> dict[str, tuple[Collection[nn.Parameter], int, Work]]:
     """Return by the name of each stage the parameters that it trains, their number of steps, and what one computes."""
     processor = make_processor(model)
     whole, dynamics, names = (stage_batches(settings, name)[0] for name in ("whole", "dynamics", "names"))

@@ -1,6 +1,7 @@
 """Supervised training of parts of the video-language model on conversations."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,6 @@ def train_parts(
         check_trained(model, parts)
         return {"reply": _loss(model, batch, settings.precision)}
 
-    def measured(model: Any, clips: int) -> Mapping[str, float]:
-        assert validate is not None
-        unpatch(model)  # what is measured runs as before and after training
-        try:
-            return validate(model, clips)
-        finally:
-            patch(model)
-
     with patched(model):
         done = run_steps(
             out,
@@ -84,7 +77,7 @@ def train_parts(
             loss_terms,
             signature={**identity(settings), **data.signature, "start": start},
             rows=_learnt,
-            validation=Validation(model, settings, None if validate is None else measured),
+            validation=Validation(model, settings, validate and partial(_unpatched, validate)),
             save_every=save_every,
             stop_at=stop_at,
             report=report,
@@ -92,6 +85,15 @@ def train_parts(
         )
     model.eval()
     return done
+
+
+def _unpatched(measure: Measure, model: nn.Module, clips: int) -> Mapping[str, float]:
+    """Measure a patched model as it is before and after training."""
+    unpatch(model)
+    try:
+        return measure(model, clips)
+    finally:
+        patch(model)
 
 
 def conversation_work(

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
-from vot_kernels.train.estimate import Work
+from vot_kernels.train.estimate import Work, estimate
 from vot_kernels.train.projector.run import STAGE as PROJECTOR
 from vot_kernels.train.projector.settings import ProjectorTraining
 from vot_kernels.train.sft.run import STAGE as SFT
@@ -47,6 +48,19 @@ def test_an_estimate_does_what_a_step_does(stage, settings, vlm, tmp_path: Path)
     model.train()
     assert losses[0]["reply"] == pytest.approx(expected, rel=1e-5)
     assert operations(work) == counter.get_total_flops() > 0
+
+
+def test_the_text_says_what_torch_counts(vlm):
+    """Also of a step in parts; the weights stay as they are."""
+    model, processor = vlm
+    before = [p.clone() for p in model.parameters()]
+    work = SFT.work(model.train(), processor, SftTraining(accumulation=2, **SHORT))
+    trained = list(model.get_submodule("model.projector").parameters())
+    text = estimate(model, trained, "projector", 7, work)
+    assert f"{sum(p.numel() for p in trained):,} trained (projector) of" in text
+    assert f"operations  {2 * operations(work) / 1e9:.2f} GFLOP" in text and "for 7 steps" in text
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    model.zero_grad(set_to_none=True)
 
 
 def test_fewer_questions_and_no_frames_are_less_work(vlm):
