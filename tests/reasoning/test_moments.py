@@ -77,6 +77,24 @@ def test_what_the_graph_never_shows_has_no_moment(world):
     assert given.interval is None and given.verification == "abstained"
 
 
+@pytest.mark.parametrize(
+    "question",
+    ["When does the yellow digit hit the red digit?", "When is the red digit left of the yellow digit?"],
+)
+def test_who_is_not_there_has_no_moment(world, question):
+    given = answer(world, question)
+    assert given.interval is None and given.verification == "abstained"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["When does the blue digit bounce off the left wall?", "When does the blue digit bounce twice?"],
+)
+def test_where_and_how_often_leave_the_moment_open(world, question):
+    given = answer(world, question)
+    assert given.trace[-1].output.checks[-1].verdict == "uncheckable" and given.confidence <= 0.5
+
+
 def test_an_unknown_object_is_not_taken_for_a_known_one(world):
     given = answer(world, "When does the ball hit the wall?")
     assert given.trace[-1].output.checks[-1].verdict == "uncheckable" and given.confidence <= 0.5

@@ -76,6 +76,20 @@ def test_evidence_concerns_the_targets(world):
     assert first.box == pytest.approx((0.1, 0.4, 0.3, 0.6))
 
 
+@pytest.mark.parametrize(
+    ("question", "first"),
+    [
+        ("What does the red digit do at 1.2 s?", ("hits", 1.25)),
+        ("Does the blue digit bounce?", ("bounces", 1.5)),
+        ("Does the red digit hit the green digit?", ("hits", 1.25)),
+        ("What does the red digit do?", ("hits", 0.5)),
+    ],
+)
+def test_evidence_begins_with_what_matters_most(world, question, first):
+    events = answer(world, question, ["yes", "no"], likelihood=FOR_YES)[0].evidence.events
+    assert (events[0].kind, events[0].time_s) == first
+
+
 def test_tracking_keeps_the_targets_and_whom_they_meet(world):
     result, _ = answer(world, "Did the blue digit bounce?", likelihood=FOR_YES)
     tracking = output(result, "tracking")

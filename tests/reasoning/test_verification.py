@@ -5,6 +5,7 @@ import pytest
 from tests.reasoning.world import track
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip
+from vot_kernels.reasoning.claims import judge_claim
 from vot_kernels.reasoning.names import find_tracklets
 from vot_kernels.reasoning.steps import kind_of
 from vot_kernels.reasoning.types import Task
@@ -142,6 +143,87 @@ def judge(graph, question, answer, candidates=None):
 def test_verdicts(world, question, answer, verdict):
     candidates = [answer, "red digit 3", "blue digit 7"]
     assert judge(world, question, answer, candidates) == verdict
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "verdict"),
+    [
+        # how often
+        ("Does the red digit hit the blue digit once?", "yes", S),
+        ("Does the red digit hit the blue digit twice?", "yes", C),
+        ("Does the red digit hit the blue digit three times?", "no", S),
+        ("Does the blue digit bounce five times?", "yes", C),
+        ("Which digit does the red digit hit once?", "green digit 3", S),
+        ("Which digit does the red digit hit twice?", "green digit 3", U),  # none of the candidates
+        # in which turn
+        ("Does the red digit hit the blue digit first?", "yes", S),
+        ("Does the red digit hit the blue digit last?", "yes", C),
+        ("Does the red digit hit the green digit last?", "no", C),
+        # where
+        ("Does the blue digit bounce off the bottom wall?", "yes", S),
+        ("Does the blue digit bounce off the left wall?", "yes", C),
+        ("Does the red digit hit the green digit on the left?", "yes", C),
+        ("Which digit does the red digit hit on the right?", "green digit 3", S),
+        ("Which digit does the red digit hit on the left?", "green digit 3", C),
+        ("How many times does the blue digit bounce off the left wall?", "1", U),
+        ("Which way does the red digit on the left move?", "right", U),
+        ("Is the red digit left of the green digit at the top?", "yes", U),
+        # how
+        ("Does the red digit hit the blue digit hard?", "yes", U),
+        ("Which digit does the red digit hit gently?", "green digit 3", U),
+        ("How many digits are sad?", "3", U),
+        ("Which direction does the red digit dance?", "right", U),
+        ("What colour is the sad digit 7?", "blue", U),
+    ],
+)
+def test_details_of_the_question_count(world, question, answer, verdict):
+    assert judge(world, question, answer, [answer, "blue digit 7"]) == verdict
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "verdict"),
+    [
+        ("Does the yellow digit hit the red digit?", "yes", U),
+        ("Does the yellow digit hit the red digit?", "no", U),
+        ("Which digit does the yellow digit hit?", "red digit 3", U),
+        ("Which digit does the yellow digit hit first?", "red digit 3", U),
+        ("Which way does the yellow digit move?", "right", U),
+        ("Is the yellow digit left of the red digit?", "yes", U),
+        ("What colour is the digit 5?", "blue", U),
+        ("How many times does the yellow digit bounce?", "1", U),
+        ("How many digits does the yellow digit hit?", "2", U),
+        ("How many yellow digits are there?", "0", S),
+        ("How many yellow digits are there?", "3", C),
+        ("How many red or yellow digits are there?", "1", S),
+        ("Is the digit 7 yellow?", "no", S),
+        ("What does the yellow digit do?", "the red digit hits the blue digit", U),
+    ],
+)
+def test_who_is_not_there_is_nobody_else(world, question, answer, verdict):
+    assert judge(world, question, answer, [answer, "blue digit 7"]) == verdict
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "the yellow digit hits the red digit",
+        "the digit 7 is yellow",
+        "the red digit moves right, the yellow one left",
+    ],
+)
+def test_a_claim_about_who_is_not_there_is_false(world, claim):
+    assert judge_claim(claim, world)[0] is False
+
+
+@pytest.mark.parametrize("kind", ["cause", "counterfactual", "prediction"])
+def test_no_world_knows_who_is_not_there(world, kind):
+    class Never:
+        event = "hits"
+
+    task = Task(
+        "Which digit makes the yellow digit hit the red digit?", kind, "question", ("o1",), "question"
+    )
+    assert check(task, "the blue digit", ["the blue digit"], world, Never()).verdict == U
 
 
 def test_first_and_last_compare_the_candidates(world):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from vot_kernels.reasoning.names import (
+    absent_words,
     find_directions,
     find_events,
     find_number,
@@ -182,6 +183,8 @@ def _judge_clause(clause: str, subject: tuple[str, ...], graph: STSG) -> tuple[F
     about = mentioned[:1] or subject
     if NEGATED.search(clause):
         return (None, "it is a negation"), about
+    if absent := absent_words(clause, graph):
+        return (False, f"no tracklet is '{absent[0]}'"), about
     fact = _fact(clause, kinds, mentioned, graph)
     if fact[0] and (unknown := unknown_words(_plain(clause), graph)):
         fact = None, f"the graph says nothing about '{unknown[0]}'"
@@ -192,15 +195,20 @@ def _fact(clause: str, kinds: Sequence[str], mentioned: Sequence[str], graph: ST
     if len(kinds) > 1 or not mentioned or len(mentioned) > 2:
         return None, "it claims no single event"
     if kinds:
-        events = events_of(graph, kinds[0], mentioned)
-        who = " and ".join(graph.tracklet(id).name for id in mentioned)
-        if not events:
-            return False, f"no '{kinds[0]}' with {who}"
-        told = True, f"'{kinds[0]}' with {who} at {seconds(graph, events[0].t)}"
-        details = judge_details(clause, events, graph)
-        order = _judge_turn(clause, kinds[0], mentioned, graph)
-        return next((f for v in (False, None) for f in (details, order) if f and f[0] is v), told)
+        return event_fact(clause, kinds[0], mentioned, graph)
     return _state(clause, mentioned, part_in_question(clause, graph))
+
+
+def event_fact(text: str, kind: str, mentioned: Sequence[str], graph: STSG) -> Fact:
+    """Judge whether `kind` happens with all of `mentioned` when, as often, where and in the turn that `text` says."""
+    events = events_of(graph, kind, mentioned)
+    who = " and ".join(graph.tracklet(id).name for id in mentioned)
+    if not events:
+        return False, f"no '{kind}' with {who}"
+    told = True, f"'{kind}' with {who} at {seconds(graph, events[0].t)}"
+    details = judge_details(text, events, graph)
+    order = _judge_turn(text, kind, mentioned, graph)
+    return next((f for v in (False, None) for f in (details, order) if f and f[0] is v), told)
 
 
 def _state(clause: str, mentioned: Sequence[str], graph: STSG) -> Fact:
@@ -301,6 +309,12 @@ def _judge_turn(clause: str, kind: str, mentioned: Sequence[str], graph: STSG) -
     return (
         right if len(at) == 1 or not right else None
     ), f"the {turn[1]} '{kind}' is at {seconds(graph, chosen.t)}"
+
+
+def says_details(text: str) -> bool:
+    """Whether `text` says how often or where something happens."""
+    rest = without_times(text)
+    return bool(_OFTEN.search(rest) or _PLACE.search(rest))
 
 
 def judge_details(text: str, events: Sequence[Event], graph: STSG) -> Fact | None:

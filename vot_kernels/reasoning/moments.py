@@ -11,6 +11,7 @@ from vot_kernels.reasoning.claims import (
     events_of,
     find_windows,
     part_in_question,
+    says_details,
     stated_interval,
     without_times,
     words_left,
@@ -60,11 +61,13 @@ def asked_moments(question: str, named: Sequence[str], graph: STSG) -> list[Inte
     named: ids of the tracklets that it names, in its order. "first" and "last" choose among several moments.
     """
     words = without_times(question)
-    if len(named) > 2 or absent_words(words, graph) or unknown_words(_TIME_WORDS.sub(" ", words), graph):
+    if len(named) > 2 or unknown_words(_TIME_WORDS.sub(" ", words), graph):
         return None
     kinds, predicates = _events_asked(words, graph), _predicates_asked(words, graph)
-    if len(kinds) + len(predicates) != 1:
+    if len(kinds) + len(predicates) != 1 or says_details(words):
         return None
+    if absent_words(words, graph):
+        return []  # nobody of that name ever does it
     part = part_in_question(question, graph)
     if kinds:
         found = [part.interval(event) for event in events_of(part, kinds[0], named)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from vot_kernels.reasoning import prompts, steps
 from vot_kernels.reasoning.llm import LanguageModel, as_language_model, without_video
-from vot_kernels.reasoning.moments import answer_interval, asks_when
+from vot_kernels.reasoning.moments import answer_interval, asks_when, importance_of
 from vot_kernels.reasoning.names import find_tracklets, fold
 from vot_kernels.reasoning.types import (
     Analysis,
@@ -176,7 +176,9 @@ class VideoOfThought:
             confidence=sure,
             decided_by=ranking.decided_by,
             verification=verification.outcome,
-            evidence=collect_evidence(stsg if interval is None else _during(interval, stsg), ids),
+            evidence=collect_evidence(
+                stsg if interval is None else _during(interval, stsg), ids, task.question
+            ),
             trace=tuple(trace),
             candidates=given,
             warning=warning,
@@ -192,22 +194,26 @@ def _during(interval: Interval, stsg: STSG) -> STSG:
     return stsg.subgraph(None, inside[0], inside[-1]) if inside else stsg
 
 
-def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
+def collect_evidence(stsg: STSG, ids: Sequence[str], question: str = "") -> Evidence:
     """Collect the events, relations and boxes that concern the tracklets `ids`.
 
     Events are those in which any of them takes part; relations, those with both ends among them, or with one end for a
-    single tracklet; boxes, theirs where they are first and last seen, and at the events.
+    single tracklet; boxes, theirs where they are first and last seen, and at the events. Events and relations that
+    matter more to the question come first, then the earlier ones.
     """
     wanted = set(ids)
+    matters = importance_of(question, find_tracklets(question, stsg), stsg)
     names = {t.id: t.name for t in stsg.tracklets}
     times = stsg.frame_times_s
-    events = sorted((e for e in stsg.events if wanted & set(e.participants)), key=lambda e: e.t)
+    events = [e for e in stsg.events if wanted & set(e.participants)]
     needed = 1 if len(wanted) == 1 else 2
     relations = [
         r
         for r in stsg.relations
         if len(wanted & {r.subject, r.object}) >= min(needed, len({r.subject, r.object}))
     ]
+    events.sort(key=lambda event: (_last(matters(event)), event.t))
+    relations.sort(key=lambda relation: _last(matters(relation)))
     boxes = []
     for tracklet in stsg.tracklets:
         if tracklet.id not in wanted or not tracklet.boxes:
@@ -235,6 +241,11 @@ def collect_evidence(stsg: STSG, ids: Sequence[str]) -> Evidence:
             for e in events
         ),
     )
+
+
+def _last(importance: tuple[float, int]) -> tuple[float, int]:
+    """Return what sorts the most important first."""
+    return -importance[0], -importance[1]
 
 
 class _Run:

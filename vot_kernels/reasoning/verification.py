@@ -9,14 +9,17 @@ from vot_kernels.reasoning.claims import (
     MOVED,
     NEGATED,
     STILL,
+    Fact,
     attribute_fact,
     displacement,
+    event_fact,
     events_of,
     find_windows,
     judge_claim,
     judge_details,
     part_in_question,
     relation_fact,
+    says_details,
     seconds,
     without_times,
     words_left,
@@ -34,11 +37,19 @@ from vot_kernels.reasoning.names import (
 )
 from vot_kernels.reasoning.types import GroundingCheck, Task, Verdict
 from vot_kernels.reasoning.what_if import KINDS, World, judge_what_if
-from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.graph import STSG, Event
 
 OUT_OF_DOMAIN_CONFIDENCE = 0.1  # upper bound
 UNSUPPORTED_CONFIDENCE = 0.5  # upper bound
 _TIMED = re.compile(r"\b(before|after|while|during|until|since|at \d|second time|then)\b")
+_HOW_MANY = re.compile(
+    r"\bhow (?:many|much)(?: (?:different|other))?(?: times)?\b|\bhow often\b|\b(?:total )?number of\b"
+)
+_ASKING = re.compile(
+    r"\b(?:what|where|whom|whose|how|or|ever|(?:any|some)(?:thing|one|body)?|ways?|directions?|numbers?|name|order"
+    r"|whole|entire|start|end|beginning|happen(?:s|ed)?|occur(?:s|red)?|earlier|earliest|later|latest)\b"
+)
+"""Words of questions that say nothing of what is asked about."""
 
 
 def check(
@@ -54,7 +65,7 @@ def check(
     if not graph.tracklets:
         return GroundingCheck(answer, "uncheckable", "the graph shows nothing")
     part = part_in_question(task.question, graph)
-    if task.kind in KINDS and world is not None and not absent_words(answer, graph):
+    if task.kind in KINDS and world is not None and not absent_words(f"{task.question} {answer}", graph):
         true, reason = judge_what_if(task, answer, candidates, graph, world)
         return GroundingCheck(answer, _VERDICTS[true], reason)
     verdict, reason = _judge(task, answer, candidates, part)
@@ -104,6 +115,8 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
     if task.kind == "when":
         true, reason = judge_moment(task.question, answer, candidates, named, graph)
         return _VERDICTS[true], reason
+    if (gap := _not_told(task, graph)) is not None:
+        return "uncheckable", gap
     if task.kind == "count":
         return _judge_count(task.question, answer, named, graph)
     if task.kind == "yes/no":
@@ -118,6 +131,23 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
         return _judge_which(task, answer, candidates, named, graph)
     true, reason = judge_claim(answer, graph)
     return _VERDICTS[true], reason
+
+
+def _not_told(task: Task, graph: STSG) -> str | None:
+    """Return what a question says that the graph does not tell; None if it tells all, or the answer says all itself."""
+    question, kind = task.question, task.kind
+    events = find_events(question, graph.vocabulary.events)
+    ascribes = attribute_fact(question, graph) is not None or (kind == "count" and not events)
+    if (absent := absent_words(question, graph)) and not ascribes:
+        return f"no tracklet is '{absent[0]}'"
+    if kind == "open":
+        return None
+    rest = _ASKING.sub(" ", _HOW_MANY.sub(" ", fold(question)))
+    if unknown := words_left(rest, graph):
+        return f"the graph says nothing about '{unknown[0]}'"
+    if says_details(rest) and not (events and kind in ("yes/no", "which", "order", "attribute")):
+        return "the question says how often or where, which was not worked out"
+    return None
 
 
 def _judge_rest(task: Task, answer: str, graph: STSG, reason: str) -> _Judgement:
@@ -161,7 +191,7 @@ def _judge_count(question: str, answer: str, named: Sequence[str], graph: STSG) 
     elif named and re.search(r"how many times|how often", fold(question)):
         return "uncheckable", "what is counted is not an event of the graph"
     else:
-        count = len(named) or len(graph.tracklets)
+        count = len(named) if named or absent_words(question, graph) else len(graph.tracklets)
         what = f"the graph has {count} such tracklets"
     return ("supported" if said == count else "contradicted"), what
 
@@ -189,18 +219,14 @@ def _judge_yes_no(question: str, answer: str, named: Sequence[str], graph: STSG)
     return ("supported" if said == true else "contradicted"), reason
 
 
-def _event_fact(question: str, named: Sequence[str], graph: STSG) -> tuple[bool, str] | None:
+def _event_fact(question: str, named: Sequence[str], graph: STSG) -> Fact | None:
     kinds = find_events(question, graph.vocabulary.events)
     if len(kinds) != 1 or len(named) > 2:
         return None
-    events = events_of(graph, kinds[0], named)
-    who = " and ".join(graph.tracklet(id).name for id in named)
-    if events:
-        return True, f"'{kinds[0]}' with {who} at {seconds(graph, events[0].t)}"
-    return False, f"no '{kinds[0]}' with {who}"
+    return event_fact(without_times(question), kinds[0], named, graph)
 
 
-def _relation_fact(question: str, named: Sequence[str], graph: STSG) -> tuple[bool, str] | None:
+def _relation_fact(question: str, named: Sequence[str], graph: STSG) -> Fact | None:
     folded = fold(question)
     predicates = [p for p in graph.vocabulary.predicates if re.search(rf"\b{re.escape(fold(p))}\b", folded)]
     if len(predicates) != 1 or len(named) != 2:
@@ -263,11 +289,20 @@ def _judge_which(
     kinds = find_events(f"{task.question} {answer}", graph.vocabulary.events)
     if len(kinds) != 1:
         return "uncheckable", "the question is not about one kind of event"
-    first = _moment(graph, kinds[0], named, answer)
-    others = [_moment(graph, kinds[0], named, c) for c in candidates if fold(c) != fold(answer)]
-    known = [moment for moment in others if moment is not None]
     if not find_tracklets(answer, graph):
         return "uncheckable", "the answer names no tracklet"
+    candidates = [answer, *(c for c in candidates if fold(c) != fold(answer))]
+    meetings = [_meetings(graph, kinds[0], named, candidate) for candidate in candidates]
+    fits = [
+        judge_details(without_times(task.question), events, graph) if events else None for events in meetings
+    ]
+    if any(fit is not None and fit[0] is None for fit in fits):
+        return "uncheckable", "the graph does not tell what the question says of how often or where"
+    moments = [
+        (events[0].t, events[-1].t) if events and (fit is None or fit[0]) else None
+        for events, fit in zip(meetings, fits, strict=True)
+    ]
+    first, known = moments[0], [moment for moment in moments[1:] if moment is not None]
     if first is None:
         if not known:
             return "uncheckable", f"no candidate has a '{kinds[0]}' that fits the question"
@@ -283,12 +318,11 @@ def _judge_which(
     return ("uncheckable" if mine in rivals else "supported"), reason
 
 
-def _moment(graph: STSG, kind: str, named: Sequence[str], candidate: str) -> tuple[int, int] | None:
-    """Return the first and last frame of a `kind` in which the candidate meets those whom the question names."""
+def _meetings(graph: STSG, kind: str, named: Sequence[str], candidate: str) -> list[Event]:
+    """Return the events of `kind`, by time, in which the candidate meets those whom the question names."""
     mentioned = find_tracklets(candidate, graph)
     if not mentioned or list(mentioned) == list(named):
-        return None  # the answer to "which does the red one hit?" is not the red one
+        return []  # the answer to "which does the red one hit?" is not the red one
     # A question that lists its candidates ("which hits first, the red or the blue one?") names no partner.
     partners = named if len(named) == 1 else ()
-    events = events_of(graph, kind, [*mentioned, *partners])
-    return (events[0].t, events[-1].t) if events else None
+    return events_of(graph, kind, [*mentioned, *partners])
