@@ -98,6 +98,9 @@ class DetectorEyes:
             output = self.kernels.run(**inputs) if self.kernels else self.model(**inputs)
         height, width = frames.shape[1:3]
         for result in self._boxes(output, [(height, width)] * len(images)):
+            if not len(result["scores"]):  # of nothing, some processors name one label: an empty one
+                yield []
+                continue
             labels = result["text_labels"] if self.zero_shot else self._labels(result["labels"])
             sides = result["boxes"].float().cpu() / torch.tensor([width, height, width, height])
             boxes = (Box(*corners) for corners in sides.clamp(0, 1).tolist())

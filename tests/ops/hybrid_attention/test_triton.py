@@ -213,7 +213,8 @@ def test_a_far_weight_of_zero_has_a_gradient(causal):
             hybrid_attention(q, k, v, layout, window=0, causal=causal, far_weight=weight, backend=backend)
         ]
 
-    check_against_reference(run, lambda *x: run(*x, backend="reference"), inputs, roundings=16)
+    # The gradient of the weight is a sum over tokens of terms of about 8, each off by a rounding of its exponent.
+    check_against_reference(run, lambda *x: run(*x, backend="reference"), inputs, roundings=48, floor=8.0)
     off = {"beta": torch.full([2], -torch.inf), "window": 0, "causal": causal, "backend": "triton"}
     [out] = run(*inputs[:3], torch.zeros(2))
     assert torch.equal(out, hybrid_attention(*inputs[:3], layout, **off))
