@@ -1,10 +1,17 @@
 """Files appear whole, and files of JSON lines survive a killed run."""
 
-import json
+import os
 
 import pytest
 
-from vot_kernels.files import append_json_lines, atomic_write, read_json_lines
+from vot_kernels.files import (
+    append_json_lines,
+    atomic_write,
+    check_output,
+    check_output_folder,
+    read_json_lines,
+    read_text,
+)
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -43,6 +50,46 @@ def test_a_half_written_last_line_is_removed(tmp_path):
     assert path.read_text() == '{"a": 1}\n\n{"a": 2}\n'
     path.write_text('{"a": 1}')
     assert read_json_lines(path) == [] and path.read_text() == ""
-    path.write_text("no\n")
-    with pytest.raises(json.JSONDecodeError):
+    path.write_text('{"a": 1}\n{"a": ')
+    assert read_json_lines(path, mend=False) == [{"a": 1}] and path.read_text() == '{"a": 1}\n{"a": '
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [(b"no", "not JSON: Expecting value at column 1"), (b'"caf\xe9"', "not UTF-8: byte 5 cannot be read")],
+)
+def test_a_bad_line_is_named_and_left(tmp_path, line, problem):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content := b"[1]\n" + line + b'\n{"a": ')
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: The line is {problem}"):
         read_json_lines(path)
+    assert path.read_bytes() == content
+
+
+def test_a_text_names_the_line_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xc3\xa9")
+    assert read_text(path) == "one\né"
+    path.write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"a\.txt, line 2: The line is not UTF-8: byte 4"):
+        read_text(path)
+
+
+def test_an_output_is_no_input_however_it_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    given = tmp_path / "in.jsonl"
+    given.write_text("{}")
+    os.symlink("in.jsonl", "soft.jsonl")
+    os.link("in.jsonl", "hard.jsonl")
+    os.symlink("folder", "elsewhere")
+    for out in (given, "in.jsonl", "folder/../in.jsonl", "soft.jsonl", "hard.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"must not be one of the inputs, but '.*' is the same as '.*in\.jsonl'"
+        ):
+            check_output(out, ".jsonl", "missing", given)
+    for out in ("folder", "folder/", "elsewhere", tmp_path / "folder"):
+        with pytest.raises(ValueError, match="is the same as 'folder'"):
+            check_output_folder(out, "folder")
+    check_output("new.jsonl", "", given, "new.jsonl")  # which is not there to be overwritten
+    check_output_folder("folder/inner", "folder")

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(draft, folder)
 
 
-def check_output(path: str | os.PathLike[str], suffix: str = "") -> None:
+def check_output(path: str | os.PathLike[str], suffix: str = "", *inputs: str | os.PathLike[str]) -> None:
     """Refuse a file that could not be written later: called before the work whose result it is to hold.
 
     Raises:
-        ValueError: the name does not end in `suffix`, or is that of a folder.
+        ValueError: the name does not end in `suffix`, or is that of a folder; or the file is one of the `inputs`.
         OSError: the folder can be neither written to nor made.
     """
     target = Path(path)
@@ -62,15 +62,18 @@ def check_output(path: str | os.PathLike[str], suffix: str = "") -> None:
         raise ValueError(f"The output must end in {suffix}, got '{target}'.")
     if target.is_dir():
         raise ValueError(f"The output must be a file, but '{target}' is a folder.")
+    _check_apart(target, inputs)
     check_output_folder(target.parent)
 
 
-def check_output_folder(path: str | os.PathLike[str]) -> None:
+def check_output_folder(path: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
     """Refuse a folder that can be neither written to nor made.
 
     Raises:
+        ValueError: it is one of the `inputs`.
         OSError: it, or the part of its path that exists, is no folder or may not be written to.
     """
+    _check_apart(path, inputs)
     folder = Path(path).absolute()
     there = next(part for part in (folder, *folder.parents) if part.exists())
     if not there.is_dir():
@@ -79,22 +82,73 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
         raise PermissionError(f"'{path}' cannot be written: permission denied in '{there}'.")
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """Rows of a file that `append_json_lines` writes to, none if there is no such file.
+def _check_apart(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse an output that is an input, also under another spelling or through a link."""
+    for given in inputs:
+        if os.path.exists(out) and os.path.exists(given) and os.path.samefile(out, given):
+            raise ValueError(
+                f"The output must not be one of the inputs, but '{os.fspath(out)}' is the same as '{os.fspath(given)}'."
+            )
 
-    A last line that a killed run left half-written is removed from the file.
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file in UTF-8, without the mark that some editors put at its beginning.
 
     Raises:
-        json.JSONDecodeError: another line is not JSON.
+        ValueError: it is not UTF-8; says in which line.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        begin = content.rfind(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, begin) + 1
+        raise ValueError(
+            f"{path}, line {line}: The line is not UTF-8: byte {error.start - begin + 1} cannot be read."
+        ) from None
+
+
+def parse_json_line(line: bytes) -> Any:
+    """Return what a line of JSON says.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, in one sentence.
+    """
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The line is not UTF-8: byte {error.start + 1} cannot be read.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The line is not JSON: {error.msg} at column {error.colno}.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        raise ValueError(f"The line is not JSON that can be read: {error}.") from None
+
+
+def read_json_lines(path: str | os.PathLike[str], *, mend: bool = True) -> list[Any]:
+    """Rows of a file that `append_json_lines` writes to, none if there is no such file.
+
+    A last line that a killed run left half-written is passed over, and with `mend` removed from the file, so that it
+    can be gone on with.
+
+    Raises:
+        ValueError: another line is not JSON; the file stays as it is.
     """
     file = Path(path)
     if not file.exists():
         return []
     text = file.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
+    rows = [_row(file, n, line) for n, line in enumerate(whole.splitlines(), 1) if line.strip()]
+    if mend and len(whole) < len(text):
         os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    return rows
+
+
+def _row(file: Path, number: int, line: bytes) -> Any:
+    try:
+        return parse_json_line(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}: {error}") from None
 
 
 @contextmanager

@@ -91,8 +91,7 @@ def _span(values: Iterable[object]) -> str:
 def _read_rows(path: Path, settings: Row) -> list[Row]:
     """Return the rows of an earlier, interrupted run."""
     lines = read_json_lines(path)
-    if lines and lines[0].get("settings") != settings:
-        raise ValueError(
-            f"{path} belongs to a run with other settings ({lines[0].get('settings')}); move it away."
-        )
+    found = lines[0].get("settings") if lines and isinstance(lines[0], dict) else None
+    if lines and found != settings:
+        raise ValueError(f"{path} belongs to a run with other settings ({found}); move it away.")
     return lines[1:]

@@ -1,6 +1,5 @@
 """Fits the confidence of answers to how often they were right, on the rows of an evaluation."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vot_kernels.extras import imports_for
-from vot_kernels.files import atomic_write
+from vot_kernels.files import atomic_write, check_output, read_json_lines
 from vot_kernels.reasoning.calibration import (
     FILE,
     Calibration,
@@ -85,7 +84,10 @@ def calibrate(rows_file: Path, folder: Path) -> Calibration:
     Raises:
         ValueError: the rows have no language model, or too few answers.
     """
-    settings, *rows = (json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines())
+    check_output(folder / FILE, "", rows_file)
+    settings, *rows = read_json_lines(rows_file, mend=False) or [None]
+    if not isinstance(settings, dict) or not isinstance(settings.get("settings"), dict):
+        raise ValueError(f"{rows_file} must have rows of `vot eval digitworld`, got none.")
     name = settings["settings"].get("llm")
     if name is None:
         raise ValueError(f"{rows_file} has no answers of a language model with VoT.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from vot_kernels.extras import imports_for
+from vot_kernels.files import read_text
 
 Settings = TypeVar("Settings")
 _WATCHING = ("validate_every", "validation_clips")
@@ -136,8 +137,8 @@ def _read(settings: type, file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     try:
-        read = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        read = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(read, dict):
         raise ValueError(f"{file} must hold lines of `setting: value`, got {type(read).__name__}.")

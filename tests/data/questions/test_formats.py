@@ -253,6 +253,17 @@ def test_star(star_folder):
     assert given[0].stsg.frame_times_s == (0.0, 2.0, 4.0) and not given[0].stsg.tracklet("o1").boxes
 
 
+def test_classes_that_are_not_utf8_are_named(star_folder):
+    file, reported = star_folder / "object_classes.txt", []
+    file.write_bytes(b"o000 person\no004 caf\xe9\n")
+    source = write(star_folder / "STAR_val.json", [star()])
+    with pytest.raises(ValueError, match="no question of STAR"):
+        convert_questions("star", source, star_folder / "q.jsonl", reported.append)
+    assert reported == [
+        f"{source}, question 1: {file}, line 2: The line is not UTF-8: byte 9 cannot be read."
+    ]
+
+
 def test_star_without_its_classes_has_no_graphs(tmp_path):
     [question], _, _ = convert("star", write(tmp_path / "STAR_val.json", [star()]), tmp_path / "q.jsonl")
     assert question.stsg is None and question.kind == "choice"

@@ -1,11 +1,11 @@
 """The lines of a JSONL file, one after another: each is a question, or has one sentence on what is wrong."""
 
-import json
 import os
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vot_kernels.data.questions.question import KEYS, VideoQuestion, question_from_dict
+from vot_kernels.files import parse_json_line
 
 MAX_LINE = 64 * 2**20
 """Bytes of a line. A longer one is skipped without being read into memory."""
@@ -47,7 +47,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
                 problem = f"The line has {end - start:,} bytes; at most {MAX_LINE:,} are allowed."
                 yield Line(number, start, end, None, problem)
             elif text.strip():
-                yield _line(text.removeprefix(_MARK) if start == 0 else text, number, start, end)
+                yield _line(text, number, start, end)
             start = end
 
 
@@ -56,28 +56,26 @@ def read_line(path: str | os.PathLike[str], number: int, start: int) -> Line:
     with open(path, "rb") as file:
         file.seek(start)
         text = file.readline(MAX_LINE)
-    return _line(text.removeprefix(_MARK) if start == 0 else text, number, start, start + len(text))
+    return _line(text, number, start, start + len(text))
 
 
 def _line(text: bytes, number: int, start: int, end: int) -> Line:
     fields = None
     try:
-        fields = _parse(text)
+        fields = parse_line(text, number)
         question = question_from_dict(fields, id=str(number))
     except ValueError as error:
         return Line(number, start, end, None, str(error))
     return Line(number, start, end, question, unread=tuple(key for key in fields if key not in KEYS))
 
 
-def _parse(text: bytes) -> dict:
-    try:
-        return json.loads(text.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The line is not UTF-8: byte {error.start + 1} cannot be read.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"The line is not JSON: {error.msg} at column {error.colno}.") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
-        raise ValueError(f"The line is not JSON that can be read: {error}.") from None
+def parse_line(text: bytes, number: int) -> Any:
+    """Return what a line says, whose number in its file is known.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, in one sentence.
+    """
+    return parse_json_line(text.removeprefix(_MARK) if number == 1 else text)
 
 
 def _skip_line(file: BinaryIO) -> int:

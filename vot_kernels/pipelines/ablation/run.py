@@ -110,11 +110,13 @@ def run_ablations(out: Path, plan: Plan, plot: Path | None = None) -> str:
         plan: what to run.
         plot: SVG file for a picture of it.
     """
-    check_output(out, ".json")
-    if plot is not None:
-        check_output(plot, ".svg")
     rows_file, folders = out.with_suffix(".rows.jsonl"), out.with_suffix(".runs")
-    done = {key(row["run"]): row for row in read_json_lines(rows_file)}
+    read = plan.sources.answers
+    check_output(out, ".json", *read)
+    check_output(rows_file, "", *read)
+    if plot is not None:
+        check_output(plot, ".svg", *read)
+    done = _finished(rows_file)
     wanted = plan.runs()
     missing = [run for run in wanted if key(run) not in done]
     began = time.perf_counter()
@@ -139,6 +141,14 @@ def run_ablations(out: Path, plan: Plan, plot: Path | None = None) -> str:
     if plot is not None:
         draw(result, plot)
     return format_summary(result)
+
+
+def _finished(rows_file: Path) -> dict[str, Row]:
+    """Return the rows of finished runs, by their keys."""
+    try:
+        return {key(row["run"]): row for row in read_json_lines(rows_file)}
+    except (KeyError, TypeError):
+        raise ValueError(f"{rows_file} exists and has other rows than those of `vot ablate`.") from None
 
 
 def _rows_of(plan: Plan, part: Part, variant: Variant, done: dict[str, Row]) -> list[Row]:

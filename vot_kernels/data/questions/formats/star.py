@@ -17,6 +17,7 @@ from typing import Any
 
 from vot_kernels.data.questions.formats.given import Given, LeftOut, read_json, text, value
 from vot_kernels.data.questions.formats.situations import PERSON, Situation, graph_of, words
+from vot_kernels.files import read_text
 
 _CLASSES = ("object_classes.txt", "relationship_classes.txt", "action_classes.txt")
 
@@ -96,5 +97,5 @@ def _classes(folder: Path) -> dict[str, str]:
     files = [folder / name for name in _CLASSES]
     if not all(file.is_file() for file in files):
         return {}
-    lines = [line.split(maxsplit=1) for file in files for line in file.read_text("utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for file in files for line in read_text(file).splitlines()]
     return {line[0]: words(line[1]) for line in lines if len(line) == 2}

@@ -158,7 +158,8 @@ def _judge(vlm: Path, seed: int) -> PreferenceReward:
 
 @cache
 def _answers(file: Path) -> list[dict[str, Any]]:
-    rows = [row for row in read_json_lines(file) if "answers" in row]
+    found = read_json_lines(file, mend=False)
+    rows = [row for row in found if isinstance(row, dict) and "answers" in row]
     if not rows:
         raise ValueError(f"{file} must have rows of `vot eval digitworld`, got none.")
     return rows
