@@ -7,10 +7,10 @@ from pathlib import Path
 class Answer:
     """An answer about a video."""
 
-    def __init__(self, video, question, candidates):
+    def __init__(self, video, question, candidates, sampling):
         self.row = {
             "question": question,
-            "text": f"{Path(video).stem}: {candidates or 'anything'}",
+            "text": f"{Path(video).stem}, {sampling.start} to {sampling.end} s: {candidates or 'anything'}",
             "size": 0.1,
         }
 
@@ -44,4 +44,4 @@ class Mortal:
         if name == "odd":
             raise ZeroDivisionError("nobody expects this")
         with open(video, "rb"):
-            return Result(video, question, candidates)
+            return Result(video, question, candidates, sampling)

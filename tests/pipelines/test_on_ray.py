@@ -40,6 +40,7 @@ def questions(tmp_path):
             (tmp_path / f"{name}.mp4").touch()
         lines.append({"video": f"{name}.mp4", "question": "Where?", "id": f"{name} 1"})
         lines.append({"video": f"{name}.mp4", "question": "Who?", "candidates": ["a", "b"], "more": [1]})
+    lines[1] |= {"part": [0, 0.5]}
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path
@@ -65,6 +66,7 @@ def test_answers_are_those_of_one_process_though_workers_end(cluster, questions,
     assert all_cores_are_free(within_s=20)
     assert ray.data.DataContext.get_current().max_errored_blocks == 0  # as before
     rows = read(spread)
+    assert [row.get("part") for row in rows[:2]] == [None, [0, 0.5]] and "0.0 to 0.5 s" in rows[1]["text"]
     assert all("ended, 3 times" in row["error"] and row["id"] in ("poison 1", "6") for row in rows[4:6])
     kept = [line for line in questions.read_text().splitlines() if "poison" not in line]
     questions.write_text("\n".join(kept))

@@ -220,10 +220,22 @@ class TestBatch:
         assert answer_batch(video_qa, questions, out) == (0, 3, 0)
         assert "error" not in out.read_text()
 
+    def test_no_frames_but_those_of_the_part_are_shown(self, video_qa, tmp_path):
+        clip, asked = str(digitworld_clip()[0]), "Does the magenta digit hit the yellow digit?"
+        line = {"video": clip, "question": asked, "candidates": ["yes", "no"]}
+        lines = [line, line | {"part": [0, 0.5]}, line | {"part": [1, 2]}]
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        out = tmp_path / "a.jsonl"
+        assert answer_batch(video_qa, tmp_path / "q.jsonl", out) == (3, 0, 0)
+        whole, first, last = map(json.loads, out.read_text().splitlines())
+        assert whole["choice"] == "yes" and first["choice"] == "no"
+        assert max(whole["evidence"]["times_s"]) > 1
+        assert max(first["evidence"]["times_s"]) <= 0.5 and min(last["evidence"]["times_s"]) >= 1
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "line 1: not JSON"),
+            ("{", "line 1: The line is not JSON"),
             ('{"video": 3, "question": "?"}', 'strings "video" and "question"'),
             ('{"video": "a", "question": "?", "candidates": []}', "non-empty list"),
             (

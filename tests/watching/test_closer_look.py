@@ -266,25 +266,29 @@ class TestEstimates:
         reader = Costly()
         video_qa = VideoQA(WrittenGraph(reader, "m"), reader)
         short = digitworld_clip()[0]
-        long, missing = (film[0], 3), (tmp_path / "missing.mp4", 5)
-        found = estimate_run(video_qa, [long, (short, 2), missing])
+        every = Sampling()
+        long, missing = (film[0], 3, every), (tmp_path / "missing.mp4", 5, every)
+        found = estimate_run(video_qa, [long, (short, 2, every), missing])
         # 60 frames at 2 a second are a window of 32 and two of 24 more; each question has a clip of its own
         assert found.run == Run(videos=2, questions=5, clips=3 + 3 + 1, graphs=3 + 1)
         assert len(reader.shown[0].times) == 32 and len(reader.shown) == 1
         assert found.seconds == pytest.approx(7 * 10 + 5 + (4 * 512 + 5 * 288) / 1e3)
-        assert estimate_run(video_qa, [long], Sampling(num_frames=32)).run == Run(1, 3, 1, 1)
+        assert estimate_run(video_qa, [(*long[:2], Sampling(num_frames=32))]).run == Run(1, 3, 1, 1)
 
     def test_other_eyes_write_no_graph(self, film):
         reader = Costly()
         video_qa = VideoQA(TrueEyes(film[1]), reader)
-        assert estimate_run(video_qa, [(film[0], 3)]).run == Run(1, 3, 3, 0)
+        assert estimate_run(video_qa, [(film[0], 3, Sampling())]).run == Run(1, 3, 3, 0)
         clip = load_video(film[0], num_frames=6)
-        assert estimate_run(video_qa, [(clip, 3)]).run == Run(1, 3, 1, 0) and reader.shown[-1] is clip
+        assert (
+            estimate_run(video_qa, [(clip, 3, Sampling())]).run == Run(1, 3, 1, 0)
+            and reader.shown[-1] is clip
+        )
 
     def test_a_reader_that_sees_nothing_has_none(self, film):
-        assert estimate_run(VideoQA(TrueEyes(film[1]), lambda prompt: ""), [(film[0], 1)]) is None
+        assert estimate_run(VideoQA(TrueEyes(film[1]), lambda prompt: ""), [(film[0], 1, Sampling())]) is None
         reader = Costly()
-        assert estimate_run(VideoQA(TrueEyes(film[1]), reader), [("missing.mp4", 1)]) is None
+        assert estimate_run(VideoQA(TrueEyes(film[1]), reader), [("missing.mp4", 1, Sampling())]) is None
 
     def test_long_runs_are_announced_for_several_videos_and_batches(
         self, vot, film, folder_of, tmp_path, monkeypatch

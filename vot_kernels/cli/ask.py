@@ -134,10 +134,7 @@ def ask(
         raise ValueError('Give a video and a question: vot ask clip.mp4 "What happens?".')
     check_question(question)
     asked = _Asked(question, split_candidates(candidates), sampling)
-    for output, suffix in ((trace, ".json"), (picture, ".png")):
-        if output is not None:
-            check_output(output, suffix)
-    _answer_videos(models, video, asked, _Shown(json_, verbose, trace, picture))
+    _answer_videos(models, video, asked, _Shown(json_, verbose, trace, picture, anyway))
 
 
 def _check_unused(**given: bool) -> None:
@@ -160,12 +157,16 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Shown:
-    """How answers are printed, and the files that the answer about a single video is written to."""
+    """How answers are printed, and the files that the answer about a single video is written to.
+
+    `anyway` says that guesses were asked for.
+    """
 
     json: bool
     verbose: bool
     trace: Path | None
     picture: Path | None
+    anyway: bool
 
 
 def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -> "BatchCounts":
@@ -173,11 +174,11 @@ def _answer_file(models: Models, batch: Path, out: Path, sampling: "Sampling") -
     from vot_kernels.pipelines.batch import answer_batch, jobs_of
     from vot_kernels.pipelines.progress import steps
 
-    _check_files(models, batch, out)
+    _check_files(models, batch, out, sampling)
     with steps() as step:
         step(models.loading)
         video_qa = models.load()
-    _print_estimate(video_qa, jobs_of(batch, out), sampling, verbose=False)
+    _print_estimate(video_qa, jobs_of(batch, out, sampling), verbose=False)
     return answer_batch(video_qa, batch, out, sampling)
 
 
@@ -187,18 +188,17 @@ def _answer_file_on_ray(
     """Answer them on workers, which load the models."""
     from vot_kernels.pipelines.on_ray import answer_batch_on_ray
 
-    _check_files(models, batch, out)
+    _check_files(models, batch, out, sampling)
     load = models.absolute().load  # workers are in other folders
     return answer_batch_on_ray(load, batch, out, sampling, workers=workers, device=models.device)
 
 
-def _check_files(models: Models, batch: Path, out: Path) -> None:
+def _check_files(models: Models, batch: Path, out: Path, sampling: "Sampling") -> None:
     """Find whatever can be wrong before anything is loaded."""
-    from vot_kernels.pipelines.batch import read_questions
+    from vot_kernels.pipelines.batch import jobs_of
 
-    read_questions(batch)
-    check_output(out)
     models.check()
+    jobs_of(batch, out, sampling)
 
 
 def _print_counts(counts: "BatchCounts", out: Path) -> None:
@@ -218,13 +218,16 @@ def _answer_videos(models: Models, videos: Sequence[Path], asked: _Asked, shown:
     alone = len(paths) == 1
     if not alone and (shown.trace or shown.picture):
         raise ValueError(f"--trace and --picture are for one video, but there are {len(paths)}.")
+    for output, suffix in ((shown.trace, ".json"), (shown.picture, ".png")):
+        if output is not None:
+            check_output(output, suffix, *paths)
     with steps(shown=not shown.json) as step:
         # One bad file is reported before anything is loaded.
         clips: Sequence[Video] = [_opened(models, paths[0], asked.sampling, step)] if alone else paths
         models.check()
         step(models.loading)
         video_qa = models.load()
-        _print_estimate(video_qa, [(clip, 1) for clip in clips], asked.sampling, shown.verbose)
+        _print_estimate(video_qa, [(clip, 1, asked.sampling) for clip in clips], shown.verbose)
         answer = partial(_answer_video, video_qa, asked=asked, shown=shown, alone=alone, step=step)
         failed = sum(not answer(path, clip) for path, clip in zip(paths, clips, strict=True))
     if failed:
@@ -283,19 +286,19 @@ def _print_result(result: "VideoAnswer", shown: _Shown, heading: Path | None, ke
         else:
             if heading is not None:
                 print(f"{heading}:", flush=True)
-            print_answer(result, shown.picture, shown.verbose, kernels)
+            print_answer(result, shown.picture, shown.verbose, kernels, anyway=shown.anyway)
             if heading is not None:
                 print(flush=True)
     return " ".join(failures)
 
 
 def _print_estimate(
-    video_qa: "VideoQA", jobs: "Sequence[tuple[Video, int]]", sampling: "Sampling", verbose: bool
+    video_qa: "VideoQA", jobs: "Sequence[tuple[Video, int, Sampling]]", verbose: bool
 ) -> None:
     """Say on stderr what a long run will take; with `verbose`, what any run will."""
     from vot_kernels.pipelines.estimates import estimate_run
 
-    estimate = estimate_run(video_qa, jobs, sampling)
+    estimate = estimate_run(video_qa, jobs)
     if estimate is not None and (verbose or estimate.long):
         print(estimate, file=sys.stderr)
 

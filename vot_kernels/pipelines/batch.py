@@ -1,13 +1,14 @@
 """Answers to the questions of a JSONL file, resumable."""
 
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vot_kernels.files import append_json_lines, atomic_write, read_json_lines
+from vot_kernels.data.questions.lines import parse_line
+from vot_kernels.data.questions.question import id_of, part_of
+from vot_kernels.files import append_json_lines, atomic_write, check_output, read_json_lines
 from vot_kernels.pipelines.progress import track
 from vot_kernels.pipelines.sampling import Sampling
 
@@ -43,12 +44,22 @@ def answer_batch(
     call resumes an interrupted run; a partly written last line is dropped first.
     A video that cannot be read gets a line with "error" instead of an answer; the next run tries it again.
 
+    Args:
+        video_qa: what answers.
+        questions: JSONL of questions.
+        out: JSONL of answers.
+        sampling: which frames to look at; of a question with a "part" of the video, those of the part.
+
     Raises:
-        ValueError: `read_questions` refuses a line, or `out` has other contents; nothing is answered then.
+        ValueError: `read_questions` refuses a line, or `out` is `questions` or has other contents; nothing is answered
+            then.
     """
     folder = Path(questions).parent
     return write_answers(
-        lambda todo: (answer_question(video_qa, item, folder, sampling) for item in todo), questions, out
+        lambda todo: (answer_question(video_qa, item, folder, sampling) for item in todo),
+        questions,
+        out,
+        sampling,
     )
 
 
@@ -56,20 +67,19 @@ def write_answers(
     answers: Callable[[Sequence[Row]], Iterable[Row]],
     questions: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    sampling: Sampling | None = None,
 ) -> BatchCounts:
     """Append to `out` what `answers` yields for those of the `questions` that `out` does not answer yet.
 
     Args:
         answers: takes the questions, as `read_questions` returns them, and yields a row for each, in their order.
-        questions: JSONL of questions.
-        out: JSONL of answers.
+        questions, out, sampling: as for `answer_batch`.
 
     Raises:
         ValueError: as in `answer_batch`.
     """
     source, target = Path(questions), Path(out)
-    items = read_questions(source)
-    todo = _unanswered(items, target)
+    items, todo = _asked(source, target, sampling)
     with append_json_lines(target) as append:
         failed = 0
         rows = answers(todo) if todo else ()
@@ -79,20 +89,31 @@ def write_answers(
     return BatchCounts(len(todo) - failed, len(items) - len(todo), failed)
 
 
-def jobs_of(questions: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[tuple[Path, int]]:
-    """Return the videos of the questions that `out` does not answer, each with the number of its questions in a row.
+def jobs_of(
+    questions: str | os.PathLike[str], out: str | os.PathLike[str], sampling: Sampling | None = None
+) -> list[tuple[Path, int, Sampling]]:
+    """Return the videos of the questions that `out` does not answer, each with the number of its questions in a row,
+    and which frames they are about.
 
     Raises:
         ValueError: as in `answer_batch`.
     """
-    todo = _unanswered(read_questions(questions), Path(out))
-    videos = groupby(Path(questions).parent / item["video"] for item in todo)
-    return [(video, len(list(group))) for video, group in videos]
+    _, todo = _asked(Path(questions), Path(out), sampling)
+    shown = ((Path(questions).parent / item["video"], _sampling_of(item, sampling)) for item in todo)
+    return [(video, len(list(group)), frames) for (video, frames), group in groupby(shown)]
 
 
-def _unanswered(items: list[Row], out: Path) -> list[Row]:
+def _asked(questions: Path, out: Path, sampling: Sampling | None) -> tuple[list[Row], list[Row]]:
+    """Return all questions, and those that `out` does not answer."""
+    items = read_questions(questions, sampling)
+    check_output(out, "", questions)
     done = _finished(out)
-    return [item for item in items if item["id"] not in done]
+    return items, [item for item in items if item["id"] not in done]
+
+
+def _sampling_of(item: Row, sampling: Sampling | None) -> Sampling:
+    """Return which frames a question is about."""
+    return (sampling or Sampling()).of_part(part_of(item))
 
 
 def answer_question(
@@ -102,32 +123,39 @@ def answer_question(
 
     `folder` is what a relative path of the video is relative to.
     """
+    known = {key: item[key] for key in ("id", "video", "part") if item.get(key) is not None}
     try:
-        result = video_qa.ask(Path(folder, item["video"]), item["question"], item.get("candidates"), sampling)
+        shown = _sampling_of(item, sampling)
+        result = video_qa.ask(Path(folder, item["video"]), item["question"], item.get("candidates"), shown)
     except (ValueError, OSError) as error:
-        return {"id": item["id"], "video": item["video"], "question": item["question"], "error": str(error)}
+        return {**known, "question": item["question"], "error": str(error)}
     eyes = result.sight.to_dict()
     read = {} if result.read is None else {"reader_looked_at": result.read.info.describe()}
-    return {"id": item["id"], "video": item["video"], **result.answer.to_dict(), "eyes": eyes, **read}
+    return {**known, **result.answer.to_dict(), "eyes": eyes, **read}
 
 
-def read_questions(path: str | os.PathLike[str]) -> list[Row]:
+def read_questions(path: str | os.PathLike[str], sampling: Sampling | None = None) -> list[Row]:
     """Return the questions of a JSONL file, each with an "id".
 
     A line is an object with "video" (a path, relative to the file's folder if not absolute), "question", and
-    optionally "candidates" (a list) and "id" (by default the line's number).
+    optionally "candidates" (a list), "part" (the seconds of the video that are shown) and "id" (by default the line's
+    number). Keys that are null count as missing.
 
     Raises:
-        ValueError: a line is not such an object, two lines have the same id, or there is no line.
+        ValueError: a line is not such an object, or has a "part" where `sampling` has a start or an end; two lines have
+            the same id, or there is no line.
     """
     items: list[Row] = []
     seen: dict[str, int] = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            item = _parse(line, f"{path}, line {number}")
-            item["id"] = str(item.get("id", number))
+            try:
+                item = _question(parse_line(line, number), str(number))
+                _sampling_of(item, sampling)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
             if item["id"] in seen:
                 lines_ = f"{seen[item['id']]} and {number}"
                 raise ValueError(f'{path}: an id must be unique, got "{item["id"]}" in the lines {lines_}.')
@@ -140,31 +168,30 @@ def read_questions(path: str | os.PathLike[str]) -> list[Row]:
     return items
 
 
-def _parse(line: str, where: str) -> Row:
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+def _question(item: Any, number: str) -> Row:
+    """Return a question with its id, by default the number of its line."""
     if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in ("video", "question")):
-        raise ValueError(f'{where}: must be an object with the strings "video" and "question".')
+        raise ValueError('A line must be an object with the strings "video" and "question".')
     candidates = item.get("candidates")
     if candidates is not None and not (
         isinstance(candidates, list) and candidates and all(isinstance(c, str) for c in candidates)
     ):
-        raise ValueError(f'{where}: "candidates" must be a non-empty list of strings.')
-    return item
+        raise ValueError('"candidates" must be a non-empty list of strings.')
+    return item | {"id": id_of(item, number)}
 
 
-def _finished(path: Path) -> set[str]:
+def _finished(path: Path) -> Collection[str]:
     """Return the ids that are already answered. Lines with an error are removed, so that they are asked again."""
     try:
-        rows = read_json_lines(path)
-        done = {str(row["id"]) for row in rows if "error" not in row}
+        rows = read_json_lines(path, mend=False)  # what is no file of answers stays as it is
+        # Every answer has a text; questions with ids have none.
+        done = {str(row["id"]): row["text"] for row in rows if "error" not in row}
+        read_json_lines(path)
         if len(done) < len(rows):
             with atomic_write(path) as temporary, append_json_lines(temporary) as append:
                 for row in rows:
                     if "error" not in row:
                         append(row)
         return done
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path} exists and is not a JSONL of answers with an "id" each.') from None

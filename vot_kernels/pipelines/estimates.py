@@ -18,22 +18,19 @@ if TYPE_CHECKING:
     from vot_kernels.watching.cost import Estimate
 
 
-def estimate_run(
-    video_qa: VideoQA, jobs: Sequence[tuple[Video, int]], sampling: Sampling | None = None
-) -> Estimate | None:
+def estimate_run(video_qa: VideoQA, jobs: Sequence[tuple[Video, int, Sampling]]) -> Estimate | None:
     """Return what a run takes; None if its reader does not look at videos, or if none of them can be read.
 
     The memory and the work for a clip are those of the first video; of the others the headers are read.
 
     Args:
         video_qa: what answers.
-        jobs: each video, with the number of questions that are asked about it in a row.
-        sampling: which frames are looked at.
+        jobs: each video, with the number of questions that are asked about it in a row, and which frames are looked at.
     """
     if not video_qa.max_frames or not hasattr(video_qa.reader, "estimate"):
         return None
-    sampling, runs, first = sampling or Sampling(), [], None
-    for video, questions in jobs:
+    runs, first = [], None
+    for video, questions, sampling in jobs:
         try:
             frames = _count(video, sampling, video_qa.eyes.fps)
             clip = first or _sample(video, min(frames, video_qa.max_frames), sampling)

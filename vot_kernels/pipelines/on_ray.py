@@ -65,7 +65,7 @@ def answer_batch_on_ray(
             else:
                 yield {key: row[key] for key in ("id", "video", "question")} | {"error": _ENDED}
 
-    return write_answers(answers, questions, out)
+    return write_answers(answers, questions, out, sampling)
 
 
 def encode_videos_on_ray(
@@ -90,7 +90,7 @@ def encode_videos_on_ray(
         ImportError: Ray is not installed.
         ValueError: `out` is no safetensors file, or `workers` is below 1.
     """
-    check_output(out, ".safetensors")
+    check_output(out, ".safetensors", *paths)
     folder = checkpoint_folder(checkpoint, ENCODER, PERCEPTION).absolute()
     parts = Path(f"{os.fspath(out)}.parts").absolute()
     names = [str(Path(path).absolute()) for path in paths]
@@ -114,7 +114,7 @@ _ENDED = f"The worker that had this video ended, {RETRIES + 1} times: out of mem
 
 def _question(item: Row) -> Row:
     return {key: item[key] for key in ("id", "video", "question")} | {
-        "candidates": item.get("candidates") or []
+        name: item.get(name) or [] for name in ("candidates", "part")
     }
 
 

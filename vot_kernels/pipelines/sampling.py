@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vot_kernels.data.video import FrameStream, VideoClip, count_frames, load_video, stream_video
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, PERCEPTION, checkpoint_kind, read_config
+from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
 
 MAX_FRAMES = 32
@@ -34,6 +35,18 @@ class Sampling:
     num_frames: int | None = None
     start: float | None = None
     end: float | None = None
+
+    def of_part(self, part: Interval | None) -> "Sampling":
+        """Return the same frames of a part of the video alone; None is the whole of it.
+
+        Raises:
+            ValueError: there is a range already.
+        """
+        if part is None:
+            return self
+        if self.start is not None or self.end is not None:
+            raise ValueError('"part" says which seconds are shown, so start and end cannot be given, too.')
+        return replace(self, start=part.start_s, end=part.end_s)
 
 
 def sample_video(

@@ -47,16 +47,19 @@ class AnswerQuestions:
 
         Args:
             rows: columns "id", "video" (a path), "question", and "candidates" (a list; empty or None to have them
-                proposed).
+                proposed). A column "part" (a list of two numbers; empty or None for the whole video) need not be there.
         """
         ids = [str(id_) for id_ in rows["id"]]
+        parts = rows["part"] if "part" in rows else [None] * len(ids)
         answers = []
-        for id_, video, question, given in zip(
-            ids, rows["video"], rows["question"], rows["candidates"], strict=True
+        for id_, video, question, given, part in zip(
+            ids, rows["video"], rows["question"], rows["candidates"], parts, strict=True
         ):
             candidates = [] if given is None else [str(one) for one in given]
+            seconds = [] if part is None else [float(one) for one in part]
             item: Row = {"id": id_, "video": str(video), "question": str(question)}
             item |= {"candidates": candidates} if candidates else {}
+            item |= {"part": seconds} if seconds else {}
             answers.append(self._answer(item))
         return {"id": ids, "answer": [json.dumps(answer, ensure_ascii=False) for answer in answers]}
 

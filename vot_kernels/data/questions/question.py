@@ -81,7 +81,7 @@ def question_from_dict(fields: Any, id: str) -> VideoQuestion:
         video=texts["video"],
         question=texts["question"],
         answer=answer,
-        id=_id(given, id),
+        id=id_of(given, id),
         kind=kind,
         candidates=candidates,
         interval=interval,
@@ -146,8 +146,13 @@ def _interval(given: Mapping[str, Any]) -> Interval | None:
     return Interval(start, end)
 
 
-def _part(given: Mapping[str, Any], interval: Interval | None) -> Interval | None:
-    if "part" not in given:
+def part_of(given: Mapping[str, Any]) -> Interval | None:
+    """Return the "part" of the video that the plain form of a question is about; None for the whole of it.
+
+    Raises:
+        ValueError: it is no interval in seconds.
+    """
+    if given.get("part") is None:
         return None
     ends = given["part"]
     if not isinstance(ends, list) or len(ends) != 2:
@@ -155,8 +160,12 @@ def _part(given: Mapping[str, Any], interval: Interval | None) -> Interval | Non
     start, end = (_seconds(value, "part") for value in ends)
     if start >= end:
         raise ValueError(f'"part" must begin before it ends, got {start:g} s to {end:g} s.')
-    part = Interval(start, end)
-    if interval is not None and part.shared(interval) != interval:
+    return Interval(start, end)
+
+
+def _part(given: Mapping[str, Any], interval: Interval | None) -> Interval | None:
+    part = part_of(given)
+    if part is not None and interval is not None and part.shared(interval) != interval:
         raise ValueError(f"The interval {interval} must lie in the part {part} that the question is about.")
     return part
 
@@ -191,8 +200,13 @@ def _stsg(given: Mapping[str, Any]) -> STSG | None:
     return graph
 
 
-def _id(given: Mapping[str, Any], default: str) -> str:
-    id = given.get("id", default)
+def id_of(given: Mapping[str, Any], default: str) -> str:
+    """Return the "id" in the plain form of a question, or `default` where it is missing or null.
+
+    Raises:
+        ValueError: it is neither a text nor a whole number.
+    """
+    id = default if given.get("id") is None else given["id"]
     return str(id) if isinstance(id, int) and not isinstance(id, bool) else _text({"id": id}, "id")
 
 
