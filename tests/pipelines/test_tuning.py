@@ -145,4 +145,5 @@ def test_the_command_says_what_it_needs(options, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["vot", "tune", *options])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1

@@ -5,13 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from vot_kernels.cli.manners import when_interrupted
+from vot_kernels.cli.manners import kept_in, when_interrupted
 from vot_kernels.cli.options import CHECKPOINT, PATH
 from vot_kernels.extras import require
 
 
 def runs_are_kept(given: dict[str, Any]) -> str:
-    return f"the runs so far are kept beside {given['out']}; the same command goes on from there."
+    out = given["out"]
+    return kept_in("the runs so far", out.with_suffix(".rows.jsonl"), out.with_suffix(".runs"))
 
 
 @when_interrupted(runs_are_kept)

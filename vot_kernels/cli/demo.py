@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vot_kernels.cli.answers import print_answer
-from vot_kernels.cli.manners import when_interrupted
+from vot_kernels.cli.manners import has_contents, nothing_is_kept, when_interrupted
 from vot_kernels.cli.models import Models
 from vot_kernels.cli.options import (
     PATH,
@@ -28,6 +28,8 @@ from vot_kernels.files import check_output_folder
 def _done(given: dict[str, Any]) -> str:
     if given["web"]:
         return "the page is closed; nothing was written."
+    if not has_contents(given["out"]):
+        return nothing_is_kept(given)
     return f"the pictures and traces that are done are in {given['out']}."
 
 

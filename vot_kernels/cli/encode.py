@@ -6,15 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from vot_kernels.cli.manners import nothing_is_kept, when_interrupted
-from vot_kernels.cli.options import PATH, Device, End, Engine, NumFrames, Start, Workers, check_engine
+from vot_kernels.cli.manners import kept_in, nothing_is_kept, when_interrupted
+from vot_kernels.cli.options import (
+    CHECKPOINT,
+    PATH,
+    Device,
+    End,
+    Engine,
+    NumFrames,
+    Start,
+    Workers,
+    check_engine,
+)
 from vot_kernels.extras import require
 
 
 def _kept(given: dict[str, Any]) -> str:
     if given["engine"] == "local":
         return nothing_is_kept(given)
-    return f"what is encoded is kept in {given['out']}.parts; the same command goes on from there."
+    return kept_in("the videos so far", Path(f"{given['out']}.parts"))
 
 
 @when_interrupted(_kept)
@@ -31,8 +41,9 @@ def encode(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of an encoder or a perception checkpoint (default: the bundled DigitWorld one).",
-            **PATH,
+            help="Folder of an encoder or a perception checkpoint (default: digitworld-nano, which ships with the "
+            "package).",
+            **CHECKPOINT,
         ),
     ] = None,
     fps: Annotated[

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -35,19 +36,30 @@ def nothing_is_kept(given: dict[str, Any]) -> str:
     return "nothing was written; run the same command again."
 
 
+def kept_in(what: str, *paths: Path) -> str:
+    """Say that something is kept in those of some files and folders that have contents, so that a run goes on there."""
+    there = [str(path) for path in paths if has_contents(path)]
+    if not there:
+        return nothing_is_kept({})
+    return f"{what} are kept in {' and '.join(there)}; the same command goes on from there."
+
+
+def has_contents(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
 def checkpoints_are_kept(given: dict[str, Any]) -> str:
-    return f"the steps so far are kept in {given['out']}; the same command goes on from there."
+    return kept_in("the steps so far", given["out"])
 
 
 def answers_are_kept(given: dict[str, Any]) -> str:
     suffixes = {"videos": ".rows.jsonl", "when": ".when.jsonl"}  # of an evaluation, by what it was asked for
     files = [given["out"].with_suffix(suffix) for option, suffix in suffixes.items() if given.get(option)]
-    if given.get("batch") is not None:
+    if given.get("batch") is not None and given["out"] is not None:
         files = [given["out"]]
-    if not files:
-        return nothing_is_kept(given)
-    kept = " and ".join(map(str, files))
-    return f"the answers so far are kept in {kept}; the same command goes on from there."
+    return kept_in("the answers so far", *files)
 
 
 @contextmanager

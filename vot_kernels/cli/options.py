@@ -48,24 +48,27 @@ Start = Annotated[float | None, typer.Option(help="Begin at this time, in second
 End = Annotated[float | None, typer.Option(help="End at this time, in seconds.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Folder of a perception checkpoint (default: the bundled DigitWorld one).", **PATH),
+    typer.Option(
+        help="Folder of a perception checkpoint (default: digitworld-nano, which ships with the package).",
+        **CHECKPOINT,
+    ),
 ]
 Llm = Annotated[
     Path | None,
-    typer.Option(help="Folder of any Hugging Face causal LM (default: SmolLM2-135M-Instruct).", **PATH),
+    typer.Option(help="Folder of any Hugging Face causal LM (default: SmolLM2-135M-Instruct).", **CHECKPOINT),
 ]
 Vlm = Annotated[
     Path | None,
     typer.Option(
         help="Folder of a video-language model of transformers, which sees any video and writes the scene graph "
         "itself, instead of checkpoint and LLM.",
-        **PATH,
+        **CHECKPOINT,
     ),
 ]
 Detector = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of an object detector of transformers, which sees the scene graph instead.", **PATH
+        help="Folder of an object detector of transformers, which sees the scene graph instead.", **CHECKPOINT
     ),
 ]
 Objects = Annotated[

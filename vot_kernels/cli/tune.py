@@ -9,7 +9,7 @@ from vot_kernels.cli.manners import when_interrupted
 
 
 def _configs_are_kept(given: dict[str, Any]) -> str:
-    return "what was found so far is kept, and VOT_TUNED=1 uses it."
+    return "whatever was found so far is kept, and VOT_TUNED=1 uses it."
 
 
 @when_interrupted(_configs_are_kept)
@@ -20,8 +20,8 @@ def tune(
     """Time the shipped configs of every kernel on this GPU and keep the fastest; VOT_TUNED=1 uses them."""
     from vot_kernels.pipelines.tuning import tune_gpu
 
+    path, found = tune_gpu(seconds, dtype)  # which refuses what cannot be tuned
     print(f"Tuning for {seconds:.0f} s; what is found is kept as it is found.", file=sys.stderr)
-    path, found = tune_gpu(seconds, dtype)
     for one in found:
         print(one, file=sys.stderr)
     print(path)
