@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from vot_kernels.cli.answers import EVIDENCE_LINES
 from vot_kernels.cli.options import STEPS
 from vot_kernels.data.sample_clips import digitworld_clip
 from vot_kernels.data.video import save_mp4
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, BUNDLED_READER
 from vot_kernels.train.encoder.settings import EncoderTraining
 from vot_kernels.train.perception.settings import PerceptionTraining
 
@@ -80,6 +82,134 @@ def test_every_path_refuses_a_url():
                     pytest.fail(f"{name} takes a URL for {parameter.name}")
                 checked += 1
     assert checked >= 18
+
+
+def test_every_folder_of_a_model_may_be_named_as_in_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checked = set()
+    for command in commands().values():
+        for name, parameter in inspect.signature(command.callback).parameters.items():
+            if name in ("checkpoint", "llm", "vlm", "detector", "teacher", "reward_model"):
+                option = typing.get_args(parameter.annotation)[1]
+                assert option.parser("digitworld-reader") == BUNDLED_READER, f"{command.name} {name}"
+                checked.add((command.name, name))
+    assert len(checked) >= 18
+
+
+@pytest.mark.parametrize("name", ["digitworld-reader", "digitworld-nano"])
+def test_ask_loads_what_ships_with_the_package_by_its_name(vot, name, tmp_path, monkeypatch):
+    from vot_kernels.cli.models import Models
+
+    def load(models):
+        raise ValueError(f"{models.vlm or models.checkpoint} would be loaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Models, "load", load)
+    option = "--vlm" if name == "digitworld-reader" else "--checkpoint"
+    code, _, err = vot("ask", *question(), option, name)
+    assert code == 2 and err.splitlines()[-1] == f"{BUNDLED_READER.parent / name} would be loaded"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ask", "clip.png", "What?", "--picture", "clip.png"],
+        ["ask", "clip.png", "What?", "--picture", "link.png"],
+        ["encode", "clip.safetensors", "--out", "./clip.safetensors"],
+        ["encode", "clip.safetensors", "--out", "clip.safetensors", "--long"],
+        ["data", "convert", "nextqa", "in.jsonl", "in.jsonl"],
+        ["data", "convert", "nextqa", "in.csv", "names.jsonl", "--names", "names.jsonl"],
+        ["ablate", "--out", "r.json", "--only", "thought", "--answers", "r.rows.jsonl"],
+        ["eval", "calibrate", "model/calibration.json", "--checkpoint", "model"],
+        ["train", "linearize", "model", "--out", "model"],
+        ["train", "linearize", "model", "--out", "."],
+        ["train", "projector", "--checkpoint", "model", "--out", "../folder"],
+        ["train", "encoder", "--teacher", "model", "--out", "link"],
+        ["train", "sft", "vlm/model", "--out", "vlm"],
+        ["train", "export", "vlm", "--out", "vlm"],
+        ["train", "export", "vlm", "--out", "vlm/model"],
+    ],
+)
+def test_an_input_is_not_overwritten(vot, words, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Path("clip.png").write_bytes(b"no picture")
+    Path("clip.safetensors").write_bytes(digitworld_clip()[0].read_bytes())
+    for name in ("in.jsonl", "in.csv"):
+        Path(name).write_text("video,question,answer,qid\n")
+    Path("names.jsonl").write_text("{}")
+    Path("r.rows.jsonl").write_text(
+        json.dumps({"answers": {"vot": "", "vot_unverified": "", "direct": ""}}) + "\n"
+    )
+    shutil.copytree(BUNDLED_CHECKPOINT, "model")
+    Path("model/calibration.json").write_text("{}")
+    shutil.copytree(BUNDLED_READER, "vlm/model")
+    os.symlink("model", "link")
+    os.symlink("clip.png", "link.png")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, out, err = vot(*words)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("The output must not be one of the inputs, but ")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["eval", "calibrate", "FILE"], "FILE, line 1: The line is not UTF-8: byte 15 cannot be read."),
+        (["eval", "calibrate", "list"], "list must have rows of `vot eval digitworld`, got none."),
+        (["eval", "calibrate", "empty"], "empty must have rows of `vot eval digitworld`, got none."),
+        (
+            ["ablate", "--out", "r.json", "--only", "thought", "--answers", "FILE"],
+            "FILE, line 1: The line is not UTF",
+        ),
+        (["ablate", "--out", "r.json", "--only", "thought", "--answers", "list"], "list must have rows of"),
+        (
+            ["ablate", "--out", "FILE.json", "--only", "contrast"],
+            "FILE.rows.jsonl, line 1: The line is not UTF-8",
+        ),
+        (
+            ["ablate", "--out", "list.json", "--only", "contrast"],
+            "list.rows.jsonl exists and has other rows than",
+        ),
+        (["train", "perception", "--out", "run", "--config", "FILE"], "FILE, line 1: The line is not UTF-8"),
+        (
+            ["eval", "digitworld", "--videos", "2", "--out", "FILE.json"],
+            "FILE.rows.jsonl, line 1: The line is not UTF-8",
+        ),
+        (
+            ["eval", "digitworld", "--videos", "2", "--out", "list.json"],
+            "list.rows.jsonl belongs to a run with other settings",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(vot, words, sentence, tmp_path, monkeypatch, scripted):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FILE", "FILE.rows.jsonl"):
+        Path(name).write_bytes(b'{"settings": "\xe9"}\n')
+    for name in ("list", "list.rows.jsonl"):
+        Path(name).write_text("[1]\n")
+    Path("empty").touch()
+    code, out, err = vot(*words)
+    assert code == 2 and out == "" and err.startswith(sentence) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("videos", ["2", "0"])
+def test_questions_of_when_need_somebody_who_answers_them(vot, videos, tmp_path, monkeypatch):
+    from vot_kernels.pipelines import evaluation
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "load_perception", None)  # calling it would fail
+    words = ["--when", "2", "--only", "vlm", "--vlm", "digitworld-reader", "--out", "r.json"]
+    code, _, err = vot("eval", "digitworld", "--videos", videos, *words)
+    assert code == 2 and err == (
+        "The video-language model does not answer questions of when: ask none, or let one of llm, rules, blind "
+        "answer, too.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    evaluation.check_localisers(("vlm", "rules"), 2)
+    evaluation.check_localisers(("vlm",), 0)
 
 
 @pytest.mark.parametrize(
@@ -255,11 +385,12 @@ def test_ask_opens_its_video_once(vot, monkeypatch):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    from vot_kernels.pipelines import video_qa
+    from vot_kernels.pipelines import evaluation, video_qa
 
-    monkeypatch.setattr(
-        video_qa, "load_language_model", lambda path=None, device="cpu": ScriptedLanguageModel()
-    )
+    for module in (video_qa, evaluation):
+        monkeypatch.setattr(
+            module, "load_language_model", lambda path=None, device="cpu": ScriptedLanguageModel()
+        )
 
 
 def question() -> list[str]:
@@ -309,6 +440,9 @@ def test_a_foreign_clip_is_named_and_left(vot, monkeypatch, tmp_path):
     monkeypatch.setattr(video_qa, "load_language_model", lambda path, device: ScriptedLanguageModel())
     out = vot("ask", str(tmp_path / "grey.mp4"), "What is moving?", "--candidates", "a|b", "--anyway")[1]
     assert "a guess: a" in out or "no answer" in out
+    out = vot("ask", str(tmp_path / "grey.mp4"), "What is moving?", "--anyway")[1]
+    assert "no answer" in out and "With --candidates" in out and "With --anyway" not in out
+    assert "With --anyway" not in vot("ask", str(tmp_path / "grey.mp4"), *question()[1:], "--anyway")[1]
 
 
 def test_several_videos_get_an_answer_each_in_order(vot, scripted, tmp_path):
@@ -381,6 +515,16 @@ def test_errors_of_a_batch_are_counted_apart(vot, scripted, tmp_path):
             "vot_kernels.pipelines.evaluation.evaluate_digitworld",
             "kept in r.rows.jsonl and r.when.jsonl;",
         ),
+        (
+            ["ablate", "--out", "r.json"],
+            "vot_kernels.pipelines.ablation.run.choose_parts",
+            "kept in r.rows.jsonl and r.runs;",
+        ),
+        (
+            ["encode", "CLIP", "--out", "e.safetensors", "--engine", "ray"],
+            "vot_kernels.pipelines.sampling.find_clips",
+            "kept in e.safetensors.parts;",
+        ),
         (["info"], "vot_kernels.info.collect", "nothing was written"),
         (["demo", "--out", "shown"], "vot_kernels.pipelines.demo.run_demo", "are in shown"),
     ],
@@ -393,10 +537,19 @@ def test_an_interrupt_says_what_is_kept(vot, words, stopped, kept, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     clip = json.dumps({"video": str(digitworld_clip()[0]), "question": "Who?"})
     (tmp_path / "q.jsonl").write_text(clip)
-    code, out, err = vot(*(word.replace("CLIP", str(digitworld_clip()[0])) for word in words))
-    assert code == 130 and out == ""
-    said = err.splitlines()[-1]
-    assert said.startswith("Interrupted: ") and kept in said and "Traceback" not in err
+
+    def said():
+        code, out, err = vot(*(word.replace("CLIP", str(digitworld_clip()[0])) for word in words))
+        assert code == 130 and out == "" and "Traceback" not in err
+        return err.splitlines()[-1]
+
+    assert said() == "Interrupted: nothing was written; run the same command again."
+    for file in ("run/step", "shown/a.png", "e.safetensors.parts/a", "r.runs/a"):
+        Path(file).parent.mkdir()
+        Path(file).touch()
+    for file in ("a.jsonl", "r.rows.jsonl", "r.when.jsonl"):
+        Path(file).write_text('{"id": "x", "text": "so"}\n')
+    assert said().startswith("Interrupted: ") and kept in said()
 
 
 def test_ctrl_c_in_a_real_process(tmp_path):
@@ -419,7 +572,9 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "kept in run" in err.splitlines()[-1] and "Traceback" not in err
+    there = (tmp_path / "run").exists() and any((tmp_path / "run").iterdir())
+    assert ("kept in run" if there else "nothing was written") in err.splitlines()[-1]
+    assert process.returncode == 130 and "Traceback" not in err
 
 
 @pytest.mark.parametrize("module", ["typer", "rich", "torch"])

@@ -22,7 +22,10 @@ def eval_digitworld(
     ],
     videos: Annotated[int, typer.Option(help="Held-out videos, one question each.")] = 300,
     when: Annotated[
-        int, typer.Option(help="Held-out videos with a question of when, in a table of their own.")
+        int,
+        typer.Option(
+            help="Held-out videos with a question of when, in a table of their own; the model of --vlm answers none."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the videos.")] = 0,
     checkpoint: Checkpoint = None,

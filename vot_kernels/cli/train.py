@@ -100,7 +100,7 @@ def train_perception_command(
 @with_settings(Linearization)
 def train_linearize_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a perception checkpoint with softmax attention.", **PATH)
+        Path, typer.Argument(help="Folder of a perception checkpoint with softmax attention.", **CHECKPOINT)
     ],
     out: Out,
     settings: Any,
@@ -115,7 +115,7 @@ def train_linearize_command(
 
     check_device(device)
     checkpoint_kind(checkpoint, PERCEPTION)
-    check_output_folder(out)
+    _check_run(out, checkpoint)
     from vot_kernels.train.linearize.run import run
 
     _over_ranks(device, lambda own, ranks: run(out, checkpoint, settings, window, eval_clips, own, ranks))
@@ -138,7 +138,7 @@ def train_encoder_command(
         typer.Option(
             help=f"Folder of a checkpoint to distil from, or '{RANDOM_TEACHER}' for an untrained encoder.",
             show_default="the bundled perception checkpoint",
-            **PATH,
+            **CHECKPOINT,
         ),
     ] = None,
     eval_clips: EvalClips = 200,
@@ -154,7 +154,7 @@ def train_encoder_command(
     folder = None if teacher == Path(RANDOM_TEACHER) else teacher or BUNDLED_CHECKPOINT
     if folder is not None and settings.distillation:
         checkpoint_kind(folder, PERCEPTION, ENCODER)
-    check_output_folder(out)
+    _check_run(out, folder)
     from vot_kernels.train.encoder.run import run
 
     _over_ranks(device, lambda own, ranks: run(out, settings, folder, eval_clips, own, dry_run, ranks))
@@ -177,7 +177,7 @@ def train_projector_command(
 
     check_device(device)
     perception = checkpoint_folder(checkpoint)
-    check_output_folder(out)
+    _check_run(out, perception)
     from vot_kernels.reasoning.smollm2 import ensure_smollm2
     from vot_kernels.train.projector.run import run
 
@@ -281,7 +281,7 @@ _add_stage(
 def train_grpo_preference_command(
     checkpoint: VlmCheckpoint,
     reward_model: Annotated[
-        Path, typer.Option(help="Folder of a reward model, of the stage preference.", **PATH)
+        Path, typer.Option(help="Folder of a reward model, of the stage preference.", **CHECKPOINT)
     ],
     out: Out,
     settings: Any,
@@ -293,6 +293,7 @@ def train_grpo_preference_command(
     from vot_kernels.models.checkpoint import check_reward_model
 
     check_reward_model(reward_model)
+    _check_run(out, reward_model)
     _reinforce("grpo-preference", checkpoint, out, settings, eval_clips, device, dry_run, reward_model)
 
 
@@ -313,7 +314,7 @@ def export_command(
 ) -> None:
     """Keep the adapters of a run without the language model: 12 MB, which every --vlm takes."""
     require("vot train export", "llm", "train")
-    check_output_folder(out)
+    check_output_folder(out, run, run / "model")
     from vot_kernels.train.vlm.adapters import export_adapters
 
     export_adapters(run, out)
@@ -364,7 +365,7 @@ def _finetune(
         raise ValueError("--dry-run measures models of our own alone.")
     _check_alone("vot train sft on a model that is not our own")
     check_device(device)
-    check_output_folder(out)
+    _check_run(out, folder)
     from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning
 
     own = Finetuning(**asdict(settings))
@@ -378,4 +379,11 @@ def _check(checkpoint: Path, out: Path, device: str) -> None:
 
     check_device(device)
     checkpoint_kind(checkpoint, VLM)
-    check_output_folder(out)
+    _check_run(out, checkpoint)
+
+
+def _check_run(out: Path, *inputs: Path | None) -> None:
+    """Refuse a folder of a run that cannot be written, or whose result would be in the place of an input."""
+    given = [folder for folder in inputs if folder is not None]
+    check_output_folder(out, *given)
+    check_output_folder(out / "model", *given)

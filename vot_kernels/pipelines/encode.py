@@ -35,7 +35,7 @@ def encode_videos(
     Returns:
         One line per file with a description of the clip and its number of tokens.
     """
-    check_output(out, ".safetensors")
+    check_output(out, ".safetensors", *paths)
     fps = checkpoint_fps(checkpoint, ENCODER, PERCEPTION)
     clips = [
         sample_video(path, sampling or Sampling(), fps)

@@ -82,6 +82,7 @@ def evaluate_digitworld(
     target = Path(out)
     check_output(target, ".json")
     check_groups(only, vlm)
+    check_localisers(only, when)
     if min(videos, when) < 0 or videos + when == 0:
         raise ValueError(f"There must be videos to ask about, got {videos} of choice and {when} of when.")
     perception, processor = load_perception(checkpoint, device)
@@ -129,6 +130,20 @@ def check_groups(only: Collection[str], vlm: str | os.PathLike[str] | None) -> N
         raise ValueError(f"only must be some of {', '.join(GROUPS)}, got {', '.join(only) or 'none'}.")
     if vlm is None and set(only) == {"vlm"}:
         raise ValueError("The video-language model answers alone, but its folder is not given.")
+
+
+def check_localisers(only: Collection[str], when: int) -> None:
+    """Refuse questions of when that nobody of `only` answers: the video-language model does not.
+
+    Raises:
+        ValueError: there are some.
+    """
+    answering = [group for group in GROUPS if group != "vlm"]
+    if when and not {*answering} & {*only}:
+        raise ValueError(
+            f"The video-language model does not answer questions of when: ask none, or let one of "
+            f"{', '.join(answering)} answer, too."
+        )
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ def convert_questions(
             f"'{path}' is a pickle, which can run code when it is opened: export it as JSON of the same structure, "
             "with lists for tuples and arrays, and give that."
         )
-    check_output(target, ".jsonl")
+    check_output(target, ".jsonl", path, *([names] if names else []))
     given = Given(path, target.parent, Path(videos or target.parent), suffix, _names(names), fps)
     records = FORMATS[form].records(path)
     written = left_out = 0

@@ -48,7 +48,7 @@ def encode_long_videos(
     Raises:
         ValueError: as `LongEncoding`, or a file is no video.
     """
-    check_output(out, ".safetensors")
+    check_output(out, ".safetensors", *paths)
     fps = checkpoint_fps(checkpoint, ENCODER, PERCEPTION)
     streams = [
         stream_samples(path, sampling or Sampling(), fps) for path in paths
