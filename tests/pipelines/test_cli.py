@@ -533,6 +533,8 @@ def test_an_interrupt_says_what_is_kept(vot, words, stopped, kept, monkeypatch, 
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
+    if "ray" in words:
+        pytest.importorskip("ray")
     monkeypatch.setattr(stopped, interrupt)
     monkeypatch.chdir(tmp_path)
     clip = json.dumps({"video": str(digitworld_clip()[0]), "question": "Who?"})
