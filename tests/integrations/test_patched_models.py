@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CompileConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -230,6 +233,47 @@ def test_a_compiled_language_model_keeps_packed_sequences_apart():
         for more, logits in zip(options, expected, strict=True):
             found = compiled(ids, **more, use_cache=False).logits
             assert (found - logits).abs().max() <= OUTPUT * logits.abs().max()
+
+
+def bart():
+    parts = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in BART.items()}
+    return spread(BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=32, dropout=0.0, **parts)))
+
+
+BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+STATIC = LANGUAGE | {"mixtral": mixtral, "bart": bart}
+
+
+def static_options(ids):
+    """Options of `generate`, with the first row padded on the left; the masks are made before the model is called."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    return options | {"cache_implementation": "static"}
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_mask": None}, {"num_beams": 2}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("kind", STATIC)
+def test_generate_with_a_static_cache_finds_the_same_tokens(kind, more, calls):
+    if kind == "bart" and "prefill_chunk_size" in more:
+        pytest.skip("transformers itself finds others when it cuts the prompt of an encoder")
+    model, ids = STATIC[kind](), prompts(2, 9)
+    options = static_options(ids) | {"disable_compile": True} | more
+    expected = model.generate(ids, **options)
+    assert not calls
+    with vot_kernels.patched(model):
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert calls
+
+
+def test_a_compiled_static_cache_finds_the_same_tokens():
+    model, ids = LANGUAGE["llama"](), prompts(2, 9)
+    options, everywhere = static_options(ids), CompileConfig(backend="eager", mode=None)
+    everywhere._compile_all_devices = True
+    expected = model.generate(ids, disable_compile=True, **options)
+    torch._dynamo.reset()
+    with vot_kernels.patched(model):
+        assert torch.equal(model.generate(ids, compile_config=everywhere, **options), expected)
 
 
 def test_a_graph_refuses_a_window_over_padding_between_tokens():

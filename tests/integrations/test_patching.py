@@ -285,6 +285,9 @@ def test_a_copy_of_a_mask_that_lost_its_plan_is_refused_or_as_good():
         padded = create_causal_mask(model.config, attention_mask=padding, **options)
     with pytest.raises(ValueError, match="mask of its own"):
         attention_forward(nn.Module(), q, k, v, packed.clone())
+    for queries in (1, 8):  # other attention cannot take it for a mask either
+        with pytest.raises(RuntimeError, match="shape|size"):
+            nn.functional.scaled_dot_product_attention(q[:, :, :queries], k, v, attn_mask=packed)
     found, expected = (attention_forward(nn.Module(), q, k, v, mask)[0] for mask in (padded.clone(), padded))
     assert torch.equal(found, expected) and (found[:, :3] == 0).all() and (found[:, 3:] != 0).any()
 

@@ -139,7 +139,7 @@ def make_mask(
     Returns:
         None if every query sees all keys, or all up to its own place where the module is causal; else bool
         `[batch, kv_length]` with an `AttentionPlan`; `[batch, 1, q_length, kv_length]` where all queries of a row see
-        the same keys, and `[batch, 1, kv_length]` where only the plan knows what they see.
+        the same keys, and `[batch, 1, 0, kv_length]` where only the plan knows what they see.
 
     Raises:
         ValueError: the mask is none of causal, bidirectional, sliding window, padding and packed sequences.
@@ -166,7 +166,10 @@ def make_mask(
         return None
     ends_together = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if mask.ndim == 2 and not (ends_together and pattern.sequences is None and pattern.window == EVERYTHING):
-        mask = mask[:, None]  # says too little by itself, so that a copy without the plan must be refused
+        # By itself it would say too little. So it says nothing: a copy without the plan is refused, by other attention,
+        # too. It has four dimensions because `generate` makes masks for models that make theirs of what they are given:
+        # transformers leaves those with four as they are, and takes all others for padding.
+        mask = mask.new_empty(batch_size, 1, 0, kv_length)
     setattr(mask, PLAN, plan)
     return mask
 
