@@ -235,6 +235,16 @@ def test_a_compiled_language_model_keeps_packed_sequences_apart():
             assert (found - logits).abs().max() <= OUTPUT * logits.abs().max()
 
 
+def test_a_forward_leaves_nothing_known_of_its_positions(monkeypatch):
+    """A graph of another model of the same config, which is not watched, would take it for its own."""
+    model = LANGUAGE["mistral, window"]()
+    with vot_kernels.patched(model):
+        monkeypatch.setattr(attention._traced, "unpacked", model.config)
+        model(prompts(1, 8), use_cache=False)
+        assert attention._traced.unpacked is None
+    assert not any(module._forward_hooks for module in model.modules()), "unpatch leaves hooks behind"
+
+
 def bart():
     parts = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in BART.items()}
     return spread(BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=32, dropout=0.0, **parts)))

@@ -408,6 +408,63 @@ def test_a_copy_of_a_patched_model_is_patched_by_itself():
     vot_kernels.unpatch(model)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("part", ["all", "tower"])
+def test_a_model_of_a_patched_config_has_its_attention(part, copied, calls):
+    model, inputs = qwen2_5_vl(), image_and_text()
+    target = model if part == "all" else model.model.visual
+    vot_kernels.patch(target)
+    config = copy.deepcopy(model.config) if copied else model.config
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    assert implementations(other) == implementations(model)
+    with torch.no_grad():
+        expected, found = model(**inputs).logits, other(**inputs).logits
+    assert len(calls) == (8 if part == "all" else 4)
+    assert (found - expected).abs().max() <= OUTPUT * expected.abs().max()
+    vot_kernels.unpatch(target)
+    assert set(implementations(model)) == {"sdpa"}
+    assert (NAME in implementations(other)) == copied, "a copy of a config is by itself"
+
+
+def test_a_model_of_a_copied_config_can_be_given_another_implementation_and_patched():
+    model = qwen2()
+    vot_kernels.patch(model)
+    other = AutoModel.from_config(copy.deepcopy(model.config))
+    other.set_attn_implementation("sdpa")
+    assert set(implementations(other)) == {"sdpa"} and set(implementations(model)) == {NAME}
+    vot_kernels.patch(other)
+    vot_kernels.unpatch(other)
+    assert set(implementations(other)) == {"sdpa"}
+
+
+def test_a_model_of_a_patched_config_is_loaded_with_its_attention(tmp_path):
+    model, ids = qwen2(), prompts(2, 9)
+    vot_kernels.patch(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, config=model.config).eval()
+    assert set(implementations(loaded)) == {NAME}
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_that_names_its_flash_attention_takes_ours_from_a_config(monkeypatch):
+    model = qwen2()
+    monkeypatch.setattr(
+        type(model), "_compatible_flash_implementations", ["flash_attention_4"], raising=False
+    )
+    vot_kernels.patch(model)
+    assert set(implementations(type(model)(model.config))) == {NAME}
+
+
+def test_other_names_are_still_checked_when_a_model_is_built():
+    config = qwen2().config
+    attention.register_attention()
+    config._attn_implementation = "none_such"
+    with pytest.raises(ValueError, match="none_such"):
+        AutoModel.from_config(config)
+
+
 def test_an_implementation_set_since_is_kept():
     model = qwen2()
     vot_kernels.patch(model)

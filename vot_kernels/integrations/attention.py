@@ -3,7 +3,8 @@
 transformers 5 looks two functions up by the name in `config._attn_implementation`: one that makes the mask of a
 forward, once for all layers, and one that attends, once per layer. `register_attention` adds both under `NAME`. The
 name holds "flash", because vision towers hand over their cumulative lengths to such names alone; any other name gets a
-loop with one call per image or frame.
+loop with one call per image or frame. By the same "flash" transformers takes the name for a kernel that it has to load,
+when a model is built from a patched config; `register_attention` has it take the name as it is.
 
 A mask of ours is bool, True where a key is real, and carries an `AttentionPlan`: which of the
 flattened rows make a segment, and what a query sees in it. So padding and packed sequences are worked out once per
@@ -12,6 +13,7 @@ forward. A mask that is no such pattern is refused: no approximation takes its p
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from inspect import getclosurevars, signature
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from vot_kernels.packing import PackedLayout
 NAME = "vot_kernels_flash"
 PLAN = "_vot_kernels_plan"
 EVERYTHING = (-1, -1)
+_ACCEPTS = "_vot_kernels_accepts"
 _JOINED = masking_utils.and_masks(masking_utils.causal_mask_function).__code__  # of what is joined by "and"
 
 
@@ -81,7 +84,22 @@ def register_attention() -> str:
     """Make `NAME` an attention implementation of transformers; again changes nothing. Returns the name."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
+    _accept_name()
     return NAME
+
+
+def _accept_name() -> None:
+    """Have models that are built with `NAME` in their config take it, as there is no kernel to load for it."""
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+    if hasattr(check, _ACCEPTS):
+        return
+
+    @wraps(check)
+    def accept(model: PreTrainedModel, name: str | None, *arguments: Any, **options: Any) -> str:
+        return NAME if name == NAME else check(model, name, *arguments, **options)
+
+    setattr(accept, _ACCEPTS, True)
+    setattr(PreTrainedModel, check.__name__, accept)
 
 
 def watch(model: nn.Module) -> None:
@@ -89,6 +107,7 @@ def watch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and "position_ids" in _names(module):
             module.register_forward_pre_hook(_note_positions, with_kwargs=True)
+            module.register_forward_hook(_forget_positions)
 
 
 def unwatch(model: nn.Module) -> None:
@@ -97,6 +116,8 @@ def unwatch(model: nn.Module) -> None:
         for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _note_positions]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _forget_positions]:
+            del module._forward_hooks[key]
 
 
 def _note_positions(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
@@ -108,6 +129,11 @@ def _note_positions(module: nn.Module, arguments: tuple, keywords: dict[str, Any
         given = {**dict(zip(_names(module), arguments, strict=False)), **keywords}
         unpacked = given.get("position_ids") is None or given.get("attention_mask") is not None
         _traced.unpacked = module.config if unpacked else None
+
+
+def _forget_positions(module: nn.Module, arguments: tuple, output: Any) -> None:
+    """A forward hook: another model of the same config, which is not watched, may be given other positions."""
+    _traced.unpacked = None
 
 
 def _names(module: nn.Module) -> list[str]:

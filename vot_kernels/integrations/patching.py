@@ -3,7 +3,8 @@
 The modules are found, not listed: every attention of transformers that looks its function up by the name in its
 config is served, by writing our name into that config, and so are its experts; a convolution that embeds patches gets
 a function of its own. Nothing else of a model changes: no class, no weight, no key of its state_dict. A config serves
-all modules that share it, so it is patched for all of them or for none.
+all modules that share it, so it is patched for all of them or for none. In transformers itself the constructor of
+models is told to take the name.
 """
 
 import inspect
@@ -122,9 +123,14 @@ def patch(
 
     Each vision layer becomes one call for all images and frames, without their padding, and language models keep their
     causality, sliding windows, packed sequences and caches. What a call can only find out by itself (a mask for every
-    pair of tokens, dropout) raises one sentence then. A submodule may be given to patch that part alone. Models that
-    were made from the same config object share the patch, since the name is written there; it is not saved with a
-    model. Experts become one call of `moe` per layer, and a convolution that embeds patches a linear layer.
+    pair of tokens, dropout) raises one sentence then. A submodule may be given to patch that part alone. Experts become
+    one call of `moe` per layer, and a convolution that embeds patches a linear layer.
+
+    Names in the model's configs say which attention and experts it has. Models that are made from the same config
+    object, before or after, share these two, and `unpatch` of the patched one takes them from all. What is made from a
+    copy of a patched config has them as well, and `unpatch` does not reach it: `set_attn_implementation("sdpa")` does.
+    Of the rest (patch embeddings, hybrid attention) such models have nothing; `copy.deepcopy(model)` is patched like
+    the model. A patch is not saved: neither a model nor a config is patched after it was saved and loaded.
 
     With attention="hybrid" the attention of vision towers becomes `hybrid_attention` of the frames of a clip: softmax
     to the frames in `window`, linear to the others, with a weight per head that is learned. In a tower that attends
