@@ -50,9 +50,6 @@ SYMPTOMS = {
 }
 NOT_HERE = {
     "transformers#45750": "the encoder's patch embedding is a linear layer",
-    "trl#4144": "nothing here runs rollouts",
-    "Video-R1#74": "there are no rewards here",
-    "Video-R1#86": "there are no rewards here",
 }
 
 

@@ -299,7 +299,7 @@ def test_nonsense_is_at_most_half_sure(world, question, candidates, proposal):
         assert not any(c.verdict == "supported" for c in output(result, "verification").checks)
 
 
-@pytest.mark.parametrize("question", ["Wer bewegt sich in dem Video?", "What happens in the video?"])
+@pytest.mark.parametrize("question", ["Wer bewegt sich in dem Video?", "Tell me about the video?"])
 def test_an_echo_of_the_question_is_no_answer(world, question):
     for echo in (question, question.rstrip("?").upper(), f"{question} Well."):
         result, _ = answer(world, question, None, replies={"proposals": echo}, likelihood={})
@@ -320,7 +320,7 @@ def test_what_the_token_limit_cut_is_dropped(world):
     assert parse_proposals(Reply("the wall\nthe blu", cut=True)) == ("the wall",)
     assert parse_proposals("x" * 161) == ()
     replies = {"proposals": Reply("the white digit which was", cut=True), "analysis": cut}
-    result, _ = answer(world, "Describe it.", None, replies=replies, likelihood={})
+    result, _ = answer(world, "Tell a story.", None, replies=replies, likelihood={})
     assert (result.choice, result.confidence) == (None, 0.0)
     assert output(result, "action_analysis").text == "The red digit moves right."
 
@@ -454,6 +454,33 @@ def test_the_model_and_the_tracklets_propose(world):
     texts = [c.text for c in output(result, "ranking").candidates]
     assert sorted(texts) == sorted(["Blue digit 7", "the wall", "it's «зелёная»", "green digit 3"])
     assert result.choice == "Blue digit 7"  # first of equals that the graph does not contradict
+
+
+@pytest.mark.parametrize(
+    ("question", "account"),
+    [
+        (
+            "What happens?",
+            "red digit 3 hits blue digit 7 at 0.50 s, then red digit 3 hits green digit 3 at 1.25 s, "
+            "then blue digit 7 bounces at 1.50 s",
+        ),
+        ("What happens at 1.2 s?", "red digit 3 hits green digit 3 at 1.25 s"),
+        ("What is the green digit doing?", "red digit 3 hits green digit 3 at 1.25 s"),
+        ("Describe the clip.", "red digit 3 hits blue digit 7 at 0.50 s, then"),
+    ],
+)
+def test_what_happens_is_answered_by_the_events(world, question, account):
+    """Whatever the model says, or does not say."""
+    result, _ = answer(world, question, None, replies={"proposals": ""}, likelihood={})
+    assert result.choice.startswith(account) and result.verification == "kept"
+    assert output(result, "verification").checks[-1].verdict == "supported"
+    assert result.confidence > 0.5
+
+
+def test_nobody_is_said_to_do_what_others_do(world):
+    quiet = dataclasses.replace(world, events=world.events[:1])
+    result, _ = answer(quiet, "What does the green digit do?", None, replies={"proposals": ""}, likelihood={})
+    assert (result.choice, result.verification) == (None, "abstained")
 
 
 def test_no_proposal_leads_to_abstention(world):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import get_args
 
 from vot_kernels.reasoning import prompts
-from vot_kernels.reasoning.claims import events_of, part_in_question
+from vot_kernels.reasoning.claims import events_of, part_in_question, seconds
 from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
 from vot_kernels.reasoning.moments import WHEN, asks_when, importance_of, proposed_moments
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
@@ -29,7 +29,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import check
 from vot_kernels.reasoning.what_if import World
-from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.graph import STSG, Event
 from vot_kernels.scene_graph.summary import summarised
 
 # New tokens per request; a small model on a CPU generates about 20 a second.
@@ -38,6 +38,12 @@ LIKELIHOOD_SHARE = 0.8  # the likelihood's weight; the rest goes to the 1-10 rat
 PRIOR_WEIGHT = 0.5  # share of the likelihood without the graph that is subtracted
 TEMPERATURE = 0.25  # nats per token; this difference is a factor of e between candidates
 MAX_PROPOSALS = 8
+ACCOUNT_EVENTS = 4  # of what happens, in one answer
+_HAPPENS = re.compile(
+    r"\bwhat(?: else)? (?:happens?|happened|occurs?|occurred|goes on|takes place|is (?:happening|going on))\b"
+    r"|\bwhat (?:do|does|did|is|are|was|were)\b.*\b(?:do|doing)\b|^describe (?:it|the (?:clip|video|scene))\W*$"
+)
+"""Questions of what happens, which the events of a graph answer."""
 LONG = 64  # frames; of a longer video the model reads a summary, of a shorter one whatever fits
 
 _KIND_CUES: tuple[tuple[QuestionKind, str], ...] = (
@@ -215,7 +221,10 @@ def analyse_actions(model: Recorder, task: Task, tracking: Tracking) -> Analysis
 
 
 def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: STSG) -> tuple[str, ...]:
-    """Return candidates for an open question: those that its kind admits, then the model's own."""
+    """Return candidates where none are given: those that the kind of the question admits, and the model's own.
+
+    To a question of what happens, or of what somebody does, the events of the graph are one.
+    """
     own: tuple[str, ...] = ()
     if asks_when(task.question) and (moments := proposed_moments(task.question, task.named, tracking.graph)):
         return moments[:MAX_PROPOSALS]
@@ -241,6 +250,8 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
         named = task.targets if task.targets_by != "all" else ()
         others = [t.name for t in graph.tracklets if t.id not in named] or [t.name for t in graph.tracklets]
         own = tuple(others)
+    if task.kind == "open" and _HAPPENS.search(fold(task.question)):
+        own = tuple(filter(None, [account_of(task.question, task.named, graph)]))
     context = prompts.context(tracking.text, task.question)
     reply = model.generate("proposals", prompts.propose_prompt(context), PROPOSE_TOKENS)
     said = (text for text in prompts.parse_proposals(reply) if not is_echo(text, task.question))
@@ -249,6 +260,23 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
     for text in proposed:
         distinct.setdefault(fold(text), text)
     return tuple(distinct.values())[:MAX_PROPOSALS]
+
+
+def account_of(question: str, named: Sequence[str], graph: STSG) -> str:
+    """Return in words, by time, the events that matter most to `question`; "" if those that it names do nothing.
+
+    named: ids of the tracklets that it names; none stand for all.
+    """
+    part = part_in_question(question, graph)
+    events = [e for e in part.events if not named or set(named) & set(e.participants)]
+    importance = importance_of(question, named, graph)
+    told = sorted(events, key=importance, reverse=True)[:ACCOUNT_EVENTS]
+    return ", then ".join(_sentence(event, part) for event in sorted(told, key=lambda event: event.t))
+
+
+def _sentence(event: Event, graph: STSG) -> str:
+    actor, *others = (graph.tracklet(id).name for id in event.participants)
+    return f"{' '.join([actor, event.kind, *others])} at {seconds(graph, event.t)}"
 
 
 def is_echo(text: str, question: str) -> bool:

@@ -69,7 +69,7 @@ def check(
         true, reason = judge_what_if(task, answer, candidates, graph, world)
         return GroundingCheck(answer, _VERDICTS[true], reason)
     verdict, reason = _judge(task, answer, candidates, part)
-    if verdict == "supported" and task.kind != "when":
+    if verdict == "supported" and task.kind not in ("when", "open"):  # of these all words were judged
         verdict, reason = _judge_rest(task, answer, part, reason)
     return GroundingCheck(answer, verdict, reason)
 

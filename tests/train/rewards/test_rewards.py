@@ -120,6 +120,7 @@ def traces():
     return found
 
 
+@pytest.mark.tested_on("Video-R1#74", "Video-R1#86")
 def test_true_traces_score_the_maximum(traces):
     known = {kind: set() for kind in KINDS}
     for question, text, columns in traces:

@@ -255,10 +255,16 @@ def test_perception_reads_no_events():
     assert "<stsg>" in read and "<stsg>" not in seen and read.endswith(seen)
 
 
-def test_graph_tokens_are_read_for_replies_and_in_the_update(folder, tmp_path, lively):
+@pytest.mark.tested_on("trl#4144")
+def test_frames_and_graphs_are_read_for_replies_and_in_the_update(folder, tmp_path, lively):
     """TRL hands on ids and pixels alone; both passes see the graphs of all rows, and whatever is patched is undone."""
     model, processor = load_vlm(folder)
-    read = {True: [], False: []}
+    read, patches = {True: [], False: []}, {True: 0, False: 0}
+
+    def count(_, given):
+        patches[torch.is_grad_enabled()] += len(given[0])
+
+    model.model.projector.register_forward_pre_hook(count)
     hooks = len(model.model._forward_pre_hooks)
     model.model.graph.register_forward_pre_hook(
         lambda _, given: read[torch.is_grad_enabled()].extend(given[0]["graph_sizes"].tolist())
@@ -269,6 +275,7 @@ def test_graph_tokens_are_read_for_replies_and_in_the_update(folder, tmp_path, l
     tracks = sorted(len(graph.tracklets) for graph in graphs for _ in range(2))
     assert sorted(sizes[3] for sizes in read[True]) == tracks == sorted(sizes[3] for sizes in read[False])
     assert sorted(read[True]) == sorted(read[False]) and len(model.model._forward_pre_hooks) == hooks
+    assert patches[True] == patches[False] > 0
 
 
 def test_an_update_computes_what_the_graphs_themselves_give(folder):
