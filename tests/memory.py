@@ -60,11 +60,16 @@ def checked_memory(*also: torch.Tensor, arguments: bool = True) -> Iterator[set[
         watch.change(_addresses(ptrs, mask), _size(ptrs))
         return type(builder).create_atomic_rmw(builder, kind, ptrs, value, mask, *rest)
 
+    def swap(ptrs: Any, *rest: Any) -> Any:
+        watch.change(np.ravel(ptrs.data).astype(np.uint64), _size(ptrs))
+        return type(builder).create_atomic_cas(builder, ptrs, *rest)
+
     hooks = {
         "set_grid_idx": place,
         "create_masked_load": load,
         "create_masked_store": store,
         "create_atomic_rmw": change,
+        "create_atomic_cas": swap,
         "create_barrier": watch.barrier,
     }
     executor.__call__ = launch

@@ -182,6 +182,13 @@ def _count_kernel(x_ptr, ATOMIC: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _lock_kernel(x_ptr, RELEASE: tl.constexpr):
+    tl.atomic_cas(x_ptr, 0, 1)
+    if RELEASE:
+        tl.store(x_ptr, 0, tl.program_id(0) == 0)
+
+
+@triton.jit
 def _fold_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK) // 2, tl.arange(0, BLOCK).to(tl.float32))
 
@@ -202,6 +209,7 @@ def _fold_kernel(x_ptr, BLOCK: tl.constexpr):
         ),
         (lambda x: _count_kernel[(2,)](x, ATOMIC=False, BLOCK=16), "store to the same address"),
         (lambda x: _fold_kernel[(1,)](x, BLOCK=16), "stores to one address twice"),
+        (lambda x: _lock_kernel[(2,)](x.int(), RELEASE=True), "change and store to the same address"),
     ],
 )
 def test_faults_are_found(launch, fault):
@@ -215,7 +223,8 @@ def test_what_a_gpu_allows_passes():
         _copy_kernel[(2,)](x[:32], x[32:], 24, BLOCK=16)
         _shift_kernel[(1,)](x, BARRIER=True, BLOCK=16)
         _count_kernel[(3,)](x, ATOMIC=True, BLOCK=16)
-    assert kernels == {"_copy_kernel", "_shift_kernel", "_count_kernel"}
+        _lock_kernel[(2,)](torch.zeros(1, dtype=torch.int32), RELEASE=False)
+    assert kernels == {"_copy_kernel", "_shift_kernel", "_count_kernel", "_lock_kernel"}
     assert x[:16].tolist() == [n + 3 for n in range(16)] and x[16:32].tolist() == [*range(1, 16), 0]
 
 

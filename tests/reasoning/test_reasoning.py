@@ -8,6 +8,7 @@ from vot_kernels.reasoning import Switches, VideoOfThought
 from vot_kernels.reasoning.llm import Reply
 from vot_kernels.reasoning.prompts import graph_text, parse_proposals, parse_rating, parse_sentences
 from vot_kernels.reasoning.steps import PRIOR_WEIGHT, TEMPERATURE, is_echo, kind_of
+from vot_kernels.scene_graph.graph import Event
 
 HIT = "Did the red digit 3 hit the blue digit 7?"
 CAUSE = "Why does the blue digit 7 bounce?"
@@ -475,6 +476,13 @@ def test_what_happens_is_answered_by_the_events(world, question, account):
     assert result.choice.startswith(account) and result.verification == "kept"
     assert output(result, "verification").checks[-1].verdict == "supported"
     assert result.confidence > 0.5
+
+
+def test_an_event_of_nobody_happens_too(world):
+    """A model that writes the graph itself may name no participant, or one without a tracklet."""
+    odd = dataclasses.replace(world, events=(Event("bounces", 1, ()), Event("hits", 2, ("o1", "o9"))))
+    result, _ = answer(odd, "What happens?", None, replies={"proposals": ""}, likelihood={})
+    assert result.choice == "bounces at 0.25 s, then red digit 3 hits o9 at 0.50 s"
 
 
 def test_nobody_is_said_to_do_what_others_do(world):

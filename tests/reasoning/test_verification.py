@@ -215,15 +215,26 @@ def test_a_claim_about_who_is_not_there_is_false(world, claim):
     assert judge_claim(claim, world)[0] is False
 
 
-@pytest.mark.parametrize("kind", ["cause", "counterfactual", "prediction"])
-def test_no_world_knows_who_is_not_there(world, kind):
-    class Never:
+@pytest.mark.parametrize(
+    ("kind", "question", "answer"),
+    [
+        ("cause", "What makes the red digit, the yellow digit and the blue digit hit?", "the green digit"),
+        (
+            "counterfactual",
+            "Without the red digit, would the yellow, the blue and the green digit hit?",
+            "yes",
+        ),
+        ("prediction", "Which digit will the yellow digit or the red digit hit next?", "the blue digit"),
+    ],
+)
+def test_no_world_is_asked_about_who_is_not_there(world, kind, question, answer):
+    class Unasked:
+        """It has no answer to give."""
+
         event = "hits"
 
-    task = Task(
-        "Which digit makes the yellow digit hit the red digit?", kind, "question", ("o1",), "question"
-    )
-    assert check(task, "the blue digit", ["the blue digit"], world, Never()).verdict == U
+    task = Task(question, kind, "question", find_tracklets(question, world), "question")
+    assert check(task, answer, [answer], world, Unasked()).verdict == U
 
 
 def test_first_and_last_compare_the_candidates(world):

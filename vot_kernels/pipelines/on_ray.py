@@ -63,7 +63,8 @@ def answer_batch_on_ray(
             if answered is not None:
                 yield json.loads(answered["answer"])
             else:
-                yield {key: row[key] for key in ("id", "video", "question")} | {"error": _ENDED}
+                known = {key: row[key] for key in ("id", "video", "part", "question") if row[key]}
+                yield known | {"error": _ENDED}
 
     return write_answers(answers, questions, out, sampling)
 

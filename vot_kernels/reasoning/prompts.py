@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.graph import STSG, Event
 
 GraphStyle = Literal["sentences", "stsg", "both"]
 MAX_PROPOSAL = 160  # characters
@@ -119,13 +119,19 @@ def parse_proposals(text: str, limit: int = 3) -> tuple[str, ...]:
     return tuple(dict.fromkeys(proposals))[:limit]
 
 
+def event_words(event: Event, graph: STSG) -> str:
+    """Return an event in words, "red digit 3 hits blue digit 7", by its id where a participant has no tracklet."""
+    names = {t.id: t.name for t in graph.tracklets}
+    who = [names.get(id, id) for id in event.participants]
+    return " ".join([*who[:1], event.kind, *who[1:]])
+
+
 def _sentences(graph: STSG) -> Iterator[str]:
     """Yield who there is, how each moves, what happened and which relations hold, in this order of importance."""
     names = {t.id: t.name for t in graph.tracklets}
     yield "Objects: " + (", ".join(names.values()) or "none") + "."
     for event in sorted(graph.events, key=lambda event: event.t):
-        who = [names.get(id, id) for id in event.participants]
-        yield f"{' '.join([who[0], event.kind, *who[1:]]) if who else event.kind} at {_at(graph, event.t)}."
+        yield f"{event_words(event, graph)} at {_at(graph, event.t)}."
     motions = [r for r in graph.relations if r.subject == r.object]
     others = [r for r in graph.relations if r.subject != r.object]
     for r in [*sorted(motions, key=lambda r: (r.subject, r.t0)), *sorted(others, key=lambda r: r.t0 - r.t1)]:

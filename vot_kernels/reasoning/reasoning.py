@@ -205,15 +205,15 @@ def collect_evidence(stsg: STSG, ids: Sequence[str], question: str = "") -> Evid
     matters = importance_of(question, find_tracklets(question, stsg), stsg)
     names = {t.id: t.name for t in stsg.tracklets}
     times = stsg.frame_times_s
-    events = [e for e in stsg.events if wanted & set(e.participants)]
+    events = sorted((e for e in stsg.events if wanted & set(e.participants)), key=lambda e: e.t)
+    events.sort(key=matters, reverse=True)
     needed = 1 if len(wanted) == 1 else 2
     relations = [
         r
         for r in stsg.relations
         if len(wanted & {r.subject, r.object}) >= min(needed, len({r.subject, r.object}))
     ]
-    events.sort(key=lambda event: (_last(matters(event)), event.t))
-    relations.sort(key=lambda relation: _last(matters(relation)))
+    relations.sort(key=matters, reverse=True)
     boxes = []
     for tracklet in stsg.tracklets:
         if tracklet.id not in wanted or not tracklet.boxes:
@@ -241,11 +241,6 @@ def collect_evidence(stsg: STSG, ids: Sequence[str], question: str = "") -> Evid
             for e in events
         ),
     )
-
-
-def _last(importance: tuple[float, int]) -> tuple[float, int]:
-    """Return what sorts the most important first."""
-    return -importance[0], -importance[1]
 
 
 class _Run:

@@ -29,7 +29,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import check
 from vot_kernels.reasoning.what_if import World
-from vot_kernels.scene_graph.graph import STSG, Event
+from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.summary import summarised
 
 # New tokens per request; a small model on a CPU generates about 20 a second.
@@ -271,12 +271,8 @@ def account_of(question: str, named: Sequence[str], graph: STSG) -> str:
     events = [e for e in part.events if not named or set(named) & set(e.participants)]
     importance = importance_of(question, named, graph)
     told = sorted(events, key=importance, reverse=True)[:ACCOUNT_EVENTS]
-    return ", then ".join(_sentence(event, part) for event in sorted(told, key=lambda event: event.t))
-
-
-def _sentence(event: Event, graph: STSG) -> str:
-    actor, *others = (graph.tracklet(id).name for id in event.participants)
-    return f"{' '.join([actor, event.kind, *others])} at {seconds(graph, event.t)}"
+    told.sort(key=lambda event: event.t)
+    return ", then ".join(f"{prompts.event_words(event, part)} at {seconds(part, event.t)}" for event in told)
 
 
 def is_echo(text: str, question: str) -> bool:

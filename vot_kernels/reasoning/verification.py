@@ -123,12 +123,12 @@ def _judge(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _
         return _judge_yes_no(task.question, answer, named, graph)
     if task.kind == "attribute":
         if find_events(task.question, graph.vocabulary.events):
-            return _judge_which(task, answer, candidates, named, graph)
+            return _judge_which(task, answer, candidates, graph)
         return _judge_attribute(answer, named, graph)
     if task.kind == "direction":
         return _judge_direction(task.question, answer, candidates, named, graph)
     if task.kind in ("which", "order"):
-        return _judge_which(task, answer, candidates, named, graph)
+        return _judge_which(task, answer, candidates, graph)
     true, reason = judge_claim(answer, graph)
     return _VERDICTS[true], reason
 
@@ -283,46 +283,43 @@ def _judge_direction(
     return "uncheckable", reason
 
 
-def _judge_which(
-    task: Task, answer: str, candidates: Sequence[str], named: Sequence[str], graph: STSG
-) -> _Judgement:
+def _judge_which(task: Task, answer: str, candidates: Sequence[str], graph: STSG) -> _Judgement:
     kinds = find_events(f"{task.question} {answer}", graph.vocabulary.events)
     if len(kinds) != 1:
         return "uncheckable", "the question is not about one kind of event"
     if not find_tracklets(answer, graph):
         return "uncheckable", "the answer names no tracklet"
-    candidates = [answer, *(c for c in candidates if fold(c) != fold(answer))]
-    meetings = [_meetings(graph, kinds[0], named, candidate) for candidate in candidates]
-    fits = [
-        judge_details(without_times(task.question), events, graph) if events else None for events in meetings
-    ]
-    if any(fit is not None and fit[0] is None for fit in fits):
+    others = [c for c in candidates if fold(c) != fold(answer)]
+    first, *rivals = (_meetings(task, kinds[0], candidate, graph) for candidate in (answer, *others))
+    if first is None or None in rivals:
         return "uncheckable", "the graph does not tell what the question says of how often or where"
-    moments = [
-        (events[0].t, events[-1].t) if events and (fit is None or fit[0]) else None
-        for events, fit in zip(meetings, fits, strict=True)
-    ]
-    first, known = moments[0], [moment for moment in moments[1:] if moment is not None]
-    if first is None:
+    known = [events for events in rivals if events]
+    if not first:
         if not known:
             return "uncheckable", f"no candidate has a '{kinds[0]}' that fits the question"
         return "contradicted", f"no '{kinds[0]}' with {answer} fits the question"
-    reason = f"'{kinds[0]}' with {answer} at {seconds(graph, first[0])}"
+    reason = f"'{kinds[0]}' with {answer} at {seconds(graph, first[0].t)}"
     if task.kind in ("which", "attribute"):
         return "supported", reason
     last = re.search(r"\blast\b", fold(task.question)) is not None
-    rivals = [moment[1] if last else moment[0] for moment in known]
-    mine = first[1] if last else first[0]
-    if any(rival > mine if last else rival < mine for rival in rivals):
+    mine, *theirs = (events[-1].t if last else events[0].t for events in (first, *known))
+    if any(other > mine if last else other < mine for other in theirs):
         return "contradicted", f"{reason}, another candidate {'later' if last else 'earlier'}"
-    return ("uncheckable" if mine in rivals else "supported"), reason
+    return ("uncheckable" if mine in theirs else "supported"), reason
 
 
-def _meetings(graph: STSG, kind: str, named: Sequence[str], candidate: str) -> list[Event]:
-    """Return the events of `kind`, by time, in which the candidate meets those whom the question names."""
-    mentioned = find_tracklets(candidate, graph)
-    if not mentioned or list(mentioned) == list(named):
+def _meetings(task: Task, kind: str, candidate: str, graph: STSG) -> list[Event] | None:
+    """Return the events of `kind`, by time, in which the candidate meets those whom the question names.
+
+    There are none if they do not happen as often or where the question says; None if the graph does not tell that.
+    """
+    mentioned, named = find_tracklets(candidate, graph), task.named
+    if not mentioned or mentioned == named:
         return []  # the answer to "which does the red one hit?" is not the red one
     # A question that lists its candidates ("which hits first, the red or the blue one?") names no partner.
     partners = named if len(named) == 1 else ()
-    return events_of(graph, kind, [*mentioned, *partners])
+    events = events_of(graph, kind, [*mentioned, *partners])
+    details = judge_details(without_times(task.question), events, graph) if events else None
+    if details is None or details[0]:
+        return events
+    return [] if details[0] is False else None
