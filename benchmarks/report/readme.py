@@ -41,6 +41,11 @@ def one_thread_table() -> str:
     return _speed_table("one-thread")
 
 
+def amx_table() -> str:
+    """Return the same on a processor with AMX."""
+    return _speed_table("amx")
+
+
 def avx2_table() -> str:
     """Return the same on a processor without AVX-512."""
     return _speed_table("avx2")
@@ -387,6 +392,7 @@ def long_encoding_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu_table,
     "one-thread": one_thread_table,
+    "amx": amx_table,
     "avx2": avx2_table,
     "towers": towers_table,
     "gpu": gpu_table,
