@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import counters
 from benchmarks.core import Work
-from vot_kernels.ops.dispatch import BACKENDS, CAPABILITIES, PASSED_OVER
+from vot_kernels.ops.dispatch import BACKENDS, CAPABILITIES
 
 VERIFIED_TOKENS = (
     2048  # clips are verified whole: the first, the last, and the shortest up to this many tokens
@@ -169,16 +169,13 @@ def apply(problem: Encoder, around: type[nn.Module], weights: Sequence[Tensor], 
 
 @contextmanager
 def served_by(backend: str) -> Iterator[None]:
-    """Serve whatever is left to "auto" by one backend, also where "auto" would pass over it."""
+    """Serve whatever is left to "auto" by one backend."""
     before = {op: dict(table) for op, table in CAPABILITIES.items()}
-    passed_over = dict(PASSED_OVER)
-    PASSED_OVER.clear()
     try:
         for table in CAPABILITIES.values():
             for other in set(BACKENDS) - {backend}:
                 table[other] = lambda inputs, other=other: [f"only {backend} is asked for here, not {other}"]
         yield
     finally:
-        PASSED_OVER.update(passed_over)
         for op, table in before.items():
             CAPABILITIES[op].update(table)

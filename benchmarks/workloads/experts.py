@@ -58,6 +58,7 @@ def _cpu() -> Iterator[Workload]:
     ):
         yield Workload("aoe", _name(problem), problem, torch.float32, "cpu", directions, quick)
     for plain, quick in (
+        (MoE(64, dim=K, hidden=768, experts=32, top_k=4), ("forward",)),
         (MoE(K, dim=256, hidden=256, experts=8, top_k=2), directions),
         (MoE(4 * K, dim=512, hidden=256, experts=32, top_k=4, skew=0.5), ()),
     ):

@@ -136,6 +136,14 @@ inline void scatter_slots(const Block& block, const ExpertSlots& slots, const fl
   }
 }
 
+constexpr int SLICE = 24;  // rows of a strip that are computed between two requests for weights
+
+// Asks for the first DEPTH numbers of rows `from` to before `to`.
+VOT_INLINE void prefetch_rows(Left w, int from, int to) {
+  for (int r = from; r < to; r++)
+    for (int k = 0; k < DEPTH; k += 16) __builtin_prefetch(w.data + r * w.row + k, 0, 2);
+}
+
 // sums[p][rows][PANEL] = W[rows x depth] . panels[p][depth][PANEL] for the panels of a block, `stride` numbers apart.
 inline void product(const Block& block, Left w, int rows, int depth, const float* panels, float* sums,
                     int64_t stride = STRIP * PANEL, Old old = Old::CLEAR) {
@@ -147,9 +155,14 @@ inline void product(const Block& block, Left w, int rows, int depth, const float
       copy_rows(a.data, a.column, part, rows, packed, STRIP);
       a = {packed, 1, STRIP};
     }
+    // What is multiplied next, if these are successive strips, is asked for meanwhile: memory is slow to find so many rows.
+    const Left next = k + DEPTH < depth ? Left{w.data + (k + DEPTH) * w.column, w.row, w.column} : w.below(STRIP);
     for (int p = 0; p < block.panels; p++)
-      multiply(rows, int(round_up(block.filled(p), UNIT)), a, {panels + p * panel_size(depth) + k * PANEL, PANEL}, part,
-               {sums + p * stride, PANEL}, old);
+      for (int r = 0; r < rows; r += SLICE) {
+        if (w.column == 1) prefetch_rows(next, r + SLICE * p / block.panels, r + SLICE * (p + 1) / block.panels);
+        multiply(least(SLICE, rows - r), int(round_up(block.filled(p), UNIT)), a.below(r),
+                 {panels + p * panel_size(depth) + k * PANEL, PANEL}, part, {sums + p * stride + r * PANEL, PANEL}, old);
+      }
   }
 }
 

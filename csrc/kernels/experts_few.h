@@ -1,34 +1,36 @@
-// Products for blocks of so few places that reading the weights takes longer than multiplying: every weight is read once,
-// in vectors, and nothing is filled up. Rows of the places are not transposed here.
+// Products for blocks of few places: weights are read in vectors, once, and nothing is filled up. Rows of the places are
+// not transposed here.
 #pragma once
 #include "experts_blocks.h"
 
 namespace vot {
 namespace VOT_ISA {
 
-constexpr int FEW = 8;                          // places
-constexpr int FEW_TOKENS = LANES == 16 ? 4 : 2;  // whose sums, with those of 4 rows of weights, fit the registers
+constexpr int FEW = 40;  // places; more of them are worth a transpose
+constexpr int FEW_ROWS = 4;                      // of weights; the products of so many rows with so many places
+constexpr int FEW_TOKENS = LANES == 16 ? 5 : 3;  // fill the registers
 
-// out[TOKENS][rows] = x[TOKENS][depth] . W^T for rows of W whose numbers lie side by side.
+// out[TOKENS][width] = x[TOKENS][depth] . W^T for the first FEW_ROWS of `rows` rows of W, whose numbers lie side by side.
+// Meanwhile the rows `from` to before `to` are asked for.
 template <int TOKENS>
-VOT_INLINE void row_products(Left w, int rows, int depth, const float* x, float* out) {
-  constexpr int ROWS = 4;
-  for (int r = 0; r < rows; r += ROWS) {
-    Vec sums[ROWS][TOKENS] = {};
-    const auto step = [&](auto read) {
-      Vec columns[TOKENS];
-      for (int t = 0; t < TOKENS; t++) columns[t] = read(x + t * depth);
-      for (int i = 0; i < ROWS; i++) {
-        const Vec weights = read(w.data + least(r + i, rows - 1) * w.row);
-        for (int t = 0; t < TOKENS; t++) sums[i][t] += weights * columns[t];
-      }
-    };
-    int k = 0;
-    for (; k + LANES <= depth; k += LANES) step([k](const float* from) { return load(from + k); });
-    if (k < depth) step([k, depth](const float* from) { return load_part(from + k, depth - k); });
-    for (int i = 0; i < least(ROWS, rows - r); i++)
-      for (int t = 0; t < TOKENS; t++) out[t * rows + r + i] = sum(sums[i][t]);
+VOT_INLINE void row_products(Left w, int rows, int depth, const float* x, float* out, int width, int from, int to) {
+  Vec sums[FEW_ROWS][TOKENS] = {};
+  const auto step = [&](auto read) {
+    Vec columns[TOKENS];
+    for (int t = 0; t < TOKENS; t++) columns[t] = read(x + t * depth);
+    for (int i = 0; i < FEW_ROWS; i++) {
+      const Vec weights = read(w.data + least(i, rows - 1) * w.row);
+      for (int t = 0; t < TOKENS; t++) sums[i][t] += weights * columns[t];
+    }
+  };
+  int k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    for (int i = from; i < to; i++) __builtin_prefetch(w.data + i * w.row + k);
+    step([k](const float* from) { return load(from + k); });
   }
+  if (k < depth) step([k, depth](const float* from) { return load_part(from + k, depth - k); });
+  for (int i = 0; i < least(FEW_ROWS, rows); i++)
+    for (int t = 0; t < TOKENS; t++) out[t * width + i] = sum(sums[i][t]);
 }
 
 // Whether few_products reads such a matrix of `rows` rows.
@@ -44,10 +46,23 @@ inline void few_products(Left w, int rows, int depth, const float* x, int count,
                k ? Old::KEEP : Old::CLEAR);
     return;
   }
-  int t = 0;
-  for (; t + FEW_TOKENS <= count; t += FEW_TOKENS)
-    row_products<FEW_TOKENS>(w, rows, depth, x + t * depth, out + t * rows);
-  for (; t < count; t++) row_products<1>(w, rows, depth, x + t * depth, out + t * rows);
+  const int groups = (count + FEW_TOKENS - 1) / FEW_TOKENS;
+  for (int r = 0; r < rows; r += FEW_ROWS) {  // these are used by every place while they are near
+    const int next = least(FEW_ROWS, rows - r - FEW_ROWS);  // rows, of which each group of places asks for some
+    for (int g = 0; g < groups; g++) {
+      const int t = g * FEW_TOKENS, from = FEW_ROWS + next * g / groups, to = FEW_ROWS + next * (g + 1) / groups;
+      const auto products = [&](auto tokens) __attribute__((always_inline)) {
+        row_products<decltype(tokens)::value>(w.below(r), rows - r, depth, x + t * depth, out + t * rows + r, rows, from, to);
+      };
+      switch (least(FEW_TOKENS, count - t)) {
+        case 1: products(Number<1>{}); break;
+        case 2: products(Number<2>{}); break;
+        case 3: products(Number<3>{}); break;
+        case 4: products(Number<least(4, FEW_TOKENS)>{}); break;
+        default: products(Number<FEW_TOKENS>{});
+      }
+    }
+  }
 }
 
 }  // namespace VOT_ISA

@@ -51,6 +51,18 @@ void forward_block(const ExpertsForward& f, const Block& block) {
   scatter_slots(block, f.slots, out, f.dim, f.out);
 }
 
+// to[columns][rows] = the transpose of from[rows][columns], with nothing written beyond it.
+void transpose_exactly(int rows, int columns, const float* from, float* to) {
+  for (int r = 0; r < rows; r += 16)
+    for (int c = 0; c < columns; c += 16)
+      if (rows - r >= 16 && columns - c >= 16) {
+        transpose_16x16(from + r * columns + c, columns, to + c * rows + r, rows);
+      } else {
+        for (int i = r; i < least(rows, r + 16); i++)
+          for (int j = c; j < least(columns, c + 16); j++) to[j * rows + i] = from[i * columns + j];
+      }
+}
+
 // The same for a block of few places.
 void forward_few(const ExpertsForward& f, const Block& block) {
   const int count = block.count, gate_depth = f.rank > 0 ? f.rank : f.dim;
@@ -64,12 +76,8 @@ void forward_few(const ExpertsForward& f, const Block& block) {
   }
   few_products(of_expert(f.w_gate, block.expert), f.hidden, gate_depth, f.rank > 0 ? cache : x, count, gate);
   few_products(of_expert(f.w_value, block.expert), f.hidden, f.dim, x, count, value);
-  const auto keep = [&](const float* rows, float* to) {
-    for (int i = 0; to && i < count; i++)
-      for (int h = 0; h < f.hidden; h++) block.in_panel(to, f.hidden, 0)[h * count + i] = rows[i * f.hidden + h];
-  };
-  keep(gate, f.gate);
-  keep(value, f.value);
+  if (f.gate) transpose_exactly(count, f.hidden, gate, block.in_panel(f.gate, f.hidden, 0));
+  if (f.value) transpose_exactly(count, f.hidden, value, block.in_panel(f.value, f.hidden, 0));
   for (int c = 0; c < count * f.hidden; c += LANES) {  // the last vector may go beyond, into `value` or the memory's end
     const Vec u = load(gate + c), hidden = u * sigmoid(u) * load(value + c);
     store_part(gate + c, hidden, least(LANES, count * f.hidden - c));

@@ -26,8 +26,7 @@ from benchmarks.verify import verify
 from benchmarks.workloads import encoder as encoder_workloads
 from benchmarks.workloads import fused as fused_workloads
 from benchmarks.workloads import video as video_workloads
-from tests.marks import cpp
-from vot_kernels.ops.dispatch import OPS, describe_backends, select
+from vot_kernels.ops.dispatch import OPS, describe_backends
 from vot_kernels.packing import PackedLayout
 from vot_kernels.testing import ToleranceError
 
@@ -192,14 +191,6 @@ def test_served_by_restricts_every_op_and_restores():
         assert all(inside[op]["torch"] and not inside[op]["reference"] for op in OPS)
         raise RuntimeError
     assert describe_backends(CPU) == before
-
-
-@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=cpp)])
-def test_served_by_serves_what_auto_would_pass_over(backend):
-    wide = torch.empty(4, 4096)
-    with served_by(backend):
-        assert select("aoe", "auto", wide) == backend
-    assert select("aoe", "auto", wide) == "torch"
 
 
 def test_every_op_of_an_encoder_is_gated():

@@ -43,7 +43,7 @@ struct Problem {
   std::vector<int32_t> order, places, offsets;
 
   explicit Problem(Random& random)
-      : tokens(random.chance(0.1) ? 0 : random.whole(1, random.chance(0.1) ? 700 : 40)),
+      : tokens(random.chance(0.1) ? 0 : random.whole(1, random.chance(0.25) ? 700 : 40)),
         experts(int(random.whole(1, 5))), top_k(int(random.whole(0, experts))), dim(int(random.whole(1, 70))),
         rank(int(random.whole(1, 20))), hidden(int(random.whole(1, 60))), cached(random.chance(0.5)),
         w_gate(random, experts, hidden, cached ? rank : dim), w_value(random, experts, hidden, dim),

@@ -5,7 +5,6 @@ its predicate to `CAPABILITIES`; nothing else changes here.
 """
 
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -169,13 +168,6 @@ def _compiled_linear_attention(inputs: Inputs) -> list[str]:
     return reasons
 
 
-def _wide_tokens(inputs: Inputs, widest: int) -> list[str]:
-    """Where the products of experts are large, those of PyTorch are about as fast."""
-    if inputs.head_dim is None or inputs.head_dim <= widest:
-        return []
-    return [f"with tokens of width {inputs.head_dim}, above {widest}, it is hardly faster than torch"]
-
-
 def _no_reference_of_a_step(inputs: Inputs) -> list[str]:
     return ['the reference for the steps of a whole stream is hybrid_attention(causal="group")']
 
@@ -209,12 +201,6 @@ CAPABILITIES["pack_patches"] |= {
     "reference": _pixels,
 }
 
-# Why "auto" passes over a backend that can serve a call: a later one is as fast, as measured.
-PASSED_OVER: dict[str, dict[str, Predicate]] = {
-    "aoe": {"cpp": partial(_wide_tokens, widest=384)},
-    "moe": {"cpp": partial(_wide_tokens, widest=256)},
-}
-
 
 def select(
     op: str, backend: str, tensor: Tensor, features: Tensor | None = None, given: tuple[str, ...] = ()
@@ -240,8 +226,6 @@ def select(
     refusals = []
     for name in candidates:
         reasons = CAPABILITIES[op][name](inputs)
-        if backend == "auto" and (passes_over := PASSED_OVER.get(op, {}).get(name)):
-            reasons = reasons + passes_over(inputs)
         interpreted = name == "triton" and tensor.device.type == "cpu"
         if not reasons and not (interpreted and backend == "auto"):
             return name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
 from tests.threads import differing
@@ -346,7 +347,7 @@ def test_opcheck_backward(backend):
 
 @ON
 def test_one_compiled_graph_for_any_number_of_tokens(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(*inputs):
         y, aux = aoe(*inputs, 2, return_aux=True, backend=backend)

@@ -5,6 +5,7 @@ Its kernels are tested one by one in tests/ops/parts/experts.
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import compiled, interpreted
 from vot_kernels.ops.aoe import reference as aoe_reference
@@ -357,7 +358,7 @@ def test_nothing_of_the_size_of_all_caches_is_allocated(monkeypatch):
 
 @compiled
 def test_one_compiled_graph_for_any_number_of_tokens():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(*inputs):
         y, aux = aoe(*inputs, 2, return_aux=True, backend="triton")

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp, interpreted
 from tests.threads import differing
@@ -203,7 +204,7 @@ def test_opcheck(dtype, backend):
 
 
 def test_one_compiled_graph_for_any_number_of_tokens(on):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *inputs: on(*inputs)[0].square().sum(), backend=counter, fullgraph=True)
     for tokens in (5, 40, 17):
         inputs = [x.requires_grad_() for x in make_inputs(shape=(tokens, 8))]

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
 from tests.threads import differing
@@ -61,6 +62,20 @@ def test_one_expert_with_more_places_than_a_group():
     x, a, b, idx, w = make_moe(tokens=4500, dim=20, experts=4, hidden=17, top_k=2)
     idx[:, 0], idx[:, 1] = 1, torch.where(torch.arange(4500) % 100 == 0, 3, -1)
     check((x, a, b, idx, w), partial(moe, backend="cpp"))
+
+
+@cpp
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+def test_few_places_and_many(turned):
+    """Experts with few places have products of their own, by rows of weights; `turned` weights have their columns in
+    rows.
+    """
+    counts = torch.tensor([1, 2, 3, 4, 5, 7, 39, 40, 41, 64, 65])
+    x, a, b, _, w = make_moe(tokens=int(counts.sum()), dim=75, experts=len(counts), hidden=52, top_k=1)
+    if turned:
+        a, b = (t.mT.contiguous().mT for t in (a, b))
+    idx = torch.repeat_interleave(torch.arange(len(counts)), counts)[torch.randperm(len(x))]
+    check((x, a, b, idx[:, None], w), partial(moe, backend="cpp"))
 
 
 @cpp
@@ -163,7 +178,7 @@ def test_opcheck_backward(backend):
 
 
 def test_one_compiled_graph_for_any_number_of_tokens(on):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(on, backend=counter, fullgraph=True)
     for tokens in (5, 64, 17):
         x, a, b, idx, w = make_moe(tokens=tokens)

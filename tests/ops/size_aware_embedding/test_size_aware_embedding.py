@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp, interpreted
 from tests.threads import differing
@@ -218,7 +219,7 @@ def test_opcheck(dtype, segments, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_compiled_graph_for_any_packing(backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(run, layout, inputs):
         return run(inputs[0], layout, *inputs[1:]).square().sum()
