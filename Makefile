@@ -28,7 +28,7 @@ MATRIX := .venv-matrix
 DOCS := .venv-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cpp check test lint format bench docs matrix fuzz seeds clean
+.PHONY: help demo cpp check test suite lint format bench docs matrix fuzz seeds clean
 
 new-venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { \
     $(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install pip; }
@@ -62,8 +62,11 @@ check: $(PACKAGE)  ## before every commit, a minute: lint, import rules, links, 
 	@$(call pytest,$(BIN)/python) --dist loadfile -m "not interpreter and not gpu and not slow" \
 	    -k "not ($(LATER))" $(CORE)
 
-test: $(PACKAGE)  ## lint, then every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
-	@$(MAKE) --no-print-directory --jobs 2 lint cpp $(MODULES)
+test: $(PACKAGE)  ## lint and, meanwhile, every test that needs no GPU; TESTS="tests/ops tests/nn" for some of them
+	@$(MAKE) --no-print-directory --jobs 2 cpp $(MODULES)
+	@$(MAKE) --no-print-directory --jobs 2 lint suite
+
+suite: $(PACKAGE)  ## every test that needs no GPU, without lint
 	@$(call both-runs,$(BIN)/python,$(TESTS))
 
 lint: $(PACKAGE)  ## ruff, its format, mypy

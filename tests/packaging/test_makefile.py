@@ -126,7 +126,8 @@ RUNS = ["1 interpreter and not gpu", "0 not interpreter and not gpu"]
 
 
 @pytest.mark.parametrize(
-    ("fail", "status"), [("nothing", 0), ("-m interpreter", 2), ("-m not interpreter", 2)]
+    ("fail", "status"),
+    [("nothing", 0), ("-m interpreter", 2), ("-m not interpreter", 2), ("check .", 2)],
 )
 def test_both_runs_of_pytest_take_place_and_either_fails_make(clone, fail, status):
     make(clone)
