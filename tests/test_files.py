@@ -3,6 +3,8 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vot_kernels.files import (
     append_json_lines,
@@ -30,6 +32,39 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("ha")
         raise RuntimeError("full")
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_as_readable_as_the_umask_says_whoever_writes_it(tmp_path):
+    target = tmp_path / "a.safetensors"
+    umask = os.umask(0o027)
+    try:
+        with atomic_write(target) as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+            temporary.chmod(0o600)
+    finally:
+        os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_one_process_at_a_time_appends(tmp_path):
+    target = tmp_path / "a.jsonl"
+    with append_json_lines(target) as append:
+        append(1)
+        with (
+            pytest.raises(ValueError, match="Another process is writing to '.*a.jsonl'"),
+            append_json_lines(target),
+        ):
+            raise AssertionError("two write at once")
+    with append_json_lines(target) as append:
+        append(2)
+    assert read_json_lines(target) == [1, 2]
+
+
+def test_an_output_is_no_device_or_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for out in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(ValueError, match="must be a regular file, but '.*' is a device or a pipe"):
+            check_output(out)
 
 
 def test_json_lines_are_appended_and_read_back(tmp_path):

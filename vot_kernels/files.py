@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -20,14 +25,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # mkstemp is private; the result should be as readable as any other file
     try:
         yield temporary
+        # mkstemp is private, and so is what safetensors writes; the result should be as readable as any other file.
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager
@@ -54,7 +64,8 @@ def check_output(path: str | os.PathLike[str], suffix: str = "", *inputs: str | 
     """Refuse a file that could not be written later: called before the work whose result it is to hold.
 
     Raises:
-        ValueError: the name does not end in `suffix`, or is that of a folder; or the file is one of the `inputs`.
+        ValueError: the name does not end in `suffix`, or is that of a folder, a device or a pipe; or the file is one of
+            the `inputs`.
         OSError: the folder can be neither written to nor made.
     """
     target = Path(path)
@@ -62,6 +73,8 @@ def check_output(path: str | os.PathLike[str], suffix: str = "", *inputs: str | 
         raise ValueError(f"The output must end in {suffix}, got '{target}'.")
     if target.is_dir():
         raise ValueError(f"The output must be a file, but '{target}' is a folder.")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"The output must be a regular file, but '{target}' is a device or a pipe.")
     _check_apart(target, inputs)
     check_output_folder(target.parent)
 
@@ -144,6 +157,20 @@ def read_json_lines(path: str | os.PathLike[str], *, mend: bool = True) -> list[
     return rows
 
 
+def _lock(file: Any) -> None:
+    """Keep other processes from `append_json_lines` until the file is closed, where the system can."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"Another process is writing to '{file.name}'; wait for its end, or name another file."
+        ) from None
+    except OSError:  # some file systems have no locks
+        return
+
+
 def _row(file: Path, number: int, line: bytes) -> Any:
     try:
         return parse_json_line(line)
@@ -153,10 +180,15 @@ def _row(file: Path, number: int, line: bytes) -> Any:
 
 @contextmanager
 def append_json_lines(path: str | os.PathLike[str]) -> Iterator[Callable[[Any], None]]:
-    """Yield a function that appends one row to a file of JSON lines; a row written is on the disk."""
+    """Yield a function that appends one row to a file of JSON lines; a row written is on the disk.
+
+    Raises:
+        ValueError: another process appends to the file, too.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "a", encoding="utf-8") as lines:
+        _lock(lines)
 
         def append(row: Any) -> None:
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

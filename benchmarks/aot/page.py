@@ -216,8 +216,8 @@ Where tensor work stays above 1 the next larger tile does not fit into the regis
 With Triton 3.6 four kernels of sm_90 hold fewer registers than they need, and load or store some in a loop; what avoids
 it takes more instructions with every version:
 
-- dk and dv of hybrid attention, fp16 heads of 64: once in a loop of 549 instructions; dq with given features of width 32:
-  4 times in one of 255.
+- dk and dv of hybrid attention, fp16 heads of 64: once in a loop of 549 instructions; dq with given features of width
+  32: 4 times in one of 255.
 - Causal linear attention, heads of 256: once in the apply kernel backwards, and 10 to 17 times in the gradient of key
   features. With half the tokens or features at a time they need 20 to 90 per cent more instructions.
 

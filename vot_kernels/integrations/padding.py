@@ -73,6 +73,8 @@ def _pack(
     if real is None or _needs_all_rows(given):
         return None
     places = real.flatten().nonzero().squeeze(1)
+    if not len(places):  # models cannot reshape a row of no tokens
+        return None
     lengths = nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
     mask = torch.ones(1, len(places), dtype=torch.bool, device=real.device)
     setattr(mask, PLAN, AttentionPlan(False, EVERYTHING, lengths, lengths))

@@ -142,9 +142,11 @@ def read_questions(path: str | os.PathLike[str], sampling: Sampling | None = Non
     number). Keys that are null count as missing.
 
     Raises:
-        ValueError: a line is not such an object, or has a "part" where `sampling` has a start or an end; two lines have
-            the same id, or there is no line.
+        ValueError: the path is that of a folder, a device or a pipe; a line is not such an object, or has a "part"
+            where `sampling` has a start or an end; two lines have the same id, or there is no line.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} must be a regular file, for it is read more than once.")
     items: list[Row] = []
     seen: dict[str, int] = {}
     with open(path, "rb") as lines:
@@ -182,6 +184,9 @@ def _question(item: Any, number: str) -> Row:
 
 def _finished(path: Path) -> Collection[str]:
     """Return the ids that are already answered. Lines with an error are removed, so that they are asked again."""
+    if path.exists():
+        with append_json_lines(path):  # nobody else writes to it
+            pass
     try:
         rows = read_json_lines(path, mend=False)  # what is no file of answers stays as it is
         # Every answer has a text; questions with ids have none.

@@ -60,6 +60,8 @@ def encode_clips(
     inputs = processor([clip.frames for clip in clips], fps=rates).to(encoder.device)
     with torch.no_grad():
         seen = encoder(**inputs)
+    if seen.pooler_output.isnan().any():
+        raise ValueError("The encoder gives NaN, so its weights are damaged.")
     grids = inputs["image_grid_thw"]
     return [
         {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -33,6 +33,24 @@ class Reply(str):
         made = super().__new__(cls, text)
         made.cut = cut
         return made
+
+
+def render_chat(renderer: Any, messages: Sequence[Mapping[str, Any]], name: str, **options: Any) -> str:
+    """Return messages as the text that a chat template makes of them.
+
+    Args:
+        renderer: the tokenizer or processor that has the template.
+        messages: "role" and "content" of each.
+        name: the model, for the error.
+        options: what else the template is given.
+
+    Raises:
+        LanguageModelError: the template is broken or refuses the messages.
+    """
+    try:
+        return renderer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program of the model's author
+        raise LanguageModelError(f"The chat template of '{name}' fails: {str(error).rstrip('.')}.") from error
 
 
 class ScoreUnavailable(NotImplementedError):
@@ -211,7 +229,7 @@ class HFLanguageModel:
         if not getattr(self.tokenizer, "chat_template", None):
             return None
         message = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return render_chat(self.tokenizer, message, self.name, add_generation_prompt=True)
 
     def _text_ids(self, text: str) -> list[int]:
         """Return the token ids of plain text; whatever the tokenizer would take for its own markup is split in two."""

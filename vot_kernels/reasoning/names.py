@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.words import fold
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER_WORDS = {word: n for n, word in enumerate(_NUMBERS)} | {"none": 0, "never": 0, "once": 1, "twice": 2}
@@ -24,11 +24,6 @@ just exactly only about around as we see here first last up down
 """
 _MOTION = re.compile(r"(?:mov|go|head|travel|drift|stay|stand|still|station|ris|fall)\w*")
 _SYNONYMS = {"hit": ("collid", "collision", "bump", "strik", "struck")}
-
-
-def fold(text: str) -> str:
-    """`text` for comparing: compatibility forms joined, case folded, runs of space made one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def find_tracklets(text: str, graph: STSG) -> tuple[str, ...]:

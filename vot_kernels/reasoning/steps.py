@@ -15,7 +15,7 @@ from vot_kernels.reasoning import prompts
 from vot_kernels.reasoning.claims import events_of, part_in_question, seconds
 from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
 from vot_kernels.reasoning.moments import WHEN, asks_when, importance_of, proposed_moments
-from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold, match_candidate
+from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, match_candidate
 from vot_kernels.reasoning.types import (
     Analysis,
     DecidedBy,
@@ -31,6 +31,7 @@ from vot_kernels.reasoning.verification import check
 from vot_kernels.reasoning.what_if import World
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.summary import summarised
+from vot_kernels.scene_graph.words import fold
 
 # New tokens per request; a small model on a CPU generates about 20 a second.
 TASK_TOKENS, KIND_TOKENS, ANALYSIS_TOKENS, PROPOSE_TOKENS, RATING_TOKENS = 24, 6, 40, 24, 4
@@ -116,6 +117,9 @@ class Recorder:
         """Return mean log-likelihoods per token, or None from a model that cannot score or gives infinities.
 
         With `blind`, a model that sees the video does not.
+
+        Raises:
+            ValueError: the model gives NaN.
         """
         model = (without_video(self.model) if blind else None) or self.model
         try:
@@ -125,6 +129,11 @@ class Recorder:
         if len(scores) != len(continuations):
             raise ValueError(
                 f"The model '{self.model.name}' gave {len(scores)} scores for {len(continuations)} texts."
+            )
+        if any(map(math.isnan, scores)):
+            raise ValueError(
+                f"The model '{self.model.name}' gives NaN in place of likelihoods: its weights are damaged, or too "
+                "large for its dtype."
             )
         if not all(map(math.isfinite, scores)):
             return None

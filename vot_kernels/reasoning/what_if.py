@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vot_kernels.reasoning.claims import NEGATED, events_of, find_windows, seconds, words_left
-from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, fold
+from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no
 from vot_kernels.reasoning.types import Task
 from vot_kernels.scene_graph.graph import STSG, Event
+from vot_kernels.scene_graph.words import fold
 
 Outcome = tuple[bool | None, str]
 """Whether an answer is true, None if that cannot be told, and why."""

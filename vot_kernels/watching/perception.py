@@ -1,5 +1,6 @@
 """The eyes that this package trains itself: a perception checkpoint, which knows the world that it was trained on."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,8 @@ def domain_warning(detection: Detection) -> str | None:
     """Return why the answer should not be trusted if the clip does not resemble the training clips, else None."""
     if detection.in_domain:
         return None
+    if math.isnan(detection.domain_distance):
+        return "the checkpoint gives NaN for it, so its weights are damaged"
     return (
         f"its features lie {detection.domain_distance:.0f} from those of the training clips, "
         f"the limit is {detection.domain_threshold:.0f}"

@@ -18,6 +18,7 @@ from vot_kernels.reasoning.llm import (
     Prefix,
     mean_likelihoods,
     quiet_transformers,
+    render_chat,
 )
 from vot_kernels.watching.cost import Estimate, estimate
 from vot_kernels.watching.frames import check_all_seen, media, takes_videos, times_in_words
@@ -99,10 +100,10 @@ class TextOfVideoLanguageModel(HFLanguageModel):
 
     def _chat_of(self, content: list[dict[str, str]]) -> str:
         message = [{"role": "user", "content": content}]
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        options: dict[str, Any] = {"add_generation_prompt": True}
         if "enable_thinking" in str(self.processor.chat_template):
             options["enable_thinking"] = False  # replies are too short to think aloud in
-        return self.processor.apply_chat_template(message, **options)
+        return render_chat(self.processor, message, self.name, **options)
 
     def _after(self, cache: Any, place: int, tokens: Tensor) -> dict[str, Any]:
         # Without positions, transformers would shift them as in the clip that the model read last.

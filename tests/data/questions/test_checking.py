@@ -18,7 +18,7 @@ from vot_kernels.data.questions import (
 )
 from vot_kernels.data.questions import lines as lines_module
 from vot_kernels.data.sample_clips import digitworld_clip
-from vot_kernels.scene_graph import Interval
+from vot_kernels.scene_graph import STSG, Interval
 
 PLAIN = {"video": "a.mp4", "question": "Who comes in?", "answer": "the dog"}
 GRAPH = "<stsg>\no1=red digit 3: 0:10,10,20,20 8:30,10,40,20\no2=blue digit 7\no1 hits o2 @8\n</stsg>"
@@ -118,6 +118,10 @@ BAD = [
     (PLAIN | {"candidates": "a|b"}, '"candidates" must be a list of at least two strings, got a string'),
     (PLAIN | {"candidates": ["the dog"]}, "at least two strings, got a list of 1"),
     (PLAIN | {"candidates": ["the dog", 2]}, r'"candidates\[1\]" must be a string, got the number 2'),
+    (
+        PLAIN | {"candidates": ["the dog", "a cat", "A  cat"]},
+        "must differ, but 'a cat' and 'A  cat' are the same",
+    ),
     (PLAIN | {"candidates": ["a", "b"]}, "must be one of the candidates 'a' | 'b', got 'the dog'"),
     (
         PLAIN | {"answer": None, "candidates": ["a", "b"]},
@@ -222,6 +226,12 @@ def test_videos_are_decoded_once_and_bound_the_intervals(tmp_path, monkeypatch):
         *(asked | {"video": name, "end": 2} for name in ("none.mp4", "text.mp4", "cut.mp4", "cut.mp4")),
     )
     assert problems(path)[0] == []
+    graph = STSG((0.0, 1.9))
+    for late, wrong in ((graph, []), (dataclasses.replace(graph, frame_times_s=(0.0, 9.0)), [1])):
+        line = {"video": "good.mp4", "question": "What?", "stsg": late.to_dict()}
+        found, _ = problems(write(tmp_path / "graph.jsonl", line), videos=True)
+        assert [number for number, _ in found] == wrong
+    assert found[0][1].startswith("The frames of the scene graph 0.00 s to 9.00 s must lie in the video")
     import vot_kernels.data.video as video
 
     opened = []

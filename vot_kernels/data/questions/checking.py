@@ -117,7 +117,14 @@ class _Seen:
         problem, seconds = self._video(question.video)
         if problem is not None or seconds is None:
             return problem
-        return _outside("interval", question.interval, seconds) or _outside("part", question.part, seconds)
+        graph = question.stsg
+        last = max(graph.frame_times_s, default=0.0) if graph is not None else 0.0
+        seen = Interval(0.0, last) if last > 0 else None
+        return (
+            _outside("interval", question.interval, seconds)
+            or _outside("part", question.part, seconds)
+            or _outside("frames of the scene graph", seen, seconds)
+        )
 
     def _video(self, path: str) -> tuple[str | None, float | None]:
         """Return what is wrong with a video, and its length; each is decoded once."""

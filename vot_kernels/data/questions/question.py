@@ -13,6 +13,7 @@ from typing import Any, Literal
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.scene_graph.serialization import STSGFormatError, described
+from vot_kernels.scene_graph.words import fold
 
 QuestionKind = Literal["choice", "open", "when", "graph"]
 KINDS: tuple[QuestionKind, ...] = ("choice", "open", "when", "graph")
@@ -131,7 +132,13 @@ def _candidates(given: Mapping[str, Any]) -> tuple[str, ...]:
     found = given.get("candidates", [])
     if not isinstance(found, list) or ("candidates" in given and len(found) < 2):
         raise ValueError(f'"candidates" must be a list of at least two strings, got {described(found)}.')
-    return tuple(_text({f"candidates[{n}]": text}, f"candidates[{n}]") for n, text in enumerate(found))
+    texts = tuple(_text({f"candidates[{n}]": text}, f"candidates[{n}]") for n, text in enumerate(found))
+    first: dict[str, str] = {}
+    for text in texts:
+        if (same := first.get(fold(text))) is not None:
+            raise ValueError(f'"candidates" must differ, but {_shown(same)} and {_shown(text)} are the same.')
+        first[fold(text)] = text
+    return texts
 
 
 def _interval(given: Mapping[str, Any]) -> Interval | None:

@@ -5,9 +5,9 @@ from typing import Any
 
 from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.reasoning.claims import stated_interval
-from vot_kernels.reasoning.names import fold
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.interval import Interval
+from vot_kernels.scene_graph.words import fold
 from vot_kernels.train.rewards.reading import Completion, Rewards, column, text_of
 
 

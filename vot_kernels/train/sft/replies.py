@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from vot_kernels.data.questions.question import VideoQuestion
 from vot_kernels.reasoning.moments import FITS
-from vot_kernels.reasoning.names import find_events, find_tracklets, fold
+from vot_kernels.reasoning.names import find_events, find_tracklets
 from vot_kernels.reasoning.steps import kind_of
 from vot_kernels.reasoning.types import Task
 from vot_kernels.reasoning.verification import check
 from vot_kernels.scene_graph.graph import STSG, Event, Relation, Tracklet
+from vot_kernels.scene_graph.words import fold
 
 
 def reply_to(question: VideoQuestion) -> str:
