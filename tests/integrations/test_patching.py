@@ -580,3 +580,22 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
         ImportError, match=r"^Patching a model needs transformers: pip install 'vot-kernels\[llm\]'"
     ):
         vot_kernels.patch(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_of_each_row_reads_the_cache_as_many_do(padded, dtype, calls):
+    """A single query of a row goes to PyTorch, and says what the op does."""
+    model = qwen2().to(dtype).eval()
+    ids = torch.randint(5, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = mask[2, :8] = 0
+    with torch.no_grad(), vot_kernels.patched(model):
+        whole = model(ids, attention_mask=mask).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        before = len(calls)
+        step = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    assert len(calls) == before > 0
+    assert (step - whole).abs().max() <= (OUTPUT if dtype == torch.float32 else 0.03) * whole.abs().max()

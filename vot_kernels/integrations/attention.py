@@ -247,6 +247,8 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     side = -1 if sliding_window is None else sliding_window - 1
     plan = getattr(attention_mask, PLAN, None)
+    if cu_seq_lens_q is None and _is_step(query, plan, attention_mask, side) and layer_of(module) is None:
+        return _step(query, key, value, attention_mask, scaling), None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         causal, window = (causal, (side, side)) if plan is None else (plan.causal, plan.window)
         plan = AttentionPlan(causal, window, cu_seq_lens_q.int(), cu_seq_lens_k.int())
@@ -259,6 +261,33 @@ def attention_forward(
     layer = layer_of(module)
     layout = None if layer is None else _layout(layer, query, key, plan, cu_seq_lens_q)
     return _attend(module, query, key, value, plan, scaling, layout), None
+
+
+def _is_step(query: Tensor, plan: AttentionPlan | None, mask: Tensor | None, side: int) -> bool:
+    """Whether one token of each row reads all real keys of it, on a CPU.
+
+    For so little the kernels are prepared longer than they run, and keys of several rows would have to be copied.
+    """
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.shape[2] != 1:
+        return False
+    if mask is None:
+        return side < 0
+    return plan is not None and plan.causal and plan.window == EVERYTHING and plan.padded and mask.ndim == 2
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention of one token of each row to all its keys, or to those of a `mask` [batch, keys]; zero for padding."""
+    q, k, v = (x.to(_computed_in(query)) for x in (query, key, value))
+    real = None if mask is None else mask[:, None, None]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, real, scale=scaling, enable_gqa=True)
+    if real is not None:
+        out = out.where(real[..., -1:], 0)
+    return out.transpose(1, 2).contiguous()
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _layout(
@@ -286,8 +315,7 @@ def _attend(
     """Attention of all rows in one call, over the plan or, where the module is hybrid, over a layout of clips."""
     batch, _, queries, head_dim = query.shape
     width = value.shape[-1]
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = _computed_in(query)
     widest = max(head_dim, width)
     q, k, v = (_widened(x.to(dtype), widest).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if plan.rows is not None:
