@@ -43,6 +43,7 @@ from vot_kernels.ops.flash_attention.op import _flash_attention_bwd, _flash_atte
 from vot_kernels.ops.hybrid_attention.geometry import Geometry
 from vot_kernels.ops.hybrid_attention.op import _hybrid_attention_bwd, _hybrid_attention_fwd, _some_log_weight
 from vot_kernels.ops.linear_attention.op import _linear_attention_bwd, _linear_attention_fwd
+from vot_kernels.ops.linear_attention.torch import least_normaliser
 from vot_kernels.ops.parts.group_states.torch import (
     far_weight,
     feature_map,
@@ -520,7 +521,7 @@ class _LinearAttention(torch.autograd.Function):
             sums = sums.mul_(scale).transpose(0, 1)
             here = torch.where(inverse > 0, inverse.reciprocal(), 0)[..., None]
             total = here + sums[..., -1:]
-            nothing = total == 0
+            nothing = total < least_normaliser(total.dtype)
             total = total.masked_fill(nothing, 1)
             out = (out * here + sums[..., :-1]) / total
             inverse = total.reciprocal().masked_fill_(nothing, 0)[..., 0]

@@ -194,6 +194,18 @@ def test_large_inputs_give_finite_results(name, size, log_decay, backend):
     assert out.abs().amax() <= v.abs().amax() * (1 + 1e-5)  # a weighted mean
 
 
+def test_normalisers_that_decay_to_zero():
+    """All queries find the first key alone, whose weight passes those with an infinite reciprocal in float32."""
+    q, k = torch.zeros(2, 80, 2, 4)
+    q[:, :, 0], k[0, :, 0], k[1:, :, 1] = 200, 200, 200
+    inputs = [x.requires_grad_() for x in (q, k, make_tensor(80, 2, 4))]
+    layout, decay = PackedLayout.from_lengths([80]), torch.tensor([-3.0, -2.3])
+    out = linear_attention(*inputs, layout, causal=True, log_decay=decay, backend="torch")
+    grads = torch.autograd.grad(out, inputs, make_tensor(80, 2, 4, seed=1))
+    assert all(x.isfinite().all() for x in (out, *grads))
+    assert (out[:30] - inputs[2][0]).abs().max() < 1e-5 and not out[79].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_neighbours_and_slack_do_not_leak(causal, backend):

@@ -38,6 +38,11 @@ _CHUNK = 64  # tokens; with about head_dim of them, triangular products cost as 
 SCALE = 2.0**32
 
 
+def least_normaliser(dtype: torch.dtype) -> float:
+    """Return the Z SCALE below which it counts as 0: 1 / Z, or gradients that it multiplies, would be infinite."""
+    return torch.finfo(dtype).tiny * 2.0**16
+
+
 def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tensor, Tensor]:
     """Return the output and 1 / (Z SCALE) `[tokens, heads]`, which is 0 where Z is 0."""
     plan, q = make_plan(geometry), inputs.q
@@ -104,7 +109,7 @@ def _forward(
                 weights = weights * decay.triangle(chunks.length)
             chunks.add(sums, weights @ chunks.take(value))
     total = sums[..., -1:]
-    nothing = total == 0
+    nothing = total < least_normaliser(total.dtype)
     total = total.masked_fill(nothing, 1)
     return sums[..., :-1] / total, total.reciprocal().masked_fill_(nothing, 0)
 
