@@ -45,8 +45,9 @@ on_each_backend = pytest.mark.parametrize("backend", COMPUTING)
 
 def check(layout, inputs, roundings=None, backend="torch", **options):
     """Outputs and gradients of a backend obey the tolerance rule; inputs are q, k, v, beta."""
-    if roundings is None:  # PyTorch's fused CPU kernel has an exp of up to 20 ulp, which shows in float32
-        roundings = 4.0 if inputs[0].dtype.itemsize < 4 else 16.0
+    if roundings is None:  # PyTorch's fused CPU kernel has an exp of up to 20 ulp, which shows in float32;
+        # in float64 the reference errs, too, where a normaliser is small
+        roundings = {2: 4.0, 4: 16.0, 8: 64.0}[inputs[0].dtype.itemsize]
 
     def run(q, k, v, beta):
         return hybrid_attention(q, k, v, layout, beta=beta, return_lse=True, backend=backend, **options)
