@@ -213,13 +213,12 @@ Where tensor work stays above 1 the next larger tile does not fit into the regis
 - Heads of 256: their sums alone take half of the registers. With 64 rows and 4 warps the far form spills hundreds of
   times in its loop.
 
-With Triton 3.6 four kernels of sm_90 hold fewer registers than they need, and load or store some in a loop; what avoids
-it takes more instructions with every version:
+With Triton 3.6 four kernels of sm_90 load or store registers in a loop:
 
 - dk and dv of hybrid attention, fp16 heads of 64: once in a loop of 549 instructions; dq with given features of width
-  32: 4 times in one of 255.
+  32: 4 times in one of 255. Fewer features or stages at a time spill as well.
 - Causal linear attention, heads of 256: once in the apply kernel backwards, and 10 to 17 times in the gradient of key
-  features. With half the tokens or features at a time they need 20 to 90 per cent more instructions.
+  features. With half the tokens or features at a time they spill nothing, but need 20 to 100 per cent more instructions with every version.
 
 What has no figure here yet: products of experts with a loop over tiles, which would hide the first and the last steps
 of short products, and any GPU's time.

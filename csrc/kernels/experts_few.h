@@ -6,9 +6,10 @@
 namespace vot {
 namespace VOT_ISA {
 
-constexpr int FEW = 40;  // places; more of them are worth a transpose
-constexpr int FEW_ROWS = 4;                      // of weights; the products of so many rows with so many places
-constexpr int FEW_TOKENS = LANES == 16 ? 5 : 3;  // fill the registers
+constexpr int FEW = 40;  // places; for more of them the transposed products are faster
+// So many rows of weights are multiplied with so many places at a time: their sums fill the registers.
+constexpr int FEW_ROWS = 4;
+constexpr int FEW_TOKENS = LANES == 16 ? 5 : 3;
 
 // out[TOKENS][width] = x[TOKENS][depth] . W^T for the first FEW_ROWS of `rows` rows of W, whose numbers lie side by side.
 // Meanwhile the rows `from` to before `to` are asked for.
