@@ -218,7 +218,8 @@ With Triton 3.6 four kernels of sm_90 load or store registers in a loop:
 - dk and dv of hybrid attention, fp16 heads of 64: once in a loop of 549 instructions; dq with given features of width
   32: 4 times in one of 255. Fewer features or stages at a time spill as well.
 - Causal linear attention, heads of 256: once in the apply kernel backwards, and 10 to 17 times in the gradient of key
-  features. With half the tokens or features at a time they spill nothing, but need 20 to 100 per cent more instructions with every version.
+  features. Half the tokens or features at a time spill nothing, but need 20 to 100 per cent more instructions with
+  every version.
 
 What has no figure here yet: products of experts with a loop over tiles, which would hide the first and the last steps
 of short products, and any GPU's time.
