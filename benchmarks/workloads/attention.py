@@ -86,7 +86,7 @@ MIXED = (2048, 1024, 256, 256, 640, 96, 1400, 64)
 
 
 def _cpu() -> Iterator[Workload]:
-    """8 heads of 64, float32, with a window of 1 on both sides."""
+    """8 heads of 64, float32 where no other dtype is named, with a window of 1 on both sides."""
     heads = {"heads": 8, "kv_heads": 8}
     hybrid, softmax, linear = (
         partial(kind, **heads) for kind in (partial(_hybrid, window=1), _softmax, _linear)
@@ -107,6 +107,8 @@ def _cpu() -> Iterator[Workload]:
         "softmax",
         ("mixed-5784-d64", softmax(MIXED), TRAINING, FORWARD),
         ("ragged-2k-d64", softmax(ragged(2 * K)), TRAINING, TRAINING),
+        ("mixed-5784-d64-bf16", softmax(MIXED), TRAINING, FORWARD),
+        ("ragged-2k-d64-bf16", softmax(ragged(2 * K)), TRAINING, TRAINING),
         ("images-8k-d64", softmax(qwen_vl(8 * K)), FORWARD, ()),
         ("long-4k-d64", softmax(long_among_short(4 * K, 64)), TRAINING, ()),
         ("zipf-4k-d64", softmax(zipf(4 * K, K)), TRAINING, ()),
@@ -131,4 +133,5 @@ def _on_cpu(
     suite: str, *cases: tuple[str, Attention, tuple[str, ...], tuple[str, ...]]
 ) -> Iterator[Workload]:
     for name, problem, directions, quick in cases:
-        yield Workload(suite, name, problem, torch.float32, "cpu", directions, quick)
+        dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+        yield Workload(suite, name, problem, dtype, "cpu", directions, quick)

@@ -26,6 +26,7 @@ bool runs(const char* isa) {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(isa, "avx512")) return avx512;
+  if (!std::strcmp(isa, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (!std::strcmp(isa, "amx")) return avx512 && may_use_tiles();
 #endif
   return !std::strcmp(isa, "generic");

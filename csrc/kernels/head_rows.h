@@ -83,11 +83,12 @@ inline void transpose_to_panels(const float* rows, ptrdiff_t row, int count, int
 }
 
 // out[rows x columns] = A[rows x depth] . panels, for columns from `begin` to before `end`, multiples of LANES.
-inline void multiply_panels(int rows, int begin, int end, Left a, const float* panels, int depth, Result out) {
+template <class Elements = Floats>
+void multiply_panels(int rows, int begin, int end, Left a, const float* panels, int depth, Result out) {
   for (int c = begin; c < end;) {
     const int next = least(end, c / PANEL * PANEL + PANEL);
     const float* panel = panels + c / PANEL * panel_size(depth) + c % PANEL;
-    multiply(rows, next - c, a, Right{panel, PANEL}, depth, Result{out.data + c, out.row});
+    multiply<Elements>(rows, next - c, a, Right{panel, PANEL}, depth, Result{out.data + c, out.row});
     c = next;
   }
 }

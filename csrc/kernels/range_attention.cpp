@@ -356,10 +356,15 @@ void forward(const RangeForward& problem, const Parallel& parallel) {
 }  // namespace
 
 void range_attention_forward(const RangeForward& problem, const Parallel& parallel) {
+#ifdef __AVX512BF16__
 #ifdef __AMX_BF16__
+  using Bf16Products = TileProducts;
+#else
+  using Bf16Products = PairProducts;
+#endif
   const auto is_bf16 = [](const HeadRows& rows) { return rows.dtype == Dtype::BF16; };
   if (is_bf16(problem.q) && is_bf16(problem.k) && is_bf16(problem.v) && is_bf16(problem.out))
-    return forward<TileProducts>(problem, parallel);
+    return forward<Bf16Products>(problem, parallel);
 #endif
   forward<FloatProducts>(problem, parallel);
 }

@@ -1,6 +1,7 @@
 #include "range_attention.h"
 
 #include "head_features.h"
+#include "range_gradients.h"
 #include "scratch.h"
 #include "space.h"
 
@@ -8,11 +9,7 @@ namespace vot {
 namespace VOT_ISA {
 namespace {
 
-constexpr int ROWS = 96, KEYS = 128;    // of a block of scores
-constexpr int PAIR_ROWS = 48;           // of one with far pairs: few, so that they see few other near keys than their own
-constexpr int SCORES_ROW = KEYS + 16;   // floats from row to row: a power of two would fall into few sets of the cache
-constexpr int CHUNK_ROWS = 4 * ROWS;    // rows and keys that stay in the cache while all blocks of their scores are done
-constexpr int CHUNK_KEYS = 4 * KEYS;
+constexpr int PAIR_ROWS = 48;           // of a block with far pairs: few, so that they see few other near keys than their own
 constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr int FAR_ROWS = 64;            // rows of one state at a time
 
@@ -144,7 +141,6 @@ class RowsBackward {
   }
 
   void put_gradient(int token, int head, float* gradient) {
-    const int64_t at = int64_t(token) * p_.heads + head;
     const int width = p_.far.width;
     const float weight = far_weight(token, head);
     with_row(p_.far.features, token, head, [&](const auto* x) { feature_row(p_.far.map, x, width, features_); });
@@ -178,8 +174,11 @@ class RowsBackward {
 };
 
 // The keys of a task and one head of them, CHUNK_KEYS at a time, and of the rows CHUNK_ROWS at a time. Rows are (token,
-// head) pairs of the heads that share the key head, token by token.
+// head) pairs of the heads that share the key head, token by token. `Products` multiplies their queries, keys and values.
+template <class Products>
 class KeysBackward {
+  static constexpr int AT_ONCE = Products::AT_ONCE;
+
  public:
   KeysBackward(const RangeKeysBackward& problem, const KeysTask& task, int kv_head)
       : p_(problem),
@@ -191,7 +190,8 @@ class KeysBackward {
         stride_(int(round_up(problem.far.width, 16))),
         reach_low_(problem.pairs.low ? problem.pairs.low : problem.low),
         reach_high_(problem.pairs.low ? problem.pairs.high : problem.high),
-        gradient_(problem.far, problem.kv_heads, problem.head_dim) {
+        gradient_(problem.far, problem.kv_heads, problem.head_dim),
+        products_(problem, kv_head) {
     Space space;
     divide(space);
     space = {scratch(size_t(space.taken))};
@@ -223,19 +223,13 @@ class KeysBackward {
 
  private:
   void divide(Space& space) {
-    const int64_t panels = CHUNK_KEYS / PANEL * panel_size(depth_), rows = most(CHUNK_ROWS, repeats_);
-    keys_ = space.take(panels);
-    values_ = space.take(panels);
-    scaled_keys_ = space.take(CHUNK_KEYS * columns_);
+    const int64_t rows = most(CHUNK_ROWS, repeats_);
+    products_.divide(space, rows);
     dk_ = space.take(CHUNK_KEYS * columns_);
     dv_ = space.take(CHUNK_KEYS * columns_);
-    queries_ = space.take(rows * columns_);
-    d_out_ = space.take(rows * columns_);
     dq_ = space.take(rows * columns_);
     lse_ = space.take(rows);
     delta_ = space.take(rows);
-    weights_ = space.take(ROWS * SCORES_ROW);
-    d_scores_ = space.take(ROWS * SCORES_ROW);
     if (!p_.far.any()) return;
     key_features_ = space.take(CHUNK_KEYS * stride_);
     far_values_ = space.take(FAR_ROWS * gradient_.value_row());
@@ -270,10 +264,7 @@ class KeysBackward {
   }
 
   void read_keys() {
-    read_transposed(p_.k, first_key_, num_keys_, kv_head_, depth_, keys_);
-    read_transposed(p_.v, first_key_, num_keys_, kv_head_, depth_, values_);
-    for (int i = 0; i < num_keys_; i++)
-      read_row(p_.k, first_key_ + i, kv_head_, depth_, p_.scale, scaled_keys_ + i * columns_);
+    products_.read_keys(first_key_, num_keys_);
     std::memset(dk_, 0, sizeof(float) * size_t(num_keys_ * columns_));
     std::memset(dv_, 0, sizeof(float) * size_t(num_keys_ * columns_));
     if (!p_.far.any()) return;
@@ -296,8 +287,7 @@ class KeysBackward {
       const int later = least(i + AHEAD, num_rows_ - 1);
       prefetch_row(p_.q, token(later), head(later), depth_);
       prefetch_row(p_.d_out, token(later), head(later), depth_);
-      read_row(p_.q, token(i), head(i), depth_, p_.scale * LOG2E, queries_ + i * columns_);
-      read_row(p_.d_out, token(i), head(i), depth_, 1, d_out_ + i * columns_);
+      products_.read_row_of(i, num_rows_, token(i), head(i));
       lse_[i] = p_.lse[at] == -INF ? INF : p_.lse[at] * LOG2E;
       delta_[i] = p_.delta[at];
       const float* begun = p_.begun ? p_.begun + at * depth_ : nullptr;
@@ -348,67 +338,84 @@ class KeysBackward {
     for (int i = first; i <= last; i++)
       pairs |= place(reach_low_[i]) < place(p_.low[i]) || place(p_.high[i]) < place(reach_high_[i]);
     if (pairs) return add_block_of_pairs(key, keys, row, rows, place(p_.low[first]), place(p_.high[last]));
+    const Block block = {key, row, rows};
     const int stop = int(round_up(keys, LANES));
-    const Left queries = {queries_ + row * columns_, columns_, 1}, d_out = {d_out_ + row * columns_, columns_, 1};
-    const int64_t panel = key / PANEL * panel_size(depth_);
-    multiply_panels(rows, 0, stop, queries, keys_ + panel, depth_, Result{weights_, SCORES_ROW});
-    multiply_panels(rows, 0, stop, d_out, values_ + panel, depth_, Result{d_scores_, SCORES_ROW});
-    const bool hides = p_.low[last] > here || p_.high[first] < here + keys;
-    for (int i = 0; i < rows; i++) {
-      const int low = hides ? p_.low[token(row + i)] - here : 0, high = hides ? p_.high[token(row + i)] - here : KEYS;
-      find_gradients(i, row + i, stop, low, high);
-    }
-    const Left weights = {weights_, 1, SCORES_ROW}, d_scores = {d_scores_, 1, SCORES_ROW};
-    multiply(keys, columns_, weights, Right{d_out.data, columns_}, rows, Result{dv_ + key * columns_, columns_}, Old::KEEP);
-    multiply(keys, columns_, d_scores, Right{queries.data, columns_}, rows, Result{dk_ + key * columns_, columns_},
-             Old::KEEP);
-    multiply(rows, columns_, Left{d_scores_, SCORES_ROW, 1}, Right{scaled_keys_ + key * columns_, columns_}, keys,
-             Result{dq_ + row * columns_, columns_}, Old::KEEP);
+    products_.find_scores(block, 0, stop);
+    products_.find_d_weights(block, stop);
+    in_turn(rows, [&](auto count, int i) { find_gradients<decltype(count)::value>(i, row + i, stop, here); });
+    products_.add_dv(block, 0, keys, dv_ + key * columns_);
+    products_.add_dk(block, 0, keys, dk_ + key * columns_);
+    products_.add_dq(block, 0, keys, dq_ + row * columns_);
   }
 
   // The same of a block with far pairs; near keys are among those from `begin` to before `end`.
   void add_block_of_pairs(int key, int keys, int row, int rows, int begin, int end) {
+    const Block block = {key, row, rows};
     const int stop = int(round_up(keys, LANES)), here = first_key_ + key, width = p_.far.width, near = end - begin;
-    const Left queries = {queries_ + row * columns_, columns_, 1}, d_out = {d_out_ + row * columns_, columns_, 1};
     const Left features = {row_features_ + row * stride_, stride_, 1};
-    const int64_t panel = key / PANEL * panel_size(depth_);
-    if (near > 0)
-      multiply_panels(rows, begin / LANES * LANES, int(round_up(end, LANES)), queries, keys_ + panel, depth_,
-                      Result{weights_, SCORES_ROW});
-    multiply_panels(rows, 0, stop, d_out, values_ + panel, depth_, Result{d_scores_, SCORES_ROW});
+    if (near > 0) products_.find_scores(block, begin / LANES * LANES, int(round_up(end, LANES)));
+    products_.find_d_weights(block, stop);
     multiply_panels(rows, 0, stop, features, key_panels_ + key / PANEL * panel_size(width), width,
                     Result{far_, SCORES_ROW});
-    for (int i = 0; i < rows; i++) find_pair_gradients(i, row + i, here, stop);
-    multiply(keys, columns_, Left{weights_, 1, SCORES_ROW}, Right{d_out.data, columns_}, rows,
-             Result{dv_ + key * columns_, columns_}, Old::KEEP);
+    in_turn(rows, [&](auto count, int i) { find_pair_gradients<decltype(count)::value>(i, row + i, here, stop); });
+    products_.add_dv(block, 0, keys, dv_ + key * columns_);
     multiply(keys, stride_, Left{far_, 1, SCORES_ROW}, Right{features.data, stride_}, rows,
              Result{dk_features_ + key * stride_, stride_}, Old::KEEP);
     multiply(rows, stride_, Left{far_, SCORES_ROW, 1}, Right{key_features_ + key * stride_, stride_}, keys,
              Result{dq_features_ + row * stride_, stride_}, Old::KEEP);
     if (near <= 0) return;
-    const int64_t place = int64_t(key + begin) * columns_;
-    multiply(near, columns_, Left{d_scores_ + begin, 1, SCORES_ROW}, Right{queries.data, columns_}, rows,
-             Result{dk_ + place, columns_}, Old::KEEP);
-    multiply(rows, columns_, Left{d_scores_ + begin, SCORES_ROW, 1}, Right{scaled_keys_ + place, columns_}, near,
-             Result{dq_ + row * columns_, columns_}, Old::KEEP);
+    products_.add_dk(block, begin, near, dk_ + (key + begin) * columns_);
+    products_.add_dq(block, begin, near, dq_ + row * columns_);
   }
 
-  // Of one row of a block: p in place of the scores, ds of near keys in place of d_out.v, and of far keys the gradient
-  // of phi(q).phi(k) in place of that product.
-  void find_pair_gradients(int i, int row, int here, int stop) {
-    float *weights = weights_ + i * SCORES_ROW, *d_scores = d_scores_ + i * SCORES_ROW, *far = far_ + i * SCORES_ROW;
-    const Vec lse = splat(lse_[row]), delta = splat(delta_[row]), far_weight = splat(far_weight_[row]);
-    const auto place = [&](const int32_t* bounds) { return IntVec{} + int32_t(bounds[token(row)] - here); };
-    const IntVec begin = place(reach_low_), low = place(p_.low), end = place(reach_high_), high = place(p_.high);
-    IntVec key = lane_numbers();
+  // body(Number, row) for rows that are put at once, and for what is left of them.
+  template <class Body>
+  static VOT_INLINE void in_turn(int rows, const Body& body) {
+    int i = 0;
+    for (; i + AT_ONCE <= rows; i += AT_ONCE) body(Number<AT_ONCE>{}, i);
+    if (i < rows) body(Number<1>{}, i);
+  }
+
+  // Of rows of a block: the weights of near keys, `here` the first, and the gradients of their scores.
+  template <int COUNT>
+  VOT_INLINE void find_gradients(int i, int row, int stop, int here) {
+    Vec weights[AT_ONCE] = {}, d_scores[AT_ONCE] = {};
+    const Vec factor = products_.factor();
+    bool hides = false;
+    for (int r = 0; r < COUNT && !hides; r++)
+      hides = p_.low[token(row + r)] > here || p_.high[token(row + r)] < here + stop;
+    IntVec key = lane_numbers() + here;
     for (int j = 0; j < stop; j += LANES, key += LANES) {
-      const IntVec near = (key >= low) & (key < high), reached = (key >= begin) & (key < end);
-      const Vec d_weight = load(d_scores + j) - delta;
-      const Vec near_weight = near ? exp2(load(weights + j) - lse) : Vec{};
-      const Vec weight = reached & ~near ? far_weight : Vec{};
-      store(weights + j, near_weight + weight * load(far + j));
-      store(d_scores + j, near_weight * d_weight);
-      store(far + j, weight * d_weight);
+      for (int r = 0; r < COUNT; r++) {
+        weights[r] = exp2(products_.score(i + r, j) * factor - splat(lse_[row + r]));
+        const int32_t *low = p_.low + token(row + r), *high = p_.high + token(row + r);
+        if (hides) weights[r] = (key >= *low) & (key < *high) ? weights[r] : Vec{};
+        d_scores[r] = weights[r] * (products_.d_weight(i + r, j) - splat(delta_[row + r]));
+      }
+      products_.put(i, j, weights, d_scores);
+    }
+  }
+
+  // The same of rows that reach far keys, and in place of phi(q).phi(k) its gradient.
+  template <int COUNT>
+  VOT_INLINE void find_pair_gradients(int i, int row, int here, int stop) {
+    Vec weights[AT_ONCE] = {}, d_scores[AT_ONCE] = {};
+    const Vec factor = products_.factor();
+    IntVec key = lane_numbers() + here;
+    for (int j = 0; j < stop; j += LANES, key += LANES) {
+      for (int r = 0; r < COUNT; r++) {
+        const int at = token(row + r);
+        float* far = far_ + (i + r) * SCORES_ROW + j;
+        const IntVec near = (key >= p_.low[at]) & (key < p_.high[at]);
+        const IntVec reached = (key >= reach_low_[at]) & (key < reach_high_[at]);
+        const Vec d_weight = products_.d_weight(i + r, j) - splat(delta_[row + r]);
+        const Vec near_weight = near ? exp2(products_.score(i + r, j) * factor - splat(lse_[row + r])) : Vec{};
+        const Vec far_weight = reached & ~near ? splat(far_weight_[row + r]) : Vec{};
+        weights[r] = near_weight + far_weight * load(far);
+        d_scores[r] = near_weight * d_weight;
+        store(far, far_weight * d_weight);
+      }
+      products_.put(i, j, weights, d_scores);
     }
   }
 
@@ -416,20 +423,6 @@ class KeysBackward {
     Vec total = {};
     for (int j = 0; j < p_.far.width; j += LANES) total += load(features + j) * load(gradient + j);
     *d_beta += sum(total);
-  }
-
-  // Of one row of a block: p in place of the scores, and ds in place of d_out.v, 0 for keys outside [low, high).
-  void find_gradients(int i, int row, int stop, int low, int high) {
-    float *weights = weights_ + i * SCORES_ROW, *d_scores = d_scores_ + i * SCORES_ROW;
-    const Vec lse = splat(lse_[row]), delta = splat(delta_[row]);
-    IntVec key = lane_numbers();
-    const IntVec begin = IntVec{} + low, end = IntVec{} + high;
-    for (int j = 0; j < stop; j += LANES, key += LANES) {
-      Vec weight = exp2(load(weights + j) - lse);
-      if (low > 0 || high < stop) weight = (key >= begin) & (key < end) ? weight : Vec{};
-      store(weights + j, weight);
-      store(d_scores + j, weight * (load(d_scores + j) - delta));
-    }
   }
 
   // What `count` keys from `first` on have of far rows: of states, and of pairs.
@@ -448,8 +441,9 @@ class KeysBackward {
         continue;
       }
       feature_row_backward(p_.far.map, key_features_ + (offset + i) * stride_, gradient, width, gradient);
-      float* dk = dk_ + (offset + i) * columns_;  // in units of ln 2 until it is written
-      for (int j = 0; j < columns_; j += LANES) store(dk + j, load(dk + j) + load(gradient + j) * splat(LOG2E));
+      float* dk = dk_ + (offset + i) * columns_;  // in units of D_KEY until it is written
+      const Vec factor = splat(Products::INVERSE_D_KEY);
+      for (int j = 0; j < columns_; j += LANES) store(dk + j, load(dk + j) + load(gradient + j) * factor);
     }
   }
 
@@ -473,7 +467,7 @@ class KeysBackward {
 
   void write_keys() {
     for (int i = 0; i < num_keys_; i++) {
-      write_row(p_.dk, first_key_ + i, kv_head_, depth_, LN2, dk_ + i * columns_);
+      write_row(p_.dk, first_key_ + i, kv_head_, depth_, Products::D_KEY, dk_ + i * columns_);
       write_row(p_.dv, first_key_ + i, kv_head_, depth_, 1, dv_ + i * columns_);
     }
   }
@@ -483,11 +477,19 @@ class KeysBackward {
   const int kv_head_, repeats_, depth_, columns_, stride_;  // columns: head_dim in whole vectors; stride: width
   const int32_t *reach_low_, *reach_high_;                  // what rows see, near or far and in no state
   FarGradient gradient_;
+  Products products_;
   int first_key_, num_keys_, first_token_, num_rows_;  // of the chunk
-  float *keys_, *values_, *scaled_keys_, *dk_, *dv_, *queries_, *d_out_, *dq_, *lse_, *delta_, *weights_, *d_scores_;
+  float *dk_, *dv_, *dq_, *lse_, *delta_;
   float *key_features_, *far_values_, *gradients_;
   float *key_panels_, *dk_features_, *row_features_, *dq_features_, *far_weight_, *far_;  // of pairs
 };
+
+template <class Products>
+void keys_backward(const RangeKeysBackward& problem, const Parallel& parallel) {
+  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
+    KeysBackward<Products>(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
+  });
+}
 
 }  // namespace
 
@@ -498,9 +500,12 @@ void range_attention_rows_backward(const RangeRowsBackward& problem, const Paral
 }
 
 void range_attention_keys_backward(const RangeKeysBackward& problem, const Parallel& parallel) {
-  parallel(problem.num_tasks * problem.kv_heads, [&](int64_t task) {
-    KeysBackward(problem, problem.tasks[task / problem.kv_heads], int(task % problem.kv_heads)).run();
-  });
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  const auto is_bf16 = [](const HeadRows& rows) { return rows.dtype == Dtype::BF16; };
+  if (is_bf16(problem.q) && is_bf16(problem.k) && is_bf16(problem.v) && is_bf16(problem.d_out))
+    return keys_backward<PairGradients>(problem, parallel);
+#endif
+  keys_backward<FloatGradients>(problem, parallel);
 }
 
 void range_attention_sum_parts(const RangeSumParts& problem, const Parallel& parallel) {

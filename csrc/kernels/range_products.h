@@ -1,5 +1,6 @@
-// The two products of range attention's forward, queries with keys and weights with values, in two ways.
+// The two products of range attention's forward, queries with keys and weights with values, in three ways.
 #pragma once
+#include "bf16_rows.h"
 #include "head_rows.h"
 #include "range_attention.h"
 #include "space.h"
@@ -57,8 +58,72 @@ class FloatProducts {
   float *queries_, *keys_, *values_;
 };
 
+#ifdef __AVX512BF16__
+// Of a score that was found without the scale. It is above 0, so that the largest product is the largest score: the sign
+// of the scale goes into the query, and so does a scale of 0.
+VOT_INLINE Vec factor_of(float scale) { return splat(scale == 0 ? 1 : LOG2E * std::fabs(scale)); }
+VOT_INLINE void read_bf16_query(const RangeForward& problem, int64_t token, int head, int padded, bf16* to) {
+  copy_row(bf16_row(problem.q, token, head), problem.head_dim, padded, to);
+  if (problem.scale > 0) return;
+  for (int j = 0; j < padded; j++) put(to + j, (problem.scale == 0 ? 0.f : -1.f) * to_float(to[j]));
+}
+
+// In pairs of bf16, with sums in floats: the products of queries and keys are exact, weights are rounded to bf16.
+class PairProducts {
+ public:
+  static constexpr int ROWS = 48, PAIR_ROWS = 24;  // as in floats
+
+  PairProducts(const RangeForward& problem, int kv_head, int rows)
+      : p_(problem),
+        kv_head_(kv_head),
+        rows_(rows),
+        depth_(problem.head_dim),
+        columns_(int(round_up(problem.head_dim, 16))),
+        pairs_((problem.head_dim + 1) / 2),
+        row_(int(round_up(problem.head_dim, 32)) / 2) {}
+
+  void divide(Space& space) {
+    queries_ = space.take(rows_ * row_);
+    keys_ = space.take(KEYS / PANEL * panel_size(pairs_));
+    values_ = space.take(KEYS / 2 * columns_);
+  }
+  void read_query(int row, int64_t token, int head) {
+    read_bf16_query(p_, token, head, 2 * row_, reinterpret_cast<bf16*>(queries_ + row * row_));
+  }
+  void read_keys(int64_t key, int count) {
+    for (int i = 0; i < count; i += 16) {
+      float* to = keys_ + i / PANEL * panel_size(pairs_) + i % PANEL;
+      transpose_pairs(p_.k, key + i, least(16, count - i), kv_head_, depth_, to, PANEL);
+    }
+    for (int i = 0; i < count; i += 2)
+      interleave(bf16_row(p_.v, key + i, kv_head_), i + 1 < count ? bf16_row(p_.v, key + i + 1, kv_head_) : nullptr, depth_,
+                 values_ + i / 2 * columns_);
+  }
+  void scores(int row, int rows, int start, int stop, float* scores) const {
+    const Left queries = {queries_ + row * row_, row_, 1};
+    multiply_panels<Pairs>(rows, start, stop, queries, keys_, pairs_, Result{scores, SCORES_ROW});
+  }
+  VOT_INLINE Vec factor() const { return factor_of(p_.scale); }
+  // Into the first half of the row, from left to right: no score is overwritten before it is read.
+  VOT_INLINE void put_weight(float* scores, int row, int key, Vec weight) {
+    put_rounded(reinterpret_cast<bf16*>(scores + row * SCORES_ROW) + key, weight);
+  }
+  // Keys beside the first and the last are not seen: they weigh 0.
+  void add_values(int rows, int begin, int end, const float* scores, float* outputs, const float* decays) const {
+    const int first = begin / 2, last = (end + 1) / 2;
+    multiply<Pairs>(rows, columns_, Left{scores + first, SCORES_ROW, 1}, Right{values_ + first * columns_, columns_},
+                    last - first, Result{outputs, columns_}, Old::SCALE, decays);
+  }
+
+ private:
+  const RangeForward& p_;
+  const int kv_head_, rows_, depth_, columns_, pairs_, row_;  // row: pairs of a query, in whole sixteens
+  float *queries_, *keys_, *values_;               // two numbers of bf16 in the place of a float
+};
+#endif
+
 #ifdef __AMX_BF16__
-// In AMX tiles of bf16, with sums in floats: the products of queries and keys are exact, weights are rounded to bf16.
+// The same in AMX tiles.
 //
 // A tile has 16 rows of 64 bytes. The right operand of a product has its depth in pairs: [depth / 2][columns][2].
 class TileProducts {
@@ -92,22 +157,17 @@ class TileProducts {
     std::memset(queries_ + rows_ * padded_, 0, sizeof(bf16) * size_t(16 * padded_));
     std::memset(weights_, 0, sizeof(bf16) * ROWS * KEYS);
   }
-  // The factor is above 0, so that the largest product is the largest score: the sign of the scale goes into the query,
-  // and so does a scale of 0.
   void read_query(int row, int64_t token, int head) {
-    bf16* to = queries_ + row * padded_;
-    copy(row_of(p_.q, token, head), to);
-    if (p_.scale > 0) return;
-    for (int j = 0; j < padded_; j++) put(to + j, (p_.scale == 0 ? 0.f : -1.f) * to_float(to[j]));
+    read_bf16_query(p_, token, head, padded_, queries_ + row * padded_);
   }
   void read_keys(int64_t key, int count) {
-    for (int i = 0; i < count; i += 16) read_keys_of_a_tile(key + i, least(16, count - i), keys_ + i * padded_);
-    const int pairs = int(round_up(count, 32)) / 2;
-    for (int pair = 0; pair < pairs; pair++) {
-      const int first = 2 * pair;
-      interleave(first < count ? row_of(p_.v, key + first, kv_head_) : nullptr,
-                 first + 1 < count ? row_of(p_.v, key + first + 1, kv_head_) : nullptr, values_ + first * columns_);
+    const auto value = [&](int i) { return i < count ? bf16_row(p_.v, key + i, kv_head_) : nullptr; };
+    for (int i = 0; i < count; i += 16) {
+      float* to = reinterpret_cast<float*>(keys_ + i * padded_);
+      transpose_pairs(p_.k, key + i, least(16, count - i), kv_head_, depth_, to, 16);
     }
+    for (int i = 0; i < int(round_up(count, 32)); i += 2)
+      interleave(value(i), value(i + 1), depth_, reinterpret_cast<float*>(values_ + i * columns_));
   }
   void scores(int row, int rows, int start, int stop, float* scores) const {
     for (int r = 0; r < rows; r += 32)
@@ -118,10 +178,8 @@ class TileProducts {
                        {left, padded_, right, 32, 16 * padded_, padded_, scores + r * SCORES_ROW + c, SCORES_ROW});
       }
   }
-  VOT_INLINE Vec factor() const { return splat(p_.scale == 0 ? 1 : LOG2E * std::fabs(p_.scale)); }
-  VOT_INLINE void put_weight(float*, int row, int key, Vec weight) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights_ + row * KEYS + key), (__m256i)_mm512_cvtneps_pbh(weight));
-  }
+  VOT_INLINE Vec factor() const { return factor_of(p_.scale); }
+  VOT_INLINE void put_weight(float*, int row, int key, Vec weight) { put_rounded(weights_ + row * KEYS + key, weight); }
   // Depth comes in 32 keys: those next to the ones that the rows see get the weight 0.
   void add_values(int rows, int begin, int end, const float*, float* outputs, const float* decays) {
     const int first = begin / 32 * 32, last = int(round_up(end, 32));
@@ -155,38 +213,6 @@ class TileProducts {
   };
 
   static bf16* take(Space& space, int64_t count) { return reinterpret_cast<bf16*>(space.take((count + 1) / 2)); }
-  static const bf16* row_of(const HeadRows& rows, int64_t token, int head) {
-    return static_cast<const bf16*>(rows.data) + token * rows.token + head * rows.head;
-  }
-  // LANES numbers of a row, the low halves of 32 bits; 0 past its end.
-  __m512i part_of(const bf16* row, int column) const {
-    const int count = least(16, depth_ - column);
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), row + column));
-  }
-  void copy(const bf16* from, bf16* to) const {
-    std::memcpy(to, from, sizeof(bf16) * size_t(depth_));
-    std::memset(to + depth_, 0, sizeof(bf16) * size_t(padded_ - depth_));
-  }
-  // to[depth / 2][16][2], zeros for keys past `count`.
-  void read_keys_of_a_tile(int64_t key, int count, bf16* to) const {
-    alignas(64) bf16 rows[16 * 256];
-    for (int i = 0; i < 16; i++) {
-      if (i < count) {
-        copy(row_of(p_.k, key + i, kv_head_), rows + i * padded_);
-      } else {
-        std::memset(rows + i * padded_, 0, sizeof(bf16) * size_t(padded_));
-      }
-    }
-    for (int j = 0; j < padded_; j += 32)  // pairs move as floats do
-      transpose_16x16(reinterpret_cast<const float*>(rows + j), padded_ / 2, reinterpret_cast<float*>(to + 16 * j), 16);
-  }
-  // to[column][2] of two rows; null is a row of zeros.
-  void interleave(const bf16* first, const bf16* second, bf16* to) const {
-    for (int c = 0; c < columns_; c += 16) {
-      const __m512i low = first ? part_of(first, c) : __m512i{}, high = second ? part_of(second, c) : __m512i{};
-      _mm512_storeu_si512(to + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
 
   // result = left . right. The tiles 0 to 3 hold results, 4 and 5 the left operand, 6 and 7 the right. All rows of a
   // tile are computed, those past the last as well: nobody reads them.

@@ -33,8 +33,22 @@ struct Result {
 // What becomes of the result's old numbers.
 enum class Old { CLEAR, KEEP, SCALE };
 
+// What the elements of both operands are, and how two of them are multiplied.
+struct Floats {
+  static VOT_INLINE Vec multiply_add(Vec left, Vec right, Vec sum) { return sum + left * right; }
+};
+#ifdef __AVX512BF16__
+// Two numbers of bf16 side by side, which multiply to their scalar product. Pairs are as large as floats and move as
+// floats do.
+struct Pairs {
+  static VOT_INLINE Vec multiply_add(Vec left, Vec right, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+  }
+};
+#endif
+
 // sums[R][C vectors] += A[R x depth] . B[depth x C vectors]
-template <int R, int C>
+template <class Elements, int R, int C>
 VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
   const float *left = a.data, *right = b.data;
 #pragma GCC unroll 1
@@ -52,7 +66,7 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
       asm("" : "+x"(factor));
 #endif
 #pragma GCC unroll 8
-      for (int c = 0; c < C; c++) sums[r][c] += factor * columns[c];
+      for (int c = 0; c < C; c++) sums[r][c] = Elements::multiply_add(factor, columns[c], sums[r][c]);
     }
     left += a.column;
     right += b.row;
@@ -60,10 +74,10 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
 }
 
 // Inlined and unrolled, so that neither sums nor arguments pass through memory.
-template <int R, int C>
+template <class Elements, int R, int C>
 VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
   Vec sums[R][C] = {};
-  multiply_add<R, C>(a, b, depth, sums);
+  multiply_add<Elements, R, C>(a, b, depth, sums);
   const auto each = [&](const auto& visit) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -82,11 +96,11 @@ struct Number {
 };
 
 // All rows of a strip of C vectors.
-template <int C>
+template <class Elements, int C>
 VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales) {
   const auto tile = [&](auto height, int r) {
     const Result below = {out.data + r * out.row, out.row};
-    multiply_tile<decltype(height)::value, C>(a.below(r), b, depth, below, old, scales + (old == Old::SCALE ? r : 0));
+    multiply_tile<Elements, decltype(height)::value, C>(a.below(r), b, depth, below, old, scales + (old == Old::SCALE ? r : 0));
   };
   constexpr int R = tile_rows(C);
   int r = 0;
@@ -102,7 +116,8 @@ VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result ou
 
 // out[rows x columns] = A[rows x depth] . B[depth x columns], added to the old numbers as `old` says, which SCALE
 // multiplies by a number per row. `columns` is a multiple of LANES: pad B and out.
-inline void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old = Old::CLEAR,
+template <class Elements = Floats>
+void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old = Old::CLEAR,
                      const float* scales = nullptr) {
   const auto strip = [&](auto multiply, int c) {
     multiply(rows, a, Right{b.data + c, b.row}, depth, Result{out.data + c, out.row}, old, scales);
@@ -111,11 +126,11 @@ inline void multiply(int rows, int columns, Left a, Right b, int depth, Result o
   for (int i = 0, c = 0; i < strips; i++) {  // of about equal width
     const int width = (vectors - c / LANES + strips - i - 1) / (strips - i);
     switch (width) {
-      case 5: strip(multiply_strip<least(5, TILE_VECTORS)>, c); break;
-      case 4: strip(multiply_strip<least(4, TILE_VECTORS)>, c); break;
-      case 3: strip(multiply_strip<3>, c); break;
-      case 2: strip(multiply_strip<2>, c); break;
-      default: strip(multiply_strip<1>, c);
+      case 5: strip(multiply_strip<Elements, least(5, TILE_VECTORS)>, c); break;
+      case 4: strip(multiply_strip<Elements, least(4, TILE_VECTORS)>, c); break;
+      case 3: strip(multiply_strip<Elements, 3>, c); break;
+      case 2: strip(multiply_strip<Elements, 2>, c); break;
+      default: strip(multiply_strip<Elements, 1>, c);
     }
     c += width * LANES;
   }

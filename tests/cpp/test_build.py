@@ -128,7 +128,7 @@ def test_no_torch(monkeypatch, compiler, tmp_path):
 
 
 def test_an_unknown_instruction_set(tmp_path, capsys):
-    with pytest.raises(ValueError, match="must be one of amx, avx512, avx2, generic, got 'sse'"):
+    with pytest.raises(ValueError, match="must be one of amx, avx512_bf16, avx512, avx2, generic, got 'sse'"):
         build.build(tmp_path, ["sse"])
     with pytest.raises(SystemExit):
         main(["--isa", "sse"])
@@ -139,6 +139,7 @@ def test_the_instruction_sets_of_a_processor(monkeypatch):
     amx = {"amx_tile", "amx_bf16", "avx512_bf16"}
     for flags, isas in (
         (avx512 | amx | {"avx2", "fma"}, ("amx", "avx2")),
+        (avx512 | {"avx512_bf16", "avx2", "fma"}, ("avx512_bf16", "avx2")),
         (avx512 | {"avx2", "fma"}, ("avx512", "avx2")),
         ({"avx2", "fma"}, ("avx2",)),
         (set(), ("generic",)),
@@ -149,10 +150,10 @@ def test_the_instruction_sets_of_a_processor(monkeypatch):
         assert build.default_isas() == isas
     monkeypatch.setattr(build, "_processor_flags", lambda: avx512 | amx | {"avx2", "fma"})
     monkeypatch.setattr(build, "_takes", lambda options: "-mamx-tile" not in options)  # as g++ 10
-    assert build.default_isas() == ("avx512", "avx2")
+    assert build.default_isas() == ("avx512_bf16", "avx2")
     monkeypatch.setattr(build, "_takes", lambda options: True)
     monkeypatch.setattr(build, "_lends_tiles", lambda: False)  # as in some sandboxes
-    assert build.default_isas() == ("avx512", "avx2")
+    assert build.default_isas() == ("avx512_bf16", "avx2")
 
 
 def test_two_processes_build_once(compiler, tmp_path):

@@ -25,13 +25,13 @@ CHECKS = sorted((ROOT / "tests" / "csrc").glob("*.cpp"))
 KINDS = [op for op in FUNCTIONS if CAPABILITIES[op]["cpp"] is not _no_cpp_kernel]
 
 
-def functions_with(registers: str, disassembly: str) -> set[str]:
+def functions_with(instructions: str, disassembly: str) -> set[str]:
     """The names of the functions whose instructions have such registers."""
     found, name = set(), ""
     for line in disassembly.splitlines():
         if header := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
             name = header[1]
-        elif re.search(registers, line):
+        elif re.search(instructions, line):
             found.add(name)
     return found
 
@@ -40,14 +40,20 @@ def functions_with(registers: str, disassembly: str) -> set[str]:
 def test_wide_instructions_stand_in_the_functions_of_their_instruction_set_alone():
     """Elsewhere they would run on processors that lack them, as when the linker keeps that copy of a template."""
     isas = library().isas
-    wide = {"avx512", "amx"} & set(isas)
+    halves = {"avx512_bf16", "amx"} & set(isas)
+    wide = {"avx512"} & set(isas) | halves
     if not wide or shutil.which("objdump") is None:
         pytest.skip("needs a library with AVX-512, and objdump")
     text = subprocess.run(
         ["objdump", "-d", library().path], capture_output=True, text=True, check=True
     ).stdout
-    for registers, allowed in ((r"%tmm", {"amx"}), (r"%zmm", wide), (r"%ymm", wide | {"avx2"})):
-        found = functions_with(registers, text)
+    for found_in, allowed in (
+        (r"%tmm", {"amx"}),
+        (r"vdpbf16ps|vcvtne.*bf16", halves),
+        (r"%zmm", wide),
+        (r"%ymm", wide | {"avx2"}),
+    ):
+        found = functions_with(found_in, text)
         assert found or not allowed & set(isas)
         assert [name for name in found if not any(isa in name for isa in allowed)] == []
 

@@ -28,6 +28,7 @@ _AVX512 = ("-march=skylake-avx512", "-mprefer-vector-width=512")
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 ISAS = {
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
     "avx512": _AVX512,
     "avx2": ("-march=x86-64-v3",),
     "generic": (),
@@ -35,6 +36,7 @@ ISAS = {
 # What a processor must have for them, as Linux calls it.
 _NEEDED = {
     "amx": {*_AVX512_FLAGS, "avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512_bf16": {*_AVX512_FLAGS, "avx512_bf16"},
     "avx512": _AVX512_FLAGS,
     "avx2": {"avx2", "fma"},
 }
