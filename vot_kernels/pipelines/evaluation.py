@@ -188,13 +188,17 @@ class _Reader:
         self.model = on_device(model, device)
         self.name = named(folder.name, model)
 
-    def answer(self, item: AskedEpisode, frames: np.ndarray, graph: STSG) -> dict[str, Any]:
+    def answer(
+        self, item: AskedEpisode, frames: np.ndarray, graphs: Sequence[STSG]
+    ) -> tuple[list[str], list[str], float]:
+        """Return the reply with each graph, the answer in it, or "" if it has none, and the seconds of one reply."""
         start = time.perf_counter()
-        question = item.question
-        asked = Asked(Clip(frames, item.episode.times), graph, question.text, question.candidates)
-        (reply,) = replies(self.model, self.processor, [asked])
-        read = read_reply(reply)
-        return {"reply": reply, "answer": read[1] if read else "", "seconds": time.perf_counter() - start}
+        clip, question = Clip(frames, item.episode.times), item.question
+        asked = [Asked(clip, graph, question.text, question.candidates) for graph in graphs]
+        told = list(replies(self.model, self.processor, asked))
+        read = [read_reply(reply) for reply in told]
+        seconds = (time.perf_counter() - start) / len(graphs)
+        return told, [pair[1] if pair else "" for pair in read], seconds
 
 
 def _answer(
@@ -215,11 +219,10 @@ def _answer(
     if model is not None:
         row |= _think(model, item, seen, answers, seconds)
     if reader is not None:
-        read = reader.answer(item, frames, seen.stsg)
-        answers["vlm"], seconds["vlm"] = read["answer"], read["seconds"]
-        answers["vlm_truth"] = reader.answer(item, frames, item.episode.stsg)["answer"]
-        answers["vlm_verified"] = _verified(question, read["answer"], seen)
-        row["reply"] = read["reply"]
+        told, read, seconds["vlm"] = reader.answer(item, frames, [seen.stsg, item.episode.stsg])
+        answers["vlm"], answers["vlm_truth"] = read
+        answers["vlm_verified"] = _verified(question, read[0], seen)
+        row["reply"] = told[0]
     return {**row, "in_domain": seen.in_domain, "seconds": seconds, "stsg": seen.stsg.to_dict()}
 
 

@@ -1,7 +1,8 @@
-"""A video-language model without the weights that others publish: adapters, projector and graph tokens, 12 MB in all.
+"""A video-language model without what others publish: adapters, projector and graph tokens, 12 MB in all.
 
-A folder holds the configuration and the processor of the model, and adapters.safetensors in half precision. The
-language model is SmolLM2-135M-Instruct and the encoder that of the bundled perception checkpoint.
+A folder holds the configuration of the model, the record of its training, and adapters.safetensors in half precision.
+The language model, with its tokenizer, is SmolLM2-135M-Instruct, and the encoder that of the bundled perception
+checkpoint.
 """
 
 import json
@@ -22,6 +23,7 @@ from vot_kernels.train.vlm.model import add_lora, build_model, part_of
 
 FILE = "adapters.safetensors"
 _PARTS = ("lora", "projector", "graph")
+_RECORDS = ("config.json", "generation_config.json", "training.json")
 
 
 def export_adapters(run: Path, folder: Path) -> None:
@@ -46,9 +48,8 @@ def export_adapters(run: Path, folder: Path) -> None:
     learnt = load_file(checkpoint / "model.safetensors")
     halves = {name.replace("/", "."): value.half() for name, value in learnt.items()}
     with publish_folder(folder) as draft:
-        for file in (run / "model").iterdir():
-            if file.name != "model.safetensors":
-                shutil.copyfile(file, draft / file.name)
+        for name in _RECORDS:
+            shutil.copyfile(run / "model" / name, draft / name)
         save_file(halves, draft / FILE, metadata={"format": "pt"})
 
 
@@ -69,10 +70,10 @@ def load_adapters(
     Raises:
         ValueError: the file does not have the weights that the model needs.
     """
-    model, _ = build_model("smollm2", BUNDLED_CHECKPOINT, 0, language_model or ensure_smollm2())
+    model, processor = build_model("smollm2", BUNDLED_CHECKPOINT, 0, language_model or ensure_smollm2())
     adapted = add_lora(model, 0)
     _fill(adapted, load_file(folder / FILE), folder)
-    return adapted.merge_and_unload().eval(), VotProcessor.from_pretrained(folder, local_files_only=True)
+    return adapted.merge_and_unload().eval(), processor
 
 
 @torch.no_grad()
