@@ -359,6 +359,26 @@ def test_plan_packing_of_numbers_whose_sum_overflows():
     assert plan.fill == pytest.approx(3 * 2**62 / (len(plan.rows) * 2**63))
 
 
+@pytest.mark.parametrize("other", [torch.float16, torch.zeros(1), None, True])
+def test_a_layout_moves_to_devices_alone(other):
+    """Bounds in another dtype would lie elsewhere."""
+    with pytest.raises(TypeError, match="device must be a torch.device or the name of one, got "):
+        PackedLayout.from_lengths([3000, 1]).to(other)
+
+
+def test_numbers_must_have_values():
+    lengths = torch.tensor([1, 2], device="meta")
+    with pytest.raises(
+        ValueError, match="lengths must have values, got a tensor of shape .* on the device meta"
+    ):
+        PackedLayout.from_lengths(lengths)
+
+
+def test_a_grid_without_columns_is_none():
+    with pytest.raises(ValueError, match=r"shape \[segments, 3\], got \(2, 0\)"):
+        PackedLayout.from_grid_thw(torch.zeros(2, 0, dtype=torch.long))
+
+
 @pytest.mark.parametrize(
     "name", ["token_segments", "token_groups", "cu_seqlens", "positions", "host_cu_groups"]
 )

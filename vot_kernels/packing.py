@@ -234,7 +234,7 @@ class PackedLayout:
         if device is None and isinstance(grid_thw, Tensor):
             device = grid_thw.device
         grid = _host_ints(grid_thw, "grid_thw")
-        if grid.size == 0:
+        if grid.shape == (0,):  # an empty list
             grid = grid.reshape(0, 3)
         if grid.ndim != 2 or grid.shape[1] != 3:
             raise ValueError(f"grid_thw must have the shape [segments, 3], got {tuple(grid.shape)}.")
@@ -281,8 +281,14 @@ class PackedLayout:
         named = dict(zip(("patch_rows", "prefix_rows"), on_device[5:], strict=False))
         return cls(*on_device[:5], *host[:3], grouped=grouped, **named)
 
-    def to(self, device: torch.device | str) -> "PackedLayout":
-        """The same layout on another device."""
+    def to(self, device: torch.device | str | int) -> "PackedLayout":
+        """The same layout on another device.
+
+        Raises:
+            TypeError: `device` is not a device or the name of one; a layout has no dtype to change.
+        """
+        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+            raise TypeError(f"device must be a torch.device or the name of one, got {brief(device)}.")
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         moved = {
             name: value
@@ -409,6 +415,8 @@ def brief(value: object) -> str:
 
 
 def _host_ints(values: Tensor | Sequence, name: str) -> np.ndarray:
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ValueError(f"{name} must have values, got {brief(values)} on the device meta.")
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except (ValueError, TypeError, OverflowError):

@@ -13,22 +13,22 @@ constexpr int RUN_ROWS = 12;            // rows of one range that are rather a b
 constexpr int AHEAD = 16;               // rows between the one that is read and the one that is asked for
 constexpr float LAZY = 8;               // how far scores may exceed the pivot, in powers of two
 
-// Adds the scores of R rows, times `factor`, to their sums: put(r, j, weight) gets the vector 2^(factor score - pivot)
-// for each of `vectors` vectors of row r.
+// Adds the scores of R rows to their sums: put(r, j, weight) gets the vector 2^(scaled(score) - pivot) for each of
+// `vectors` vectors of row r.
 //
 // The pivot follows the largest score so far lazily: it moves when a score exceeds it by more than LAZY, and then
 // decays[r] says by how much what was summed before shrinks. NaN compares false and so passes into the sums.
-template <int R, class Put>
-VOT_INLINE void exponentials(const float* scores, int vectors, Vec factor, float* pivots, float* sums, float* decays,
-                             const Put& put) {
+template <int R, class Scaled, class Put>
+VOT_INLINE void exponentials(const float* scores, int vectors, const Scaled& scaled, float* pivots, float* sums,
+                             float* decays, const Put& put) {
   Vec largest[R], pivot[R], total[R];
   for (int r = 0; r < R; r++) largest[r] = load(scores + r * SCORES_ROW);
   for (int j = 1; j < vectors; j++)
     for (int r = 0; r < R; r++) largest[r] = greater_of(load(scores + r * SCORES_ROW + j * LANES), largest[r]);
   for (int r = 0; r < R; r++) {
     decays[r] = 1;
-    if (__builtin_expect(any_greater(largest[r] * factor, splat(pivots[r] + LAZY)), 0)) {
-      const float raised = most(pivots[r], greatest(largest[r] * factor));
+    if (__builtin_expect(any_greater(scaled(largest[r]), splat(pivots[r] + LAZY)), 0)) {
+      const float raised = most(pivots[r], greatest(scaled(largest[r])));
       decays[r] = exp2f(pivots[r] - raised);
       pivots[r] = raised;
     }
@@ -37,7 +37,7 @@ VOT_INLINE void exponentials(const float* scores, int vectors, Vec factor, float
   }
   for (int j = 0; j < vectors; j++)
     for (int r = 0; r < R; r++) {
-      const Vec weight = exp2(load(scores + r * SCORES_ROW + j * LANES) * factor - pivot[r]);
+      const Vec weight = exp2(scaled(load(scores + r * SCORES_ROW + j * LANES)) - pivot[r]);
       total[r] += weight;
       put(r, j, weight);
     }
@@ -195,8 +195,9 @@ class Forward {
     if (key + start < p_.low[last] || key + stop > p_.high[first])
       for (int i = 0; i < rows; i++)
         hide(scores + i * SCORES_ROW, vectors, key + start, p_.low[token(row + i)], p_.high[token(row + i)]);
+    const auto scaled = [&](Vec score) __attribute__((always_inline)) { return products_.scaled(score); };
     const auto weigh = [&](auto count, int i) {
-      exponentials<decltype(count)::value>(scores + i * SCORES_ROW, vectors, products_.factor(), pivots_ + row + i,
+      exponentials<decltype(count)::value>(scores + i * SCORES_ROW, vectors, scaled, pivots_ + row + i,
                                            sums_ + (row + i) * LANES, decays_ + i,
                                            [&](int r, int j, Vec weight) { put(i + r, start + j * LANES, weight); });
     };

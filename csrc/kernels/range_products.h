@@ -37,13 +37,13 @@ class FloatProducts {
     read_transposed(p_.k, key, count, kv_head_, depth_, keys_);
     for (int i = 0; i < count; i++) read_row(p_.v, key + i, kv_head_, depth_, 1, values_ + i * columns_);
   }
-  // Scores, in powers of two when multiplied by factor(), of the rows from `row` on and the keys of the block from
-  // `start` to before `stop`, which are multiples of LANES: scores[r * SCORES_ROW + key].
+  // Scores, in powers of two once scaled(), of the rows from `row` on and the keys of the block from `start` to before
+  // `stop`, which are multiples of LANES: scores[r * SCORES_ROW + key].
   void scores(int row, int rows, int start, int stop, float* scores) const {
     const Left queries = {queries_ + row * columns_, columns_, 1};
     multiply_panels(rows, start, stop, queries, keys_, depth_, Result{scores, SCORES_ROW});
   }
-  VOT_INLINE Vec factor() const { return splat(1); }
+  VOT_INLINE Vec scaled(Vec score) const { return score; }
   // The weights of a row of scores take their place.
   VOT_INLINE void put_weight(float* scores, int row, int key, Vec weight) { store(scores + row * SCORES_ROW + key, weight); }
   // outputs = decays . outputs + weights . values, over the keys of the block from `begin` to before `end`.
@@ -59,9 +59,11 @@ class FloatProducts {
 };
 
 #ifdef __AVX512BF16__
-// Of a score that was found without the scale. It is above 0, so that the largest product is the largest score: the sign
-// of the scale goes into the query, and so does a scale of 0.
-VOT_INLINE Vec factor_of(float scale) { return splat(scale == 0 ? 1 : LOG2E * std::fabs(scale)); }
+// A score that was found without the scale. The factor is above 0, so that the largest product is the largest score: the
+// sign of the scale goes into the query, and so does a scale of 0.
+VOT_INLINE Vec scaled_score(Vec score, float scale) {
+  return rounded(score * splat(scale == 0 ? 1 : LOG2E * std::fabs(scale)));
+}
 VOT_INLINE void read_bf16_query(const RangeForward& problem, int64_t token, int head, int padded, bf16* to) {
   copy_row(bf16_row(problem.q, token, head), problem.head_dim, padded, to);
   if (problem.scale > 0) return;
@@ -103,7 +105,7 @@ class PairProducts {
     const Left queries = {queries_ + row * row_, row_, 1};
     multiply_panels<Pairs>(rows, start, stop, queries, keys_, pairs_, Result{scores, SCORES_ROW});
   }
-  VOT_INLINE Vec factor() const { return factor_of(p_.scale); }
+  VOT_INLINE Vec scaled(Vec score) const { return scaled_score(score, p_.scale); }
   // Into the first half of the row, from left to right: no score is overwritten before it is read.
   VOT_INLINE void put_weight(float* scores, int row, int key, Vec weight) {
     put_rounded(reinterpret_cast<bf16*>(scores + row * SCORES_ROW) + key, weight);
@@ -178,7 +180,7 @@ class TileProducts {
                        {left, padded_, right, 32, 16 * padded_, padded_, scores + r * SCORES_ROW + c, SCORES_ROW});
       }
   }
-  VOT_INLINE Vec factor() const { return factor_of(p_.scale); }
+  VOT_INLINE Vec scaled(Vec score) const { return scaled_score(score, p_.scale); }
   VOT_INLINE void put_weight(float*, int row, int key, Vec weight) { put_rounded(weights_ + row * KEYS + key, weight); }
   // Depth comes in 32 keys: those next to the ones that the rows see get the weight 0.
   void add_values(int rows, int begin, int end, const float*, float* outputs, const float* decays) {

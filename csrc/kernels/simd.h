@@ -51,6 +51,15 @@ VOT_INLINE constexpr T most(T a, T b) {
 VOT_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 VOT_INLINE Vec splat(float x) { return x - Vec{}; }
+// x as a float, where the compiler would else add to a product that it has not rounded.
+VOT_INLINE Vec rounded(Vec x) {
+#if VOT_VECTOR_BYTES == 64
+  asm("" : "+v"(x));
+#elif VOT_VECTOR_BYTES == 32
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 VOT_INLINE IntVec lane_numbers() {
   IntVec numbers;
   for (int i = 0; i < LANES; i++) numbers[i] = i;

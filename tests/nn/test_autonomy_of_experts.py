@@ -241,9 +241,9 @@ def test_a_bad_argument_is_named():
         AutonomyOfExperts(16, 4, 2, d_ffn=8, hidden=8)
     with pytest.raises(ValueError, match="top_k must be from 1 to num_experts, got 5 of 4"):
         AutonomyOfExperts(16, 4, 5, hidden=8)
-    with pytest.raises(ValueError, match="must be >= 1"):
+    with pytest.raises(ValueError, match="hidden must be an int >= 1, got 0"):
         AutonomyOfExperts(16, 4, 2, hidden=0)
     with pytest.raises(ValueError, match="weighting must be one of"):
         AutonomyOfExperts(16, 4, 2, hidden=8, weighting="sum")
-    with pytest.raises(ValueError, match="shared_hidden must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="shared_hidden must be an int >= 0, got -1"):
         AutonomyOfExperts(16, 4, 2, hidden=8, shared_hidden=-1)

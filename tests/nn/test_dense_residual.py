@@ -85,11 +85,11 @@ def test_saves_and_loads():
 
 
 def test_a_bad_argument_is_named():
-    with pytest.raises(ValueError, match="dilation must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="dilation must be an int >= 1, got 0"):
         DenseResidual(3, dilation=0)
-    with pytest.raises(ValueError, match="period must be >= 1"):
+    with pytest.raises(ValueError, match="period must be an int >= 1"):
         DenseResidual(3, period=0)
-    with pytest.raises(ValueError, match="num_blocks must be >= 0"):
+    with pytest.raises(ValueError, match="num_blocks must be an int >= 0"):
         DenseResidual(-1)
     with pytest.raises(ValueError, match="block must be from 1 to 3, got 0"):
         DenseResidual(3)(torch.ones(1), 0, {})

@@ -49,7 +49,7 @@ def test_frame_rate_per_segment():
 
 
 def test_a_bad_argument_is_named():
-    with pytest.raises(ValueError, match="dim, hidden and octaves must be >= 1"):
+    with pytest.raises(ValueError, match="dim must be an int >= 1, got 0"):
         SizeAwareEmbedding(0)
-    with pytest.raises(ValueError, match="dim, hidden and octaves must be >= 1"):
+    with pytest.raises(ValueError, match="hidden must be an int >= 1, got 0"):
         SizeAwareEmbedding(4, hidden=0)

@@ -50,7 +50,7 @@ def test_modes_and_the_profiler_need_it(mode):
 
 
 def test_subclasses_and_transforms_need_it():
-    assert needs_dispatcher([X, X.as_subclass(Sub)])
+    assert needs_dispatcher([X, X.as_subclass(Sub)]) and needs_dispatcher([X.to("meta")])
     seen = []
     torch.func.vmap(lambda x: seen.append(needs_dispatcher([torch.zeros(1)])) or x)(X)
     assert seen == [True]
@@ -113,6 +113,18 @@ def test_both_ways_give_the_same(call, tensors, backend):
     with torch.no_grad():
         alone = call(backend=backend)
     assert torch.equal(alone[0] if isinstance(alone, tuple) else alone, plain[0]) and not plain[0].is_leaf
+
+
+def test_experts_have_shapes_on_the_device_meta():
+    x, down, up, p, o = (
+        torch.empty(s, device="meta") for s in ((8, 16), (4, 8, 16), (4, 12, 8), *[(4, 12, 16)] * 2)
+    )
+    y, aux = aoe(x.requires_grad_(), down, up, p, o, 2, return_aux=True)
+    assert y.shape == x.shape and aux.norms.shape == (8, 4)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    gate_up, out = torch.empty(4, 24, 16, device="meta"), torch.empty(4, 16, 12, device="meta")
+    index, weights = torch.empty(8, 2, dtype=torch.long, device="meta"), torch.empty(8, 2, device="meta")
+    assert moe(x, gate_up, out, index, weights).shape == x.shape
 
 
 def test_autograd_sees_what_it_sees_of_a_custom_op():

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from vot_kernels.nn.rotary import RotaryEmbedding, rotate
-from vot_kernels.ops.checks import check_layout, check_tensor
-from vot_kernels.packing import PackedLayout
+from vot_kernels.ops.checks import check_choice, check_layout, check_size, check_tensor
+from vot_kernels.ops.dispatch import BACKENDS
+from vot_kernels.packing import PackedLayout, brief
 
 Rotary = Callable[[Tensor, Tensor, PackedLayout], tuple[Tensor, Tensor]]
 
@@ -24,8 +25,11 @@ class AttentionProjections(nn.Module):
         bias: biases in the projections.
         rotary: `(q, k, layout) -> (q, k)`, applied after the norm; q and k are `[tokens, heads, head_dim]`.
 
+        backend: the backend of the op that follows.
+
     Raises:
-        ValueError: the sizes do not divide each other.
+        TypeError: `rotary` cannot be called.
+        ValueError: a size is below 1, the sizes do not divide each other, or `backend` is unknown.
     """
 
     def __init__(
@@ -38,18 +42,24 @@ class AttentionProjections(nn.Module):
         qk_norm: bool,
         bias: bool,
         rotary: Rotary | None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+        kv_heads = num_heads if num_kv_heads is None else check_size("num_kv_heads", num_kv_heads)
+        if check_size("num_heads", num_heads) % kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {kv_heads}.")
-        if head_dim is None and dim % num_heads:
+        if check_size("dim", dim) % num_heads and head_dim is None:
             raise ValueError(
                 f"dim must be a multiple of num_heads unless head_dim is given, got {dim} and {num_heads}."
             )
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, kv_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.rotary = rotary
+        self.head_dim = dim // num_heads if head_dim is None else check_size("head_dim", head_dim)
+        if rotary is not None and not callable(rotary):
+            raise TypeError(
+                f"rotary must be a callable (q, k, layout) -> (q, k) or None, got {brief(rotary)}."
+            )
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        self.rotary, self.backend = rotary, backend
         self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
         self.q_norm: nn.Module = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.ops.aoe import WEIGHTINGS, AoEAux, aoe
-from vot_kernels.ops.checks import check_choice, check_tensor
+from vot_kernels.ops.checks import check_choice, check_number, check_size, check_tensor, check_width
+from vot_kernels.ops.dispatch import BACKENDS
 
 
 class ExpertUsage(NamedTuple):
@@ -78,6 +79,7 @@ class AutonomyOfExperts(nn.Module):
             `vot_kernels.distributed.expert_parallel`.
 
     Raises:
+        TypeError: `bias_rate` is not a number.
         ValueError: sizes or options do not fit together.
 
     Source: Lv et al., Autonomy-of-Experts Models, ICML 2025 (arXiv 2501.13074); bias rule of Wang et al.,
@@ -101,18 +103,18 @@ class AutonomyOfExperts(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        if check_size("top_k", top_k) > check_size("num_experts", num_experts):
             raise ValueError(f"top_k must be from 1 to num_experts, got {top_k} of {num_experts}.")
         check_choice("weighting", weighting, WEIGHTINGS)
-        rank = rank if rank is not None else max(8, round(dim / 24) * 8)
-        if hidden is None and d_ffn is not None:
-            hidden = matched_hidden(dim, d_ffn, rank)
-        elif hidden is None or d_ffn is not None:
+        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_number("bias_rate", bias_rate)
+        rank = max(8, round(check_size("dim", dim) / 24) * 8) if rank is None else check_size("rank", rank)
+        if (hidden is None) == (d_ffn is None):
             raise ValueError(f"Give exactly one of d_ffn and hidden, got d_ffn={d_ffn} and hidden={hidden}.")
-        if min(dim, rank, hidden) < 1:
-            raise ValueError(f"dim, rank and hidden must be >= 1, got {dim}, {rank} and {hidden}.")
-        if shared_hidden < 0:
-            raise ValueError(f"shared_hidden must be >= 0, got {shared_hidden}.")
+        if hidden is None:
+            hidden = matched_hidden(dim, check_size("d_ffn", d_ffn), rank)
+        check_size("hidden", hidden)
+        check_size("shared_hidden", shared_hidden, 0)
         self.top_k, self.weighting, self.bias_rate, self.backend = top_k, weighting, bias_rate, backend
         self.w_down = nn.Parameter(torch.empty(num_experts, rank, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden, rank))
@@ -146,7 +148,11 @@ class AutonomyOfExperts(nn.Module):
         Args:
             x: `[..., dim]`.
             return_aux: return (y, `AoEAux`), whose tensors have one row per token.
+
+        Raises:
+            TypeError, ValueError: x is not a tensor `[..., dim]`.
         """
+        check_width("x", x, self.w_down.shape[2])
         op: Callable[..., Tensor | tuple[Tensor, AoEAux]] = self.spread or aoe
         result = op(
             x.reshape(-1, x.shape[-1]),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vot_kernels.ops.checks import check_size
 from vot_kernels.ops.dense_residual import dense_residual
 
 
@@ -34,8 +35,7 @@ class DenseResidual(nn.Module):
             ("dilation", dilation, 1),
             ("period", period, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}.")
+            check_size(name, value, least)
         self.num_blocks, self.dilation, self.period = num_blocks, dilation, period
         self.sources = {
             block: tuple(range(block % dilation, block + 1, dilation))
@@ -57,12 +57,20 @@ class DenseResidual(nn.Module):
             state: output of `block`, any shape.
             block: 1 .. num_blocks, in order.
             memory: from `start`; updated in place.
+
+        Raises:
+            ValueError: there is no such block, or the memory lacks a state that it reads.
         """
         if not 1 <= block <= self.num_blocks:
             raise ValueError(f"block must be from 1 to {self.num_blocks}, got {block}.")
         if block in self._last_read:
             memory[block] = state
         if block in self.sources:
+            if missing := [i for i in self.sources[block] if i not in memory]:
+                raise ValueError(
+                    f"Block {block} reads the state {missing[0]}, which the memory does not have: "
+                    "begin with start() and give the blocks in order."
+                )
             state = dense_residual([memory[i] for i in self.sources[block]], self.weights[str(block)])
         for index in [i for i in memory if self._last_read[i] <= block]:
             del memory[index]

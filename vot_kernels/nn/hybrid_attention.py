@@ -10,7 +10,7 @@ from vot_kernels.nn.attention_conversion import AttentionParts, answers, linear_
 from vot_kernels.nn.attention_projections import AttentionProjections, Rotary
 from vot_kernels.nn.rotary import positions_per_call
 from vot_kernels.ops.attention_options import CAUSAL_MODES, FEATURE_MAPS, Causal, Window, window_sides
-from vot_kernels.ops.checks import check_causal, check_choice, check_scale
+from vot_kernels.ops.checks import check_causal, check_choice, check_number, check_scale
 from vot_kernels.ops.hybrid_attention import HybridAttentionState, hybrid_attention, hybrid_attention_step
 from vot_kernels.packing import PackedLayout
 
@@ -42,7 +42,8 @@ class HybridAttention(AttentionProjections):
             `vot_kernels.distributed.context_parallel`.
 
     Raises:
-        ValueError: sizes do not divide each other, `far_init` is negative, or an option is unknown.
+        TypeError: a factor or an initial weight is not a number, or `rotary` cannot be called.
+        ValueError: a size is below 1, sizes do not divide each other, `far_init` is negative, or an option is unknown.
     """
 
     def __init__(
@@ -71,16 +72,19 @@ class HybridAttention(AttentionProjections):
             qk_norm=qk_norm,
             bias=bias,
             rotary=rotary,
+            backend=backend,
         )
         self.causal = check_causal(causal, CAUSAL_MODES)
         check_choice("feature_map", feature_map, FEATURE_MAPS)
         window_sides(window, self.causal)
-        self.window, self.feature_map, self.backend = window, feature_map, backend
+        self.window, self.feature_map = window, feature_map
         self.scale = check_scale("scale", scale, self.head_dim)
-        if far_init is not None and not far_init >= 0:
+        if far_init is not None and not check_number("far_init", far_init) >= 0:
             raise ValueError(f"far_init must be a weight >= 0 or None, got {far_init}.")
         self.far_init = None if window is None else far_init
         self.far_weight = None if self.far_init is None else nn.Parameter(torch.empty(num_heads))
+        if beta_init is not None:
+            check_number("beta_init", beta_init)
         self.beta_init = None if window is None or far_init is not None else beta_init
         self.beta = None if self.beta_init is None else nn.Parameter(torch.empty(num_heads))
         self.spread: Callable[..., Tensor] | None = None

@@ -44,7 +44,8 @@ class LinearAttention(AttentionProjections):
             `vot_kernels.distributed.context_parallel`.
 
     Raises:
-        ValueError: options do not fit together, or a decay is out of range.
+        TypeError: `rotary` cannot be called.
+        ValueError: sizes or options do not fit together, or a decay is out of range.
     """
 
     decay_logit: Tensor | None
@@ -73,6 +74,7 @@ class LinearAttention(AttentionProjections):
             qk_norm=qk_norm,
             bias=bias,
             rotary=rotary,
+            backend=backend,
         )
         self.causal = check_causal(causal, TOKEN_CAUSAL_MODES)
         check_choice("feature_map", feature_map, FEATURE_MAPS)
@@ -81,7 +83,7 @@ class LinearAttention(AttentionProjections):
             raise ValueError(f'decay={decay!r} needs causal="token", got causal={self.causal!r}.')
         if decay is None and decay_init is not None:
             raise ValueError('decay_init needs decay="fixed" or "learned", got decay=None.')
-        self.feature_map, self.backend, self.decay, self.decay_init = feature_map, backend, decay, decay_init
+        self.feature_map, self.decay, self.decay_init = feature_map, decay, decay_init
         self.spread: Callable[..., Tensor] | None = None
         if decay == "learned":
             self.decay_logit = nn.Parameter(torch.empty(num_heads))

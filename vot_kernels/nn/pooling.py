@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vot_kernels.ops.checks import check_layout, check_tensor
+from vot_kernels.ops.checks import check_layout, check_size, check_tensor
 from vot_kernels.ops.dtypes import accumulator
 from vot_kernels.packing import PackedLayout
 
@@ -27,7 +27,7 @@ class PackedAttentionPooling(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 4) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if check_size("dim", dim) % check_size("num_heads", num_heads):
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}.")
         self.score = nn.Linear(dim, num_heads, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vot_kernels.ops.checks import check_tensor
 from vot_kernels.ops.rope_qk_norm import rope_qk_norm
-from vot_kernels.packing import PackedLayout
+from vot_kernels.packing import PackedLayout, brief
 
 
 class RotaryEmbedding(nn.Module):
@@ -67,8 +67,10 @@ def rotate(q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> 
         The same shapes and dtypes; computed in the wider of both dtypes.
 
     Raises:
-        TypeError, ValueError: cos or sin is not a tensor or has another shape.
+        TypeError, ValueError: it is not a pair, or cos or sin is not a tensor or has another shape.
     """
+    if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
+        raise TypeError(f"position_embeddings must be a pair (cos, sin), got {brief(position_embeddings)}.")
     for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
         check_tensor(f"{name} of position_embeddings", table, [q.shape[0], q.shape[2]])
     cos, sin = (table[:, None] for table in position_embeddings)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from vot_kernels.ops.checks import check_size
 from vot_kernels.ops.size_aware_embedding import QUANTITIES, size_aware_embedding
 from vot_kernels.packing import PackedLayout
 
@@ -20,8 +21,10 @@ class SizeAwareEmbedding(nn.Module):
         self, dim: int, hidden: int | None = None, octaves: int = 4, use_frames: bool = True
     ) -> None:
         super().__init__()
-        if dim < 1 or octaves < 1 or (hidden is not None and hidden < 1):
-            raise ValueError(f"dim, hidden and octaves must be >= 1, got {dim}, {hidden} and {octaves}.")
+        check_size("dim", dim)
+        check_size("octaves", octaves)
+        if hidden is not None:
+            check_size("hidden", hidden)
         features = 2 * QUANTITIES * octaves
         self.use_frames = use_frames
         self.fc1 = nn.Linear(features, hidden or features)

@@ -1,7 +1,7 @@
 """Checks shared by the public ops. Each error is one sentence: what was given and what is allowed."""
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ def check_number(name: str, value: object) -> float:
         ) from None
 
 
+def check_size(name: str, value: object, least: int = 1) -> int:
+    """Return `value`, which must be an int not below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {brief(value)}.")
+    return int(value)
+
+
 def check_scale(name: str, value: object, head_dim: int) -> float:
     """Return `value`, which must be a number, or head_dim ** -0.5 for None."""
     return head_dim**-0.5 if value is None else check_number(name, value)
@@ -58,6 +65,14 @@ def check_tensor(name: str, value: object, dims: Sequence[str | int]) -> None:
         advice = _advice(name, value, dims)
         raise ValueError(f"{name} must have the shape {_shape(dims)}, got {list(shape)}{advice}.")
     check_no_tangent(name, value)
+
+
+def check_width(name: str, value: object, width: int) -> None:
+    """Check that `value` is a tensor `[..., width]`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {brief(value)}.")
+    if value.ndim == 0 or value.shape[-1] != width:
+        raise ValueError(f"{name} must have the shape [..., {width}], got {list(value.shape)}.")
 
 
 def _advice(name: str, value: Tensor, dims: Sequence[str | int]) -> str:

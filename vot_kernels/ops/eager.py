@@ -78,7 +78,8 @@ def custom_op(name: str, layout: Sequence[str] = ()) -> Callable[[Callable[..., 
 def needs_dispatcher(tensors: list[Tensor]) -> bool:
     """Say whether something records or intercepts a call with these tensors, other than autograd.
 
-    That is the case while tracing and profiling, in modes and under transforms, and for subclasses of Tensor.
+    That is the case while tracing and profiling, in modes and under transforms, and for subclasses of Tensor and for
+    tensors without numbers, on the device "meta".
     """
     if torch._C._get_tracing_state() is not None:
         return True
@@ -86,7 +87,7 @@ def needs_dispatcher(tensors: list[Tensor]) -> bool:
         return True
     if torch._C._functorch.maybe_current_level() is not None or torch.autograd._profiler_enabled():
         return True
-    return not _PLAIN.issuperset(map(type, tensors))
+    return not _PLAIN.issuperset(map(type, tensors)) or bool(tensors) and tensors[0].is_meta
 
 
 def _flat(values: Sequence[Any], lengths: _Lengths) -> Sequence[Any]:

@@ -242,6 +242,29 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
 
 
 @on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [30.0, 1000.0])
+def test_a_single_key_weighs_one_however_large_its_score(size, dtype, backend):
+    """A score of 1e6 is rounded to steps of 0.06: its weight is 1 only if it equals the maximum to the bit."""
+    q, k, v = make_qkv(64, 4, 72, kv_heads=2, dtype=dtype)
+    out = packed_attention(size * q, size * k, v, PackedLayout.from_lengths([1] * 64), backend=backend)
+    assert torch.equal(out, v.repeat_interleave(2, dim=1))
+
+
+@on_each_backend
+def test_a_key_far_above_the_others_decides(backend):
+    q, k, v = (300 * x if n < 2 else x for n, x in enumerate(make_qkv(100, 2, 128, dtype=torch.bfloat16)))
+    out = packed_attention(q, k, v, PackedLayout.from_lengths([100]), backend=backend)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double()) * 128**-0.5
+    best, second = scores.topk(2).values.unbind(-1)
+    alone = (best - second > 300).T  # in steps of the largest score's rounding, too
+    assert alone.float().mean() > 0.9
+    assert torch.equal(
+        out[alone], v.transpose(0, 1).take_along_dim(scores.argmax(-1)[..., None], 1).transpose(0, 1)[alone]
+    )
+
+
+@on_each_backend
 def test_heads_of_one_product_are_read_where_they_lie(backend):
     """Views of one qkv product give the same bits as copies."""
     layout, qkv = PackedLayout.from_lengths((33, 17)), make_tensor(50, 3, 4, 24)

@@ -276,12 +276,15 @@ def _refuse(**options: object) -> None:
             raise ValueError(f"{name} is not supported: it must be {allowed}, got {brief(value)}.")
 
 
+_MOST = 2**31 - 1  # no buffer has more keys
+
+
 def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     """Return how many keys are seen before and after the aligned position; None means no limit."""
     sides = list(window_size) if isinstance(window_size, (tuple, list)) else []
     if len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
         raise ValueError(f"window_size must be a pair of ints >= -1, got {brief(window_size)}.")
-    left, right = (None if side == -1 else side for side in sides)
+    left, right = (None if side == -1 else min(side, _MOST) for side in sides)
     return left, 0 if causal else right
 
 
