@@ -1,6 +1,7 @@
 """Videos longer than a window: windows, joined tracklets, a graph and a memory that do not grow, streamed tokens."""
 
 import gc
+import shutil
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.pipelines.long_scenes import drawn, long_scene, part_of
 from vot_kernels.data.digitworld.truth import true_stsg
 from vot_kernels.data.video import VideoError, load_video, save_mp4, stream_video
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.models.encoder import VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception import VotPerceptionConfig, VotPerceptionModel, detect
 from vot_kernels.pipelines.encode import encode_videos
@@ -370,6 +372,20 @@ def test_all_frames_are_encoded_as_in_one_pass(vot, tmp_path):
         "still.png",
         "whole.safetensors",
     ]
+
+
+def test_long_encoding_refuses_damaged_weights(vot, tmp_path):
+    scene, motion = long_scene(8)
+    video = save_mp4(tmp_path / "a.mp4", np.stack([frame for frame, _ in drawn(scene, motion)]), scene.fps)
+    folder = shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: torch.full_like(w, torch.nan) for name, w in weights.items()}, folder / "model.safetensors"
+    )
+    out = tmp_path / "e.safetensors"
+    code, _, err = vot("encode", str(video), "--checkpoint", str(folder), "--out", str(out), "--long")
+    assert code == 2 and "The encoder gives NaN, so its weights are damaged." in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "damaged"]
 
 
 def test_long_encoding_and_ray_exclude_each_other(vot, tmp_path):

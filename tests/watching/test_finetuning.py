@@ -9,6 +9,7 @@ import torch
 from vot_kernels import cli
 from vot_kernels.data.digitworld import generate_episode
 from vot_kernels.data.video import save_mp4
+from vot_kernels.reasoning import LanguageModelError
 from vot_kernels.train.sft.replies import reply_to
 
 pytest.importorskip("trl", reason="adapters are trained through TRL: pip install 'vot-kernels[rl]'")
@@ -89,6 +90,14 @@ def test_a_resumed_run_ends_with_the_same_bits(folder_of, file, tmp_path):
             finetune(tmp_path / name, model, whole.processor, SHORT, questions, known={}, stop_at=stop)
         results.append({n: p for n, p in model.named_parameters() if "lora_" in n})
     assert results[0] and all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_chat_template_that_fails_is_one_sentence(folder_of, file):
+    whole = load_video_language_model(folder_of("qwen2_5_vl"))
+    whole.processor.chat_template = "{{ raise_exception('no users here') }}"
+    row = Rows(split_questions(file)[0], 2, 0).row(0)
+    with pytest.raises(LanguageModelError, match="The chat template of '.*' fails: no users here."):
+        finetuning._greedy(whole.model, whole.processor, row)
 
 
 def test_what_is_refused(folder_of, file, tmp_path, monkeypatch, capsys):

@@ -48,6 +48,16 @@ def encode_videos(
     return [described(clip, len(one["tokens"])) for clip, one in zip(clips, encoded, strict=True)]
 
 
+def refuse_nan(pooled: "Tensor") -> None:
+    """Refuse what an encoder gives if it is no number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if pooled.isnan().any():
+        raise ValueError("The encoder gives NaN, so its weights are damaged.")
+
+
 def encode_clips(
     encoder: "VotEncoder", processor: "VotImageProcessor", clips: "Sequence[VideoClip]"
 ) -> "list[dict[str, Tensor]]":
@@ -60,8 +70,7 @@ def encode_clips(
     inputs = processor([clip.frames for clip in clips], fps=rates).to(encoder.device)
     with torch.no_grad():
         seen = encoder(**inputs)
-    if seen.pooler_output.isnan().any():
-        raise ValueError("The encoder gives NaN, so its weights are damaged.")
+    refuse_nan(seen.pooler_output)
     grids = inputs["image_grid_thw"]
     return [
         {

@@ -10,6 +10,7 @@ from torch import nn
 from vot_kernels.data.questions.file import QuestionFile, split_questions
 from vot_kernels.data.video import VideoClip
 from vot_kernels.extras import imports_for
+from vot_kernels.reasoning.llm import render_chat
 from vot_kernels.train.checkpoint import fingerprint, publish_folder
 from vot_kernels.train.config import identity
 from vot_kernels.train.loop import Measure, Report, no_report
@@ -202,7 +203,8 @@ def held_out_metrics(model: Any, processor: Any, questions: QuestionFile, clips:
 
 
 def _greedy(model: Any, processor: Any, row: dict[str, Any]) -> str:
-    text = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+    name = model.config.name_or_path
+    text = render_chat(processor, row["prompt"], name, add_generation_prompt=True)
     inputs = processor(text=[text], images=[row["images"]], return_tensors="pt", add_special_tokens=False).to(
         model.device, model.dtype
     )

@@ -132,6 +132,7 @@ def _patched_model() -> type:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vot_kernels.integrations.patching import patch
+    from vot_kernels.reasoning.llm import render_chat
 
     class PatchedModel(lmms):
         """A vision-language model of transformers after `vot_kernels.patch`, answering greedily, one by one.
@@ -158,6 +159,7 @@ def _patched_model() -> type:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 pretrained, dtype=dtype, use_safetensors=True, **local
             )
+            self.name = pretrained
             self.model, self.num_frames = model.to(device).eval(), int(num_frames)
             self.processor = AutoProcessor.from_pretrained(pretrained, **local)
             self.patch_report = patch(self.model)
@@ -172,9 +174,8 @@ def _patched_model() -> type:
         ) -> str:
             visuals = [self._see(each) for each in to_visual(self.task_dict[task][split][doc_id])]
             content = [*({"type": kind} for kind, *_ in visuals), {"type": "text", "text": context}]
-            prompt = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
+            message = [{"role": "user", "content": content}]
+            prompt = render_chat(self.processor, message, self.name, add_generation_prompt=True)
             media: dict[str, Any] = {}
             for kind, pixels, times in visuals:
                 media.setdefault(f"{kind}s", []).append(pixels)

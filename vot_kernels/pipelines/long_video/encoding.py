@@ -85,6 +85,7 @@ def _encode(
     """Encode one video; return what is written of it, in files of `folder`, and its description."""
     from vot_kernels.models.encoder.long import CHUNK, LongEncoding
     from vot_kernels.models.perception.reading import sampled_fps
+    from vot_kernels.pipelines.encode import refuse_nan
 
     name, times, encoding, grid = stream.path.name, [], None, [0, 0, 0]
     for frames, at in _chunks(stream, CHUNK):
@@ -101,6 +102,7 @@ def _encode(
     clip = encoding.run(
         sampled_fps(seen), lambda done, total: report(f"Encoding {name}: {100 * done // total} %")
     )
+    refuse_nan(clip.pooled)
     for file in folder.iterdir():
         if file != clip.file:
             file.unlink()
