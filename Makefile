@@ -92,7 +92,7 @@ format: $(PACKAGE)  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: cpp  ## measure the ops on this machine: the quick suite, five minutes on two cores
+bench: cpp  ## measure the ops on this machine: the quick suite, six minutes on two cores
 	@$(BIN)/python -m pytest benchmarks --quick --benchmark-json runs/bench.json
 	@$(BIN)/python -m benchmarks.report runs/bench.json
 

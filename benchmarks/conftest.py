@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--provider", default="", help="only these providers, separated by commas (case does not matter)")
     add("--workload", default="", help="only workloads whose name contains this text")
     add("--direction", default="", help=f"only these, separated by commas: {', '.join(DIRECTIONS)}")
-    add("--quick", action="store_true", help="the quick suite: seven minutes on two CPU cores")
+    add("--quick", action="store_true", help="the quick suite: six minutes on two CPU cores")
     add("--device", default=None, choices=("cpu", "cuda"), help="default: cuda where there is one")
     add(
         "--threads",

@@ -381,10 +381,11 @@ def long_encoding_table() -> str:
         ]
         for row in result["rows"]
     ]
-    loaded = max(row["loaded_mb"] for row in result["rows"])
     threads = sorted({row["threads"] for row in result["rows"]})
-    note = f"`{result['command']}`: the largest resident set of the process, which has {loaded:.0f} MB with the encoder"
-    note += f" loaded; CPU threads: {', '.join(map(str, threads))}, on a machine that had other work."
+    more = max(row["peak_mb"] - row["loaded_mb"] for row in result["rows"])
+    note = f"`{result['command']}`: the largest resident set of the process, of which loading the encoder takes all"
+    note += f"{f' but {more:.0f} MB' if more >= 1 else ''}; CPU threads: {', '.join(map(str, threads))}, on a machine that "
+    note += "had other work."
     columns = ["encoder", "frames", "tokens", "peak memory", "time", "file of embeddings"]
     return table(columns, rows) + f"\n{note}\n"
 
