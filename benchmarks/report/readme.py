@@ -384,8 +384,8 @@ def long_encoding_table() -> str:
     threads = sorted({row["threads"] for row in result["rows"]})
     more = max(row["peak_mb"] - row["loaded_mb"] for row in result["rows"])
     note = f"`{result['command']}`: the largest resident set of the process, of which loading the encoder takes all"
-    note += f"{f' but {more:.0f} MB' if more >= 1 else ''}; CPU threads: {', '.join(map(str, threads))}, on a machine that "
-    note += "had other work."
+    note += f" but {more:.0f} MB" if more >= 1 else ""
+    note += f"; CPU threads: {', '.join(map(str, threads))}, on a machine that had other work."
     columns = ["encoder", "frames", "tokens", "peak memory", "time", "file of embeddings"]
     return table(columns, rows) + f"\n{note}\n"
 
