@@ -318,7 +318,7 @@ def export_command(
     from vot_kernels.train.vlm.adapters import export_adapters
 
     export_adapters(run, out)
-    print(f"{out}: adapters, configuration, processor and training.json")
+    print(f"{out}: adapters, configuration and training.json")
 
 
 def _reinforce(

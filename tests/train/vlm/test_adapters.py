@@ -13,6 +13,8 @@ from vot_kernels.integrations.patching import patched
 from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
 from vot_kernels.train.checkpoint import folder_fingerprint
 from vot_kernels.train.projector.stage import describe
+from vot_kernels.train.sft.run import run as run_sft
+from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm import adapters
 from vot_kernels.train.vlm import model as vlm
 from vot_kernels.train.vlm.conversations import encode
@@ -31,11 +33,18 @@ def parts():
     return whole, adapted, processor
 
 
+@pytest.fixture(autouse=True)
+def published(parts, monkeypatch):
+    """The language model, which is not fetched."""
+    monkeypatch.setattr(adapters, "build_model", lambda *_: (copy.deepcopy(parts[0]), parts[2]))
+    monkeypatch.setattr(adapters, "ensure_smollm2", lambda: None)
+
+
 @pytest.fixture
 def run(parts, tmp_path):
     """The folder of a finished run."""
-    whole, adapted, processor = parts
-    vlm.save_half(whole, processor, tmp_path / "run" / "model")
+    _, adapted, processor = parts
+    vlm.save_half(copy.deepcopy(adapted).merge_and_unload(), processor, tmp_path / "run" / "model")
     trained = vlm.train_only(adapted, ("projector", "graph", "lora"))
     (tmp_path / "run" / "model" / "training.json").write_text(json.dumps({"trained": ["lora"], "seed": 7}))
     (tmp_path / "run" / "checkpoint-3").mkdir()
@@ -50,11 +59,6 @@ def folder(run, tmp_path):
     return tmp_path / "kept"
 
 
-def load(parts, folder, monkeypatch):
-    monkeypatch.setattr(adapters, "build_model", lambda *_: (copy.deepcopy(parts[0]), parts[2]))
-    return adapters.load_adapters(folder, language_model=folder)
-
-
 @torch.no_grad()
 def logits(model, processor):
     batch = encode(processor, [describe(generate_episode("test", 0), np.random.default_rng(0))])
@@ -62,8 +66,8 @@ def logits(model, processor):
         return model(**batch, use_cache=False).logits
 
 
-def test_adapters_and_their_language_model_are_the_model_again(parts, folder, monkeypatch):
-    model, processor = load(parts, folder, monkeypatch)
+def test_adapters_and_their_language_model_are_the_model_again(parts, folder):
+    model, processor = adapters.load_adapters(folder)
     wanted = logits(copy.deepcopy(parts[1]).merge_and_unload().eval(), processor)
     new = logits(parts[0].eval(), processor)
     error = (logits(model, processor) - wanted).abs().max()
@@ -87,7 +91,7 @@ def test_what_is_kept_is_small_and_says_how_it_was_made(folder):
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra"])
-def test_damaged_adapters_are_one_sentence(parts, folder, monkeypatch, damage):
+def test_damaged_adapters_are_one_sentence(folder, damage):
     kept = load_file(folder / "adapters.safetensors")
     name = sorted(kept)[0]
     if damage == "missing":
@@ -98,7 +102,7 @@ def test_damaged_adapters_are_one_sentence(parts, folder, monkeypatch, damage):
     with pytest.raises(
         ValueError, match="has no weights" if damage == "missing" else "among them what.is.this"
     ):
-        load(parts, folder, monkeypatch)
+        adapters.load_adapters(folder)
 
 
 def test_runs_without_adapters_are_one_sentence(run, tmp_path):
@@ -108,3 +112,32 @@ def test_runs_without_adapters_are_one_sentence(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no finished run"):
         adapters.export_adapters(tmp_path, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_adapters_that_are_not_all_that_was_learnt_are_refused(parts, run, tmp_path):
+    """A run that began with merged adapters has adapters of its own beside them."""
+    _, adapted, processor = parts
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    with torch.no_grad():
+        for name, weight in merged.named_parameters():
+            if name.endswith("q_proj.weight"):
+                weight += 0.05 * torch.randn_like(weight)
+    vlm.save_half(merged, processor, tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors").replace(run / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="began with a model whose own adapters are merged into it"):
+        adapters.export_adapters(run, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_stage_trains_the_adapters_on_that_it_begins_with(folder, tmp_path):
+    """So that those of its result are all that was learnt, in every stage before it, too."""
+    settings = SftTraining(
+        text="lora", steps=1, batch_size=1, warmup=1, learning_rate=1e-6, frames=0.0, questions=1
+    )
+    run_sft(tmp_path / "next", folder, settings, eval_clips=1)
+    adapters.export_adapters(tmp_path / "next", tmp_path / "then")
+    before, after = (load_file(f / "adapters.safetensors") for f in (folder, tmp_path / "then"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-2, atol=1e-4)

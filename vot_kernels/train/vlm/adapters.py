@@ -23,19 +23,22 @@ from vot_kernels.train.vlm.model import add_lora, build_model, part_of
 
 FILE = "adapters.safetensors"
 _PARTS = ("lora", "projector", "graph")
+_HALVES = 4 * torch.finfo(torch.float16).eps
+"""How far merged weights may lie from those of the run: both are rounded to half precision, at another place."""
 _RECORDS = ("config.json", "generation_config.json", "training.json")
 
 
-def export_adapters(run: Path, folder: Path) -> None:
+def export_adapters(run: Path, folder: Path, language_model: Path | None = None) -> None:
     """Write what a finished run of `vot train sft --text lora` on SmolLM2 has learnt in half precision, and its record.
 
     Args:
         run: folder of the run, with its last checkpoint and model/.
         folder: to write.
+        language_model: as for `load_adapters`.
 
     Raises:
         FileNotFoundError: the run is not finished, or has no checkpoint.
-        ValueError: it did not train adapters.
+        ValueError: it did not train adapters, or they are not all that its model has learnt.
     """
     record = run / "model" / "training.json"
     checkpoint = newest_checkpoint(run)
@@ -51,6 +54,19 @@ def export_adapters(run: Path, folder: Path) -> None:
         for name in _RECORDS:
             shutil.copyfile(run / "model" / name, draft / name)
         save_file(halves, draft / FILE, metadata={"format": "pt"})
+        _check_whole(draft, run, language_model)
+
+
+def _check_whole(folder: Path, run: Path, language_model: Path | None) -> None:
+    """Check that adapters and language model make the model of the run: it may have begun with merged ones."""
+    made, _ = load_adapters(folder, language_model)
+    trained = load_file(run / "model" / "model.safetensors")
+    for name, weight in made.state_dict().items():
+        if name in trained and (weight - trained[name].float()).abs().max() > _HALVES * weight.abs().max():
+            raise ValueError(
+                f"{run} began with a model whose own adapters are merged into it, so what it learnt is not all: export "
+                "the run before, and begin with that folder, whose adapters are trained on."
+            )
 
 
 def has_adapters(folder: Path) -> bool:
@@ -63,6 +79,15 @@ def load_adapters(
 ) -> tuple[VotForConditionalGeneration, VotProcessor]:
     """Return the model of a folder that `export_adapters` wrote, in float32, with its adapters merged.
 
+    Args, Raises: as for `load_adapted`.
+    """
+    adapted, processor = load_adapted(folder, language_model)
+    return adapted.merge_and_unload().eval(), processor
+
+
+def load_adapted(folder: Path, language_model: Path | None = None) -> tuple[Any, VotProcessor]:
+    """Return the model of a folder that `export_adapters` wrote, in float32, with its adapters, and the processor.
+
     Args:
         folder: with adapters.safetensors.
         language_model: folder of SmolLM2-135M-Instruct; None fetches it once.
@@ -73,7 +98,7 @@ def load_adapters(
     model, processor = build_model("smollm2", BUNDLED_CHECKPOINT, 0, language_model or ensure_smollm2())
     adapted = add_lora(model, 0)
     _fill(adapted, load_file(folder / FILE), folder)
-    return adapted.merge_and_unload().eval(), processor
+    return adapted, processor
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from vot_kernels.train.report import (
     reporting,
     write_record,
 )
+from vot_kernels.train.vlm.adapters import has_adapters, load_adapted
 from vot_kernels.train.vlm.model import add_lora, count_parameters, save_half, train_only
 
 Loader = Callable[[], tuple[Any, Any]]
@@ -114,11 +115,11 @@ def run_stage(
     on_device(model.eval(), device)
     adapters = "lora" in settings.parts
     if dry_run:
-        trained: Any = add_lora(model, settings.seed) if adapters else model
+        trained: Any = _with_adapters(model, settings.seed, origin) if adapters else model
         learnt, what = train_only(trained, settings.parts).values(), ", ".join(settings.parts)
         return estimate(trained, learnt, what, settings.steps, stage.work(trained, processor, settings))
     metrics = {"before": measure(model, eval_clips)} if ranks.first else {}
-    trained = add_lora(model, settings.seed) if adapters else model
+    trained = _with_adapters(model, settings.seed, origin) if adapters else model
     start = time.perf_counter()
     together = {"ranks": ranks} if ranks.size > 1 else {}
     with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
@@ -145,3 +146,12 @@ def run_stage(
         save_half(model, processor, draft)
         write_record(draft, record)
     return format_metrics(metrics, stage.rows)
+
+
+def _with_adapters(model: Any, seed: int, origin: Origin) -> Any:
+    """Return the model with the adapters that its folder holds, which are trained on, or else with new ones."""
+    folder = origin.folders.get("checkpoint")
+    if folder is None or not has_adapters(folder):
+        return add_lora(model, seed)
+    adapted, _ = load_adapted(folder)
+    return adapted.to(next(model.parameters()).device)
