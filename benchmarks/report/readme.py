@@ -15,7 +15,7 @@ from benchmarks.report.figures import best_of_ours, in_order, is_timed
 from benchmarks.report.markdown import escape, table
 from benchmarks.report.runs import DIRECTION_NAMES, Row, Section, read_sections
 from benchmarks.report.tables import ceilings, device_name, is_partial, number, of_the_floor, ratio_text
-from vot_kernels.models.checkpoint import BUNDLED_READER
+from vot_kernels.models.checkpoint import BUNDLED_ADAPTERS, BUNDLED_READER
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,23 +194,22 @@ def _calibration_note(result: Any) -> str:
 
 
 def vlm_table() -> str:
-    """Return the accuracy of our video-language model on held-out questions, from `vot eval digitworld --vlm`."""
+    """Return the accuracy of SmolLM2 with the bundled adapters on held-out questions, and how they were trained."""
     result = _read(RESULTS / "digitworld-vlm.json")
     settings, seconds = result["settings"], result["seconds_per_question"]["vlm"]
-    records = {name: _read(RESULTS / f"digitworld-vlm-{name}.json") for name in ("projector", "sft")}
-    small = records["projector"]["settings"]["language_model"] == "nano"
-    language_model = "nano" if small else "SmolLM2-135M-Instruct with adapters"
+    records = {
+        "projector": _read(RESULTS / "digitworld-vlm-projector.json"),
+        "sft": _read(BUNDLED_ADAPTERS / "training.json"),
+    }
     stages = [
-        f"{name} for {record.get('steps_done', record['settings']['steps'])} steps of "
-        f"{record['settings']['batch_size']} clips"
+        f"{name} for {record['settings']['steps']} steps of {record['settings']['batch_size']} "
+        f"clip{'s' if record['settings']['batch_size'] > 1 else ''}"
         for name, record in records.items()
     ]
-    threads, minutes = records["sft"]["threads"], sum(r["training_seconds"] for r in records.values()) / 60
     note = (
-        f"`vot eval digitworld --videos {settings['videos']} --vlm adapters --only vlm --only rules`: per cent "
-        f"right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. The "
-        f"model is {language_model}, trained with {', then '.join(stages)} in {minutes:.0f} minutes on {threads} CPU "
-        f"threads that had other work, too. Seconds a question on two cores: {seconds:.1f}."
+        f"`vot eval digitworld --videos {settings['videos']} --vlm digitworld-smollm2 --only vlm --only rules`: per "
+        f"cent right; {100 * result['vlm_format']:.0f} per cent of the replies are a thought and an answer as a whole. "
+        f"Trained with {', then '.join(stages)}. Seconds a question on two cores: {seconds:.1f}."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 

@@ -33,8 +33,8 @@ def eval_digitworld(
     vlm: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a video-language checkpoint made by `vot train sft`, or digitworld-reader, which ships "
-            "with the package.",
+            help="Folder of a video-language checkpoint made by `vot train sft`, or digitworld-reader or "
+            "digitworld-smollm2, which ship with the package.",
             **CHECKPOINT,
         ),
     ] = None,
