@@ -377,9 +377,10 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
     asked = evaluation.generate_questions("test", 3)
 
     def scripted(model, processor, items):
-        assert len(items[0].clip.frames) == 16 and items[0].graph.tracklets
-        answer = next(item.question.answer for item in asked if item.question.text == items[0].question)
-        yield next(said).format(answer)
+        item = next(a for a in asked if a.question.text == items[0].question)
+        seen, true = (one.graph for one in items)
+        assert len(items[0].clip.frames) == 16 and seen.tracklets and true == item.episode.stsg
+        yield from (next(said).format(item.question.answer) for _ in items)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "replies", scripted)
