@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MAX_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**31 - 1
+"""What a buffer holds at most, so that int32 counts its rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,17 +241,15 @@ class PackedLayout:
             raise ValueError(f"grid_thw must have the shape [segments, 3], got {tuple(grid.shape)}.")
         if (grid < 0).any():
             raise ValueError(f"grid_thw must not be negative, got {int(grid.min())}.")
-        if (grid > _MAX_TOKENS).any():
-            raise ValueError(f"grid_thw must hold numbers up to {_MAX_TOKENS}, got {int(grid.max())}.")
+        if (grid > MAX_TOKENS).any():
+            raise ValueError(f"grid_thw must hold numbers up to {MAX_TOKENS}, got {int(grid.max())}.")
         prefix = _Prefix(segment_prefix, frame_prefix)
         if (
-            grid.astype(float).prod(1).sum() > _MAX_TOKENS
-            or prefix.lengths(grid.astype(float)).sum() > _MAX_TOKENS
+            grid.astype(float).prod(1).sum() > MAX_TOKENS
+            or prefix.lengths(grid.astype(float)).sum() > MAX_TOKENS
         ):
             total = sum(prefix.length(*size) for size in grid.tolist())
-            raise ValueError(
-                f"A packed buffer holds at most {_MAX_TOKENS} tokens, grid_thw asks for {total}."
-            )
+            raise ValueError(f"A packed buffer holds at most {MAX_TOKENS} tokens, grid_thw asks for {total}.")
         return cls._build(grid, _grid_groups(grid, group, prefix), device, prefix=prefix)
 
     @classmethod
@@ -448,7 +447,7 @@ def _block_groups(counts: np.ndarray, group_size: int | None) -> np.ndarray:
         return _cumsum(counts[counts != 0])
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a positive int or None, got {brief(group_size)}.")
-    size = min(group_size, _MAX_TOKENS)
+    size = min(group_size, MAX_TOKENS)
     blocks = -(-counts // size)
     within = _ragged_arange(blocks)
     return _cumsum(np.minimum(size, np.repeat(counts, blocks) - within * size))
@@ -463,8 +462,8 @@ class _Prefix:
 
     def __post_init__(self) -> None:
         for name, value in (("segment_prefix", self.segment), ("frame_prefix", self.frame)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_TOKENS:
-                raise ValueError(f"{name} must be an int from 0 to {_MAX_TOKENS}, got {brief(value)}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
+                raise ValueError(f"{name} must be an int from 0 to {MAX_TOKENS}, got {brief(value)}.")
 
     def __bool__(self) -> bool:
         return bool(self.segment or self.frame)
@@ -495,7 +494,7 @@ def _grid_groups(grid: np.ndarray, group: str | int, prefix: _Prefix) -> np.ndar
     if group == "frame":
         rows = np.maximum(height, 1)
     elif band_rows is not None:
-        rows = np.full_like(height, _MAX_TOKENS if len(band_rows[1]) > 10 else int(band_rows[1]))
+        rows = np.full_like(height, MAX_TOKENS if len(band_rows[1]) > 10 else int(band_rows[1]))
     else:
         raise ValueError(
             f'group must be "frame", "rows:N" with N >= 1, or a positive int, got {brief(group)}.'
@@ -519,8 +518,8 @@ def _ragged_arange(counts: np.ndarray) -> np.ndarray:
 def _check_lengths(counts: np.ndarray) -> None:
     if (counts < 0).any():
         raise ValueError(f"Lengths must not be negative, got {int(counts.min())}.")
-    if counts.sum(dtype=float) > _MAX_TOKENS:  # a sum of int64 may wrap around
-        raise ValueError(f"A packed buffer holds at most {_MAX_TOKENS} tokens, got {sum(counts.tolist())}.")
+    if counts.sum(dtype=float) > MAX_TOKENS:  # a sum of int64 may wrap around
+        raise ValueError(f"A packed buffer holds at most {MAX_TOKENS} tokens, got {sum(counts.tolist())}.")
 
 
 def _cumsum(counts: np.ndarray) -> np.ndarray:

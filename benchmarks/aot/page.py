@@ -222,7 +222,8 @@ With Triton 3.6 four kernels of sm_90 load or store registers in a loop:
   every version.
 
 With Triton 3.9 it is 33 launches of sm_90, of 1,108: 30 of causal linear attention, 2 to 26 times in a loop, and three
-of hybrid attention, 1 to 3 times. 30 more are above their limits outside of loops.
+of hybrid attention, 1 to 3 times. 30 more are above their limits outside of loops
+(`benchmarks/results/gate-sm_90-triton-3.9.json`).
 
 What has no figure here yet: products of experts with a loop over tiles, which would hide the first and the last steps
 of short products, and any GPU's time.

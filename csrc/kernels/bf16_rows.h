@@ -6,15 +6,16 @@
 namespace vot {
 namespace VOT_ISA {
 
+inline bool is_bf16(const HeadRows& rows) { return rows.dtype == Dtype::BF16; }
 VOT_INLINE const bf16* bf16_row(const HeadRows& rows, int64_t token, int64_t head) {
   return static_cast<const bf16*>(rows.data) + token * rows.token + head * rows.head;
 }
 
 // to[0 .. padded) = from[0 .. width), then zeros; null is a row of zeros.
 VOT_INLINE void copy_row(const bf16* from, int width, int padded, bf16* to) {
-  if (!from) width = 0;
-  if (from) std::memcpy(to, from, sizeof(bf16) * size_t(width));
-  std::memset(to + width, 0, sizeof(bf16) * size_t(padded - width));
+  const int kept = from ? width : 0;
+  if (kept) std::memcpy(to, from, sizeof(bf16) * size_t(kept));
+  std::memset(to + kept, 0, sizeof(bf16) * size_t(padded - kept));
 }
 
 // to[pair * to_row + i] = the numbers 2 pair and 2 pair + 1 of row `first + i`, for 16 rows and as many pairs as hold
@@ -42,6 +43,20 @@ VOT_INLINE void interleave(const bf16* first, const bf16* second, int width, flo
     const __m512i high = second ? low_halves(second, c, width) : __m512i{};
     _mm512_storeu_si512(to + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
+}
+
+// Rows `first` to before `first + count` of a head into panels of pairs, with zeros up to a multiple of 16 rows.
+inline void read_transposed_pairs(const HeadRows& rows, int64_t first, int count, int64_t head, int width, float* panels) {
+  const int pairs = (width + 1) / 2;
+  for (int i = 0; i < count; i += 16) {
+    float* to = panels + i / PANEL * panel_size(pairs) + i % PANEL;
+    transpose_pairs(rows, first + i, least(16, count - i), head, width, to, PANEL);
+  }
+}
+// The same rows in pairs of them, to[pair][to_row]; the last without another is beside a row of zeros.
+inline void read_row_pairs(const HeadRows& rows, int64_t first, int count, int64_t head, int width, float* to, int to_row) {
+  const auto row = [&](int i) { return i < count ? bf16_row(rows, first + i, head) : nullptr; };
+  for (int i = 0; i < count; i += 2) interleave(row(i), row(i + 1), width, to + i / 2 * to_row);
 }
 
 // to[0 .. LANES) = x, rounded.

@@ -363,7 +363,6 @@ void range_attention_forward(const RangeForward& problem, const Parallel& parall
 #else
   using Bf16Products = PairProducts;
 #endif
-  const auto is_bf16 = [](const HeadRows& rows) { return rows.dtype == Dtype::BF16; };
   if (is_bf16(problem.q) && is_bf16(problem.k) && is_bf16(problem.v) && is_bf16(problem.out))
     return forward<Bf16Products>(problem, parallel);
 #endif

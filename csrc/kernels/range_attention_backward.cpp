@@ -501,7 +501,6 @@ void range_attention_rows_backward(const RangeRowsBackward& problem, const Paral
 
 void range_attention_keys_backward(const RangeKeysBackward& problem, const Parallel& parallel) {
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-  const auto is_bf16 = [](const HeadRows& rows) { return rows.dtype == Dtype::BF16; };
   if (is_bf16(problem.q) && is_bf16(problem.k) && is_bf16(problem.v) && is_bf16(problem.d_out))
     return keys_backward<PairGradients>(problem, parallel);
 #endif

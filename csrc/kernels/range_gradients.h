@@ -123,14 +123,9 @@ class PairGradients {
     d_scores_ = space.take(ROWS * D_SCORES_ROW);
   }
   void read_keys(int first, int count) {
-    for (int i = 0; i < count; i += 16) {
-      const int some = least(16, count - i);
-      const int64_t at = i / PANEL * panel_size(pairs_) + i % PANEL;
-      transpose_pairs(p_.k, first + i, some, kv_head_, depth_, keys_ + at, PANEL);
-      transpose_pairs(p_.v, first + i, some, kv_head_, depth_, values_ + at, PANEL);
-    }
-    const auto key = [&](int i) { return i < count ? bf16_row(p_.k, first + i, kv_head_) : nullptr; };
-    for (int i = 0; i < count; i += 2) interleave(key(i), key(i + 1), depth_, key_pairs_ + i / 2 * columns_);
+    read_transposed_pairs(p_.k, first, count, kv_head_, depth_, keys_);
+    read_transposed_pairs(p_.v, first, count, kv_head_, depth_, values_);
+    read_row_pairs(p_.k, first, count, kv_head_, depth_, key_pairs_, columns_);
   }
   // The last row without another counts as one beside a row of zeros.
   void read_row_of(int i, int rows, int64_t token, int head) {

@@ -93,13 +93,8 @@ class PairProducts {
     read_bf16_query(p_, token, head, 2 * row_, reinterpret_cast<bf16*>(queries_ + row * row_));
   }
   void read_keys(int64_t key, int count) {
-    for (int i = 0; i < count; i += 16) {
-      float* to = keys_ + i / PANEL * panel_size(pairs_) + i % PANEL;
-      transpose_pairs(p_.k, key + i, least(16, count - i), kv_head_, depth_, to, PANEL);
-    }
-    for (int i = 0; i < count; i += 2)
-      interleave(bf16_row(p_.v, key + i, kv_head_), i + 1 < count ? bf16_row(p_.v, key + i + 1, kv_head_) : nullptr, depth_,
-                 values_ + i / 2 * columns_);
+    read_transposed_pairs(p_.k, key, count, kv_head_, depth_, keys_);
+    read_row_pairs(p_.v, key, count, kv_head_, depth_, values_, columns_);
   }
   void scores(int row, int rows, int start, int stop, float* scores) const {
     const Left queries = {queries_ + row * row_, row_, 1};

@@ -90,3 +90,14 @@ def test_no_gpu_takes_entries_above_its_shared_memory(family, arch):
     assert GPUS[found].shared_per_block == tuning.SHARED_KIB[found] * KIB
     if tuning.SHARED_KIB[arch] >= 99:  # older ones cannot run the kernels
         assert tuning.SHARED_KIB[found] <= tuning.SHARED_KIB[arch]
+
+
+def test_the_text_about_triton_3_9_counts_what_was_compiled():
+    """The launches above their limits, and those of them with spills in loops, by op."""
+    found = json.loads((page.RESULTS.parent / "gate-sm_90-triton-3.9.json").read_text())
+    launches = {line.partition("): ")[0] for line in found["problems"]}
+    loops = {line.partition("): ")[0] for line in found["problems"] if "local_in_loops" in line}
+    linear = [launch for launch in loops if "linear_attention" in launch]
+    text = " ".join(page.PAGE.read_text().split())
+    assert f"{len(loops)} launches of sm_90, of {found['launches']:,}: {len(linear)} of causal linear" in text
+    assert f"{len(launches) - len(loops)} more are above their limits outside of loops" in text

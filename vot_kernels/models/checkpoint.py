@@ -15,7 +15,7 @@ BUNDLED_CHECKPOINT = _BUNDLED / "digitworld-nano"
 BUNDLED_READER = _BUNDLED / "digitworld-reader"
 """The video-language checkpoint that ships with the package: it reads scene graphs of DigitWorld and nothing else."""
 BUNDLED_ADAPTERS = _BUNDLED / "digitworld-smollm2"
-"""Adapters that make of SmolLM2-135M-Instruct, which is fetched, another one."""
+"""The adapters that ship with the package: with them SmolLM2-135M-Instruct, which is fetched, reads such graphs."""
 PERCEPTION, ENCODER, VLM = "vot_perception", "vot_encoder", "vot"
 _NAMES = {
     PERCEPTION: "a perception checkpoint",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from vot_kernels.nn.rotary import RotaryEmbedding, rotate
-from vot_kernels.ops.checks import check_choice, check_layout, check_size, check_tensor
-from vot_kernels.ops.dispatch import BACKENDS
+from vot_kernels.ops.checks import check_layout, check_size, check_tensor
+from vot_kernels.ops.dispatch import check_backend
 from vot_kernels.packing import PackedLayout, brief
 
 Rotary = Callable[[Tensor, Tensor, PackedLayout], tuple[Tensor, Tensor]]
@@ -58,7 +58,7 @@ class AttentionProjections(nn.Module):
             raise TypeError(
                 f"rotary must be a callable (q, k, layout) -> (q, k) or None, got {brief(rotary)}."
             )
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend(backend)
         self.rotary, self.backend = rotary, backend
         self.qkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(num_heads * self.head_dim, dim, bias=bias)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vot_kernels.nn.mlp import SwiGLU
 from vot_kernels.ops.aoe import WEIGHTINGS, AoEAux, aoe
 from vot_kernels.ops.checks import check_choice, check_number, check_size, check_tensor, check_width
-from vot_kernels.ops.dispatch import BACKENDS
+from vot_kernels.ops.dispatch import check_backend
 
 
 class ExpertUsage(NamedTuple):
@@ -106,7 +106,7 @@ class AutonomyOfExperts(nn.Module):
         if check_size("top_k", top_k) > check_size("num_experts", num_experts):
             raise ValueError(f"top_k must be from 1 to num_experts, got {top_k} of {num_experts}.")
         check_choice("weighting", weighting, WEIGHTINGS)
-        check_choice("backend", backend, ("auto", *BACKENDS))
+        check_backend(backend)
         check_number("bias_rate", bias_rate)
         rank = max(8, round(check_size("dim", dim) / 24) * 8) if rank is None else check_size("rank", rank)
         if (hidden is None) == (d_ffn is None):

@@ -3,7 +3,7 @@
 The references and the backends both import this file, so that the references share no code with what they check.
 """
 
-from vot_kernels.packing import brief
+from vot_kernels.packing import MAX_TOKENS, brief
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 CAUSAL_MODES = (None, "group", "token")
@@ -11,7 +11,6 @@ TOKEN_CAUSAL_MODES = (None, "token")  # of ops without groups
 Causal = bool | str | None
 
 Window = int | tuple[int, int] | None
-_MOST = 2**31 - 1  # no buffer has more groups
 
 
 def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | None]:
@@ -37,7 +36,7 @@ def window_sides(window: Window, causal: str | None) -> tuple[int | None, int | 
         )
     if causal is not None and right != 0:
         raise ValueError(f"A causal window looks left only: give an int or (left, 0), got {brief(window)}.")
-    return min(int(left), _MOST), min(int(right), _MOST)  # type: ignore[call-overload]
+    return min(int(left), MAX_TOKENS), min(int(right), MAX_TOKENS)  # type: ignore[call-overload]
 
 
 def _is_count(value: object) -> bool:

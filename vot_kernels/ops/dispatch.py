@@ -202,6 +202,11 @@ CAPABILITIES["pack_patches"] |= {
 }
 
 
+def check_backend(backend: object) -> None:
+    """Check that `backend` is "auto" or a name of `BACKENDS`."""
+    check_choice("backend", backend, ("auto", *BACKENDS))
+
+
 def select(
     op: str, backend: str, tensor: Tensor, features: Tensor | None = None, given: tuple[str, ...] = ()
 ) -> str:
@@ -218,7 +223,7 @@ def select(
     Raises:
         ValueError: `backend` is unknown, or no backend fits; the message lists every reason of every candidate.
     """
-    check_choice("backend", backend, ("auto", *BACKENDS))
+    check_backend(backend)
     candidates = BACKENDS if backend == "auto" else (backend,)
     head_dim = tensor.shape[-1] if tensor.ndim else None
     width = None if features is None else features.shape[-1]

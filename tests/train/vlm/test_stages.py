@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -312,6 +313,23 @@ def test_a_step_in_parts_is_the_step_as_a_whole(perception, tmp_path):
     for parts in (2, 4):
         assert seen[parts][0] == pytest.approx(seen[1][0], rel=1e-5)
         torch.testing.assert_close(seen[parts][1], seen[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_record_says_from_which_step_its_seconds_count(published, tmp_path, monkeypatch):
+    """The time of what was done before an interruption is not known."""
+
+    def record(out, settings=SHORT_SFT):
+        sft_run.run(out, published[0], settings, eval_clips=1)
+        return json.loads((out / "model" / "training.json").read_text())
+
+    assert "resumed_at_step" not in record(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sft_run, "STAGE", dataclasses.replace(sft_run.STAGE, train=partial(train_sft, stop_at=1))
+        )
+        record(tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "model")
+    assert record(tmp_path / "parts")["resumed_at_step"] == 1
 
 
 @pytest.mark.parametrize("adapters", [False, True])

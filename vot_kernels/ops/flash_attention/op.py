@@ -25,7 +25,7 @@ from vot_kernels.ops.eager import custom_op
 from vot_kernels.ops.flash_attention import reference
 from vot_kernels.ops.flash_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.parts.attention import Grads, Options
-from vot_kernels.packing import brief
+from vot_kernels.packing import MAX_TOKENS, brief
 
 Window = tuple[int, int]
 
@@ -276,15 +276,12 @@ def _refuse(**options: object) -> None:
             raise ValueError(f"{name} is not supported: it must be {allowed}, got {brief(value)}.")
 
 
-_MOST = 2**31 - 1  # no buffer has more keys
-
-
 def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     """Return how many keys are seen before and after the aligned position; None means no limit."""
     sides = list(window_size) if isinstance(window_size, (tuple, list)) else []
     if len(sides) != 2 or not all(type(side) is int and side >= -1 for side in sides):
         raise ValueError(f"window_size must be a pair of ints >= -1, got {brief(window_size)}.")
-    left, right = (None if side == -1 else min(side, _MOST) for side in sides)
+    left, right = (None if side == -1 else min(side, MAX_TOKENS) for side in sides)
     return left, 0 if causal else right
 
 

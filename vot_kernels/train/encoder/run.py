@@ -32,6 +32,7 @@ from vot_kernels.train.report import (
     format_metrics,
     machine,
     reporting,
+    resumed,
     write_record,
 )
 
@@ -76,6 +77,7 @@ def run(
     def measure(model: EncoderPretraining, clips: int) -> dict[str, float]:
         return encoder_metrics(model, guide, settings, clips)
 
+    resumption = resumed(out)
     start = time.perf_counter()
     with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
         model = train_encoder(out, settings, config, guide, report=report, validate=measure, ranks=ranks)
@@ -91,6 +93,7 @@ def run(
         "command": command_line("vot train encoder", settings, *teacher_words),
         **same,
         "training_seconds": round(seconds),
+        **resumption,
         **machine(),
         "processes": ranks.size,
         "parameters": {

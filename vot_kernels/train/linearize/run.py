@@ -29,6 +29,7 @@ from vot_kernels.train.report import (
     format_metrics,
     machine,
     reporting,
+    resumed,
 )
 
 _BATCH, _SEED = 12, 1
@@ -91,6 +92,7 @@ def run(
         return perception_metrics(model.eval(), processor, "test", eval_clips)
 
     metrics = {"softmax": measure(teacher), "converted": measure(student)} if ranks.first else {}
+    resumption = resumed(out)
     start = time.perf_counter()
     steps = settings.layer_steps + settings.steps
     with reporting(out, steps) if ranks.first else nullcontext(no_report) as report:
@@ -109,6 +111,7 @@ def run(
             ),
             **same,
             "training_seconds": round(seconds),
+            **resumption,
             **machine(),
             "processes": ranks.size,
             "metrics": metrics | {"distilled": measure(on_device(published, device))},

@@ -30,6 +30,7 @@ from vot_kernels.train.report import (
     format_metrics,
     machine,
     reporting,
+    resumed,
     write_record,
 )
 
@@ -63,6 +64,7 @@ def run(
         return perception_metrics(model, make_processor(model), split, clips)
 
     before = measure(new_model(settings, device).eval(), eval_clips, SPLITS[0]) if ranks.first else {}
+    resumption = resumed(out)
     start = time.perf_counter()
     steps = settings.steps + settings.dynamics_steps + settings.name_steps
     with reporting(out, steps) if ranks.first else nullcontext(no_report) as report:
@@ -77,6 +79,7 @@ def run(
             "command": command_line("vot train perception", settings),
             **same,
             "training_seconds": round(seconds),
+            **resumption,
             **machine(),
             "processes": ranks.size,
             "parameters": published.num_parameters_by_part,

@@ -20,6 +20,7 @@ from vot_kernels.train.report import (
     format_metrics,
     machine,
     reporting,
+    resumed,
     write_record,
 )
 from vot_kernels.train.vlm.adapters import has_adapters, load_adapted
@@ -83,9 +84,9 @@ def run_stage(
 ) -> str:
     """Train, or resume, and write `out/model`; return a table of held-out metrics before and after.
 
-    `out/model` holds fp16 safetensors with adapters merged, the configurations, the processor and training.json: the
-    command, the settings, the wall time and the metrics. A finished run is neither trained nor measured again. The
-    first of several `ranks` measures and writes.
+    Adapters that the run begins with are trained on. `out/model` holds fp16 safetensors with adapters merged, the
+    configurations, the processor and training.json: the command, the settings, the wall time and the metrics. A
+    finished run is neither trained nor measured again. The first of several `ranks` measures and writes.
 
     Args:
         stage: what is trained and measured.
@@ -120,6 +121,7 @@ def run_stage(
         return estimate(trained, learnt, what, settings.steps, stage.work(trained, processor, settings))
     metrics = {"before": measure(model, eval_clips)} if ranks.first else {}
     trained = _with_adapters(model, settings.seed, origin) if adapters else model
+    resumption = resumed(out)
     start = time.perf_counter()
     together = {"ranks": ranks} if ranks.size > 1 else {}
     with reporting(out, settings.steps) if ranks.first else nullcontext(no_report) as report:
@@ -137,6 +139,7 @@ def run_stage(
         **(notes or {}),
         "trained": list(settings.parts),
         "training_seconds": round(seconds),
+        **resumption,
         **machine(),
         "processes": ranks.size,
         "parameters": count_parameters(model),
