@@ -32,6 +32,15 @@ def attention(problem: Any, direction: str, itemsize: int) -> Work:
     return Work(flops, total[direction])
 
 
+def hybrid_step(problem: Any, itemsize: int) -> Work:
+    """See `benchmarks.problems.stream.HybridStep`: the far state is read once and written once, in float32."""
+    n, d = problem.tokens, problem.head_dim
+    near = (problem.window + 1) * n
+    products = problem.heads * n * d * (2 * near + d) + problem.kv_heads * n * d * d
+    tensors = d * (2 * n * problem.heads + 2 * near * problem.kv_heads) * itemsize
+    return Work(2 * products, tensors + 2 * 4 * problem.kv_heads * d * (d + 1))
+
+
 def dense_residual(problem: Any, direction: str, itemsize: int) -> Work:
     """See `benchmarks.problems.fused.DenseResidual`."""
     n, states = problem.tokens * problem.width, problem.states

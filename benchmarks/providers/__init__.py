@@ -12,6 +12,7 @@ from benchmarks.providers import (
     naive_attention,
     ours,
     pytorch_attention,
+    stream,
     towers,
     video,
 )
@@ -23,6 +24,7 @@ PROVIDERS: tuple[Provider, ...] = (
     *flash_attention.PROVIDERS,
     *linear_peers.PROVIDERS,
     *hybrid_peers.PROVIDERS,
+    *stream.PROVIDERS,
     *experts.PROVIDERS,
     *experts_peers.PROVIDERS,
     *fused.PROVIDERS,

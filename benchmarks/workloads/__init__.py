@@ -1,12 +1,12 @@
 """The workloads, which are data only. Each family has a file, with the most informative workload first."""
 
 from benchmarks.core import Workload
-from benchmarks.workloads import attention, encoder, experts, fused, towers, video
+from benchmarks.workloads import attention, encoder, experts, fused, stream, towers, video
 
-SUITES = ("hybrid", "softmax", "linear", "aoe", "moe", "fused", "encoder", "towers", "video")
+SUITES = ("hybrid", "stream", "softmax", "linear", "aoe", "moe", "fused", "encoder", "towers", "video")
 """The suites in the order in which they run."""
 
-FAMILIES = (attention, experts, fused, encoder, towers, video)
+FAMILIES = (attention, stream, experts, fused, encoder, towers, video)
 
 
 def workloads(device: str) -> list[Workload]:

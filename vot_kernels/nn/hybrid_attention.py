@@ -294,7 +294,15 @@ class HybridAttention(AttentionProjections):
         q, k, v = self.project(x, layout, position_embeddings)
         beta = self.beta if self.far_weight is None else magnitude(self.far_weight).log()
         out, state = hybrid_attention_step(
-            q, k, v, state, window=self.window, beta=beta, feature_map=self.feature_map, scale=self.scale
+            q,
+            k,
+            v,
+            state,
+            window=self.window,
+            beta=beta,
+            feature_map=self.feature_map,
+            scale=self.scale,
+            backend=self.backend if self.backend in ("cpp", "torch") else "auto",  # the others have no step
         )
         return self.out(out.flatten(1)), state
 

@@ -191,7 +191,13 @@ for _op in ("dense_residual", "rope_qk_norm", "size_aware_embedding"):
     CAPABILITIES[_op] |= {"triton": _streaming_kernel, "cpp": _compiled}
 CAPABILITIES["rope_qk_norm"]["triton"] = _head_kernel
 CAPABILITIES["dense_residual"]["triton"] = _sum_kernel
-for _op in ("hybrid_attention", "packed_attention", "flash_attn_func", "flash_attn_varlen_func"):
+for _op in (
+    "hybrid_attention",
+    "hybrid_attention_step",
+    "packed_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+):
     CAPABILITIES[_op]["cpp"] = _compiled_attention
 CAPABILITIES["linear_attention"]["cpp"] = _compiled_linear_attention
 CAPABILITIES["pack_patches"] |= {

@@ -641,22 +641,73 @@ def test_sizes_that_are_equal_by_chance_cost_one_more_compilation():
 @pytest.mark.parametrize("window", [0, 1, 2, (1, 0)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("given", [False, True])
-def test_streaming_equals_the_whole_segment(window, kv_heads, given):
+@pytest.mark.parametrize("backend", COMPUTING)
+def test_streaming_equals_the_whole_segment(backend, window, kv_heads, given):
     layout = PackedLayout.from_cu_seqlens([0, 41], [0, 7, 7, 15, 18, 25, 29, 41])
     q, k, v = make_qkv(41, 4, kv_heads=kv_heads)
     features = {}
     if given:
         features["q_features"] = make_tensor(41, 4, 5, seed=7).abs()
         features["k_features"] = make_tensor(41, kv_heads, 5, seed=8).abs()
-    whole = hybrid_attention(q, k, v, layout, window=window, beta=BETA, causal="group", **features)
+    options = {"window": window, "beta": BETA}
+    whole = hybrid_attention(q, k, v, layout, causal="group", backend="reference", **options, **features)
     state, outputs, begin = None, [], 0
     for length in layout.group_lengths:
         own = slice(begin, begin + length)
         pieces = {name: x[own] for name, x in features.items()}
-        out, state = hybrid_attention_step(q[own], k[own], v[own], state, window=window, beta=BETA, **pieces)
+        options["backend"] = backend
+        out, state = hybrid_attention_step(q[own], k[own], v[own], state, **options, **pieces)
         outputs.append(out)
         begin += length
     assert nearly_equal(torch.cat(outputs), whole)
+
+
+@cpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_a_step_of_strided_half_precision_on_either_backend(dtype, feature_map):
+    """Steps may change the backend: both keep the same state."""
+    lengths = [5, 1, 40, 17, 3, 9]
+    layout = PackedLayout.from_cu_seqlens([0, sum(lengths)], [0, *itertools.accumulate(lengths)])
+    qkv = make_tensor(sum(lengths), 3, 4, 72, seed=3).to(dtype)
+    q, k, v = qkv[:, 0], qkv[:, 1, ::2], qkv[:, 2, ::2]
+    wide = (x.double() for x in (q, k, v))
+    options = {"window": 1, "beta": BETA, "feature_map": feature_map}
+    expected = hybrid_attention(*wide, layout, causal="group", backend="reference", **options)
+    state, begin = None, 0
+    for i, length in enumerate(lengths):
+        own = slice(begin, begin + length)
+        backend = ("cpp", "cpp", "torch")[i % 3]
+        out, state = hybrid_attention_step(q[own], k[own], v[own], state, backend=backend, **options)
+        assert out.dtype == dtype and (state.far is None or state.far.dtype == torch.float32)
+        tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (out.double() - expected[own]).abs().max() <= tolerance
+        begin += length
+
+
+@cpp
+def test_a_step_has_the_same_bits_with_any_number_of_threads():
+    groups = [make_qkv(70, 4, 64, seed=i) for i in range(4)]
+
+    def stream():
+        state, results = None, []
+        for group in groups:
+            out, state = hybrid_attention_step(*group, state, backend="cpp")
+            results.append(out)
+        return [*results, state.far]
+
+    assert not differing(stream)
+
+
+def test_a_step_names_the_backends_that_it_has():
+    group = make_qkv(5)
+    for backend in ("triton", "reference"):
+        with pytest.raises(ValueError, match=f"No backend can serve hybrid_attention_step.*{backend}"):
+            hybrid_attention_step(*group, backend=backend)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        hybrid_attention_step(*group, backend="cuda")
+    out, state = hybrid_attention_step(*make_qkv(0), backend="auto")
+    assert out.shape[0] == 0 and isinstance(state, HybridAttentionState)
 
 
 def test_streaming_state_keeps_its_size():

@@ -1,13 +1,15 @@
 """Hybrid attention on the C++ kernels: states of blocks, their sums over the far ones, and range attention."""
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vot_kernels.ops.hybrid_attention.far_blocks import FarBlocks, plan_blocks
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs, Saved
 from vot_kernels.ops.launch import rows_contiguous
 from vot_kernels.ops.parts.attention import Grads, Options
-from vot_kernels.ops.parts.group_states.cpp import far_states, group_states
+from vot_kernels.ops.parts.group_states.cpp import far_states, group_states, state_row
 from vot_kernels.ops.parts.plans import remember
 from vot_kernels.ops.parts.range_attention.cpp import (
     FarPart,
@@ -52,6 +54,36 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     gradients = range_attention_keys_backward(d_out, lse, found, q, k, v, plan, options.scale, keys)
     d_beta = None if beta is None or gradients.d_beta is None else gradients.d_beta.to(beta.dtype)
     return Inputs(*gradients._replace(d_beta=d_beta))
+
+
+def forward_step(inputs: Inputs, far: Tensor | None, options: Options) -> Tensor:
+    """Output of rows that see all of k and v as near, and `far` [kv_heads, width, head_dim + 1]."""
+    q, k, v, beta, _, _ = inputs
+    heads, kv_heads, head_dim = q.shape[1], *k.shape[1:]
+    plan = _plan_step(q.shape[0], k.shape[0], heads, kv_heads, torch.get_num_threads())
+    part = None
+    if far is not None and Geometry.weighs(beta):
+        features, name = _features(q, inputs.q_features, options)
+        states = pad(far, (0, state_row(head_dim) - head_dim - 1))[None]
+        slots = torch.zeros(q.shape[0], dtype=torch.int32)
+        part = FarPart(states, slots, features, features, name, None, beta)
+    return range_attention_forward(q, k, v, plan, options.scale, part)[0]
+
+
+def state_of_group(k: Tensor, v: Tensor, k_features: Tensor | None, name: str) -> Tensor:
+    """The sum of phi(k) [v, 1]^T, float32 [kv_heads, width, head_dim + 1]."""
+    features, name = _features(k, k_features, Options(name))
+    rows = torch.tensor([[0], [k.shape[0]]], dtype=torch.int32)
+    return group_states(features, rows_contiguous(v), rows, k.shape[1], name)[
+        0, ..., : v.shape[2] + 1
+    ].contiguous()
+
+
+@remember
+def _plan_step(rows: int, keys: int, heads: int, kv_heads: int, threads: int) -> Plan:
+    near = np.stack([np.zeros(rows, int), np.full(rows, keys)])
+    bounds = RangeBounds(np.array([0, rows]), np.array([0, keys]), near)
+    return make_plan(bounds, near, heads, kv_heads, threads)
 
 
 def _plan(inputs: Inputs, geometry: Geometry) -> tuple[Plan, FarBlocks | None]:

@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vot_kernels.ops.attention_options import window_sides
 from vot_kernels.ops.autocast import autocasts
 from vot_kernels.ops.checks import check_alike, check_options, check_qkv, check_scale
-from vot_kernels.ops.parts.group_states.torch import feature_map, join_far, log_weight
-from vot_kernels.ops.parts.range_attention.blocks import append_column, repeat_heads, to_heads, to_tokens
-from vot_kernels.ops.parts.range_attention.torch import plan_pass, range_attention
-
-_feature_map = feature_map  # the public function has an argument of that name
+from vot_kernels.ops.dispatch import load, select
+from vot_kernels.ops.hybrid_attention.geometry import Inputs
+from vot_kernels.ops.parts.attention import Options
 
 
 class NearGroup(NamedTuple):
@@ -59,19 +56,19 @@ def hybrid_attention_step(
     q_features: Tensor | None = None,
     k_features: Tensor | None = None,
     scale: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, HybridAttentionState]:
     """Attend from the next group of a stream; the result equals its rows of `hybrid_attention(causal="group")`.
 
     The state is not changed; the returned one replaces it and shares no memory with the inputs. This function is for
-    inference only. PyTorch computes it on every device; there is no kernel for one step, and so no choice of a
-    backend.
+    inference only. There are C++ kernels for it and no Triton kernels.
 
     Args:
         q, k, v: one group, shaped as for `hybrid_attention`.
         state: the state that the previous step returned, or None at the beginning of a stream.
         window, beta, feature_map, q_features, k_features, scale: as for `hybrid_attention`, and the same at every
-        step of
-            a stream. The window cannot be None, because the state would grow without bound.
+            step of a stream. The window cannot be None, because the state would grow without bound.
+        backend: "auto", "cpp" or "torch"; it may change from step to step.
 
     Returns:
         The output `[tokens, heads, head_dim]` in the dtype of q, and the next state.
@@ -79,8 +76,8 @@ def hybrid_attention_step(
     Raises:
         TypeError: an argument that must be a tensor is not one, q is not floating point, dtypes differ from each other
             or from the earlier groups of the stream, or `state` is not a HybridAttentionState.
-        ValueError: shapes or devices do not fit together or do not fit the earlier groups, or `feature_map` or
-            `window` is not allowed.
+        ValueError: shapes or devices do not fit together or do not fit the earlier groups, `feature_map` or `window`
+            is not allowed, or no such backend can serve the inputs.
         RuntimeError: gradients are required.
     """
     check_qkv(q, k, v)
@@ -99,42 +96,21 @@ def hybrid_attention_step(
             "hybrid_attention_step is for inference: call it under torch.no_grad(), "
             'and train with hybrid_attention(causal="group").'
         )
+    kernels = load("hybrid_attention", select("hybrid_attention_step", backend, q, features=q_features))
+    options = Options(feature_map, scale)
     groups = (*state.near, NearGroup(k, v, k_features))
-    query = to_heads(q, q.shape[0])
-    out, lse = _near(query, groups, scale)
-    if state.far is not None:
-        features = (
-            _feature_map(query, feature_map) if q_features is None else to_heads(q_features, q.shape[0])
-        )
-        sums = features @ repeat_heads(state.far, q.shape[1] // k.shape[1])
-        out, _ = join_far(out, lse, sums, log_weight(beta, query))
+    near_k, near_v = (torch.cat(parts) for parts in zip(*((x.k, x.v) for x in groups), strict=True))
+    out = kernels.forward_step(Inputs(q, near_k, near_v, beta, q_features, None), state.far, options)
     far = state.far
     leaving = max(0, len(groups) - (left or 0))
     for group in groups[:leaving]:
-        far = _absorb(far, group, feature_map)
-    rows = q.new_empty(q.shape)
-    to_tokens(out, rows)
+        added = kernels.state_of_group(*group, feature_map)
+        far = added if far is None else far + added
     near = groups[leaving:]
     if near:  # the caller may write into the tensors of the newest group
         own = NearGroup(k.clone(), v.clone(), None if k_features is None else k_features.clone())
         near = (*near[:-1], own)
-    return rows, HybridAttentionState(near, far)
-
-
-def _near(query: Tensor, groups: tuple[NearGroup, ...], scale: float) -> tuple[Tensor, Tensor]:
-    k, v = torch.cat([group.k for group in groups]), torch.cat([group.v for group in groups])
-    key, value = (to_heads(x, x.shape[0]) for x in (k, v))
-    ranges = np.array([[0, query.shape[1], 0, key.shape[1]]])
-    return range_attention(query, key, value, [plan_pass(ranges, False, query.device)], scale)
-
-
-def _absorb(far: Tensor | None, group: NearGroup, name: str) -> Tensor:
-    """Return the far state with one more group added."""
-    tokens = group.k.shape[0]
-    given = group.k_features
-    features = _feature_map(to_heads(group.k, tokens), name) if given is None else to_heads(given, tokens)
-    added = features.transpose(-1, -2) @ append_column(to_heads(group.v, tokens), 1.0)
-    return added if far is None else far + added
+    return out, HybridAttentionState(near, far)
 
 
 def _check_state(k: Tensor, k_features: Tensor | None, state: object) -> None:

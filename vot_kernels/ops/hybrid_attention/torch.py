@@ -77,6 +77,29 @@ def forward(inputs: Inputs, geometry: Geometry, options: Options) -> tuple[Tenso
     return out, lse
 
 
+def forward_step(inputs: Inputs, far: Tensor | None, options: Options) -> Tensor:
+    """Output of rows that see all of k and v as near, and `far` [kv_heads, width, head_dim + 1]."""
+    q, k, v, beta, q_features, _ = inputs
+    query, key, value = (to_heads(x, x.shape[0]) for x in (q, k, v))
+    ranges = np.array([[0, q.shape[0], 0, k.shape[0]]])
+    out, lse = range_attention(query, key, value, [plan_pass(ranges, False, q.device)], options.scale)
+    if far is not None:
+        given = None if q_features is None else to_heads(q_features, q.shape[0])
+        features = feature_map(query, options.feature_map) if given is None else given
+        sums = features @ repeat_heads(far, q.shape[1] // k.shape[1])
+        out, _ = join_far(out, lse, sums, log_weight(beta, query))
+    rows = q.new_empty(q.shape)
+    to_tokens(out, rows)
+    return rows
+
+
+def state_of_group(k: Tensor, v: Tensor, k_features: Tensor | None, name: str) -> Tensor:
+    """The sum of phi(k) [v, 1]^T, [kv_heads, width, head_dim + 1], at least float32."""
+    tokens = k.shape[0]
+    features = feature_map(to_heads(k, tokens), name) if k_features is None else to_heads(k_features, tokens)
+    return features.transpose(-1, -2) @ append_column(to_heads(v, tokens), 1.0)
+
+
 def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -> Inputs:
     """Gradients of the inputs that were given."""
     inputs = saved.inputs

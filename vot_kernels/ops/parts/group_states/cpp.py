@@ -9,6 +9,11 @@ from vot_kernels.cpp.library import kernels
 FEATURE_MAPS = {"softmax": 0, "elu": 1, "relu": 2, "none": 3}
 
 
+def state_row(head_dim: int) -> int:
+    """The length of a row of a state, [values, last] and zeros; `state_row` of csrc/kernels/group_states.h."""
+    return (head_dim + 16) // 16 * 16
+
+
 def group_states(
     features: Tensor,
     values: Tensor,
@@ -27,8 +32,7 @@ def group_states(
         feature_map: a name of `FEATURE_MAPS`.
         weights, last: float32 `[tokens, heads]`, contiguous, or None for 1.
     """
-    row = (values.shape[2] + 16) // 16 * 16
-    shape = (ranges.shape[1], kv_heads, features.shape[2], row)
+    shape = (ranges.shape[1], kv_heads, features.shape[2], state_row(values.shape[2]))
     states = values.new_empty(shape, dtype=torch.float32)
     kernels().group_states(features, values, weights, last, ranges, FEATURE_MAPS[feature_map], states)
     return states
