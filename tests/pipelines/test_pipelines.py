@@ -367,6 +367,34 @@ def test_scores_say_what_was_looked_at(tmp_path, monkeypatch):
     assert "Looked at" not in evaluation.format_table(older)
 
 
+def test_what_a_reply_states_is_parsed_in_the_words_of_its_world():
+    stsg = evaluation.generate_questions("test", 1)[0].episode.stsg
+    name = stsg.tracklets[0].name
+
+    def valid(graph):
+        reply = f"<think><stsg>\n{graph}\n</stsg>\nso</think><answer>yes</answer>"
+        return evaluation._states_a_graph({"reply": reply, "stsg": stsg.to_dict()})
+
+    assert valid(f"o1={name}")
+    assert not valid("o1=red horse 3") and not valid(f"o1={name}\no1 hits o2 @3") and not valid("")
+    assert not evaluation._states_a_graph({"reply": f"o1={name}", "stsg": stsg.to_dict()})
+
+
+def test_clips_of_another_split_are_asked_about(tmp_path):
+    options = {"videos": 7, "only": ("rules",)}
+    result = evaluation.evaluate_digitworld(tmp_path / "r.json", split="five_objects", **options)
+    assert result["settings"]["split"] == "five_objects"
+    rows = [json.loads(line) for line in (tmp_path / "r.rows.jsonl").read_text().splitlines()[1:]]
+    assert all("five_objects" in row["episode"] for row in rows)
+    agreement = result["scene_graph"]
+    assert agreement.keys() == {"triplet_recall", "track_iou", "event_iou"}
+    assert all(0.5 < value < 1 for value in agreement.values())
+    assert "of the true triplets" in evaluation.format_table(result)
+    for split in ("train", "tests"):
+        with pytest.raises(ValueError, match=f"split must be one of val, test, .*, got '{split}'"):
+            evaluation.evaluate_digitworld(tmp_path / "x.json", split=split, **options)
+
+
 def test_our_vlm_has_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "_TRAIN_QUESTIONS", 70)
     monkeypatch.setattr(vlm, "_TOKENIZER_EPISODES", 6)
@@ -388,6 +416,7 @@ def test_our_vlm_has_a_row(tmp_path, monkeypatch):
         result = evaluation.evaluate_digitworld(tmp_path / "scripted.json", videos=3, **options)
     assert result["accuracy"]["vlm"]["all"] == pytest.approx(1 / 3)
     assert result["accuracy"]["vlm_truth"]["all"] == result["vlm_format"] == pytest.approx(2 / 3)
+    assert result["vlm_parse_valid"] == 0  # a thought that states no graph
     assert result["settings"]["vlm"].startswith("vlm (") and "llm" not in result["settings"]
     table = evaluation.format_table(result)
     assert "our VLM" in table and "Of our VLM's replies 67 per cent" in table and "Verification" not in table

@@ -42,6 +42,10 @@ def eval_digitworld(
         list[str] | None,
         typer.Option(help="What answers, repeatable: vlm, llm, rules, blind (default: all)."),
     ] = None,
+    split: Annotated[
+        str,
+        typer.Option(help="Held-out clips: test, val, held_out_pairs, five_objects, long or resolution."),
+    ] = "test",
     device: Device = "cpu",
 ) -> None:
     """Accuracy per question type: model with and without VoT, rules on the STSG, blind baselines."""
@@ -56,7 +60,7 @@ def eval_digitworld(
 
     answering = only or GROUPS
     result = evaluate_digitworld(
-        out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering, when=when
+        out, videos, seed, checkpoint, llm, device, vlm=vlm, only=answering, when=when, split=split
     )
     print(format_table(result))
 

@@ -15,6 +15,7 @@ from vot_kernels.data.digitworld.physics import Physics
 from vot_kernels.data.digitworld.question_sets import AskedEpisode, generate_questions
 from vot_kernels.data.digitworld.questions import KINDS, Question
 from vot_kernels.data.digitworld.rules import answer_by_rules
+from vot_kernels.data.digitworld.scene import SPLITS
 from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.files import atomic_write, check_output
 from vot_kernels.models.checkpoint import on_device
@@ -29,6 +30,8 @@ from vot_kernels.reasoning.steps import Recorder, define_task
 from vot_kernels.reasoning.types import Switches
 from vot_kernels.reasoning.verification import check
 from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.train.rewards.agreement import event_iou, track_iou, triplets_found
+from vot_kernels.train.rewards.reading import read
 from vot_kernels.train.vlm.answers import Asked, replies
 from vot_kernels.train.vlm.conversations import Clip
 from vot_kernels.train.vlm.model import load_vlm
@@ -60,6 +63,7 @@ def evaluate_digitworld(
     vlm: str | os.PathLike[str] | None = None,
     only: Collection[str] = GROUPS,
     when: int = 0,
+    split: str = "test",
 ) -> dict[str, Any]:
     """Answer one balanced question about each of `videos` held-out clips, which all pass through H.264.
 
@@ -73,16 +77,19 @@ def evaluate_digitworld(
         vlm: folder of a video-language checkpoint, as the stage sft makes it; None leaves it out.
         only: the `GROUPS` that answer; the language model takes most of the time, then the blind baselines.
         when: so many more clips get a question of when; their table is "localisation", see `evaluate_localisation`.
+        split: of DigitWorld, where the clips of choice come from: one of `SPLITS` but "train".
 
     Returns:
         The contents of `out`: settings (who answers, each model with a fingerprint of its weights; number, size and
         rate of the frames, codec and decoder, on all of which scores depend), accuracy per system and kind (and on the
-        flip subset), and the counts of answers that verification fixed and broke.
+        flip subset), the counts of answers that verification fixed and broke, and how far the seen graphs agree with
+        the true ones (see `vot_kernels.train.rewards.agreement`).
     """
     target = Path(out)
     check_output(target, ".json")
     check_groups(only, vlm)
     check_localisers(only, when)
+    check_split(split)
     if min(videos, when) < 0 or videos + when == 0:
         raise ValueError(f"There must be videos to ask about, got {videos} of choice and {when} of when.")
     perception, processor = load_perception(checkpoint, device)
@@ -95,10 +102,11 @@ def evaluate_digitworld(
     }
     result: dict[str, Any] = {}
     if videos:
-        asked = generate_questions("test", videos, seed=seed)
+        asked = generate_questions(split, videos, seed=seed)
         settings = {
             "videos": videos,
             "seed": seed,
+            **({} if split == "test" else {"split": split}),
             **answering,
             **({} if reader is None else {"vlm": reader.name}),
             **looked_at(asked),
@@ -146,6 +154,17 @@ def check_localisers(only: Collection[str], when: int) -> None:
         )
 
 
+def check_split(split: str) -> None:
+    """Refuse clips that a model has learnt from, and splits that do not exist.
+
+    Raises:
+        ValueError: says which splits there are.
+    """
+    held_out = [name for name in SPLITS if name != "train"]
+    if split not in held_out:
+        raise ValueError(f"split must be one of {', '.join(held_out)}, got {split!r}.")
+
+
 def format_table(result: dict[str, Any]) -> str:
     """Format the accuracies as plain tables in per cent, one row per system, one column per kind, and the settings."""
     parts = [_choice_table(result)] if "accuracy" in result else []
@@ -161,9 +180,20 @@ def _choice_table(result: dict[str, Any]) -> str:
         title = SYSTEMS.get(name, f"blind: {name.replace('_', ' ')}")
         lines.append([title, *(f"{100 * accuracy[c]:.0f}" if c in accuracy else "–" for c in columns)])
     notes = looked_note(result["settings"])
+    if "scene_graph" in result:
+        found = {name: f"{100 * value:.1f}" for name, value in result["scene_graph"].items()}
+        notes.insert(
+            0,
+            f"Seen graphs have {found['triplet_recall']} per cent of the true triplets; IoU with the true ones is "
+            f"{found['track_iou']} per cent of tracks and {found['event_iou']} of events.",
+        )
     if "vlm_format" in result:
-        share = f"{100 * result['vlm_format']:.0f}"
-        notes.insert(0, f"Of our VLM's replies {share} per cent are a thought and an answer.")
+        whole, valid = (f"{100 * result[name]:.0f}" for name in ("vlm_format", "vlm_parse_valid"))
+        notes.insert(
+            0,
+            f"Of our VLM's replies {whole} per cent are a thought and an answer, and {valid} per cent state a graph "
+            "without a fault.",
+        )
     if "verification" in result:
         fixed, broke = result["verification"]["fixed"], result["verification"]["broke"]
         notes.insert(0, f"Verification fixed {fixed} answers and broke {broke}.")
@@ -289,12 +319,32 @@ def _summarise(
             result["calibration"] = calibration_errors(confidences, right)
     if "vlm" in answers:
         result["vlm_format"] = sum(read_reply(row["reply"]) is not None for row in rows) / len(rows)
+        result["vlm_parse_valid"] = sum(_states_a_graph(row) for row in rows) / len(rows)
     return {
         **result,
+        "scene_graph": _agreement(asked, rows),
         "seconds_per_question": {
             name: sum(row["seconds"][name] for row in rows) / len(rows) for name in rows[0]["seconds"]
         },
         "in_domain": sum(row["in_domain"] for row in rows) / len(rows),
+    }
+
+
+def _states_a_graph(row: dict[str, Any]) -> bool:
+    """Whether the reply states tracks that exist in a graph of this world, all of it in the text form."""
+    seen = STSG.from_dict(row["stsg"])
+    stated = read(row["reply"], seen.vocabulary, seen.frame_times_s)
+    return stated is not None and not stated.issues and bool(stated.graph.tracklets)
+
+
+def _agreement(asked: Sequence[AskedEpisode], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the recall of triplets over all clips, and the means over clips of the IoU of tracks and events."""
+    pairs = [(STSG.from_dict(row["stsg"]), item.episode.stsg) for row, item in zip(rows, asked, strict=True)]
+    found, total = (sum(counts) for counts in zip(*(triplets_found(*pair) for pair in pairs), strict=True))
+    return {
+        "triplet_recall": found / max(1, total),
+        "track_iou": sum(track_iou(*pair) for pair in pairs) / len(pairs),
+        "event_iou": sum(event_iou(*pair) for pair in pairs) / len(pairs),
     }
 
 

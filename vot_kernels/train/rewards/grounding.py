@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
-from vot_kernels.scene_graph.graph import STSG, Event, Tracklet, Vocabulary
+from vot_kernels.scene_graph.graph import STSG, Vocabulary
 from vot_kernels.scene_graph.text import from_text
+from vot_kernels.train.rewards.agreement import event_iou, mean_of_matches, told, track_iou
 from vot_kernels.train.rewards.answers import stated_and_true
 from vot_kernels.train.rewards.reading import Completion, Rewards, column, read
 
 SIGMA_S = 0.5
 """Seconds by which an event may be off and still earn 0.6 of the temporal reward."""
-Item = TypeVar("Item")
 
 
 def grounding(
@@ -79,12 +76,12 @@ def temporal(
     def near(said: STSG, true: STSG) -> float | None:
         if not true.events:
             return None
-        return _mean_of_matches(
+        return mean_of_matches(
             said.events,
             true.events,
             lambda a, b: (
                 _proximity(said.frame_times_s[a.t] - true.frame_times_s[b.t], sigma_s)
-                if _told(a, said) == _told(b, true)
+                if told(a, said) == told(b, true)
                 else 0.0
             ),
         )
@@ -96,22 +93,6 @@ def temporal(
         else _near_ends(completion, ends, times, sigma_s)
         for completion, graph, times, ends in rows
     ]
-
-
-def track_iou(said: STSG, true: STSG) -> float:
-    """Return the mean over tracks of the IoU of those of equal names, in [0, 1]; 1 for two graphs without tracks."""
-    return _mean_of_matches(
-        said.tracklets, true.tracklets, lambda a, b: _vt_iou(a, b) if a.name == b.name else 0.0
-    )
-
-
-def event_iou(said: STSG, true: STSG) -> float:
-    """Return the mean over events of the temporal IoU of those told in equal words, in [0, 1]; 1 without events."""
-    return _mean_of_matches(
-        said.events,
-        true.events,
-        lambda a, b: said.interval(a).iou(true.interval(b)) if _told(a, said) == _told(b, true) else 0.0,
-    )
 
 
 def _compare(
@@ -146,29 +127,3 @@ def _near_ends(
 
 def _proximity(seconds: float, sigma_s: float) -> float:
     return math.exp(-(seconds**2) / (2 * sigma_s**2))
-
-
-def _told(event: Event, graph: STSG) -> tuple[str, tuple[str, ...]]:
-    """Return kind and participants by name; who hits whom is not told apart."""
-    return event.kind, tuple(sorted(graph.tracklet(id).name for id in event.participants))
-
-
-def _vt_iou(a: Tracklet, b: Tracklet) -> float:
-    frames = {*a.boxes, *b.boxes}
-    if not frames:
-        return 1.0
-    both = (k for k in frames if k in a.boxes and k in b.boxes)
-    return sum(1.0 if a.box(k) == b.box(k) else a.boxes[k][0].iou(b.boxes[k][0]) for k in both) / len(frames)
-
-
-def _mean_of_matches(
-    said: Sequence[Item], true: Sequence[Item], score: Callable[[Item, Item], float]
-) -> float:
-    """Return the largest sum of scores of pairs over the longer length, in [0, 1]; 1 for two empty sequences."""
-    if not said and not true:
-        return 1.0
-    if not said or not true:
-        return 0.0
-    scores = np.array([[score(a, b) for b in true] for a in said])
-    pairs = linear_sum_assignment(scores, maximize=True)
-    return float(scores[pairs].sum()) / max(len(said), len(true))
