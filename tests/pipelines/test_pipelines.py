@@ -14,22 +14,25 @@ from safetensors.torch import load_file, save_file
 from tests.reasoning.scripted import ScriptedLanguageModel
 from vot_kernels.data import contact_sheet
 from vot_kernels.data.digitworld.sidecar import load_sidecar
+from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import load_video, save_mp4
-from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, BUNDLED_READER, is_own_vlm
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import asking, evaluation, localisation
 from vot_kernels.pipelines.batch import answer_batch
 from vot_kernels.pipelines.encode import encode_clips, encode_videos, load_encoder
-from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video
-from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception
-from vot_kernels.reasoning.llm import HFLanguageModel
+from vot_kernels.pipelines.sampling import Sampling, checkpoint_fps, sample_video, wanted_fps
+from vot_kernels.pipelines.video_qa import VideoQA, load_eyes, load_perception, load_video_qa
+from vot_kernels.reasoning.llm import HFLanguageModel, LanguageModelError
 from vot_kernels.train.encoder.run import publish
 from vot_kernels.train.vlm import answers
 from vot_kernels.train.vlm import model as vlm
+from vot_kernels.train.vlm.answers import Asked
+from vot_kernels.train.vlm.conversations import Clip
 from vot_kernels.watching.perception import domain_warning
-from vot_kernels.watching.protocols import DeferredModel
+from vot_kernels.watching.protocols import VIDEO_LANGUAGE_FPS, DeferredModel
 
 
 class FirstCandidate:
@@ -393,6 +396,41 @@ def test_clips_of_another_split_are_asked_about(tmp_path):
     for split in ("train", "tests"):
         with pytest.raises(ValueError, match=f"split must be one of val, test, .*, got '{split}'"):
             evaluation.evaluate_digitworld(tmp_path / "x.json", split=split, **options)
+
+
+def test_the_reader_of_the_package_answers_with_the_thought_that_it_was_trained_to_write(tmp_path):
+    clip, question, candidates = digitworld_clip()
+    qa = load_video_qa(vlm="digitworld-reader")
+    result = qa.ask(clip, question, candidates)
+    assert result.answer.choice == "the white digit" and result.answer.decided_by == "words"
+    assert result.answer.model == "digitworld-reader" and result.sight.eyes.endswith("digitworld-nano")
+    [call] = [call for step in result.answer.trace for call in step.calls]
+    assert call.prompt.endswith(f"Question: {question}\nAnswers: {' | '.join(candidates)}")
+    thought, answer = read_reply(call.output)
+    assert "o1 hits o3" in thought and answer == "the white digit"
+    assert is_own_vlm("digitworld-reader") and is_own_vlm("digitworld-smollm2") and not is_own_vlm(tmp_path)
+    assert wanted_fps(vlm="digitworld-reader") == checkpoint_fps() == 8
+    (tmp_path / "config.json").write_text("{}")
+    assert wanted_fps(vlm=tmp_path) == VIDEO_LANGUAGE_FPS
+
+
+def test_a_thought_has_the_likelihood_of_its_answer(monkeypatch):
+    model, processor = vlm.load_vlm(BUNDLED_READER)
+    asked = evaluation.generate_questions("test", 1)[0]
+    frames = Clip(asked.episode.frames(), asked.episode.times)
+    item = Asked(frames, asked.episode.stsg, asked.question.text, asked.question.candidates)
+    thought = answers.think(model, processor, item)
+    assert thought.reply == next(answers.replies(model, processor, [item]))
+    assert thought.answer == read_reply(thought.reply)[1] and 0 < thought.likelihood <= 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.2)  # less sure of the same order of words
+    doubting = answers.think(model, processor, item)
+    assert doubting.likelihood < thought.likelihood
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 10**6)
+    with pytest.raises(
+        LanguageModelError, match=r"take \d+ tokens; with 1000000 of a reply the model allows"
+    ):
+        answers.think(model, processor, item)
 
 
 def test_our_vlm_has_a_row(tmp_path, monkeypatch):

@@ -5,9 +5,9 @@ import pytest
 
 from tests.reasoning.scripted import ScriptedLanguageModel, rate
 from vot_kernels.reasoning import Switches, VideoOfThought
-from vot_kernels.reasoning.llm import Reply
+from vot_kernels.reasoning.llm import Reply, ThinkingModel, Thought
 from vot_kernels.reasoning.prompts import graph_text, parse_proposals, parse_rating, parse_sentences
-from vot_kernels.reasoning.steps import PRIOR_WEIGHT, TEMPERATURE, is_echo, kind_of
+from vot_kernels.reasoning.steps import PRIOR_WEIGHT, TEMPERATURE, brief_name, is_echo, kind_of
 from vot_kernels.scene_graph.graph import Event
 
 HIT = "Did the red digit 3 hit the blue digit 7?"
@@ -620,3 +620,57 @@ def test_a_choice_about_a_known_clip_has_its_calibrated_confidence(world):
         assert same == raw
     unsupported, raw = ask(["happy", "sad"], "How does the red digit feel?")
     assert 0 < unsupported == raw <= 0.5
+
+
+# A model that was trained to think and answer
+
+
+def thinking(said, likelihood=0.8):
+    """A model that always answers `said`, and the questions that it was asked."""
+    asked = []
+
+    def think(question, candidates, graph):
+        asked.append((question, tuple(candidates), graph))
+        return Thought(f"Question: {question}", f"<think>so</think><answer>{said}</answer>", said, likelihood)
+
+    return ThinkingModel(think, "thinker"), asked
+
+
+def test_a_thinking_model_is_asked_once_about_the_whole_graph(world):
+    model, asked = thinking("yes")
+    result = VideoOfThought(model).run(HIT, ["no", "yes"], world)
+    assert asked == [(HIT, ("no", "yes"), world)]
+    assert (result.choice, result.decided_by, result.verification) == ("yes", "words", "kept")
+    scores = {c.text: c.score for c in output(result, "ranking").candidates}
+    assert scores == {"yes": 0.8, "no": pytest.approx(0.2)}
+    [call] = [call for step in result.trace for call in step.calls]
+    assert (call.purpose, call.prompt) == ("thought", f"Question: {HIT}") and "<think>so" in call.output
+    assert output(result, "verification").commonsense == "not asked" and result.model == "thinker"
+
+
+def test_what_a_thinking_model_gets_wrong_is_revised(world):
+    result = VideoOfThought(thinking("no")[0]).run(HIT, ["yes", "no"], world)
+    assert (result.choice_before, result.choice, result.verification) == ("no", "yes", "revised")
+
+
+def test_an_answer_that_is_no_candidate_decides_nothing(world):
+    result = VideoOfThought(thinking("perhaps")[0]).run(HIT, ["yes", "no"], world)
+    assert result.decided_by == "none" and result.choice == "yes"  # the graph contradicts the other one
+    assert {c.score for c in output(result, "ranking").candidates} == {0.5}
+
+
+def test_the_candidates_of_a_thinking_model_are_as_people_say_them(world):
+    model, asked = thinking("the blue digit")
+    VideoOfThought(model).run("Which digit does the red digit hit first?", None, world)
+    assert asked[-1][1] == ("the blue digit", "the green digit")
+    model, asked = thinking("the wall")
+    VideoOfThought(model).run("Tell me something.", None, world)
+    assert [candidates for _, candidates, _ in asked] == [(), ("the wall",)]
+
+
+def test_a_brief_name_tells_tracklets_apart(world):
+    red = world.tracklets[0]
+    assert brief_name(red, world) == "the red digit"
+    twin = dataclasses.replace(red, id="o9", label="digit 9")
+    both = dataclasses.replace(world, tracklets=(*world.tracklets, twin), vocabulary=None)
+    assert brief_name(red, both) == red.name == "red digit 3"

@@ -86,7 +86,8 @@ def _print_answers(out: Path, device: str, verbose: bool) -> None:
     with steps() as step:
         for result, picture in run_demo(out, step, device):
             step("")
-            print(f"{result.clip.info.path}: {result.answer.question}")
+            by = f" ({result.answer.model})" if result.answer.model else ""
+            print(f"{result.clip.info.path}: {result.answer.question}{by}")
             print_answer(result, picture, verbose)
             print(flush=True)
 

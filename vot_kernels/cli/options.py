@@ -61,7 +61,8 @@ Vlm = Annotated[
     Path | None,
     typer.Option(
         help="Folder of a video-language model of transformers, which sees any video and writes the scene graph "
-        "itself, instead of checkpoint and LLM.",
+        "itself, instead of checkpoint and LLM; or one of `vot train sft`, or digitworld-reader or "
+        "digitworld-smollm2, which read the checkpoint's graph.",
         **CHECKPOINT,
     ),
 ]

@@ -56,6 +56,14 @@ def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
     return str(kind)
 
 
+def is_own_vlm(path: str | os.PathLike[str]) -> bool:
+    """Whether the config.json in a folder, or in that of such a name in the package, is of this package's own model."""
+    try:
+        return bool(read_config(find_checkpoint(path)).get("model_type") == VLM)
+    except (OSError, ValueError, AttributeError):  # what is wrong with it is found when it is loaded
+        return False
+
+
 def check_reward_model(folder: str | os.PathLike[str]) -> None:
     """Check that a folder holds a language model with one score as its output.
 

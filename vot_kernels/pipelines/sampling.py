@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vot_kernels.data.video import FrameStream, VideoClip, count_frames, load_video, stream_video
-from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, PERCEPTION, checkpoint_kind, read_config
+from vot_kernels.models.checkpoint import (
+    BUNDLED_CHECKPOINT,
+    PERCEPTION,
+    checkpoint_kind,
+    is_own_vlm,
+    read_config,
+)
 from vot_kernels.scene_graph.interval import Interval
 from vot_kernels.watching.protocols import DETECTOR_FPS, VIDEO_LANGUAGE_FPS
 
@@ -168,7 +174,8 @@ def wanted_fps(
     """Return the frames per second that the eyes want which `load_video_qa` makes of these folders."""
     if detector is not None:
         return DETECTOR_FPS
-    return checkpoint_fps(checkpoint) if vlm is None or checkpoint is not None else VIDEO_LANGUAGE_FPS
+    sees_itself = vlm is not None and checkpoint is None and not is_own_vlm(vlm)
+    return VIDEO_LANGUAGE_FPS if sees_itself else checkpoint_fps(checkpoint)
 
 
 def checkpoint_fps(path: str | os.PathLike[str] | None = None, *kinds: str) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.data.video import FrameStream, VideoClip
-from vot_kernels.models.checkpoint import load_checkpoint, on_device
+from vot_kernels.models.checkpoint import find_checkpoint, is_own_vlm, load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.pipelines.long_video.looking import PER_MOMENT, look_at
@@ -291,7 +291,8 @@ def load_video_qa(
         llm: folder of a language model, which reads the graph; SmolLM2-135M-Instruct for None. It is loaded when it is
             needed.
         vlm: folder of a video-language model of transformers instead, which reads the graph and sees the clip itself.
-            Without a checkpoint and a detector it also writes the graph.
+            Without a checkpoint and a detector it also writes the graph. A folder of this package's own, as
+            `vot train sft` makes it, or the name of one that ships with it, reads the graph of the checkpoint.
         detector: folder of an object detector of transformers, which sees the graph instead of a checkpoint.
         objects: the labels that the detector looks for; see `vot_kernels.watching.detector.DetectorEyes`.
         device: where the models run.
@@ -311,7 +312,11 @@ def load_video_qa(
         raise ValueError("Give one pair of eyes: a checkpoint or a detector.")
     check_window(window)
     reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
-    if vlm is not None:
+    if vlm is not None and is_own_vlm(vlm):
+        from vot_kernels.pipelines.trained_reader import load_trained_reader
+
+        reader = load_trained_reader(find_checkpoint(vlm), device, window or WINDOW)
+    elif vlm is not None:
         reader = load_video_language_model(vlm, device, dtype, window or WINDOW)
     eyes: Eyes
     if detector is not None:

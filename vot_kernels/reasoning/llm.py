@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from vot_kernels.extras import imports_for
+from vot_kernels.scene_graph.graph import STSG
 
 KEPT_PREFIXES = 2  # one prompt with the video and one without
 SLOT = "\ue000"  # stands for the prompt while the chat template is filled in
@@ -94,6 +95,35 @@ class GenerateOnlyModel:
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         raise ScoreUnavailable(f"The model '{self.name}' only generates text; it gives no likelihoods.")
+
+
+class Thought(NamedTuple):
+    """What a model that was trained to think about a scene graph says of a question.
+
+    Attributes:
+        prompt: what it read.
+        reply: its thought and its answer, as it wrote them.
+        answer: the answer alone; "" if the reply has none.
+        likelihood: the probability of the answer's tokens after the thought.
+    """
+
+    prompt: str
+    reply: str
+    answer: str
+    likelihood: float
+
+
+class ThinkingModel(GenerateOnlyModel):
+    """A language model that was trained to read a scene graph, think and answer; to any other prompt it says nothing.
+
+    Args:
+        think: `think(question, candidates, graph)` returns its thought.
+        name: of the model in traces.
+    """
+
+    def __init__(self, think: Callable[[str, Sequence[str], STSG], Thought], name: str) -> None:
+        super().__init__(lambda prompt: "", name)
+        self.think = think
 
 
 def without_video(model: LanguageModel) -> LanguageModel | None:

@@ -136,7 +136,7 @@ class VideoOfThought:
     ) -> Ranking:
         candidates = given if given is not None else steps.propose_candidates(model, task, tracking, stsg)
         ranking = steps.rank_candidates(
-            model, task, tracking, analysis, candidates, words=self.switches.ranking
+            model, task, tracking, analysis, candidates, stsg, words=self.switches.ranking
         )
         return replace(ranking, candidates_from="given" if given is not None else "proposed")
 

@@ -13,7 +13,14 @@ from typing import get_args
 
 from vot_kernels.reasoning import prompts
 from vot_kernels.reasoning.claims import events_of, part_in_question, seconds
-from vot_kernels.reasoning.llm import LanguageModel, Reply, ScoreUnavailable, without_video
+from vot_kernels.reasoning.llm import (
+    LanguageModel,
+    Reply,
+    ScoreUnavailable,
+    ThinkingModel,
+    Thought,
+    without_video,
+)
 from vot_kernels.reasoning.moments import WHEN, asks_when, importance_of, proposed_moments
 from vot_kernels.reasoning.names import find_events, find_tracklets, find_yes_no, match_candidate
 from vot_kernels.reasoning.types import (
@@ -29,7 +36,7 @@ from vot_kernels.reasoning.types import (
 )
 from vot_kernels.reasoning.verification import check
 from vot_kernels.reasoning.what_if import World
-from vot_kernels.scene_graph.graph import STSG
+from vot_kernels.scene_graph.graph import STSG, Tracklet
 from vot_kernels.scene_graph.summary import summarised
 from vot_kernels.scene_graph.words import fold
 
@@ -94,7 +101,9 @@ class Recorder:
         self.calls: list[ModelCall] = []
 
     def generate(self, purpose: str, prompt: str, max_new_tokens: int) -> str:
-        """Return the reply; a `Reply` that the token limit cut off still says so."""
+        """Return the reply; a `Reply` that the token limit cut off still says so. A `ThinkingModel` is not asked."""
+        if isinstance(self.model, ThinkingModel):
+            return ""
         reply = self.model.generate(prompt, max_new_tokens=max_new_tokens)
         reply = reply if isinstance(reply, Reply) else str(reply)
         self.calls.append(ModelCall(purpose, prompt, str(reply)))
@@ -110,6 +119,14 @@ class Recorder:
             ModelCall(purpose, prompt, reply) for prompt, reply in zip(batch, replies, strict=True)
         ]
         return replies
+
+    def think(self, purpose: str, question: str, candidates: Sequence[str], graph: STSG) -> Thought | None:
+        """Return the thought of a `ThinkingModel`; None from any other model."""
+        if not isinstance(self.model, ThinkingModel):
+            return None
+        thought = self.model.think(question, candidates, graph)
+        self.calls.append(ModelCall(purpose, thought.prompt, thought.reply))
+        return thought
 
     def score(
         self, purpose: str, prompt: str, continuations: Sequence[str], *, blind: bool = False
@@ -257,10 +274,13 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
         return tuple(str(n) for n in range(lowest, lowest + MAX_PROPOSALS))
     if task.kind in ("which", "order", "cause", "prediction", "attribute"):
         named = task.targets if task.targets_by != "all" else ()
-        others = [t.name for t in graph.tracklets if t.id not in named] or [t.name for t in graph.tracklets]
-        own = tuple(others)
+        others = [t for t in graph.tracklets if t.id not in named] or graph.tracklets
+        brief = isinstance(model.model, ThinkingModel)
+        own = tuple(brief_name(t, graph) if brief else t.name for t in others)
     if task.kind == "open" and _HAPPENS.search(fold(task.question)):
         own = tuple(filter(None, [account_of(task.question, task.named, graph)]))
+    if not own and (thought := model.think("proposals", task.question, (), graph)) is not None:
+        return (thought.answer,) if thought.answer else ()
     context = prompts.context(tracking.text, task.question)
     reply = model.generate("proposals", prompts.propose_prompt(context), PROPOSE_TOKENS)
     said = (text for text in prompts.parse_proposals(reply) if not is_echo(text, task.question))
@@ -269,6 +289,16 @@ def propose_candidates(model: Recorder, task: Task, tracking: Tracking, graph: S
     for text in proposed:
         distinct.setdefault(fold(text), text)
     return tuple(distinct.values())[:MAX_PROPOSALS]
+
+
+def brief_name(tracklet: Tracklet, graph: STSG) -> str:
+    """Return "the red digit" for "red digit 3", as people say it, if no other tracklet of the graph is called so."""
+
+    def brief(t: Tracklet) -> str:
+        return " ".join((*t.attributes, t.label.split()[0]))
+
+    alone = [brief(t) for t in graph.tracklets].count(brief(tracklet)) == 1
+    return f"the {brief(tracklet)}" if alone else tracklet.name
 
 
 def account_of(question: str, named: Sequence[str], graph: STSG) -> str:
@@ -307,6 +337,7 @@ def rank_candidates(
     tracking: Tracking,
     analysis: Analysis,
     candidates: Sequence[str],
+    graph: STSG,
     *,
     words: bool,
 ) -> Ranking:
@@ -316,9 +347,15 @@ def rank_candidates(
     softmax turns it into a distribution. The ratings are divided by their sum; if all are equal, they are ignored. The
     combined score is 0.8 likelihood + 0.2 rating, or the only one there is. Ties go to the likelihood, then to the
     earlier candidate. One of the two decided if it alone prefers the winner; both did if both or neither do.
+
+    A `ThinkingModel` reads the whole `graph` instead and answers in words. Its answer comes first, with its likelihood
+    as the score; the other candidates share the rest and keep their order.
     """
     if not candidates:
         return Ranking((), "none")
+    thought = model.think("thought", task.question, candidates, graph)
+    if thought is not None:
+        return _rank_by_thought(thought, candidates)
     context = prompts.context(tracking.text, task.question)
     ratings: list[int | None] = [None] * len(candidates)
     if words:
@@ -346,6 +383,16 @@ def rank_candidates(
         for i in order
     )
     return Ranking(scored, _decider(order, by_words, by_likelihood))
+
+
+def _rank_by_thought(thought: Thought, candidates: Sequence[str]) -> Ranking:
+    chosen = match_candidate(thought.answer, candidates)
+    others = [text for i, text in enumerate(candidates) if i != chosen]
+    if chosen is None:
+        return Ranking(tuple(ScoredCandidate(text, 1 / len(others)) for text in others), "none")
+    rest = (1 - thought.likelihood) / max(1, len(others))
+    answered = ScoredCandidate(candidates[chosen], thought.likelihood)
+    return Ranking((answered, *(ScoredCandidate(text, rest) for text in others)), "words")
 
 
 def _shares_of_ratings(ratings: Sequence[int | None]) -> list[float]:

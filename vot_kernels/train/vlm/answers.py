@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from vot_kernels.data.digitworld.traces import ask
+from vot_kernels.data.digitworld.traces import ask, read_reply
 from vot_kernels.models.vot.processing import VotProcessor
+from vot_kernels.reasoning.llm import LanguageModelError, Thought
 from vot_kernels.scene_graph.graph import STSG
 from vot_kernels.scene_graph.relations import GEOMETRIC_PREDICATES
 from vot_kernels.train.vlm.conversations import Clip
@@ -56,6 +57,44 @@ def replies(model: Any, processor: VotProcessor, asked: Sequence[Asked]) -> Iter
         inputs = prompt_inputs(processor, messages).to(model.device)
         new = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         yield from processor.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def think(model: Any, processor: VotProcessor, asked: Asked) -> Thought:
+    """Return the greedy reply to a question, and how likely its answer is after its thought.
+
+    Raises:
+        LanguageModelError: the prompt is longer than the model allows.
+    """
+    content = _content(asked)
+    inputs = prompt_inputs(processor, [[{"role": "user", "content": content}]]).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    limit = model.config.get_text_config().max_position_embeddings
+    if length + MAX_NEW_TOKENS > limit:
+        raise LanguageModelError(
+            f"The scene graph and the question take {length} tokens; with {MAX_NEW_TOKENS} of a reply the model "
+            f"allows {limit - MAX_NEW_TOKENS}."
+        )
+    new = model.generate(
+        **inputs,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = new.sequences[0, length:]
+    likelihoods = torch.cat(new.logits).float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    reply = processor.decode(tokens, skip_special_tokens=True)
+    told = read_reply(reply)
+    answer = told[1] if told else ""
+    begin = _tokens_of_thought(processor, tokens) if told else 0
+    prompt = str(content[-1]["text"])
+    return Thought(prompt, reply, answer, float(likelihoods[begin:].sum().exp()))
+
+
+def _tokens_of_thought(processor: VotProcessor, tokens: torch.Tensor) -> int:
+    """Return how many tokens of a reply come before its answer."""
+    return next(i for i in range(len(tokens)) if "<answer>" in processor.decode(tokens[: i + 1]))
 
 
 def prompt_inputs(processor: VotProcessor, messages: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
