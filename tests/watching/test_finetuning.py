@@ -16,7 +16,18 @@ pytest.importorskip("trl", reason="adapters are trained through TRL: pip install
 
 from vot_kernels.data.questions import split_questions  # noqa: E402
 from vot_kernels.pipelines import finetuning  # noqa: E402
-from vot_kernels.pipelines.finetuning import Finetuning, Rows, add_adapters, finetune, run_finetuning  # noqa: E402
+from vot_kernels.pipelines.finetuning import (  # noqa: E402
+    Finetuning,
+    Rows,
+    add_adapters,
+    finetune,
+    run_finetuning,
+    run_reinforcement,
+)
+from vot_kernels.train.rewards.reading import text_of  # noqa: E402
+from vot_kernels.train.rl import grpo  # noqa: E402
+from vot_kernels.train.rl.grpo import own_questions, train_grpo  # noqa: E402
+from vot_kernels.train.rl.settings import GrpoReasoning  # noqa: E402
 from vot_kernels.watching.loading import load_video_language_model  # noqa: E402
 
 SHORT = Finetuning(text="lora", steps=2, batch_size=2, warmup=1, learning_rate=1e-3)
@@ -114,3 +125,86 @@ def test_what_is_refused(folder_of, file, tmp_path, monkeypatch, capsys):
     assert "such as --learning-rate 2e-4." in run("--text", "lora")
     assert "--dry-run measures models of our own alone." in run("--text", "lora", "--dry-run")
     assert not list(tmp_path.iterdir())
+
+
+# Reinforcement
+
+
+REINFORCED = GrpoReasoning(
+    text="lora",
+    steps=2,
+    batch_size=1,
+    generations=2,
+    warmup=1,
+    learning_rate=1e-3,
+    frames=2,
+    max_reply_tokens=3,
+)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm2"])
+def test_adapters_are_reinforced_on_own_questions(folder_of, file, tmp_path, family, monkeypatch):
+    told = []
+
+    def watched(out, model, *args, **options):
+        report = options.pop("report")
+        return train_grpo(out, model, *args, report=lambda *row: (told.append(row), report(*row)), **options)
+
+    monkeypatch.setattr(finetuning, "train_grpo", watched)
+    monkeypatch.setattr(grpo, "rewards_of", lambda *_: {"accuracy": varied})
+    run = (file, REINFORCED)
+    table = run_reinforcement("grpo-reasoning", tmp_path, folder_of(family), *run, eval_clips=2)
+    assert table.startswith("2 questions to train on, 2 held out.\nweights")
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["command"].startswith("vot train grpo-reasoning ") and "--text lora" in record["command"]
+    assert [step for step, _ in told] == [1, 2] and all("loss" in values for _, values in told)
+    assert run_reinforcement("grpo-reasoning", tmp_path, folder_of(family), *run, eval_clips=2) == table
+    first, trained = (
+        load_video_language_model(f).model.state_dict() for f in (folder_of(family), tmp_path / "model")
+    )
+    changed = {name for name in first if not torch.equal(first[name], trained[name])}
+    assert changed and all("visual" not in name and "vision" not in name for name in changed)
+
+
+def varied(completions, **_):
+    """Rewards that differ between random replies."""
+    return [len(set(text_of(c))) / 4 for c in completions]
+
+
+def test_right_answers_of_a_guest_are_counted(folder_of, file, monkeypatch):
+    good = "<think>so</think><answer>yes</answer>"  # of the two answers "yes" is one
+    whole = load_video_language_model(folder_of("qwen2_5_vl"))
+    guest = grpo.Guest(lambda model, processor, prompts, tokens: [good for _ in prompts], ())
+    asked = own_questions(file, 0.1, REINFORCED, 64 * 64)
+    options = {"settings": REINFORCED, "data": asked, "guest": guest}
+    assert grpo.grpo_metrics(whole.model, whole.processor, 2, **options)["accuracy"] == 0.5
+
+
+def test_the_images_of_a_prompt_reach_the_model(folder_of, file):
+    whole = load_video_language_model(folder_of("qwen2_5_vl"))
+    row = own_questions(file, 0.1, REINFORCED, 64 * 64).rows("train", 2, 0).row(0)
+    assert len(finetuning.images_in(row["prompt"])) == REINFORCED.frames
+    [reply] = finetuning._greedy_replies(whole.model, whole.processor, [row["prompt"]], 3)
+    assert isinstance(reply, str)
+
+
+def test_only_adapters_of_a_guest_are_reinforced(folder_of, file, tmp_path):
+    with pytest.raises(ValueError, match="pass --text lora"):
+        run_reinforcement("grpo-reasoning", tmp_path, folder_of("qwen2_5_vl"), file, GrpoReasoning())
+
+
+def test_the_command_reinforces_a_guest(folder_of, file, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(finetuning, "run_reinforcement", lambda *args: seen.append(args) or "table")
+    words = ["train", "grpo-perception", str(folder_of("qwen2_5_vl")), "--data", str(file), "--text", "lora"]
+    words += ["--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["vot", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "table" in capsys.readouterr().out
+    assert seen[0][:2] == ("grpo-perception", tmp_path / "run") and seen[0][4].text == "lora"
+    monkeypatch.setattr(sys, "argv", ["vot", *words, "--dry-run"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "models of our own alone" in capsys.readouterr().err

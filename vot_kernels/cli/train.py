@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -62,6 +61,17 @@ Out = Annotated[
 EvalClips = Annotated[int, typer.Option(help="Held-out clips in the metrics.")]
 VlmCheckpoint = Annotated[
     Path, typer.Argument(help="Folder of a video-language checkpoint, of the stage before.", **CHECKPOINT)
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSONL of questions about your own videos; vot data check looks through it.",
+        show_default="DigitWorld",
+        **PATH,
+    ),
+]
+HeldOut = Annotated[
+    float, typer.Option(help="Share of the videos of --data to measure with, where it has no splits.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print parameters, operations, memory and time, and train nothing.")
@@ -200,17 +210,8 @@ def train_sft_command(
     checkpoint: VlmCheckpoint,
     out: Out,
     settings: Any,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL of questions about your own videos; vot data check looks through it.",
-            show_default="DigitWorld",
-            **PATH,
-        ),
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the videos of --data to measure with, where it has no splits.")
-    ] = 0.1,
+    data: Data = None,
+    held_out: HeldOut = 0.1,
     eval_clips: EvalClips = 56,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -231,11 +232,16 @@ def train_sft_command(
     _over_ranks(device, train)
 
 
-def _add_stage(stage: str, settings_of: type, meaning: str, before: str) -> None:
-    """Add the command of a stage that needs the checkpoint of the stage before, and nothing else."""
+def _add_grpo(stage: str, settings_of: type, meaning: str, before: str) -> None:
+    """Add the command of a stage of GRPO that needs the checkpoint of the stage before."""
 
     @train_app.command(
-        stage, help=meaning, epilog=examples(f"vot train {stage} runs/{before}/model --out runs/{stage}")
+        stage,
+        help=meaning,
+        epilog=examples(
+            f"vot train {stage} runs/{before}/model --out runs/{stage}",
+            f"vot train {stage} path/to/Qwen2.5-VL --data questions.jsonl --text lora --out runs/own",
+        ),
     )
     @when_interrupted(checkpoints_are_kept)
     @with_settings(settings_of)
@@ -243,31 +249,43 @@ def _add_stage(stage: str, settings_of: type, meaning: str, before: str) -> None
         checkpoint: VlmCheckpoint,
         out: Out,
         settings: Any,
+        data: Data = None,
+        held_out: HeldOut = 0.1,
         eval_clips: EvalClips = 56,
         device: Device = "cpu",
         dry_run: DryRun = False,
     ) -> None:
-        _reinforce(stage, checkpoint, out, settings, eval_clips, device, dry_run)
+        run = Common(checkpoint, out, settings, eval_clips, device, dry_run)
+        _reinforce(stage, run, data=data, held_out=held_out)
 
 
-_add_stage(
+_add_grpo(
     "grpo-perception",
     GrpoPerception,
     "Reinforce well-formed replies whose scene graph is that of the frames, by GRPO.",
     before="sft",
 )
-_add_stage(
+_add_grpo(
     "grpo-reasoning",
     GrpoReasoning,
     "Reinforce right answers that rest on the right objects, events and times, by GRPO.",
     before="grpo-perception",
 )
-_add_stage(
-    "preference",
-    PreferenceTraining,
-    "Train a reward model on synthetic preferences: true traces against traces that rules have spoilt.",
-    before="sft",
-)
+
+
+@train_app.command("preference", epilog=examples("vot train preference runs/sft/model --out runs/preference"))
+@when_interrupted(checkpoints_are_kept)
+@with_settings(PreferenceTraining)
+def train_preference_command(
+    checkpoint: VlmCheckpoint,
+    out: Out,
+    settings: Any,
+    eval_clips: EvalClips = 56,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Train a reward model on synthetic preferences: true traces against traces that rules have spoilt."""
+    _reinforce("preference", Common(checkpoint, out, settings, eval_clips, device, dry_run))
 
 
 @train_app.command(
@@ -285,6 +303,8 @@ def train_grpo_preference_command(
     ],
     out: Out,
     settings: Any,
+    data: Data = None,
+    held_out: HeldOut = 0.1,
     eval_clips: EvalClips = 56,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -294,7 +314,8 @@ def train_grpo_preference_command(
 
     check_reward_model(reward_model)
     _check_run(out, reward_model)
-    _reinforce("grpo-preference", checkpoint, out, settings, eval_clips, device, dry_run, reward_model)
+    run = Common(checkpoint, out, settings, eval_clips, device, dry_run)
+    _reinforce("grpo-preference", run, reward_model=reward_model, data=data, held_out=held_out)
 
 
 @train_app.command("recipe", epilog=examples("vot train recipe sft"))
@@ -321,22 +342,43 @@ def export_command(
     print(f"{out}: adapters, configuration and training.json")
 
 
+class Common(NamedTuple):
+    """What the commands of reinforcement learning have in common."""
+
+    checkpoint: Path
+    out: Path
+    settings: Any
+    eval_clips: int
+    device: str
+    dry_run: bool
+
+
 def _reinforce(
     stage: str,
-    checkpoint: Path,
-    out: Path,
-    settings: Any,
-    eval_clips: int,
-    device: str,
-    dry_run: bool,
-    *reward_model: Path,
+    run: Common,
+    *,
+    reward_model: Path | None = None,
+    data: Path | None = None,
+    held_out: float = 0.1,
 ) -> None:
     require(f"vot train {stage}", "video", "llm", "train", "rl")
-    _check(checkpoint, out, device)
+    if data is not None and _is_foreign(run.checkpoint):
+        if reward_model is not None:
+            raise ValueError("A reward model scores replies of models of our own alone; take grpo-reasoning.")
+        _check_foreign(f"vot train {stage}", run.checkpoint, run.out, run.device, run.dry_run)
+        from vot_kernels.pipelines.finetuning import run_reinforcement
+
+        options = held_out, run.eval_clips, run.device
+        print(run_reinforcement(stage, run.out, run.checkpoint, data, run.settings, *options))
+        return
+    _check(run.checkpoint, run.out, run.device)
     from vot_kernels.train.rl.run import run_grpo, run_preference
 
-    run = run_preference if stage == "preference" else partial(run_grpo, stage)
-    print(run(out, checkpoint, settings, eval_clips, device, dry_run, *reward_model))
+    arguments = run.out, run.checkpoint, run.settings, run.eval_clips, run.device, run.dry_run
+    if stage == "preference":
+        print(run_preference(*arguments))
+    else:
+        print(run_grpo(stage, *arguments, reward_model, data, held_out))
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -359,17 +401,22 @@ def _finetune(
     device: str,
     dry_run: bool,
 ) -> None:
-    from vot_kernels.pipelines.sampling import check_device
-
-    if dry_run:
-        raise ValueError("--dry-run measures models of our own alone.")
-    _check_alone("vot train sft on a model that is not our own")
-    check_device(device)
-    _check_run(out, folder)
+    _check_foreign("vot train sft", folder, out, device, dry_run)
     from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning
 
     own = Finetuning(**asdict(settings))
     print(run_finetuning(out, folder, data, own, held_out, eval_clips, device))
+
+
+def _check_foreign(command: str, folder: Path, out: Path, device: str, dry_run: bool) -> None:
+    """Check what a run on a model of transformers needs before anything is loaded."""
+    from vot_kernels.pipelines.sampling import check_device
+
+    if dry_run:
+        raise ValueError("--dry-run measures models of our own alone.")
+    _check_alone(f"{command} on a model that is not our own")
+    check_device(device)
+    _check_run(out, folder)
 
 
 def _check(checkpoint: Path, out: Path, device: str) -> None:

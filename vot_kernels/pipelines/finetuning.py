@@ -1,8 +1,9 @@
-"""`vot train sft` on a video-language model of transformers: adapters, through TRL, on a user's own questions."""
+"""`vot train sft` and GRPO on a video-language model of transformers: adapters, by TRL, on a user's own questions."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -23,12 +24,16 @@ from vot_kernels.train.report import (
     reporting,
     write_record,
 )
+from vot_kernels.train.rl.grpo import Guest, grpo_metrics, own_questions, train_grpo
+from vot_kernels.train.rl.own_questions import split_for_replies
+from vot_kernels.train.rl.settings import GrpoTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, train
 from vot_kernels.train.sft.questions import asked_of, data_identity, frames_of, scores, seconds_of, shuffled
 from vot_kernels.train.sft.replies import reply_to
 from vot_kernels.train.sft.settings import SftTraining
 from vot_kernels.train.vlm.answers import MAX_NEW_TOKENS, first_prompt
 from vot_kernels.watching.loading import load_video_language_model
+from vot_kernels.watching.video_language import visual_tokens
 
 FRAMES = 8
 MAX_PIXELS = 448 * 448
@@ -202,14 +207,29 @@ def held_out_metrics(model: Any, processor: Any, questions: QuestionFile, clips:
     return found
 
 
-def _greedy(model: Any, processor: Any, row: dict[str, Any]) -> str:
+def _greedy(model: Any, processor: Any, row: dict[str, Any], tokens: int | None = None) -> str:
     name = model.config.name_or_path
     text = render_chat(processor, row["prompt"], name, add_generation_prompt=True)
-    inputs = processor(text=[text], images=[row["images"]], return_tensors="pt", add_special_tokens=False).to(
+    images = {"images": [row["images"]]} if row["images"] else {}
+    inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **images).to(
         model.device, model.dtype
     )
-    new = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    new = model.generate(**inputs, max_new_tokens=tokens or MAX_NEW_TOKENS, do_sample=False)
     return processor.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _greedy_replies(model: Any, processor: Any, prompts: Sequence[Any], tokens: int) -> list[str]:
+    """Return the replies to prompts whose images are in the message."""
+    return [
+        _greedy(model, processor, {"prompt": prompt, "images": images_in(prompt)}, tokens)
+        for prompt in prompts
+    ]
+
+
+def images_in(prompt: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the images in the parts of messages."""
+    return [part["image"] for message in prompt for part in message["content"] if part["type"] == "image"]
 
 
 def run_finetuning(
@@ -235,9 +255,81 @@ def run_finetuning(
         ValueError: the model takes no images, the data cannot be used, or a checkpoint in `out` is of another run.
         ImportError: peft or trl is not installed.
     """
-    check_eval_clips(eval_clips)
     known = data_identity(data, held_out)
     train_on, measure_on = split_questions(data, held_out)
+
+    def prepare(model: Any, processor: Any) -> _Steps:
+        return _Steps(
+            lambda adapted, **options: finetune(
+                out, adapted, processor, settings, train_on, known=known, **options
+            ),
+            lambda model, clips: held_out_metrics(model, processor, measure_on, clips),
+        )
+
+    words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
+    command = command_line("vot train sft", settings, *words)
+    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device)
+    return f"{len(train_on):,} questions to train on, {len(measure_on):,} held out.\n{table}"
+
+
+def run_reinforcement(
+    name: str,
+    out: Path,
+    folder: Path,
+    data: Path,
+    settings: GrpoTraining,
+    held_out: float = 0.1,
+    eval_clips: int = 56,
+    device: str = "cpu",
+) -> str:
+    """Train adapters of the model in `folder` by a stage of GRPO; see `run_finetuning`.
+
+    Raises:
+        ValueError: the settings are not those of adapters, or as in `run_finetuning`.
+        ImportError: peft or trl is not installed.
+    """
+    if settings.text != "lora":
+        raise ValueError("Of a model of transformers adapters alone are trained: pass --text lora.")
+    known = data_identity(data, held_out)
+    train_on, measure_on = split_for_replies(data, held_out)
+
+    def prepare(model: Any, processor: Any) -> _Steps:
+        guest = Guest(_greedy_replies, sorted(visual_tokens(model, processor)))
+        asked = own_questions(data, held_out, settings, MAX_PIXELS)
+        return _Steps(
+            lambda adapted, **options: train_grpo(
+                out, adapted, processor, settings, data=asked, guest=guest, **options
+            ),
+            lambda model, clips: grpo_metrics(
+                model, processor, clips, settings=settings, data=asked, guest=guest
+            ),
+        )
+
+    words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
+    command = command_line(f"vot train {name}", settings, *words)
+    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device)
+    return f"{len(train_on):,} questions to train on, {len(measure_on):,} held out.\n{table}"
+
+
+class _Steps(NamedTuple):
+    """How a run trains the model with adapters, and how it measures one; see `finetune` and `held_out_metrics`."""
+
+    train: Callable[..., Any]
+    measure: Callable[[Any, int], dict[str, float]]
+
+
+def _run_adapters(
+    out: Path,
+    folder: Path,
+    settings: Any,
+    known: Mapping[str, Any],
+    command: str,
+    prepare: Callable[[Any, Any], _Steps],
+    eval_clips: int,
+    device: str,
+) -> str:
+    """Train, or resume, write `out/model` with the adapters merged, and return held-out metrics as a table."""
+    check_eval_clips(eval_clips)
     with imports_for("Training a model of transformers", "rl"):
         import peft  # noqa: F401
         import trl  # noqa: F401
@@ -247,28 +339,18 @@ def run_finetuning(
         raise ValueError(f"The frames are shown as images, but the processor of '{folder}' takes none.")
     same = {"settings": identity(settings), **known, "checkpoint_fingerprint": fingerprint(model)}
     same["eval_clips"] = eval_clips
-    counts = f"{len(train_on):,} questions to train on, {len(measure_on):,} held out."
     if record := finished(out / "model", same):
-        return f"{counts}\n{format_metrics(record['metrics'], 'weights')}"
-
-    def measure(model: Any, clips: int) -> dict[str, float]:
-        return held_out_metrics(model, processor, measure_on, clips)
-
-    metrics = {"before": measure(model, eval_clips)}
+        return format_metrics(record["metrics"], "weights")
+    steps = prepare(model, processor)
+    metrics = {"before": steps.measure(model, eval_clips)}
     adapted = add_adapters(model, settings.seed)
     with reporting(out, settings.steps) as report:
-        finetune(out, adapted, processor, settings, train_on, known=known, report=report, validate=measure)
+        steps.train(adapted, report=report, validate=steps.measure)
     merged = adapted.merge_and_unload()
-    metrics["after"] = measure(merged, eval_clips)
-    words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
-    record = {
-        "command": command_line("vot train sft", settings, *words),
-        **same,
-        **machine(),
-        "metrics": metrics,
-    }
+    metrics["after"] = steps.measure(merged, eval_clips)
+    record = {"command": command, **same, **machine(), "metrics": metrics}
     with publish_folder(out / "model") as draft:
         merged.save_pretrained(draft)
         processor.save_pretrained(draft)
         write_record(draft, record)
-    return f"{counts}\n{format_metrics(metrics, 'weights')}"
+    return format_metrics(metrics, "weights")

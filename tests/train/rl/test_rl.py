@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ import torch
 from tests.models.vot.tiny import tiny_config, tiny_tokenizer
 from tests.processes import default_signals
 from vot_kernels.data.digitworld import VOCABULARY
+from vot_kernels.data.digitworld.question_sets import generate_questions
+from vot_kernels.data.video import save_mp4
 from vot_kernels.models.checkpoint import check_reward_model
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.train.report import Log
 from vot_kernels.train.rewards import accuracy, form, grounding, temporal
 from vot_kernels.train.rewards.reading import text_of
 from vot_kernels.train.rl.graphs import GraphMemory
+from vot_kernels.train.rl.own_questions import split_for_replies
 from vot_kernels.train.rl.questions import Rows, asked_about
 from vot_kernels.train.rl.settings import GrpoPerception, GrpoPreference, GrpoReasoning, PreferenceTraining
 from vot_kernels.train.vlm.answers import prompt_inputs
@@ -58,7 +62,7 @@ def varied(completions, **_):
 @pytest.fixture
 def lively(monkeypatch):
     """A reward that random replies earn, so that weights move."""
-    monkeypatch.setattr(grpo, "rewards_of", lambda settings, preference=None: {"accuracy": varied})
+    monkeypatch.setattr(grpo, "rewards_of", lambda *_: {"accuracy": varied})
 
 
 def parameters(model):
@@ -144,7 +148,7 @@ RUN = """
     from vot_kernels.train.vlm.model import load_vlm
 
     torch.set_num_threads(int(sys.argv[3]))
-    grpo.rewards_of = lambda settings, preference=None: {"accuracy": varied}
+    grpo.rewards_of = lambda *_: {"accuracy": varied}
     model, processor = load_vlm(Path(sys.argv[1]))
     settings = GrpoReasoning(steps=400, learning_rate=1e-2, batch_size=1, generations=2, max_reply_tokens=4,
                              frames=2, warmup=1)
@@ -472,3 +476,89 @@ def test_a_reward_model_is_one(folder, reward_model, tmp_path):
         check_reward_model(folder)
     with pytest.raises(FileNotFoundError, match="is not a reward model, of the stage preference: it has no"):
         check_reward_model(tmp_path)
+
+
+# --- a user's own questions ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Questions about four clips: a choice with a graph, a time with one, and one that asks for a graph."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for n, item in enumerate(generate_questions("test", 4, kinds=("did_hit",))):
+        save_mp4(folder / f"{n}.mp4", item.episode.frames(), fps=8)
+        common = {"video": f"{n}.mp4", "split": "train" if n < 2 else "val"}
+        graph, question = item.episode.stsg.to_dict(), item.question
+        chosen = {
+            "question": question.text,
+            "candidates": list(question.candidates),
+            "answer": question.answer,
+        }
+        lines.append(common | chosen | {"stsg": graph})
+        lines.append(common | {"question": "When does it begin?", "start": 0.25, "end": 1.0})
+        lines.append(common | {"question": "What is there?", "stsg": graph})
+    file = folder / "q.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return file
+
+
+def test_rows_of_a_file_are_what_rewards_take(own):
+    train, held = split_for_replies(own, 0.1)
+    assert (len(train), len(held)) == (4, 4)
+    data = grpo.own_questions(own, 0.1, GrpoReasoning(frames=2), 64 * 64)
+    rows = [data.rows("val", 100, 0).row(n) for n in range(4)]
+    assert len(data.rows("val", 100, 0)) == 4 and len(data.rows("train", 100, 0)) == 100
+    chosen = [row for row in rows if row["candidates"]]
+    timed = [row for row in rows if row["interval"]]
+    assert len(chosen) == len(timed) == 2
+    for row in rows:
+        [message] = row["prompt"]
+        *shown, text = message["content"]
+        assert [part["type"] for part in shown] == ["text", "image"] * 2 and row["asked"] == text["text"]
+    for row in chosen:
+        assert row["asked"].startswith("<stsg>") and row["truth"].startswith("<stsg>")
+        said = f"<think>{row['truth']}</think><answer>{row['answer']}</answer>"
+        columns = {name: [value] for name, value in row.items()}
+        found = {name: reward([said], **columns) for name, reward in grpo.rewards_of(GrpoReasoning()).items()}
+        assert found["accuracy"] == found["grounding"] == [1.0]
+    for row in timed:
+        columns = {name: [value] for name, value in row.items()}
+        right, late = (f"<think></think><answer>{t}</answer>" for t in ("0.25 s to 1 s", "1.5 s to 1.9 s"))
+        accuracy = grpo.rewards_of(GrpoReasoning())["accuracy"]
+        assert accuracy([right], **columns)[0] > 0.7 and accuracy([late], **columns) == [0.0]
+        assert row["truth"] is None and grpo.rewards_of(GrpoReasoning())["grounding"]([right], **columns) == [
+            None
+        ]
+
+
+def test_perception_of_own_videos_reads_no_graph(own):
+    row = (
+        grpo.own_questions(own, 0.1, GrpoPerception(frames=1), 64 * 64, tokens=True)
+        .rows("train", 1, 0)
+        .row(0)
+    )
+    assert "<stsg>" not in row["asked"]
+    assert [part["type"] for part in row["prompt"][0]["content"]] == ["text", "image", "text"]
+
+
+@pytest.mark.fixed_seed  # two steps of training
+def test_a_run_on_own_questions(own, folder, tmp_path, lively):
+    settings = GrpoReasoning(**SHORT | {"steps": 2})
+    run = partial(run_grpo, "grpo-reasoning", tmp_path, folder, settings, 4, data=own)
+    table = run()
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["data"] == "q.jsonl" and "--data" in record["command"]
+    before, after = (load_vlm(f)[0].state_dict() for f in (folder, tmp_path / "model"))
+    assert not same(before, after)
+    assert run() == table  # a finished run is neither trained nor measured again
+    assert "floating-point operations" in run(dry_run=True) or "parameters" in run(dry_run=True)
+
+
+def test_a_file_of_scene_graphs_alone_is_refused(own, folder, tmp_path):
+    lines = [json.loads(line) for line in own.read_text().splitlines()]
+    graphs = [line for line in lines if line["question"] == "What is there?"]
+    file = own.parent / "graphs.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in graphs))
+    with pytest.raises(ValueError, match="no question to train on but those for scene graphs"):
+        run_grpo("grpo-reasoning", tmp_path, folder, GrpoReasoning(**SHORT), data=file)

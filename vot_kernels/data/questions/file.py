@@ -4,7 +4,7 @@ import os
 import posixpath
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vot_kernels.data.questions.lines import Line, read_line, read_lines
@@ -42,6 +42,15 @@ class QuestionFile(Sequence[VideoQuestion]):
         if line.question is None:
             raise ValueError(f"{self.path} has changed: line {line.number} is no longer a question.")
         return line.question
+
+    def where(self, wanted: Callable[[VideoQuestion], bool]) -> "QuestionFile":
+        """Return those of the questions that are wanted; each is read once to see."""
+        kept = QuestionFile(self.path)
+        for index, question in enumerate(self):
+            if wanted(question):
+                kept._numbers.append(self._numbers[index])
+                kept._starts.append(self._starts[index])
+        return kept
 
     def video(self, question: VideoQuestion) -> Path:
         """Return the path of the video of a question of this file."""

@@ -45,11 +45,11 @@ class Rows:
         question, stsg = item.question, item.episode.stsg
         text = ask(question.text, question.candidates)
         asked = first_prompt(stsg, text) if self.summary else text
-        shown = shown_frames(item, self.frames)
+        parts = shown_frames(item, self.frames)
         if self.tokens:
-            shown.append({"type": "graph", "graph": stsg})
+            parts.append({"type": "graph", "graph": stsg})
         return {
-            "prompt": [{"role": "user", "content": [*shown, {"type": "text", "text": asked}]}],
+            "prompt": [{"role": "user", "content": [*parts, {"type": "text", "text": asked}]}],
             "asked": asked,
             "question": question.text,
             "candidates": list(question.candidates),
@@ -68,7 +68,7 @@ def asked_about(split: str, index: int, seed: int) -> AskedEpisode:
     return draw_question(split, index + (_FIRST_TRAINED if split == "train" else 0), seed)
 
 
-def as_dataset(rows: Rows) -> Any:
+def as_dataset(rows: Any) -> Any:
     """Return the rows as a dataset of the package datasets, which computes a row when it is taken."""
     with imports_for("GRPO", "rl"):
         from datasets import Dataset
@@ -82,19 +82,24 @@ def as_dataset(rows: Rows) -> Any:
 
 
 def shown_frames(item: AskedEpisode, frames: int) -> list[dict[str, Any]]:
-    """Return parts of a message: frames taken evenly from the clip, each after its time.
+    """Return parts of a message: frames taken evenly from the clip, each after its time."""
+    clip = render(item.episode)
+    taken = np.linspace(0, len(clip.frames) - 1, min(frames, len(clip.frames))).round().astype(int)
+    return shown(clip.frames[taken], clip.times[taken])
+
+
+def shown(frames: np.ndarray, times: np.ndarray) -> list[dict[str, Any]]:
+    """Return parts of a message: each frame after its time.
 
     So the processor writes a video; here images stand in the place of its frames, because TRL hands on images alone.
     """
     with imports_for("GRPO", "video"):
         from PIL import Image
-    clip = render(item.episode)
-    taken = np.linspace(0, len(clip.frames) - 1, min(frames, len(clip.frames))).round().astype(int)
     return [
         part
-        for k in taken
+        for frame, time in zip(frames, times, strict=True)
         for part in (
-            {"type": "text", "text": f"{clip.times[k]:.1f}s"},
-            {"type": "image", "image": Image.fromarray(clip.frames[k])},
+            {"type": "text", "text": f"{time:.1f}s"},
+            {"type": "image", "image": Image.fromarray(frame)},
         )
     ]

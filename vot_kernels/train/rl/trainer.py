@@ -30,10 +30,13 @@ STATE = "trainer_state.json"
 class Run:
     """What a resumable run is: its folder, the parameters that it trains, their optimiser, and its signature."""
 
-    def __init__(self, out: Path, model: nn.Module, settings: Any, **known: Any) -> None:
+    def __init__(
+        self, out: Path, model: nn.Module, settings: Any, parts: Sequence[str] | None = None, **known: Any
+    ) -> None:
         self.out, self.model, self.settings = out, model, settings
+        self.parts = settings.parts if parts is None else parts
         self.signature = {**identity(settings), "start": fingerprint(model), **known}
-        self.trained = train_only(model, settings.parts)
+        self.trained = train_only(model, self.parts)
         groups = parameter_groups(self.trained, settings.weight_decay, undecayed=("embed_tokens",))
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
@@ -61,13 +64,11 @@ class Run:
         Raises:
             RuntimeError: it is not so; the message names a parameter.
         """
-        check_trained(self.model, self.settings.parts)
+        check_trained(self.model, self.parts)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad != (parameter.grad is not None):
                 state = "no gradient" if parameter.requires_grad else "a gradient"
-                raise RuntimeError(
-                    f"{name} has {state}, but the stage trains {', '.join(self.settings.parts)}."
-                )
+                raise RuntimeError(f"{name} has {state}, but the stage trains {', '.join(self.parts)}.")
 
 
 class Resumable:

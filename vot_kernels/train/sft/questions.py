@@ -175,7 +175,7 @@ def scores(
 ) -> dict[str, float]:
     """Return the share of replies with the right form, and of right answers, as `question_metrics` does."""
     right = np.array(
-        accuracy(said, [q.answer for q in questions], [_ends(q) for q in questions], seconds), np.float64
+        accuracy(said, [q.answer for q in questions], [ends_of(q) for q in questions], seconds), np.float64
     )
     kinds = np.array([q.kind for q in questions])
     return {
@@ -185,7 +185,7 @@ def scores(
     }
 
 
-def _ends(question: VideoQuestion) -> tuple[float, float] | None:
+def ends_of(question: VideoQuestion) -> tuple[float, float] | None:
     """Return the interval that is the answer."""
     if question.kind != "when" or question.interval is None:
         return None

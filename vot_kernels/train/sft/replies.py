@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from vot_kernels.data.questions.question import VideoQuestion
 from vot_kernels.reasoning.moments import FITS
@@ -26,17 +27,30 @@ def reply_to(question: VideoQuestion) -> str:
 
 def thought(question: VideoQuestion) -> str:
     """Return what of the question's graph decides it, and why; an empty text if nothing does."""
+    found = evidence_of(question)
+    return "" if found is None else f"{found.graph.to_text(every=1)}\n{found.reason}"
+
+
+class Deciding(NamedTuple):
+    """The part of a scene graph that decides a question, and why, as a sentence."""
+
+    graph: STSG
+    reason: str
+
+
+def evidence_of(question: VideoQuestion) -> Deciding | None:
+    """Return what of the question's graph decides it, None without a graph or if nothing in it does."""
     graph, asked = question.stsg, question.question
     if graph is None:
-        return ""
+        return None
     kind = "when" if question.kind == "when" else kind_of(asked) or "open"
     named = find_tracklets(asked, graph)
     task = Task(asked, kind, "question", named, "question")
     judged = check(task, question.answer, question.candidates or (question.answer,), graph)
     if judged.verdict != "supported":
-        return ""
+        return None
     part = _deciding(question, graph, moves=kind == "direction")
-    return f"{part.to_text(every=1)}\n{judged.reason[:1].upper()}{judged.reason[1:]}."
+    return Deciding(part, f"{judged.reason[:1].upper()}{judged.reason[1:]}.")
 
 
 def _deciding(question: VideoQuestion, graph: STSG, moves: bool) -> STSG:
