@@ -280,12 +280,15 @@ def train_preference_command(
     checkpoint: VlmCheckpoint,
     out: Out,
     settings: Any,
+    data: Data = None,
+    held_out: HeldOut = 0.1,
     eval_clips: EvalClips = 56,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
     """Train a reward model on synthetic preferences: true traces against traces that rules have spoilt."""
-    _reinforce("preference", Common(checkpoint, out, settings, eval_clips, device, dry_run))
+    run = Common(checkpoint, out, settings, eval_clips, device, dry_run)
+    _reinforce("preference", run, data=data, held_out=held_out)
 
 
 @train_app.command(
@@ -363,8 +366,11 @@ def _reinforce(
 ) -> None:
     require(f"vot train {stage}", "video", "llm", "train", "rl")
     if data is not None and _is_foreign(run.checkpoint):
-        if reward_model is not None:
-            raise ValueError("A reward model scores replies of models of our own alone; take grpo-reasoning.")
+        if reward_model is not None or stage == "preference":
+            raise ValueError(
+                f"vot train {stage} takes models of our own alone; of a model of transformers, adapters are trained "
+                "by sft, grpo-perception and grpo-reasoning."
+            )
         _check_foreign(f"vot train {stage}", run.checkpoint, run.out, run.device, run.dry_run)
         from vot_kernels.pipelines.finetuning import run_reinforcement
 
@@ -376,7 +382,7 @@ def _reinforce(
 
     arguments = run.out, run.checkpoint, run.settings, run.eval_clips, run.device, run.dry_run
     if stage == "preference":
-        print(run_preference(*arguments))
+        print(run_preference(*arguments, data, held_out))
     else:
         print(run_grpo(stage, *arguments, reward_model, data, held_out))
 

@@ -562,3 +562,30 @@ def test_a_file_of_scene_graphs_alone_is_refused(own, folder, tmp_path):
     file.write_text("".join(f"{json.dumps(line)}\n" for line in graphs))
     with pytest.raises(ValueError, match="no question to train on but those for scene graphs"):
         run_grpo("grpo-reasoning", tmp_path, folder, GrpoReasoning(**SHORT), data=file)
+
+
+def test_preferences_among_own_replies(own):
+    train, held = split_for_replies(own, 0.1)
+    found = list(preferences.own_pairs(held, 4, 0))
+    assert found == list(preferences.own_pairs(held, 4, 0)) and {pair.source for pair in found} == {
+        "synthetic"
+    }
+    by_reply = {}
+    for pair in found:
+        assert pair.rejected != pair.chosen
+        by_reply.setdefault(pair.chosen, set()).add(pair.rule)
+    [timed, *chosen] = sorted(by_reply.items(), key=lambda item: len(item[1]))
+    assert timed[1] == {"unclosed"}  # no graph, no candidates
+    everything = {"wrong_answer", "no_graph", "unclosed", "repeated", "wrong_objects"}
+    assert len(chosen) == 2 and all(rules >= everything for _, rules in chosen)
+    drawn = preferences.draw_pairs(5, 1, train)
+    assert len(drawn) == 5 and not {p.prompt for p in drawn} & {p.prompt for p in found if "stsg" in p.prompt}
+
+
+def test_a_reward_model_of_own_questions(own, folder, tmp_path):
+    run_preference(tmp_path, folder, PAIRS, 4, data=own)
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["data"] == "q.jsonl" and "--data" in record["command"]
+    assert {"accuracy", "unclosed"} <= record["metrics"]["after"].keys()
+    scorer, _ = preferences.load_reward_model(tmp_path / "model")
+    assert scorer.num_labels == 1

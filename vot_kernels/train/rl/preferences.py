@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vot_kernels.data.digitworld.questions import Question
 from vot_kernels.data.digitworld.traces import ask, evidence, evidence_text, read_reply, write_trace
+from vot_kernels.data.questions.file import QuestionFile
+from vot_kernels.data.questions.question import VideoQuestion
 from vot_kernels.extras import imports_for
 from vot_kernels.models.checkpoint import check_reward_model
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
@@ -29,6 +31,8 @@ from vot_kernels.train.rewards.reading import Completion, text_of
 from vot_kernels.train.rl.questions import asked_about
 from vot_kernels.train.rl.settings import PreferenceTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, mean_rewards, train
+from vot_kernels.train.sft.questions import asked_of, shuffled
+from vot_kernels.train.sft.replies import evidence_of, reply_to
 from vot_kernels.train.vlm.answers import first_prompt
 
 SOURCE = "synthetic"
@@ -57,55 +61,87 @@ class Pair:
     source: str = SOURCE
 
 
-def wrong_answer(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
-    """Give another candidate as the answer."""
-    others = [candidate for candidate in question.candidates if candidate != question.answer]
-    graph, thought = _parts(question, stsg)
-    return _reply(graph, thought, others[rng.integers(len(others))])
+@dataclass(frozen=True)
+class Trace:
+    """A true reply, and what rules need to spoil it.
+
+    Attributes:
+        reply: as a whole.
+        graph: what of the scene graph it states; None if it states none.
+        thought: its other words.
+        answer: the answer.
+        candidates: the answers to choose from; empty if there are none.
+        clip: the whole scene graph of the clip; None if it is not known.
+        write: returns such a part of a graph as text.
+    """
+
+    reply: str
+    graph: STSG | None
+    thought: str
+    answer: str
+    candidates: Sequence[str]
+    clip: STSG | None
+    write: Callable[[STSG], str]
+
+    def changed(
+        self, *, graph: STSG | None = None, thought: str | None = None, answer: str | None = None
+    ) -> str:
+        """Return the reply with another graph, thought or answer."""
+        stated = graph or self.graph
+        parts = ("" if stated is None else self.write(stated), self.thought if thought is None else thought)
+        told = "\n".join(filter(None, parts))
+        return f"<think>{told}</think><answer>{self.answer if answer is None else answer}</answer>"
 
 
-def wrong_objects(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+def wrong_answer(trace: Trace, rng: np.random.Generator) -> str | None:
+    """Give another candidate as the answer; None without one."""
+    others = [candidate for candidate in trace.candidates if candidate != trace.answer]
+    return trace.changed(answer=others[rng.integers(len(others))]) if others else None
+
+
+def wrong_objects(trace: Trace, rng: np.random.Generator) -> str | None:
     """State an object by the name of another one of the clip, or of none; None for a graph without objects."""
-    seen = evidence(question, stsg)
-    if not seen.tracklets:
+    if trace.graph is None or trace.clip is None or not trace.graph.tracklets:
         return None
-    tracks = list(seen.tracklets)
+    tracks = list(trace.graph.tracklets)
     which = int(rng.integers(len(tracks)))
     held = {track.name for track in tracks}
-    others = [t for t in stsg.tracklets if t.name not in held]
+    others = [t for t in trace.clip.tracklets if t.name not in held]
     other = others[rng.integers(len(others))] if others else _next_digit(tracks[which])
-    tracks[which] = replace(tracks[which], label=other.label, attributes=other.attributes)
-    graph = evidence_text(replace(seen, tracklets=tuple(tracks)), question)
-    return _reply(graph, _parts(question, stsg)[1], question.answer)
-
-
-def wrong_times(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
-    """State every event at another time; None without events."""
-    seen = evidence(question, stsg)
-    if not seen.events:
+    if other is None:
         return None
-    moved = [replace(event, t=(event.t + _LATER) % stsg.num_frames) for event in seen.events]
-    graph = evidence_text(replace(seen, events=tuple(moved)), question)
-    return _reply(graph, _parts(question, stsg)[1], question.answer)
+    tracks[which] = replace(tracks[which], label=other.label, attributes=other.attributes)
+    return trace.changed(graph=replace(trace.graph, tracklets=tuple(tracks)))
 
 
-def no_graph(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
-    """Leave out the graph."""
-    return f"<think>{_parts(question, stsg)[1]}</think><answer>{question.answer}</answer>"
+def wrong_times(trace: Trace, rng: np.random.Generator) -> str | None:
+    """State every event at another time; None without events, or if the clip has no other time."""
+    if trace.graph is None or trace.clip is None or not trace.graph.events or trace.clip.num_frames < 2:
+        return None
+    frames = trace.clip.num_frames
+    later = _LATER if frames > _LATER else 1
+    moved = [replace(event, t=(event.t + later) % frames) for event in trace.graph.events]
+    return trace.changed(graph=replace(trace.graph, events=tuple(moved)))
 
 
-def unclosed(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
+def no_graph(trace: Trace, rng: np.random.Generator) -> str | None:
+    """Leave out the graph; None without one."""
+    if trace.graph is None:
+        return None
+    return f"<think>{trace.thought}</think><answer>{trace.answer}</answer>"
+
+
+def unclosed(trace: Trace, rng: np.random.Generator) -> str | None:
     """Leave out the end of the thought."""
-    return write_trace(question, stsg).replace("</think>", "")
+    return trace.reply.replace("</think>", "")
 
 
-def repeated(question: Question, stsg: STSG, rng: np.random.Generator) -> str | None:
-    """Say the same thought several times."""
-    graph, thought = _parts(question, stsg)
-    return _reply(graph, " ".join([thought] * _TIMES), question.answer)
+def repeated(trace: Trace, rng: np.random.Generator) -> str | None:
+    """Say the same thought several times; None without one."""
+    return trace.changed(thought=" ".join([trace.thought] * _TIMES)) if trace.thought else None
 
 
-RULES: dict[str, Callable[[Question, STSG, np.random.Generator], str | None]] = {
+RULES: dict[str, Callable[[Trace, np.random.Generator], str | None]] = {
     rule.__name__: rule for rule in (wrong_answer, wrong_objects, wrong_times, no_graph, unclosed, repeated)
 }
 """What spoils a true trace."""
@@ -117,17 +153,59 @@ def all_pairs(split: str, clips: int, seed: int) -> Iterator[Pair]:
         item = asked_about(split, index, seed)
         question, stsg = item.question, item.episode.stsg
         prompt = first_prompt(stsg, ask(question.text, question.candidates))
-        rng = item.episode.rng("preferences")
-        for name, rule in RULES.items():
-            spoilt = rule(question, stsg, rng)
-            if spoilt is not None:
-                yield Pair(prompt, write_trace(question, stsg), spoilt, name)
+        yield from _spoilt(prompt, trace_of(question, stsg), item.episode.rng("preferences"))
 
 
-def draw_pairs(count: int, seed: int) -> list[Pair]:
-    """Return so many training pairs, in random order."""
-    clips = -(-count // 4)  # at least four rules apply to every question
-    found = list(all_pairs("train", clips, seed))
+def own_pairs(questions: QuestionFile, count: int, seed: int) -> Iterator[Pair]:
+    """Yield a pair per rule that applies, for so many of a user's own questions; see `split_for_replies`."""
+    for index in range(count):
+        question = shuffled(questions, seed, index)
+        prompt = first_prompt(question.stsg, asked_of(question))
+        yield from _spoilt(prompt, own_trace(question), np.random.default_rng([seed, index]))
+
+
+def _spoilt(prompt: str, trace: Trace, rng: np.random.Generator) -> Iterator[Pair]:
+    for name, rule in RULES.items():
+        spoilt = rule(trace, rng)
+        if spoilt is not None:
+            yield Pair(prompt, trace.reply, spoilt, name)
+
+
+def trace_of(question: Question, stsg: STSG) -> Trace:
+    """Return the true trace of a question about DigitWorld."""
+    reply = write_trace(question, stsg)
+    parts = read_reply(reply)
+    return Trace(
+        reply,
+        evidence(question, stsg),
+        outside_blocks(parts[0] if parts else ""),
+        question.answer,
+        question.candidates,
+        stsg,
+        lambda graph: evidence_text(graph, question),
+    )
+
+
+def own_trace(question: VideoQuestion) -> Trace:
+    """Return the reply that a model shall learn to a question about a user's own video, see `reply_to`."""
+    found = evidence_of(question)
+    return Trace(
+        reply_to(question),
+        None if found is None else found.graph,
+        "" if found is None else found.reason,
+        question.answer,
+        question.candidates,
+        question.stsg,
+        lambda graph: graph.to_text(every=1),
+    )
+
+
+def draw_pairs(count: int, seed: int, questions: QuestionFile | None = None) -> list[Pair]:
+    """Return so many training pairs, in random order: about DigitWorld, or about a user's own questions."""
+    if questions is None:
+        found = list(all_pairs("train", -(-count // 4), seed))  # at least four rules apply to every question
+    else:
+        found = list(own_pairs(questions, count, seed))  # at least one does
     order = np.random.default_rng(seed).permutation(len(found))[:count]
     return [found[n] for n in order]
 
@@ -194,9 +272,17 @@ def score(model: Any, tokenizer: Any, replies: Sequence[tuple[str, str]]) -> Ten
     return torch.cat(found).float().cpu()
 
 
-def preference_metrics(model: Any, tokenizer: Any, clips: int, seed: int = 0) -> dict[str, float]:
-    """Return the share of held-out pairs ("val") whose true trace has the higher score, of all and by rule."""
-    pairs = list(all_pairs("val", clips, seed))
+def preference_metrics(
+    model: Any, tokenizer: Any, clips: int, seed: int = 0, *, questions: QuestionFile | None = None
+) -> dict[str, float]:
+    """Return the share of held-out pairs ("val") whose true trace has the higher score, of all and by rule.
+
+    They are about DigitWorld, or about at most `clips` of a user's own `questions`.
+    """
+    if questions is None:
+        pairs = list(all_pairs("val", clips, seed))
+    else:
+        pairs = list(own_pairs(questions, min(clips, len(questions)), seed))
     chosen = score(model, tokenizer, [(pair.prompt, pair.chosen) for pair in pairs])
     rejected = score(model, tokenizer, [(pair.prompt, pair.rejected) for pair in pairs])
     right = (chosen > rejected).tolist()
@@ -215,6 +301,8 @@ def train_preference(
     tokenizer: Any,
     settings: PreferenceTraining,
     *,
+    questions: QuestionFile | None = None,
+    known: Mapping[str, Any] | None = None,
     save_every: int = 50,
     stop_at: int | None = None,
     report: Report = no_report,
@@ -222,7 +310,8 @@ def train_preference(
 ) -> int:
     """Train the reward model in place by TRL's RewardTrainer, or resume; return the steps done.
 
-    The loss is that of Bradley and Terry. See `train_grpo` for the options and errors.
+    The loss is that of Bradley and Terry. `questions` are a user's own, and `known` tells them from others. See
+    `train_grpo` for the other options and the errors.
     """
     with imports_for("A reward model", "rl"):
         from datasets import Dataset
@@ -231,10 +320,12 @@ def train_preference(
     class Trainer(Resumable, RewardTrainer):
         """Of TRL."""
 
-    run = Run(out, model, settings)
+    run = Run(out, model, settings, **(known or {}))
     rows = [
         {"chosen_ids": chosen, "rejected_ids": rejected}
-        for chosen, rejected in _tokenized(tokenizer, settings.steps * settings.batch_size, settings.seed)
+        for chosen, rejected in _tokenized(
+            tokenizer, settings.steps * settings.batch_size, settings.seed, questions
+        )
     ]
     trainer = Trainer(
         model,
@@ -254,9 +345,11 @@ def train_preference(
     return train(trainer, run, each)
 
 
-def preference_work(model: Any, tokenizer: Any, settings: PreferenceTraining) -> Work:
+def preference_work(
+    model: Any, tokenizer: Any, settings: PreferenceTraining, *, questions: QuestionFile | None = None
+) -> Work:
     """Return what a step computes."""
-    pairs = _tokenized(tokenizer, settings.batch_size, settings.seed)
+    pairs = _tokenized(tokenizer, settings.batch_size, settings.seed, questions)
     both = [ids for pair in pairs[: settings.part_size] for ids in pair]
     inputs = {name: value.to(model.device) for name, value in _padded(both, tokenizer).items()}
 
@@ -269,24 +362,20 @@ def preference_work(model: Any, tokenizer: Any, settings: PreferenceTraining) ->
     return Work(loss, settings.accumulation)
 
 
-def _next_digit(track: Tracklet) -> Tracklet:
-    return replace(track, label=f"digit {(int(track.label.split()[-1]) + 1) % 10}")
+def _next_digit(track: Tracklet) -> Tracklet | None:
+    """Return a digit that is one more; None for another object."""
+    *words, number = track.label.split() or [""]
+    return (
+        replace(track, label=" ".join([*words, str((int(number) + 1) % 10)])) if number.isdecimal() else None
+    )
 
 
-def _parts(question: Question, stsg: STSG) -> tuple[str, str]:
-    """Return graph and thought of the true trace."""
-    parts = read_reply(write_trace(question, stsg))
-    return evidence_text(evidence(question, stsg), question), outside_blocks(parts[0] if parts else "")
-
-
-def _reply(graph: str, thought: str, answer: str) -> str:
-    return f"<think>{graph}\n{thought}</think><answer>{answer}</answer>"
-
-
-def _tokenized(tokenizer: Any, count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+def _tokenized(
+    tokenizer: Any, count: int, seed: int, questions: QuestionFile | None
+) -> list[tuple[list[int], list[int]]]:
     return [
         (_tokens(tokenizer, pair.prompt, pair.chosen), _tokens(tokenizer, pair.prompt, pair.rejected))
-        for pair in draw_pairs(count, seed)
+        for pair in draw_pairs(count, seed, questions)
     ]
 
 

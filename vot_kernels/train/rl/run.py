@@ -1,5 +1,6 @@
 """`vot train grpo-…` and `vot train preference`: the stages of reinforcement learning, in the frame of every stage."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,29 @@ def run_preference(
     eval_clips: int = 56,
     device: str = "cpu",
     dry_run: bool = False,
+    data: Path | None = None,
+    held_out: float = 0.1,
 ) -> str:
-    """Train a reward model from the language model of `checkpoint`, a video-language model; see `run_stage`."""
+    """Train a reward model from the language model of `checkpoint`, a video-language model; see `run_stage`.
+
+    `data` and `held_out` are as in `run_grpo`; of a user's own questions, too, the pairs are made by rules.
+    """
+    words, identity = [str(checkpoint)], {}
+    train = measure = None
+    if data is not None:
+        identity = data_identity(data, held_out)
+        train, measure = split_for_replies(data, held_out)
+        words += ["--data", str(data), "--held-out", str(held_out)]
 
     def load() -> tuple[Any, Any]:
         return build_reward_model(*load_vlm(checkpoint), settings.seed)
 
-    stage = VlmStage("preference", train_preference, preference_metrics, preference_work)
-    origin = Origin({"checkpoint": checkpoint}, [str(checkpoint)])
+    stage = VlmStage(
+        "preference",
+        partial(train_preference, questions=train, known=identity),
+        partial(preference_metrics, questions=measure),
+        partial(preference_work, questions=train),
+    )
+    origin = Origin({"checkpoint": checkpoint}, words, identity)
     notes = {"preferences": SOURCE, "rules": list(RULES)}
     return run_stage(stage, out, settings, origin, load, eval_clips, device, dry_run, notes)
