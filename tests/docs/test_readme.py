@@ -92,6 +92,9 @@ def _without_assignments(words: list[str]) -> list[str]:
 
 def problem(words: list[str]) -> str | None:
     """What is wrong with a command, or None."""
+    match words:
+        case ["timeout", seconds, *words] if seconds.isdigit():
+            return problem(words)
     program, *arguments = words
     if program.endswith(".sh"):
         found = os.access(ROOT / program, os.X_OK)
