@@ -1,5 +1,6 @@
 // Kernels on random problems, without torch, so that sanitizers see nothing else. Each op has a file of checks.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -59,6 +60,18 @@ inline void expect_close(const char* what, double found, double expected, double
   if (std::fabs(found - expected) <= tolerance) return;
   std::fprintf(stderr, "%s: %g, expected %g +- %g\n", what, found, expected, tolerance);
   std::exit(1);
+}
+
+// A sum in float64, and the same sum of absolute values, to which rounding errors are in proportion.
+struct Sum {
+  double value = 0, size = 0;
+  void add(double term) { add({term, std::fabs(term)}); }
+  void add(const Sum& part) { value += part.value, size += part.size; }
+};
+
+template <class T>
+void expect_sum(const char* what, double found, const Sum& expected) {
+  expect_close(what, found, expected.value, tolerance<T>(1 + expected.size));
 }
 
 // A check that the driver calls with many seeds: `static Registered check("dense_residual", dense_residual);`

@@ -32,7 +32,7 @@ struct Matrix {
   }
 };
 
-// One problem of aoe or moe: every kernel runs on it, and sums over single numbers judge the results.
+// One problem of aoe or moe, which every kernel runs on.
 struct Problem {
   int64_t tokens;
   int experts, top_k, dim, rank, hidden;
@@ -58,23 +58,27 @@ struct Problem {
   ExpertRows rows(const Numbers& numbers, int width) const { return {numbers.data(), width}; }
   ExpertRows caches() const { return cached ? rows(cache, rank) : ExpertRows{}; }
 
-  double gate(int expert, int64_t slot, int h) const {
-    double sum = 0;
-    if (cached)
-      for (int r = 0; r < rank; r++) sum += w_gate.at(expert, h, r) * cache[slot * rank + r];
-    else
-      for (int d = 0; d < dim; d++) sum += w_gate.at(expert, h, d) * x[slot / top_k * dim + d];
-    return sum;
+  // Of a slot that an expert has and a hidden unit: what the kernels compute on the way, for a weight of 1.
+  struct Unit {
+    double gate = 0, value = 0, d_hidden = 0;
+  };
+  std::vector<Unit> units(int expert, int64_t slot) const {
+    std::vector<Unit> result(hidden);
+    const float *row = x.data() + slot / top_k * dim, *gradient = d_y.data() + slot / top_k * dim;
+    for (int h = 0; h < hidden; h++) {
+      Unit& unit = result[h];
+      for (int d = 0; d < dim; d++) {
+        unit.value += w_value.at(expert, h, d) * row[d];
+        unit.d_hidden += w_out.at(expert, d, h) * gradient[d];
+        if (!cached) unit.gate += w_gate.at(expert, h, d) * row[d];
+      }
+      for (int r = 0; cached && r < rank; r++) unit.gate += w_gate.at(expert, h, r) * cache[slot * rank + r];
+    }
+    return result;
   }
-  double value(int expert, int64_t slot, int h) const {
-    double sum = 0;
-    for (int d = 0; d < dim; d++) sum += w_value.at(expert, h, d) * x[slot / top_k * dim + d];
-    return sum;
-  }
-  double d_hidden(int expert, int64_t slot, int h) const {
-    double sum = 0;
-    for (int d = 0; d < dim; d++) sum += w_out.at(expert, d, h) * d_y[slot / top_k * dim + d];
-    return sum;
+  // What a gate is computed from.
+  const float* gate_input(int64_t slot) const {
+    return cached ? cache.data() + slot * rank : x.data() + slot / top_k * dim;
   }
 };
 
@@ -97,75 +101,167 @@ void check_grouping(Problem& p, const Parallel& parallel) {
   }
 }
 
+// What the kernels write.
+struct Results {
+  Numbers rows, gate, value, y, d_x, d_cache, d_weights;
+  Matrix d_w_gate, d_w_value, d_w_out, d_w_down;
+
+  Results(Random& random, const Problem& p)
+      : rows(p.slots() * p.dim, NAN), gate(p.slots() * p.hidden, NAN), value(gate), y(p.tokens * p.dim, NAN), d_x(rows),
+        d_cache(p.slots() * p.rank, NAN), d_weights(p.slots(), NAN), d_w_gate(p.w_gate.in_rows()),
+        d_w_value(p.w_value.in_rows()), d_w_out(random, p.experts, p.hidden, p.dim), d_w_down(p.w_down.in_rows()) {}
+};
+
+void run(const Problem& p, Results& r, const Parallel& parallel) {
+  const int rank = p.cached ? p.rank : 0;
+  float* gate = p.cached ? nullptr : r.gate.data();
+  kernels.experts_forward({p.rows(p.x, p.dim), p.caches(), p.w_gate.in(), p.w_value.in(), p.w_out.in(), p.grouping(),
+                           p.dim, rank, p.hidden, r.rows.data(), gate, r.value.data()},
+                          parallel);
+  kernels.experts_combine({r.rows.data(), p.places.data(), p.weights.data(), p.tokens, p.top_k, p.dim, r.y.data()},
+                          parallel);
+  kernels.experts_backward({p.rows(p.d_y, p.dim), p.rows(p.x, p.dim), p.caches(), p.w_gate.in(), p.w_value.in(),
+                            p.w_out.in(), gate, r.value.data(), p.weights.data(), p.grouping(), p.dim, rank, p.hidden,
+                            r.d_x.data(), p.cached ? r.d_cache.data() : nullptr, r.d_weights.data(), r.d_w_gate.out(),
+                            r.d_w_value.out(), r.d_w_out.out()},
+                           parallel);
+}
+
+void check_slot(const Problem& p, const Results& r, int expert, int64_t slot, const std::vector<Problem::Unit>& units) {
+  std::vector<Sum> out(p.dim), d_x(p.dim), d_cache(p.rank);
+  Sum d_weight;
+  for (int h = 0; h < p.hidden; h++) {
+    const auto& [gate, value, d_hidden] = units[h];
+    const double d_value = p.weights[slot] * d_hidden * silu(gate);
+    const double d_gate = p.weights[slot] * d_hidden * value * silu_slope(gate);
+    d_weight.add(d_hidden * silu(gate) * value);
+    for (int d = 0; d < p.dim; d++) {
+      out[d].add(p.w_out.at(expert, d, h) * silu(gate) * value);
+      d_x[d].add(d_value * p.w_value.at(expert, h, d));
+      if (!p.cached) d_x[d].add(d_gate * p.w_gate.at(expert, h, d));
+    }
+    for (int i = 0; p.cached && i < p.rank; i++) d_cache[i].add(d_gate * p.w_gate.at(expert, h, i));
+  }
+  expect_sum<float>("d_weight", r.d_weights[slot], d_weight);
+  for (int d = 0; d < p.dim; d++) {
+    expect_sum<float>("out", r.rows[slot * p.dim + d], out[d]);
+    expect_sum<float>("d_x", r.d_x[slot * p.dim + d], d_x[d]);
+  }
+  for (int i = 0; p.cached && i < p.rank; i++) expect_sum<float>("d_cache", r.d_cache[slot * p.rank + i], d_cache[i]);
+}
+
+// Compares a matrix of an expert's gradient.
+void check_gradient(const char* what, const Matrix& found, int expert, const std::vector<Sum>& expected) {
+  for (int i = 0; i < found.rows; i++)
+    for (int j = 0; j < found.columns; j++)
+      expect_sum<float>(what, found.at(expert, i, j), expected[i * found.columns + j]);
+}
+
+// The gradients of an expert's matrices, and what one in sixteen of its slots has.
+void check_expert(const Problem& p, const Results& r, int expert) {
+  const int gate_inputs = p.w_gate.columns;
+  std::vector<Sum> d_w_gate(p.hidden * gate_inputs), d_w_value(p.hidden * p.dim), d_w_out(d_w_value);
+  int count = 0;
+  for (int64_t slot = 0; slot < p.slots(); slot++) {
+    if (p.indices[slot] != expert) continue;
+    const std::vector<Problem::Unit> units = p.units(expert, slot);
+    if (count++ % 16 == 0) check_slot(p, r, expert, slot, units);
+    const float *x = p.x.data() + slot / p.top_k * p.dim, *d_y = p.d_y.data() + slot / p.top_k * p.dim;
+    for (int h = 0; h < p.hidden; h++) {
+      const auto& [gate, value, d_hidden] = units[h];
+      const double weight = p.weights[slot], unit = weight * silu(gate) * value;
+      const double d_value = weight * d_hidden * silu(gate), d_gate = weight * d_hidden * value * silu_slope(gate);
+      for (int d = 0; d < p.dim; d++) d_w_value[h * p.dim + d].add(d_value * x[d]);
+      for (int d = 0; d < p.dim; d++) d_w_out[h * p.dim + d].add(unit * d_y[d]);
+      for (int i = 0; i < gate_inputs; i++) d_w_gate[h * gate_inputs + i].add(d_gate * p.gate_input(slot)[i]);
+    }
+  }
+  check_gradient("d_w_gate", r.d_w_gate, expert, d_w_gate);
+  check_gradient("d_w_value", r.d_w_value, expert, d_w_value);
+  check_gradient("d_w_out", r.d_w_out, expert, d_w_out);
+}
+
+void check_combine(const Problem& p, const Results& r) {
+  for (int64_t token = 0; token < p.tokens; token++)
+    for (int d = 0; d < p.dim; d++) {
+      Sum y;
+      for (int64_t slot = token * p.top_k; slot < (token + 1) * p.top_k; slot++)
+        if (p.indices[slot] >= 0) y.add(double(p.weights[slot]) * r.rows[slot * p.dim + d]);
+      expect_sum<float>("y", r.y[token * p.dim + d], y);
+    }
+}
+
+// The gradients through the caches, given those of the caches.
+void check_cache_backward(const Problem& p, Results& r, const Parallel& parallel) {
+  const Numbers before = r.d_x;
+  kernels.experts_cache_backward({p.rows(r.d_cache, p.rank), p.rows(p.x, p.dim), p.w_down.in(), p.grouping(), p.dim,
+                                  p.rank, r.d_x.data(), r.d_w_down.out()},
+                                 parallel);
+  std::vector<std::vector<Sum>> d_w_down(p.experts, std::vector<Sum>(p.rank * p.dim));
+  for (int64_t slot = 0; slot < p.slots(); slot++) {
+    const int expert = int(p.indices[slot]);
+    if (expert < 0) continue;
+    std::vector<Sum>& gradient = d_w_down[expert];
+    for (int d = 0; d < p.dim; d++) {
+      Sum d_x;
+      d_x.add(before[slot * p.dim + d]);
+      for (int i = 0; i < p.rank; i++) {
+        const double d_cache = r.d_cache[slot * p.rank + i];
+        d_x.add(d_cache * p.w_down.at(expert, i, d));
+        gradient[i * p.dim + d].add(d_cache * p.x[slot / p.top_k * p.dim + d]);
+      }
+      expect_sum<float>("d_x with the cache's", r.d_x[slot * p.dim + d], d_x);
+    }
+  }
+  for (int expert = 0; expert < p.experts; expert++)
+    check_gradient("d_w_down", r.d_w_down, expert, d_w_down[expert]);
+}
+
 void check(Random& random, const Parallel& parallel) {
   Problem p(random);
   check_grouping(p, parallel);
-  Numbers rows(p.slots() * p.dim, NAN), gate(p.slots() * p.hidden), value(p.slots() * p.hidden), y(p.tokens * p.dim);
-  kernels.experts_forward({p.rows(p.x, p.dim), p.caches(), p.w_gate.in(), p.w_value.in(), p.w_out.in(), p.grouping(),
-                           p.dim, p.cached ? p.rank : 0, p.hidden, rows.data(), p.cached ? nullptr : gate.data(), value.data()},
-                          parallel);
-  kernels.experts_combine({rows.data(), p.places.data(), p.weights.data(), p.tokens, p.top_k, p.dim, y.data()},
-                          parallel);
-
-  Numbers d_x(p.slots() * p.dim, NAN), d_cache(p.slots() * p.rank, NAN), d_weights(p.slots(), NAN);
-  Matrix d_w_gate = p.w_gate.in_rows(), d_w_value = p.w_value.in_rows(), d_w_down = p.w_down.in_rows();
-  Matrix d_w_out(random, p.experts, p.hidden, p.dim);
-  kernels.experts_backward(
-      {p.rows(p.d_y, p.dim), p.rows(p.x, p.dim), p.caches(), p.w_gate.in(), p.w_value.in(), p.w_out.in(),
-       p.cached ? nullptr : gate.data(), value.data(), p.weights.data(), p.grouping(), p.dim, p.cached ? p.rank : 0, p.hidden,
-       d_x.data(), p.cached ? d_cache.data() : nullptr, d_weights.data(), d_w_gate.out(), d_w_value.out(),
-       d_w_out.out()},
-      parallel);
-
-  const int expert = int(random.whole(0, p.experts - 1)), h = int(random.whole(0, p.hidden - 1));
-  const int d = int(random.whole(0, p.dim - 1));
-  double sum_value = 0, sum_out = 0;
-  for (int64_t slot = 0; slot < p.slots(); slot++) {
-    if (p.indices[slot] != expert) continue;
-    const double u = p.gate(expert, slot, h), v = p.value(expert, slot, h), weight = p.weights[slot];
-    const double d_hidden = weight * p.d_hidden(expert, slot, h);
-    sum_value += d_hidden * silu(u) * p.x[slot / p.top_k * p.dim + d];
-    sum_out += weight * silu(u) * v * p.d_y[slot / p.top_k * p.dim + d];
-  }
-  const double scale = 1e-4 * (1 + std::sqrt(double(p.slots())));
-  expect_close("d_w_value", d_w_value.at(expert, h, d), sum_value, scale);
-  expect_close("d_w_out", d_w_out.at(expert, h, d), sum_out, scale);
-
-  for (int64_t slot = 0; slot < p.slots(); slot += 7) {
-    const int chosen = int(p.indices[slot]);
-    if (chosen < 0) continue;
-    double out = 0, d_value = 0, d_weight = 0;
-    for (int i = 0; i < p.hidden; i++) {
-      const double u = p.gate(chosen, slot, i), v = p.value(chosen, slot, i), d_hidden = p.d_hidden(chosen, slot, i);
-      out += p.w_out.at(chosen, d, i) * silu(u) * v;
-      d_weight += d_hidden * silu(u) * v;
-      d_value += p.weights[slot] * d_hidden * silu(u) * p.w_value.at(chosen, i, d);
-      if (!p.cached) d_value += p.weights[slot] * d_hidden * v * silu_slope(u) * p.w_gate.at(chosen, i, d);
-    }
-    expect_close("out", rows[slot * p.dim + d], out, 1e-3);
-    expect_close("d_weight", d_weights[slot], d_weight, 1e-3);
-    expect_close("d_x", d_x[slot * p.dim + d], d_value, 1e-3);
-  }
-  if (!p.cached) return;
-  kernels.experts_cache_backward({p.rows(d_cache, p.rank), p.rows(p.x, p.dim), p.w_down.in(), p.grouping(), p.dim,
-                                  p.rank, d_x.data(), d_w_down.out()},
-                                 parallel);
+  Results results(random, p);
+  run(p, results, parallel);
+  check_combine(p, results);
+  for (int expert = 0; expert < p.experts; expert++) check_expert(p, results, expert);
+  if (p.cached) check_cache_backward(p, results, parallel);
 }
 
 void check_selection(Random& random, const Parallel& parallel) {
   Problem p(random);
   const int top_k = int(random.whole(1, p.experts));
-  Numbers norms(p.tokens * p.experts), weights(p.tokens * top_k), cache(p.tokens * top_k * p.rank);
-  std::vector<int64_t> chosen(p.tokens * top_k);
-  kernels.aoe_select({p.rows(p.x, p.dim), p.w_down.in(), nullptr, p.tokens, p.experts, top_k, p.dim, p.rank,
-                      random.chance(0.5), norms.data(), chosen.data(), weights.data(), cache.data()},
+  const bool biased = random.chance(0.5), softmax_first = random.chance(0.5);
+  const Numbers bias = random.normals<float>(p.experts);
+  Numbers norms(p.tokens * p.experts, NAN), weights(p.tokens * top_k, NAN), cache(p.tokens * top_k * p.rank, NAN);
+  std::vector<int64_t> chosen(p.tokens * top_k, -1);
+  kernels.aoe_select({p.rows(p.x, p.dim), p.w_down.in(), biased ? bias.data() : nullptr, p.tokens, p.experts, top_k,
+                      p.dim, p.rank, softmax_first, norms.data(), chosen.data(), weights.data(), cache.data()},
                      parallel);
-  for (int64_t slot = 0; slot < p.tokens * top_k; slot++) {
-    double square = 0;
-    for (int r = 0; r < p.rank; r++) square += double(cache[slot * p.rank + r]) * cache[slot * p.rank + r];
-    const double norm = norms[slot / top_k * p.experts + chosen[slot]];
-    expect_close("norm", norm, std::sqrt(square), 1e-4);
-    if (slot % top_k) expect_close("order of norms", norm <= norms[slot / top_k * p.experts + chosen[slot - 1]], 1, 0);
+  for (int64_t token = 0; token < p.tokens; token++) {
+    const float* own = norms.data() + token * p.experts;
+    const auto score = [&](int64_t expert) { return own[expert] + (biased ? bias[expert] : 0.f); };
+    std::vector<bool> is_chosen(p.experts);
+    double total = 0, least_chosen = INFINITY;
+    for (int64_t slot = token * top_k; slot < (token + 1) * top_k; slot++) {
+      expect_close("a choice", is_chosen[chosen[slot]], false, 0);
+      expect_close("order of scores", score(chosen[slot]) <= least_chosen, 1, 0);
+      is_chosen[chosen[slot]] = true, least_chosen = score(chosen[slot]);
+    }
+    for (int e = 0; e < p.experts; e++) {
+      double squares = 0, size = 0;
+      for (int r = 0; r < p.rank; r++) {
+        Sum sum;
+        for (int d = 0; d < p.dim; d++) sum.add(p.w_down.at(e, r, d) * p.x[token * p.dim + d]);
+        squares += sum.value * sum.value, size += sum.size;
+        for (int64_t slot = token * top_k; slot < (token + 1) * top_k; slot++)
+          if (chosen[slot] == e) expect_sum<float>("cache", cache[slot * p.rank + r], sum);
+      }
+      expect_close("norm", own[e], std::sqrt(squares), tolerance<float>(1 + size));
+      if (!is_chosen[e]) expect_close("a better choice", score(e) <= least_chosen, 1, 0);
+      if (softmax_first || is_chosen[e]) total += std::exp(double(own[e]));
+    }
+    for (int64_t slot = token * top_k; slot < (token + 1) * top_k; slot++)
+      expect_close("weight", weights[slot], std::exp(double(own[chosen[slot]])) / total, tolerance<float>(1));
   }
 }
 

@@ -17,7 +17,7 @@ struct Problem {
   std::vector<KeysTask> key_tasks;
   std::vector<SumTask> sum_tasks;
   std::vector<T> q, k, v, d_out, q_features, k_features;
-  std::vector<float> states, mirrored, beta;
+  std::vector<float> states, mirrored, beta, d_lse;
 
   int64_t tokens() const { return int64_t(low.size()); }
   int64_t slots() const { return 2; }
@@ -51,6 +51,7 @@ struct Problem {
     k = random.normals<T>(rows * kv_heads * head_dim), v = random.normals<T>(rows * kv_heads * head_dim);
     q_features = positive(random, rows * heads * width), k_features = positive(random, rows * kv_heads * width);
     states = far(random, true), mirrored = far(random, false), beta = random.normals<float>(heads);
+    d_lse = random.normals<float>(rows * heads);
     if (random.chance(0.3)) beta[0] = -INFINITY;
   }
 
@@ -116,6 +117,24 @@ struct Problem {
         sum += double(at(q_features, heads, width, row, head, f)) * state(states, row, head, f, column);
     return sum * std::exp(double(beta[size_t(head)]));
   }
+  // What the first step of the backward has written of a row's states; `delta` is d_out.out - d_lse.
+  void check_far_row(int64_t row, int head, double total, double delta, const std::vector<float>& far_weight,
+                     const std::vector<T>& dq_features, const std::vector<float>& d_beta) const {
+    const double weight = std::exp(double(beta[size_t(head)])) / total;
+    const size_t at_head = size_t(row * heads + head);
+    expect_close("far_weight", far_weight[at_head], weight, 1e-5 * (1 + weight));
+    Sum beta_sum;
+    for (int f = 0; f < width; f++) {
+      Sum sum;
+      for (int c = 0; c < head_dim; c++)
+        sum.add(weight * at(d_out, heads, head_dim, row, head, c) * state(states, row, head, f, c));
+      sum.add(-weight * delta * state(states, row, head, f, head_dim));
+      expect_sum<T>("dq_features", at(dq_features, heads, width, row, head, f), sum);
+      const double feature = at(q_features, heads, width, row, head, f);
+      beta_sum.value += feature * sum.value, beta_sum.size += feature * sum.size;
+    }
+    expect_sum<float>("d_beta", d_beta[at_head], beta_sum);
+  }
 };
 
 template <class T>
@@ -138,7 +157,7 @@ void check(Random& random, const Parallel& parallel) {
        p.row_tasks.data(), row_tasks, far, p.pairs(p.k_features, p.kv_heads), p.beta.data()},
       parallel);
   kernels.range_attention_rows_backward(
-      {d_out, p.rows(out, p.heads, d), lse.data(), nullptr, delta.data(), p.heads, p.kv_heads, d, p.row_tasks.data(),
+      {d_out, p.rows(out, p.heads, d), lse.data(), p.d_lse.data(), delta.data(), p.heads, p.kv_heads, d, p.row_tasks.data(),
        row_tasks, far, p.beta.data(), far_weight.data(), d_beta.data(), p.rows(dq_features, p.heads, p.width)},
       parallel);
   kernels.range_attention_keys_backward(
@@ -151,11 +170,12 @@ void check(Random& random, const Parallel& parallel) {
                                      p.sum_tasks.data(), int64_t(p.sum_tasks.size())},
                                     parallel);
 
-  std::vector<double> expected_dv(p.v.size(), 0), expected_dk(p.k_features.size(), 0);
+  std::vector<double> expected_dv(p.v.size(), 0), expected_d_features(p.k_features.size(), 0);
+  std::vector<Sum> expected_dk(p.k.size());
   for (int64_t j = 0; j < rows; j++)
     for (int h = 0; h < p.kv_heads; h++)
       for (int f = 0; f < p.width; f++) {
-        double& dk_feature = expected_dk[size_t((j * p.kv_heads + h) * p.width + f)];
+        double& dk_feature = expected_d_features[size_t((j * p.kv_heads + h) * p.width + f)];
         dk_feature = p.state_of_key(p.mirrored, j, h, f, d);
         for (int c = 0; c < d; c++) {
           const double state = p.state_of_key(p.mirrored, j, h, f, c);
@@ -177,10 +197,12 @@ void check(Random& random, const Parallel& parallel) {
         expect_close("out", to_float(out[(i * p.heads + h) * d + c]), expected[c] / total, tolerance<T>(20));
         product += double(to_float(out[(i * p.heads + h) * d + c])) * p.at(p.d_out, p.heads, d, i, h, c);
       }
+      product -= p.d_lse[size_t(i * p.heads + h)];
       expect_close("lse", lse[i * p.heads + h], std::log(total), 1e-4);
       expect_close("delta", delta[i * p.heads + h], product, 1e-4 * d);
+      if (p.has_far) p.check_far_row(i, h, total, product, far_weight, dq_features, d_beta);
       std::vector<double> d_features(size_t(p.width), 0);
-      double d_beta = 0;
+      double d_pair_beta = 0;
       for (int64_t j = p.reach_low[i]; j < p.reach_high[i]; j++) {
         double d_weight = -product;
         for (int c = 0; c < d; c++)
@@ -189,29 +211,33 @@ void check(Random& random, const Parallel& parallel) {
         for (int c = 0; c < d; c++)
           expected_dv[size_t((j * p.kv_heads + p.kv_head(h)) * d + c)] += share * p.at(p.d_out, p.heads, d, i, h, c);
         if (p.is_near(i, j)) {
-          for (int c = 0; c < d; c++)
-            gradient[c] += share * d_weight * p.scale * p.at(p.k, p.kv_heads, d, j, p.kv_head(h), c);
+          for (int c = 0; c < d; c++) {
+            const double d_score = share * d_weight * p.scale;
+            gradient[c] += d_score * p.at(p.k, p.kv_heads, d, j, p.kv_head(h), c);
+            expected_dk[size_t((j * p.kv_heads + p.kv_head(h)) * d + c)].add(d_score * p.at(p.q, p.heads, d, i, h, c));
+          }
           continue;
         }
         const double far_gradient = std::exp(double(p.beta[size_t(h)])) / total * d_weight;
-        d_beta += share * d_weight;
+        d_pair_beta += share * d_weight;
         for (int f = 0; f < p.width; f++) {
           d_features[f] += far_gradient * p.at(p.k_features, p.kv_heads, p.width, j, p.kv_head(h), f);
-          expected_dk[size_t((j * p.kv_heads + p.kv_head(h)) * p.width + f)] +=
+          expected_d_features[size_t((j * p.kv_heads + p.kv_head(h)) * p.width + f)] +=
               far_gradient * p.at(p.q_features, p.heads, p.width, i, h, f);
         }
       }
-      expect_close("d_beta", pair_d_beta[size_t(i * p.heads + h)], d_beta, tolerance<T>(20.0 * d));
+      expect_close("d_beta of pairs", pair_d_beta[size_t(i * p.heads + h)], d_pair_beta, tolerance<T>(20.0 * d));
       for (int f = 0; f < p.width; f++)
-        expect_close("dq_features", feature_sums[size_t((i * p.heads + h) * p.width + f)], d_features[f],
+        expect_close("dq_features of pairs", feature_sums[size_t((i * p.heads + h) * p.width + f)], d_features[f],
                      tolerance<T>(20.0 * d));
       for (int c = 0; c < d; c++)
         expect_close("dq", to_float(dq[(i * p.heads + h) * d + c]), gradient[c], tolerance<T>(20.0 * d));
     }
   for (size_t i = 0; i < expected_dv.size(); i++)
     expect_close("dv", to_float(dv[i]), expected_dv[i], tolerance<T>(20.0 * d));
-  for (size_t i = 0; p.has_far && i < expected_dk.size(); i++)
-    expect_close("dk_features", to_float(dk_features[i]), expected_dk[i], tolerance<T>(20.0 * d));
+  for (size_t i = 0; i < expected_dk.size(); i++) expect_sum<T>("dk", to_float(dk[i]), expected_dk[i]);
+  for (size_t i = 0; p.has_far && i < expected_d_features.size(); i++)
+    expect_close("dk_features", to_float(dk_features[i]), expected_d_features[i], tolerance<T>(20.0 * d));
 }
 
 Registered registered("range_attention", [](Random& random, const Parallel& parallel) {

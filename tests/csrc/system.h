@@ -1,4 +1,5 @@
 // What kernels and checks include of the system. The tests of sanitizers compile it once, ahead of all other files.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
