@@ -317,7 +317,8 @@ def move_by_roundings(x: Tensor, seed: int) -> Tensor:
 def _run_with_gradients(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], gradients: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    leaves = [None if x is None else x.detach().clone().requires_grad_(gradients) for x in inputs]
+    # Not copies, which would lie in memory without gaps.
+    leaves = [None if x is None else x.detach().requires_grad_(gradients) for x in inputs]
     outputs = list(function(*leaves))
     if not gradients:
         return outputs, []
