@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
+from tests.rounding import nearly_equal
 from tests.threads import differing
 from vot_kernels.ops.aoe import AoEAux, aoe, op, reference
 from vot_kernels.ops.aoe import torch as module
@@ -16,6 +19,8 @@ from vot_kernels.testing import (
     check_selection,
     make_experts,
     make_tensor,
+    spread,
+    uninitialized_is_nan,
 )
 
 WEIGHTINGS = ("topk_softmax", "softmax_topk")
@@ -101,6 +106,44 @@ def test_shapes(shape, aux, backend):
     top_k = shape.pop("top_k", 2)
     checked = outputs if aux else lambda y, _: (y,)
     check_parity(make_experts(**shape), top_k, outputs=checked, backend=backend)
+
+
+@cpp
+@given(
+    tokens=st.sampled_from([0, 1, 2, 17, 40, 70, 130]),
+    experts=st.integers(1, 6),
+    dim=st.integers(1, 50),
+    rank=st.integers(1, 20),
+    hidden=st.integers(1, 40),
+    weighting=st.sampled_from(WEIGHTINGS),
+    layout=st.sampled_from(["rows", "columns", "apart"]),
+    data=st.data(),
+)
+@settings(max_examples=30)
+def test_kernels_serve_any_shape(tokens, experts, dim, rank, hidden, weighting, layout, data):
+    inputs = make_experts(tokens, dim, experts, rank, hidden)
+    if layout == "columns":
+        inputs = [x.mT.contiguous().mT for x in inputs]
+    if layout == "apart":
+        inputs = [spread(x) for x in inputs]
+    top_k = data.draw(st.integers(1, experts))
+    bias = data.draw(st.sampled_from([None, make_tensor(experts, seed=9)]))
+    with uninitialized_is_nan():
+        check_parity(inputs, top_k, weighting, bias, backend="cpp")
+        check_parity(inputs, top_k, weighting, bias, outputs=lambda y, aux: (y,), backend="cpp")
+
+
+@cpp
+@given(tokens=st.integers(2, 140), value=st.sampled_from([torch.nan, torch.inf]), data=st.data())
+@settings(max_examples=20)
+def test_kernels_keep_nan_in_its_token(tokens, value, data):
+    inputs = make_experts(tokens)
+    clean = aoe(*inputs, 2, backend="cpp")
+    row = data.draw(st.integers(0, tokens - 1))
+    inputs[0][row] = value
+    found = aoe(*inputs, 2, backend="cpp")
+    others = torch.arange(tokens) != row
+    assert found[row].isnan().all() and nearly_equal(found[others], clean[others])
 
 
 @ON

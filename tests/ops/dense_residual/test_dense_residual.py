@@ -4,6 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp, interpreted
@@ -14,6 +16,7 @@ from vot_kernels.testing import (
     ToleranceError,
     check_against_reference,
     make_tensor,
+    spread,
     uninitialized_is_nan,
 )
 
@@ -61,6 +64,22 @@ def test_blocks_of_any_size(numbers, dtype, monkeypatch):
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 5, 7), (6,), (47, 521)])
 def test_shapes(on, shape):
     check_against_reference(on, oracle, make_inputs(3, shape))
+
+
+@cpp
+@given(
+    count=st.integers(1, 6),
+    shape=st.lists(st.sampled_from([0, 1, 2, 7, 15, 17, 33]), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    strided=st.booleans(),
+)
+@settings(max_examples=40)
+def test_kernels_serve_any_shape(count, shape, dtype, strided):
+    inputs = make_inputs(count, shape, dtype)
+    if strided:
+        inputs = [spread(x) for x in inputs]
+    with uninitialized_is_nan():
+        check_against_reference(partial(ours, backend="cpp"), oracle, inputs)
 
 
 def normed(weights, norm_weight, *states, backend="torch"):

@@ -686,6 +686,46 @@ def test_a_step_of_strided_half_precision_on_either_backend(dtype, feature_map):
 
 
 @cpp
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=1, max_size=6),
+    repeats=st.sampled_from([1, 2, 4]),
+    head_dim=st.integers(1, 80),
+    window=st.integers(0, 3),
+    name=st.sampled_from(["softmax", "elu", "relu"]),
+    dtype=st.sampled_from(DTYPES[:3]),
+    width=st.sampled_from([None, 1, 5, 16, 19]),
+)
+@settings(max_examples=40)
+def test_kernels_serve_any_stream(lengths, repeats, head_dim, window, name, dtype, width):
+    """Views of one product; what lies between their heads is NaN. Features are given if they have a `width`."""
+    tokens, bounds = sum(lengths), [0, *itertools.accumulate(lengths)]
+    layout = PackedLayout.from_cu_seqlens([0, tokens], bounds)
+    qkv = make_tensor(tokens, 3, 4, head_dim, dtype=dtype)
+    unread = [h for h in range(4) if h % repeats]
+    qkv[:, 1:, unread] = torch.nan
+    inputs = [qkv[:, 0], qkv[:, 1, ::repeats], qkv[:, 2, ::repeats]]
+    if width is not None:
+        inputs += [make_tensor(tokens, x.shape[1], width, seed=7, dtype=dtype).abs() for x in inputs[:2]]
+    options = {"window": window, "beta": BETA, "feature_map": name}
+
+    def run(*inputs):
+        state, outputs = None, []
+        for begin, end in itertools.pairwise(bounds):
+            q, k, v, *features = (x[begin:end] for x in inputs)
+            named = dict(zip(("q_features", "k_features"), features, strict=False))
+            out, state = hybrid_attention_step(q, k, v, state, backend="cpp", **options, **named)
+            outputs.append(out)
+        return [torch.cat(outputs)]
+
+    def oracle(q, k, v, *features):
+        named = dict(zip(("q_features", "k_features"), features, strict=False))
+        return reference.hybrid_attention(q, k, v, layout, causal="group", **options, **named)[:1]
+
+    with uninitialized_is_nan():
+        check_against_reference(run, oracle, inputs, roundings=16, gradients=False)
+
+
+@cpp
 def test_a_step_has_the_same_bits_with_any_number_of_threads():
     groups = [make_qkv(70, 4, 64, seed=i) for i in range(4)]
 

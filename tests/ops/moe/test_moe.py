@@ -4,13 +4,22 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp
 from tests.threads import differing
 from vot_kernels.ops.moe import moe, op
 from vot_kernels.ops.moe.reference import moe as reference
-from vot_kernels.testing import ToleranceError, check_against_reference, make_moe
+from vot_kernels.testing import (
+    ToleranceError,
+    check_against_reference,
+    make_moe,
+    make_tensor,
+    spread,
+    uninitialized_is_nan,
+)
 
 
 def check(inputs, run=moe):
@@ -76,6 +85,30 @@ def test_few_places_and_many(turned):
         a, b = (t.mT.contiguous().mT for t in (a, b))
     idx = torch.repeat_interleave(torch.arange(len(counts)), counts)[torch.randperm(len(x))]
     check((x, a, b, idx[:, None], w), partial(moe, backend="cpp"))
+
+
+@cpp
+@given(
+    tokens=st.sampled_from([0, 1, 2, 17, 40, 70, 130]),
+    experts=st.integers(1, 5),
+    dim=st.integers(1, 50),
+    hidden=st.integers(1, 40),
+    data=st.data(),
+)
+@settings(max_examples=30)
+def test_kernels_serve_any_choices(tokens, experts, dim, hidden, data):
+    """Of experts that may be none or all the same. Tokens that no expert takes are NaN."""
+    top_k = data.draw(st.integers(0, experts))
+    x, a, b, _, w = make_moe(tokens, dim, experts, hidden, top_k)
+    low, high = data.draw(st.sampled_from([(0, experts), (0, 1), (-1, experts), (-2 * experts, experts + 1)]))
+    idx = make_tensor(tokens, top_k, seed=9).erf().add(1).mul((high - low) / 2).add(low).floor()
+    idx = idx.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    x[((idx < 0) | (idx >= experts)).all(1)] = torch.nan
+    if data.draw(st.booleans()):
+        x, a, b, idx, w = (spread(t) for t in (x, a.mT, b.mT, idx, w))
+        a, b = a.mT, b.mT
+    with uninitialized_is_nan():
+        check((x, a, b, idx, w), partial(moe, backend="cpp"))
 
 
 @cpp

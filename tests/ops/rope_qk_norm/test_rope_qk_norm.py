@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp, interpreted
@@ -9,7 +11,14 @@ from tests.threads import differing
 from vot_kernels.ops.parts import row_blocks
 from vot_kernels.ops.rope_qk_norm import default_sections, op, rope_qk_norm
 from vot_kernels.packing import PackedLayout
-from vot_kernels.testing import ToleranceError, check_against_reference, make_tensor, with_slack
+from vot_kernels.testing import (
+    ToleranceError,
+    check_against_reference,
+    make_tensor,
+    poison_segment,
+    uninitialized_is_nan,
+    with_slack,
+)
 
 # Every backend that computes: the kernels run on Triton's interpreter.
 BACKENDS = (*COMPUTING, pytest.param("triton", marks=interpreted))
@@ -56,6 +65,32 @@ def test_sections(backend, head_dim, sections):
     check_against_reference(
         runner(backend, **options), runner("reference", **options), make_inputs(head_dim=head_dim)
     )
+
+
+@cpp
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 17, 40]), min_size=1, max_size=4),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 2)),
+    pairs=st.integers(1, 45),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    norm=st.booleans(),
+)
+@settings(max_examples=40)
+def test_kernels_serve_any_packing(lengths, heads, pairs, dtype, norm):
+    """Views of one product, with NaN in the slack; in the rows of a segment, it reaches no other."""
+    layout = PackedLayout.from_lengths(lengths)
+    weights = make_inputs(0, 2 * pairs, dtype, norm)[2:]
+    product = with_slack(make_tensor(layout.num_tokens, sum(heads) + 1, 2 * pairs, dtype=dtype), 2)
+
+    def views(x):
+        return x[:, : heads[0]], x[:, heads[0] : -1]
+
+    run = runner("cpp", layout.positions)
+    with uninitialized_is_nan():
+        check_against_reference(run, runner("reference", layout.positions), [*views(product), *weights])
+    poisoned = run(*views(poison_segment(product, layout, 0)), *weights)
+    for a, b in zip(poisoned, run(*views(product), *weights), strict=True):
+        assert torch.equal(a[lengths[0] :], b[lengths[0] :])
 
 
 @pytest.mark.parametrize("norm", [True, False])

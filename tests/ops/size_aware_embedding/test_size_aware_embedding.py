@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.marks import COMPUTING, cpp, interpreted
@@ -15,6 +17,8 @@ from vot_kernels.testing import (
     check_against_reference,
     make_tensor,
     poison_segment,
+    spread,
+    uninitialized_is_nan,
     with_slack,
 )
 
@@ -56,6 +60,28 @@ def test_packings(backend, name):
     check_against_reference(
         runner(backend, layout), runner("reference", layout), make_inputs(layout.num_tokens, dim=37)
     )
+
+
+@cpp
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 70]), max_size=5),
+    dim=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    strided=st.booleans(),
+    infinite=st.integers(0, 4),
+)
+@settings(max_examples=40)
+def test_kernels_serve_any_packing(lengths, dim, dtype, strided, infinite):
+    """With NaN in the slack, and perhaps infinity in one segment."""
+    layout = PackedLayout.from_lengths(lengths)
+    x, *weights = make_inputs(layout.num_tokens, dim, dtype=dtype)
+    if infinite < len(lengths):
+        x = poison_segment(x, layout, infinite, torch.inf)
+    inputs = [with_slack(x, 3), *weights]
+    if strided:
+        inputs = [spread(x) for x in inputs]
+    with uninitialized_is_nan():
+        check_against_reference(runner("cpp", layout), runner("reference", layout), inputs)
 
 
 @pytest.fixture(params=["segment by segment", "all at once"])
