@@ -109,6 +109,7 @@ SMALL = [
     (SizeAwareEmbedding(((1, 2, 2), (1, 1, 1)), width=3, hidden=2, octaves=1), "both", 4, 390, 240),
     # 3 x 2 x 4 values, read and written.
     (PackPatches(((2, 4),), patch_size=2), "forward", 4, 0, 192),
+    (PackPatches(((2, 4),), patch_size=2), "backward", 4, 0, 192),
     (PackPatches(((2, 4),), patch_size=2), "both", 4, 0, 384),
     # 24 bytes read and 24 numbers written; a division, a subtraction and a division each.
     (NormalisePatches(((2, 4),), patch_size=2), "forward", 2, 72, 72),

@@ -74,14 +74,14 @@ def accepted(providers, problems) -> list:
     ("provider", "problem"), accepted(fused_providers.PROVIDERS, [*FUSED.values(), NORMALISED])
 )
 def test_fused_provider_agrees_with_the_oracle(provider, problem):
-    verify(provider, problem, torch.float32, CPU, gradients=not isinstance(problem, PackPatches))
+    verify(provider, problem, torch.float32, CPU, gradients=not isinstance(problem, NormalisePatches))
 
 
 @pytest.mark.parametrize("problem", [*FUSED.values(), NORMALISED], ids=[*FUSED, "normalised patches"])
 @pytest.mark.parametrize("name", ["vot-kernels torch", "fast PyTorch", "plain PyTorch"])
 def test_fused_provider_agrees_in_bfloat16(name, problem):
     provider = next(p for p in fused_providers.PROVIDERS if p.name == name)
-    verify(provider, problem, torch.bfloat16, CPU, gradients=not isinstance(problem, PackPatches))
+    verify(provider, problem, torch.bfloat16, CPU, gradients=not isinstance(problem, NormalisePatches))
 
 
 @pytest.mark.parametrize("problem", LARGE.values(), ids=LARGE)
