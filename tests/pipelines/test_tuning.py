@@ -1,5 +1,8 @@
 """`vot tune` with an artificial clock, on the interpreter and without running a kernel."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from vot_kernels import dense_residual, tuning
 from vot_kernels.cli import main
 from vot_kernels.ops import launch
 from vot_kernels.ops.launch import is_recording
-from vot_kernels.pipelines.tuning import Call, Tuner, calls, describe
+from vot_kernels.pipelines.tuning import Call, Tuner, calls, compile_in_parallel, describe
 from vot_kernels.tuning import lookup
 
 pytest.importorskip("triton")
@@ -70,6 +73,21 @@ def test_every_candidate_is_compiled_first():
     blocks = [(one.kernel.__name__, one.arguments["BLOCK"]) for one in Search().compiled]
     for name in ("_weighted_sum_kernel", "_weighted_sum_bwd_kernel"):
         assert {block for kernel, block in blocks if kernel == name} == {512, 1024, 2048}
+
+
+def test_compiling_takes_the_options_of_the_launch():
+    """A kernel with a bound of its registers is another one than without."""
+    entry = {"blocks": {"BLOCK": 512}, "num_warps": 4, "num_stages": 2, "default": True, "max_registers": 96}
+    with tuning.using(ARCH, {"dense_residual": {"fwd": [entry]}}), launch.record_launches(ARCH) as launches:
+        run(64, torch.device("cpu"))
+    bounded, other = launches
+    warmed = []
+    for one in launches:
+        kernel = SimpleNamespace(warmup=lambda **options: warmed.append(options))
+        compile_in_parallel([replace(one, kernel=kernel)], 60.0)
+    assert [options.get("maxnreg") for options in warmed] == [96, None]
+    for one, options in zip((bounded, other), warmed, strict=True):
+        assert options == {"grid": one.grid, **one.arguments, **one.config.launch_options()}
 
 
 def test_candidates_that_differ_or_fail_are_left_out():
@@ -134,6 +152,8 @@ def test_candidates_are_told_apart_in_words():
     request = lookup("dense_residual", "fwd", ARCH, **KEY).request
     names = [describe(entry) for entry in tuning.candidates(request)]
     assert names[1] == "wide BLOCK=2048 num_warps=4 num_stages=1" and len(set(names)) == 3
+    entry = tuning.candidates(request)[0]
+    assert describe(entry | {"max_registers": 96}) == f"{describe(entry)} max_registers=96"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

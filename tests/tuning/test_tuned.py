@@ -64,6 +64,7 @@ def test_what_is_written_is_used_before_the_shipped_configs(path):
         ('{"x": {"sum": [{"blocks": {}}]}}', "does not hold tables"),
         (json.dumps({"x": {"sum": [ENTRY | {"blocks": {"BLOCK": "64"}}]}}), "does not hold tables"),
         (json.dumps({"x": {"sum": [ENTRY | {"num_warps": None}]}}), "does not hold tables"),
+        (json.dumps({"x": {"sum": [ENTRY | {"max_registers": "96"}]}}), "does not hold tables"),
         (json.dumps({"x": {"sum": [ENTRY | {"when": {"bits": [16]}}]}}), "does not hold tables"),
     ],
 )

@@ -207,9 +207,9 @@ def _common(one: int | list[int], other: int | list[int]) -> int | list[int]:
 
 def describe(entry: Entry) -> str:
     """Return the launch parameters of an entry in words."""
-    blocks = {**entry["blocks"], "num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
+    others = {name: entry[name] for name in ("num_warps", "num_stages", "max_registers") if name in entry}
     words = [entry["variant"]] if "variant" in entry else []
-    return " ".join([*words, *(f"{name}={value}" for name, value in blocks.items())])
+    return " ".join([*words, *(f"{name}={value}" for name, value in (entry["blocks"] | others).items())])
 
 
 def _compare(found: Mapping[int, list[Tensor]], expected: Mapping[int, list[Tensor]]) -> None:
@@ -226,9 +226,9 @@ def compile_in_parallel(launches: Sequence[Launch], seconds: float) -> None:
     end = time.monotonic() + seconds
 
     def compile_one(launch: Launch) -> None:
-        options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
         if time.monotonic() < end:
             with suppress(Exception):
+                options = launch.config.compiler_options()
                 launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
 
     with ThreadPoolExecutor() as pool:
