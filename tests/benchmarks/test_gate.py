@@ -381,6 +381,37 @@ def test_script_gives_no_figure_for_a_red_op(tmp_path):
         assert "logs/softmax.log" in logs.getnames()
 
 
+def test_a_script_that_is_killed_leaves_what_is_finished(tmp_path):
+    """A rehearsal on the CPU, killed with everything it started while its second suite runs."""
+    path = write_gate(tmp_path / "gate.json", **dict.fromkeys(OPS, "passed"))
+    out, logs = tmp_path / "out", tmp_path / "out" / "logs"
+    settings = {"PYTHON": sys.executable, "DEVICE": "cpu", "GATE": str(path), "SUITES": "softmax,linear"}
+    arguments = ["--quick", "--workload", "2k", "--direction", "forward", "--rounds", "1"]
+    arguments += ["--provider", "vot-kernels torch"]
+    run = subprocess.Popen(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(out), "600", *arguments],
+        env=os.environ | settings | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (out / "cpu.json").exists() or not (logs / "linear.log").exists():
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        assert run.poll() is None
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert run.returncode == -signal.SIGKILL and not (out / "report.md").exists()
+    recorded = json.loads((out / "cpu.json").read_text())
+    assert {b["extra_info"]["op"] for b in recorded["benchmarks"]} == {"packed_attention"}
+    assert all(b["stats"]["median"] > 0 for b in recorded["benchmarks"])
+    assert {o["suite"] for o in recorded["vot_kernels"]["outcomes"]} == {"softmax"}
+    assert read_gate(out / "gpu-tests.json")("packed_attention") is None
+    assert (out / "environment.txt").stat().st_size and (logs / "softmax.log").stat().st_size
+
+
 def test_peers_are_pinned_and_fit():
     lines = (ROOT / "benchmarks" / "peers.txt").read_text().splitlines()
     wheels = [line for line in lines if line and not line.startswith("#")]
