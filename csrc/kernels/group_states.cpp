@@ -47,12 +47,16 @@ void sum_rows(const GroupStates& problem, int64_t begin, int64_t end, Heads keys
     load_features(problem.dtype, problem.map, problem.features, at, rows, heads, problem.width, features, problem.scale,
                   problem.weights, problem.heads);
     load_values(problem.dtype, problem.values, at, rows, heads, problem.head_dim, values);
+    Fetch<2> fetch;
+    const int64_t next = at + rows, next_end = least(next + BLOCK_ROWS, end);
+    fetch_rows(problem.dtype, problem.features, next, next_end, heads, problem.width, fetch);
+    fetch_rows(problem.dtype, problem.values, next, next_end, heads, problem.head_dim, fetch);
     for (int h = 0; h < heads.count; h++) {
       const float* own = features + h * BLOCK_ROWS * width;
       const Right right{values + h * BLOCK_ROWS * head_dim, head_dim};
       const Old old = at == begin && h % repeats == 0 ? Old::CLEAR : Old::KEEP;
       const Result state{states + h / repeats * size, row};
-      multiply(problem.width, int(head_dim), Left{own, 1, width}, right, rows, state, old);
+      multiply(problem.width, int(head_dim), Left{own, 1, width}, right, rows, state, old, nullptr, fetch);
       add_features(problem, own, at, rows, heads.first + h, totals + h / repeats * width);
     }
   }

@@ -5,6 +5,7 @@
 // the numbers is known here alone, so that the kernels are compiled once for all types.
 #pragma once
 #include "feature_map.h"
+#include "tile.h"
 
 namespace vot {
 namespace VOT_ISA {
@@ -67,6 +68,18 @@ VOT_NOINLINE inline void load_values(Dtype dtype, const Rows& from, int64_t begi
     for (int r = 0; r < rows; r++)
       for (int h = 0; h < heads.count; h++)
         copy_row(from.at<decltype(zero)>(begin + r, heads.first + h), width, to + (h * BLOCK_ROWS + r) * padded);
+  });
+}
+
+// Adds the rows of the block that comes next to what is fetched; not where the heads of a row lie apart.
+template <int AT_ONCE>
+void fetch_rows(Dtype dtype, const Rows& from, int64_t begin, int64_t end, Heads heads, int width,
+                Fetch<AT_ONCE>& fetch) {
+  if (from.head_stride != width && heads.count > 1) return;
+  with_type(dtype, [&](auto zero) {
+    const auto* first = from.at<decltype(zero)>(begin, heads.first);
+    const int size = int(sizeof(zero));
+    fetch.add(first, from.token_stride * size, int(end - begin), heads.count * width * size);
   });
 }
 

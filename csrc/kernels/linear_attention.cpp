@@ -95,9 +95,9 @@ struct Memory {
 
 // state += features^T . values and total += features^T . last, of rows [rows][padded]; `last` is 1 if null.
 void add_to_state(const Shape& shape, int rows, const float* features, const float* values, const float* last, float* state,
-                  float* total, Old old) {
+                  float* total, Old old, Fetch<1>& fetch) {
   multiply(shape.width, int(shape.padded), Left{features, 1, shape.padded}, Right{values, shape.padded}, rows,
-           Result{state, shape.row}, old);
+           Result{state, shape.row}, old, nullptr, fetch);
   for (int64_t c = 0; c < shape.padded; c += LANES) {
     Vec sums = {};
     for (int r = 0; r < rows; r++) sums += load(features + r * shape.padded + c) * (last ? last[r] : 1);
@@ -148,8 +148,10 @@ struct Beyond {
     transpose(shape.width, shape.width, state(head).data, shape.row, to, shape.turned);
   }
   // Adds rows, as `add_to_state` does, to the state that is carried. Whoever reads it transposed turns it afterwards.
-  void add(int head, int rows, const float* features, const float* values, const float* last, Old old) const {
-    add_to_state(shape, rows, features, values, last, running + head * shape.size, totals + head * shape.padded, old);
+  void add(int head, int rows, const float* features, const float* values, const float* last, Old old,
+           Fetch<1>& fetch) const {
+    float *state = running + head * shape.size, *total = totals + head * shape.padded;
+    add_to_state(shape, rows, features, values, last, state, total, old, fetch);
   }
 };
 
@@ -243,6 +245,18 @@ struct Task {
   int64_t block_numbers() const { return BLOCK_ROWS * shape.padded; }
   int rows(int64_t at) const { return int(least<int64_t>(BLOCK_ROWS, tile.end - at)); }
   float* head(float* blocks, int head) const { return blocks + head * block_numbers(); }
+  // The rows of the block from `next` on, if it lies in the tile, are fetched.
+  void fetch_queries(int64_t next, const Rows& rows, Fetch<1>& fetch) const { fetch_block(next, rows, queries, fetch); }
+  void fetch_keys(int64_t next, const Rows& rows, Fetch<1>& fetch) const { fetch_block(next, rows, keys, fetch); }
+  void fetch_own(int64_t next, Fetch<1>& fetch) const {
+    if (!own) return;
+    fetch_keys(next, inputs.k, fetch);
+    fetch_keys(next, inputs.v, fetch);
+  }
+  void fetch_block(int64_t next, const Rows& rows, Heads heads, Fetch<1>& fetch) const {
+    if (next < tile.begin) return;
+    fetch_rows(inputs.dtype, rows, next, least<int64_t>(next + BLOCK_ROWS, tile.end), heads, shape.width, fetch);
+  }
 };
 
 // Whether the rows of `heads` heads in all, a gradient or the output, are written past the cache.
@@ -267,13 +281,16 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
       load_features(in.dtype, in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
       load_values(in.dtype, in.v, at, rows, task.keys, shape.width, v);
     }
+    Fetch<1> fetch;
+    task.fetch_queries(at + rows, in.q, fetch);
+    task.fetch_own(at + rows, fetch);
     for (int h = 0; h < heads; h++) {
       const int key = h / task.repeats;
       const float *own_q = task.head(q, h), *own_k = task.head(k, key);
       float* own_out = task.head(out, h);
       if (beyond.any)
         multiply(rows, int(shape.padded), Left{own_q, shape.padded, 1}, beyond.state(key), shape.width,
-                 Result{own_out, shape.padded});
+                 Result{own_out, shape.padded}, Old::CLEAR, nullptr, fetch);
       if (task.own) {
         if (h % task.repeats == 0) transpose(rows, shape.width, own_k, shape.padded, turned, BLOCK_ROWS);
         const Own own{rows, task.seen, turned, nullptr, Right{task.head(v, key), shape.padded}};
@@ -289,7 +306,7 @@ void forward_tile(const LinearAttentionForward& problem, const Task& task) {
                  past_cache(in, in.heads));
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++)
-      beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
+      beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR, fetch);
     beyond.any = true;
   }
   finish_streams();
@@ -317,13 +334,17 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
       load_features(in.dtype, in.map, in.k, at, rows, task.keys, shape.width, k, SCALE);
       load_values(in.dtype, in.v, at, rows, task.keys, shape.width, v);
     }
+    Fetch<1> fetch;
+    task.fetch_queries(at + rows, in.q, fetch);
+    task.fetch_queries(at + rows, problem.d_out, fetch);
+    task.fetch_own(at + rows, fetch);
     for (int h = 0; h < heads; h++) {
       const int key = h / task.repeats;
       const float *own_d_out = task.head(d_out, h), *own_k = task.head(k, key);
       float *own_q = task.head(q, h), *own_dq = task.head(dq, h);
       if (beyond.any)
         multiply(rows, int(shape.padded), Left{own_d_out, shape.padded, 1}, beyond.turned_state(key), shape.width,
-                 Result{own_dq, shape.padded});
+                 Result{own_dq, shape.padded}, Old::CLEAR, nullptr, fetch);
       if (task.own) {
         if (h % task.repeats == 0) transpose(rows, shape.width, task.head(v, key), shape.padded, turned, BLOCK_ROWS);
         const Own own{rows, task.seen, turned, nullptr, Right{own_k, shape.padded}};
@@ -344,12 +365,13 @@ void queries_backward(const LinearAttentionBackward& problem, const Task& task, 
       for_normalisers(shape, rows, beyond.total(key), task.own ? own_k : nullptr, task.seen, finish);
       if (task.slot)
         add_to_state(shape, rows, own_q, own_d_out, own_last, parts + task.state + key * shape.size,
-                     totals + key * shape.padded, at == task.tile.begin && h % task.repeats == 0 ? Old::CLEAR : Old::KEEP);
+                     totals + key * shape.padded, at == task.tile.begin && h % task.repeats == 0 ? Old::CLEAR : Old::KEEP,
+                     fetch);
     }
     store_values(in.dtype, dq, at, rows, task.queries, shape.width, problem.dq, nullptr, past_cache(in, in.heads));
     if (!in.causal || at + rows == task.tile.end) continue;
     for (int h = 0; h < keys; h++) {
-      beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR);
+      beyond.add(h, rows, task.head(k, h), task.head(v, h), nullptr, beyond.any ? Old::KEEP : Old::CLEAR, fetch);
       beyond.turn(h);
     }
     beyond.any = true;
@@ -386,14 +408,22 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
         for (int r = 0; r < BLOCK_ROWS; r++)
           lasts[h * BLOCK_ROWS + r] = r < rows ? last[(at + r) * in.heads + task.queries.first + h] : 0;
     }
+    Fetch<1> fetch;
+    const int64_t next = at - BLOCK_ROWS;
+    task.fetch_keys(next, in.k, fetch);
+    task.fetch_keys(next, in.v, fetch);
+    if (task.own) {
+      task.fetch_queries(next, in.q, fetch);
+      task.fetch_queries(next, problem.d_out, fetch);
+    }
     for (int key = 0; key < keys; key++) {
       const float *own_k = task.head(k, key), *own_v = task.head(v, key);
       float *own_dk = task.head(dk, key), *own_dv = task.head(dv, key);
       if (beyond.any) {
         multiply(rows, int(shape.padded), Left{own_k, shape.padded, 1}, beyond.state(key), shape.width,
-                 Result{own_dv, shape.padded});
+                 Result{own_dv, shape.padded}, Old::CLEAR, nullptr, fetch);
         multiply(rows, int(shape.padded), Left{own_v, shape.padded, 1}, beyond.turned_state(key), shape.width,
-                 Result{own_dk, shape.padded});
+                 Result{own_dk, shape.padded}, Old::CLEAR, nullptr, fetch);
         for (int r = 0; r < rows; r++)
           for (int64_t c = 0; c < shape.padded; c += LANES)
             store(own_dk + r * shape.padded + c, load(own_dk + r * shape.padded + c) + load(beyond.total(key) + c));
@@ -418,7 +448,7 @@ void keys_backward(const LinearAttentionBackward& problem, const Task& task, con
     if (!in.causal || at == task.tile.begin) continue;
     for (int h = 0; h < heads; h++) {
       const Old old = beyond.any || h % task.repeats ? Old::KEEP : Old::CLEAR;
-      beyond.add(h / task.repeats, rows, task.head(q, h), task.head(d_out, h), lasts + h * BLOCK_ROWS, old);
+      beyond.add(h / task.repeats, rows, task.head(q, h), task.head(d_out, h), lasts + h * BLOCK_ROWS, old, fetch);
       if (h % task.repeats == task.repeats - 1) beyond.turn(h / task.repeats);
     }
     beyond.any = true;

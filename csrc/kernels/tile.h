@@ -47,12 +47,63 @@ struct Pairs {
 };
 #endif
 
+// A product may bring memory that is worked on next into the cache: then it is read while the product is computed. Each
+// tile of registers asks for AT_ONCE rows of it, a piece with every step, because a processor that has asked for many
+// lines at a time waits for them.
+template <int AT_ONCE>
+struct FetchOfTile {
+  const char* at[AT_ONCE];
+  ptrdiff_t step[AT_ONCE];
+  VOT_INLINE void operator()() {
+#pragma GCC unroll 4
+    for (int i = 0; i < AT_ONCE; i++) {
+      __builtin_prefetch(at[i], 0, 2);
+      at[i] += step[i];
+    }
+  }
+};
+template <int AT_ONCE>
+class Fetch {
+ public:
+  // `rows` rows of `bytes` bytes, `stride` bytes apart. Of four blocks at most; the last one comes first.
+  void add(const void* first, ptrdiff_t stride, int rows, int bytes) {
+    if (rows > 0) blocks_[count_++] = {static_cast<const char*>(first), stride, rows, bytes};
+  }
+  // What a tile of `depth` steps asks for; once no row is left, for what is `cached`.
+  FetchOfTile<AT_ONCE> next_tile(int depth, const void* cached) {
+    FetchOfTile<AT_ONCE> tile;
+    for (int i = 0; i < AT_ONCE; i++) {
+      tile.at[i] = static_cast<const char*>(cached), tile.step[i] = 0;
+      if (!count_) continue;
+      Block& block = blocks_[count_ - 1];
+      tile.at[i] = block.first, tile.step[i] = (block.bytes + depth - 1) / depth;
+      block.first += block.stride;
+      if (!--block.rows) count_--;
+    }
+    return tile;
+  }
+
+ private:
+  struct Block {
+    const char* first;
+    ptrdiff_t stride;
+    int rows, bytes;
+  };
+  Block blocks_[4];
+  int count_ = 0;
+};
+struct FetchNothing {
+  VOT_INLINE FetchNothing next_tile(int, const void*) const { return {}; }
+  VOT_INLINE void operator()() const {}
+};
+
 // sums[R][C vectors] += A[R x depth] . B[depth x C vectors]
-template <class Elements, int R, int C>
-VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
+template <class Elements, int R, int C, class FetchNext>
+VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C], FetchNext fetch_next) {
   const float *left = a.data, *right = b.data;
 #pragma GCC unroll 1
   for (int k = 0; k < depth; k++) {
+    fetch_next();
     Vec columns[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; c++) columns[c] = load(right + c * LANES);
@@ -74,10 +125,10 @@ VOT_INLINE void multiply_add(Left a, Right b, int depth, Vec (&sums)[R][C]) {
 }
 
 // Inlined and unrolled, so that neither sums nor arguments pass through memory.
-template <class Elements, int R, int C>
-VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales) {
+template <class Elements, int R, int C, class Fetching>
+VOT_INLINE void multiply_tile(Left a, Right b, int depth, Result out, Old old, const float* scales, Fetching& fetch) {
   Vec sums[R][C] = {};
-  multiply_add<Elements, R, C>(a, b, depth, sums);
+  multiply_add<Elements, R, C>(a, b, depth, sums, fetch.next_tile(depth, a.data));
   const auto each = [&](const auto& visit) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -96,11 +147,13 @@ struct Number {
 };
 
 // All rows of a strip of C vectors.
-template <class Elements, int C>
-VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales) {
+template <class Elements, int C, class Fetching>
+VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result out, Old old, const float* scales,
+                                 Fetching& fetch) {
   const auto tile = [&](auto height, int r) {
     const Result below = {out.data + r * out.row, out.row};
-    multiply_tile<Elements, decltype(height)::value, C>(a.below(r), b, depth, below, old, scales + (old == Old::SCALE ? r : 0));
+    const float* own_scales = scales + (old == Old::SCALE ? r : 0);
+    multiply_tile<Elements, decltype(height)::value, C>(a.below(r), b, depth, below, old, own_scales, fetch);
   };
   constexpr int R = tile_rows(C);
   int r = 0;
@@ -116,24 +169,31 @@ VOT_NOINLINE void multiply_strip(int rows, Left a, Right b, int depth, Result ou
 
 // out[rows x columns] = A[rows x depth] . B[depth x columns], added to the old numbers as `old` says, which SCALE
 // multiplies by a number per row. `columns` is a multiple of LANES: pad B and out.
-template <class Elements = Floats>
-void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old = Old::CLEAR,
-                     const float* scales = nullptr) {
+template <class Elements = Floats, class Fetching>
+void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old, const float* scales,
+              Fetching& fetch) {
   const auto strip = [&](auto multiply, int c) {
-    multiply(rows, a, Right{b.data + c, b.row}, depth, Result{out.data + c, out.row}, old, scales);
+    multiply(rows, a, Right{b.data + c, b.row}, depth, Result{out.data + c, out.row}, old, scales, fetch);
   };
   const int vectors = columns / LANES, strips = (vectors + TILE_VECTORS - 1) / TILE_VECTORS;
   for (int i = 0, c = 0; i < strips; i++) {  // of about equal width
     const int width = (vectors - c / LANES + strips - i - 1) / (strips - i);
     switch (width) {
-      case 5: strip(multiply_strip<Elements, least(5, TILE_VECTORS)>, c); break;
-      case 4: strip(multiply_strip<Elements, least(4, TILE_VECTORS)>, c); break;
-      case 3: strip(multiply_strip<Elements, 3>, c); break;
-      case 2: strip(multiply_strip<Elements, 2>, c); break;
-      default: strip(multiply_strip<Elements, 1>, c);
+      case 5: strip(multiply_strip<Elements, least(5, TILE_VECTORS), Fetching>, c); break;
+      case 4: strip(multiply_strip<Elements, least(4, TILE_VECTORS), Fetching>, c); break;
+      case 3: strip(multiply_strip<Elements, 3, Fetching>, c); break;
+      case 2: strip(multiply_strip<Elements, 2, Fetching>, c); break;
+      default: strip(multiply_strip<Elements, 1, Fetching>, c);
     }
     c += width * LANES;
   }
+}
+
+template <class Elements = Floats>
+void multiply(int rows, int columns, Left a, Right b, int depth, Result out, Old old = Old::CLEAR,
+              const float* scales = nullptr) {
+  FetchNothing nothing;
+  multiply<Elements>(rows, columns, a, b, depth, out, old, scales, nothing);
 }
 
 #if VOT_VECTOR_BYTES == 32

@@ -77,6 +77,7 @@ def _valid() -> dict[str, dict[str, Any]]:
             "beta": None,
             "feature_map": "softmax",
             "scale": None,
+            "backend": "auto",
         },
         "aoe": {**experts, "weighting": "topk_softmax", "bias": None, "return_aux": True, "backend": "auto"},
         "moe": {

@@ -137,6 +137,41 @@ def hybrid_attention(draw: Draw) -> Call:
     return Call("hybrid_attention", tensors, run, exact, shown, layout.num_tokens, (0, 1, 2, 4, 5))
 
 
+def hybrid_attention_step(draw: Draw) -> Call:
+    """A stream of groups, whose outputs are those of one segment."""
+    groups, dtype = [draw.whole(1, 20) for _ in range(draw.whole(1, 5))], draw.pick(DTYPES)
+    layout = PackedLayout.from_cu_seqlens([0, sum(groups)], np.cumsum([0, *groups]).tolist())
+    tensors = draw.qkv(layout.num_tokens, layout.num_tokens, dtype)
+    options = {"window": draw.whole(0, 3), "feature_map": draw.pick(["softmax", "elu", "relu"])}
+    options["scale"] = draw.pick([None, None, 0.3, -0.5, 0.0])
+    heads, kv_heads = tensors[0].shape[1], tensors[1].shape[1]
+    tensors.append(draw.tensor(heads, dtype=torch.float32) if draw.chance(0.6) else None)
+    width = draw.pick([1, 4, 16])
+    given = draw.chance(0.2)
+    for count in (heads, kv_heads):
+        tensors.append(draw.tensor(layout.num_tokens, count, width, dtype=dtype).abs() if given else None)
+
+    def run(x: Sequence[Tensor | None], backend: str) -> list[Tensor]:
+        given = [None if t is None else t.detach() for t in x]  # steps are for inference
+        parts = [(None,) * len(groups) if t is None else t.split(groups) for t in (*given[:3], *given[4:])]
+        outputs, state = [], None
+        for q, k, v, q_features, k_features in zip(*parts, strict=True):
+            features = {"q_features": q_features, "k_features": k_features}
+            out, state = vot_kernels.hybrid_attention_step(
+                q, k, v, state, beta=given[3], **features, **options, backend=backend
+            )
+            outputs.append(out)
+        return [torch.cat(outputs)]
+
+    def exact(x: Sequence[Tensor | None]) -> list[Tensor]:
+        x = [None if t is None else t.detach() for t in x]
+        features = {"q_features": x[4], "k_features": x[5]}
+        return [hybrid_reference(*x[:3], layout, causal="group", beta=x[3], **features, **options)[0]]
+
+    shown = {**options, "groups": groups}
+    return Call("hybrid_attention_step", tensors, run, exact, shown, None, (0, 1, 2, 4, 5))
+
+
 def packed_attention(draw: Draw) -> Call:
     layout, dtype = draw.layout(), draw.pick(DTYPES)
     tensors = draw.qkv(layout.num_tokens, layout.num_tokens, dtype)
@@ -369,6 +404,7 @@ MAKERS: dict[str, Callable[[Draw], Call]] = {
     maker.__name__: maker
     for maker in (
         hybrid_attention,
+        hybrid_attention_step,
         packed_attention,
         linear_attention,
         flash_attn_varlen_func,
