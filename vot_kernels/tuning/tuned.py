@@ -110,7 +110,12 @@ def _is_entry(entry: Any) -> bool:
     blocks, when = entry.get("blocks"), entry.get("when", {})
     if not isinstance(blocks, dict) or not isinstance(when, dict):
         return False
-    numbers = [*blocks.values(), entry.get("num_warps"), entry.get("num_stages"), entry.get("max_registers", 0)]
+    numbers = [
+        *blocks.values(),
+        entry.get("num_warps"),
+        entry.get("num_stages"),
+        entry.get("max_registers", 0),
+    ]
     return all(isinstance(number, int) and number >= 0 for number in numbers) and all(
         map(_is_range, when.values())
     )
