@@ -183,27 +183,34 @@ def perception_table() -> str:
 
 
 def question_table() -> str:
-    """Return the accuracy on held-out questions, from `vot eval digitworld`; our VLM was asked in a run of its own."""
+    """Return the accuracy on held-out questions, from `vot eval digitworld`: of three runs.
+
+    Our VLM was asked in a run of its own; those who do not watch, in one of more questions.
+    """
     result = _read(RESULTS / "digitworld-questions.json")
     reader = _read(RESULTS / "digitworld-splits.json")["test"]
     same = ("videos", "seed", "checkpoint", "frames", "codec")
     if any(result["settings"][name] != reader["settings"][name] for name in same):
         raise ValueError("digitworld-questions.json and digitworld-splits.json are of other questions.")
     systems = reader["accuracy"] | result["accuracy"]
-    result["accuracy"] = {name: systems[name] for name in (*_OWN_ORDER, *result["accuracy"])}
+    blind = _read(RESULTS / "digitworld-blind.json")
+    result["accuracy"] = {name: systems[name] for name in _SEEING} | {
+        name: found for name, found in blind["accuracy"].items() if name not in _SEEING
+    }
     settings, fixed, broke = result["settings"], *(result["verification"][key] for key in ("fixed", "broke"))
     seconds = result["seconds_per_question"]
     note = (
         f"`vot eval digitworld --videos {settings['videos']} --out results.json`: as many held-out videos, one "
         f"question each, {settings['llm']}, per cent right. Verification fixed {fixed} answers and broke {broke}. "
-        f"{_calibration_note(result)}Our VLM is digitworld-reader (`--vlm digitworld-reader --only vlm`). Seconds a "
+        f"{_calibration_note(result)}Our VLM is digitworld-reader (`--vlm digitworld-reader --only vlm`). The "
+        f"blind rows are of {blind['settings']['videos']:,} questions (`--only blind --only rules`). Seconds a "
         f"question on two cores that had other work too: {seconds['vot']:.1f} "
         f"with VoT, {seconds['direct']:.1f} direct."
     )
     return _accuracy_table(result) + f"\n{note}\n"
 
 
-_OWN_ORDER = ("vot", "vot_unverified", "direct", "vlm_verified", "vlm", "vlm_truth")
+_SEEING = ("vot", "vot_unverified", "direct", "vlm_verified", "vlm", "vlm_truth", "rules", "rules_truth")
 
 
 def splits_table() -> str:

@@ -1,6 +1,7 @@
 """The figures in the README and the docs are those of the committed results."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def test_scores_of_questions_follow_from_their_rows():
         for system in ("vlm", "vlm_verified", "rules"):
             right = [row["answers"][system] == row["question"]["answer"] for row in rows]
             assert sum(right) / len(right) == pytest.approx(accuracy[system]["all"]), (name, system)
+
+
+def test_no_blind_baseline_is_far_off_chance():
+    """All but shuffled frames, which are enough to count hits, within the noise of so many questions."""
+    result = read("digitworld-blind.json")
+    rows = read_json_lines(RESULTS / "digitworld-blind.rows.jsonl")[1:]
+    assert len(rows) == result["settings"]["videos"]
+    kinds = Counter(row["question"]["kind"] for row in rows)
+    right = Counter(
+        row["question"]["kind"] for row in rows if row["answers"]["rules"] == row["question"]["answer"]
+    )
+    for kind, count in kinds.items():
+        assert right[kind] / count == pytest.approx(result["accuracy"]["rules"][kind])
+        chance = 0.2 if kind == "count" else 0.5
+        for name in ("majority", "question_only", "single_frame", "shuffled_frames"):
+            if (name, kind) != ("shuffled_frames", "count"):
+                deviation = abs(result["accuracy"][name][kind] - chance)
+                assert deviation <= 2.5 * (chance * (1 - chance) / count) ** 0.5, (name, kind)
 
 
 def read(name):
