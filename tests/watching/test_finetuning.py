@@ -1,6 +1,7 @@
 """Adapters of a model of transformers, trained on a user's own questions: a whole run, resuming, what is refused."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from vot_kernels import cli
 from vot_kernels.data.digitworld import generate_episode
 from vot_kernels.data.video import save_mp4
+from vot_kernels.models.checkpoint import BUNDLED_READER
 from vot_kernels.reasoning import LanguageModelError
 from vot_kernels.train.sft.replies import reply_to
 
@@ -27,7 +29,8 @@ from vot_kernels.pipelines.finetuning import (  # noqa: E402
 from vot_kernels.train.rewards.reading import text_of  # noqa: E402
 from vot_kernels.train.rl import grpo  # noqa: E402
 from vot_kernels.train.rl.grpo import own_questions, train_grpo  # noqa: E402
-from vot_kernels.train.rl.settings import GrpoReasoning  # noqa: E402
+from vot_kernels.train.rl.run import run_preference  # noqa: E402
+from vot_kernels.train.rl.settings import GrpoPreference, GrpoReasoning, PreferenceTraining  # noqa: E402
 from vot_kernels.watching.loading import load_video_language_model  # noqa: E402
 
 SHORT = Finetuning(text="lora", steps=2, batch_size=2, warmup=1, learning_rate=1e-3)
@@ -166,6 +169,24 @@ def test_adapters_are_reinforced_on_own_questions(folder_of, file, tmp_path, fam
     assert changed and all("visual" not in name and "vision" not in name for name in changed)
 
 
+def test_a_reward_model_serves_a_guest(folder_of, file, tmp_path):
+    """It is made of our own model, and the adapters that its score trains are those of another."""
+    run_preference(
+        tmp_path / "liked", BUNDLED_READER, PreferenceTraining(steps=1, batch_size=1), 1, data=file
+    )
+    liked = tmp_path / "liked" / "model"
+    only = {"accuracy_weight": 0.0, "grounding_weight": 0.0, "temporal_weight": 0.0, "preference_weight": 1.0}
+    settings = GrpoPreference(text="lora", steps=1, batch_size=1, generations=2, max_reply_tokens=3, **only)
+    out, model = tmp_path / "run", folder_of("qwen2_5_vl")
+    table = run_reinforcement("grpo-preference", out, model, file, settings, eval_clips=2, reward_model=liked)
+    assert re.search(r"^weights .*preference", table, re.MULTILINE), table
+    record = json.loads((out / "model" / "training.json").read_text())
+    assert f"--reward-model {liked}" in record["command"] and 0 < record["metrics"]["after"]["preference"] < 1
+    assert record["reward_model_fingerprint"]
+    first, trained = (load_video_language_model(f).model.state_dict() for f in (model, out / "model"))
+    assert any(not torch.equal(first[name], trained[name]) for name in first)
+
+
 def varied(completions, **_):
     """Rewards that differ between random replies."""
     return [len(set(text_of(c))) / 4 for c in completions]
@@ -208,3 +229,12 @@ def test_the_command_reinforces_a_guest(folder_of, file, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         cli.main()
     assert "models of our own alone" in capsys.readouterr().err
+
+
+def test_a_reward_model_is_made_of_our_own_models_alone(folder_of, file, tmp_path, capsys, monkeypatch):
+    words = ["train", "preference", str(folder_of("qwen2_5_vl")), "--data", str(file)]
+    monkeypatch.setattr(sys, "argv", ["vot", *words, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "takes a folder of vot train sft alone" in capsys.readouterr().err.replace("\n", " ")

@@ -366,15 +366,15 @@ def _reinforce(
 ) -> None:
     require(f"vot train {stage}", "video", "llm", "train", "rl")
     if data is not None and _is_foreign(run.checkpoint):
-        if reward_model is not None or stage == "preference":
+        if stage == "preference":
             raise ValueError(
-                f"vot train {stage} takes models of our own alone; of a model of transformers, adapters are trained "
-                "by sft, grpo-perception and grpo-reasoning."
+                "vot train preference takes a folder of vot train sft alone; the reward model that it makes reads "
+                "text, and grpo-preference takes it beside any model."
             )
         _check_foreign(f"vot train {stage}", run.checkpoint, run.out, run.device, run.dry_run)
         from vot_kernels.pipelines.finetuning import run_reinforcement
 
-        options = held_out, run.eval_clips, run.device
+        options = held_out, run.eval_clips, run.device, reward_model
         print(run_reinforcement(stage, run.out, run.checkpoint, data, run.settings, *options))
         return
     _check(run.checkpoint, run.out, run.device)

@@ -26,6 +26,7 @@ from vot_kernels.train.report import (
 )
 from vot_kernels.train.rl.grpo import Guest, grpo_metrics, own_questions, train_grpo
 from vot_kernels.train.rl.own_questions import split_for_replies
+from vot_kernels.train.rl.preferences import load_preference_reward
 from vot_kernels.train.rl.settings import GrpoTraining
 from vot_kernels.train.rl.trainer import EachStep, Resumable, Run, arguments, train
 from vot_kernels.train.sft.questions import asked_of, data_identity, frames_of, scores, seconds_of, shuffled
@@ -281,8 +282,11 @@ def run_reinforcement(
     held_out: float = 0.1,
     eval_clips: int = 56,
     device: str = "cpu",
+    reward_model: Path | None = None,
 ) -> str:
     """Train adapters of the model in `folder` by a stage of GRPO; see `run_finetuning`.
+
+    `reward_model` is the folder of a reward model, for the stage that has one: it reads text, so it serves any model.
 
     Raises:
         ValueError: the settings are not those of adapters, or as in `run_finetuning`.
@@ -292,20 +296,22 @@ def run_reinforcement(
         raise ValueError("Of a model of transformers adapters alone are trained: pass --text lora.")
     known = data_identity(data, held_out)
     train_on, measure_on = split_for_replies(data, held_out)
+    words, preference = [str(folder)], None
+    if reward_model is not None:
+        preference = load_preference_reward(reward_model, device)
+        known["reward_model_fingerprint"] = preference.fingerprint
+        words += ["--reward-model", str(reward_model)]
 
     def prepare(model: Any, processor: Any) -> _Steps:
         guest = Guest(_greedy_replies, sorted(visual_tokens(model, processor)))
         asked = own_questions(data, held_out, settings, MAX_PIXELS)
+        same: dict[str, Any] = {"preference": preference, "data": asked, "guest": guest}
         return _Steps(
-            lambda adapted, **options: train_grpo(
-                out, adapted, processor, settings, data=asked, guest=guest, **options
-            ),
-            lambda model, clips: grpo_metrics(
-                model, processor, clips, settings=settings, data=asked, guest=guest
-            ),
+            lambda adapted, **options: train_grpo(out, adapted, processor, settings, **same, **options),
+            lambda model, clips: grpo_metrics(model, processor, clips, settings=settings, **same),
         )
 
-    words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
+    words += ["--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips)]
     command = command_line(f"vot train {name}", settings, *words)
     table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device)
     return f"{len(train_on):,} questions to train on, {len(measure_on):,} held out.\n{table}"

@@ -19,7 +19,7 @@ from vot_kernels.data.digitworld.traces import ask, evidence, evidence_text, rea
 from vot_kernels.data.questions.file import QuestionFile
 from vot_kernels.data.questions.question import VideoQuestion
 from vot_kernels.extras import imports_for
-from vot_kernels.models.checkpoint import check_reward_model
+from vot_kernels.models.checkpoint import check_reward_model, on_device
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
 from vot_kernels.scene_graph.graph import STSG, Tracklet
 from vot_kernels.scene_graph.text import outside_blocks
@@ -260,6 +260,12 @@ class PreferenceReward:
         """Return the logistic function of the scores."""
         pairs = zip(asked, map(text_of, completions), strict=True)
         return torch.sigmoid(score(self.model, self.tokenizer, list(pairs))).tolist()
+
+
+def load_preference_reward(folder: Path, device: str) -> PreferenceReward:
+    """Return the reward of the reward model in a folder; errors as in `load_reward_model`."""
+    model, tokenizer = load_reward_model(folder)
+    return PreferenceReward(on_device(model, device), tokenizer)
 
 
 @torch.no_grad()

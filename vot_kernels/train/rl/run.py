@@ -4,16 +4,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vot_kernels.models.checkpoint import on_device
 from vot_kernels.train.estimate import Work
 from vot_kernels.train.rl.grpo import Data, grpo_metrics, grpo_work, own_questions, train_grpo
 from vot_kernels.train.rl.own_questions import split_for_replies
 from vot_kernels.train.rl.preferences import (
     RULES,
     SOURCE,
-    PreferenceReward,
     build_reward_model,
-    load_reward_model,
+    load_preference_reward,
     preference_metrics,
     preference_work,
     train_preference,
@@ -46,8 +44,7 @@ def run_grpo(
     preference = None
     folders, words = {"checkpoint": checkpoint}, [str(checkpoint)]
     if reward_model is not None:
-        scorer, tokenizer = load_reward_model(reward_model)
-        preference = PreferenceReward(on_device(scorer, device), tokenizer)
+        preference = load_preference_reward(reward_model, device)
         folders["reward_model"] = reward_model
         words += ["--reward-model", str(reward_model)]
     identity: dict[str, Any] = {}
