@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_what_is_refused(folder_of, file, tmp_path, monkeypatch, capsys):
 
     assert "adapters alone are trained: pass --text lora." in run()
     assert "such as --learning-rate 2e-4." in run("--text", "lora")
-    assert "--dry-run measures models of our own alone." in run("--text", "lora", "--dry-run")
+    assert "--learning-rate 2e-4." in run("--text", "lora", "--dry-run")
     assert not list(tmp_path.iterdir())
 
 
@@ -225,10 +226,23 @@ def test_the_command_reinforces_a_guest(folder_of, file, tmp_path, capsys, monke
     assert ended.value.code == 0
     assert "table" in capsys.readouterr().out
     assert seen[0][:2] == ("grpo-perception", tmp_path / "run") and seen[0][4].text == "lora"
-    monkeypatch.setattr(sys, "argv", ["vot", *words, "--dry-run"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "models of our own alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo-reasoning"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm2"])
+def test_a_dry_run_tells_what_a_run_takes(folder_of, file, tmp_path, family, stage):
+    out, folder = tmp_path / "run", folder_of(family)
+    if stage == "sft":
+        told = run_finetuning(out, folder, file, replace(SHORT, accumulation=2), dry_run=True)
+    else:
+        told = run_reinforcement(stage, out, folder, file, REINFORCED, dry_run=True)
+    adapted = add_adapters(load_video_language_model(folder).model, 0)
+    learnt = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in adapted.parameters())
+    assert f"parameters  {learnt:,} trained (lora) of {whole:,}" in told
+    assert re.search(r"^operations  0\.\d*[1-9]\d* GFLOP", told, re.MULTILINE) and "s a step" in told
+    assert ("up to 3 tokens of each reply" in told) == (stage != "sft")
+    assert not out.exists()
 
 
 def test_a_reward_model_is_made_of_our_own_models_alone(folder_of, file, tmp_path, capsys, monkeypatch):

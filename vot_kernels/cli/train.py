@@ -371,10 +371,10 @@ def _reinforce(
                 "vot train preference takes a folder of vot train sft alone; the reward model that it makes reads "
                 "text, and grpo-preference takes it beside any model."
             )
-        _check_foreign(f"vot train {stage}", run.checkpoint, run.out, run.device, run.dry_run)
+        _check_foreign(f"vot train {stage}", run.checkpoint, run.out, run.device)
         from vot_kernels.pipelines.finetuning import run_reinforcement
 
-        options = held_out, run.eval_clips, run.device, reward_model
+        options = held_out, run.eval_clips, run.device, reward_model, run.dry_run
         print(run_reinforcement(stage, run.out, run.checkpoint, data, run.settings, *options))
         return
     _check(run.checkpoint, run.out, run.device)
@@ -407,19 +407,17 @@ def _finetune(
     device: str,
     dry_run: bool,
 ) -> None:
-    _check_foreign("vot train sft", folder, out, device, dry_run)
+    _check_foreign("vot train sft", folder, out, device)
     from vot_kernels.pipelines.finetuning import Finetuning, run_finetuning
 
     own = Finetuning(**asdict(settings))
-    print(run_finetuning(out, folder, data, own, held_out, eval_clips, device))
+    print(run_finetuning(out, folder, data, own, held_out, eval_clips, device, dry_run))
 
 
-def _check_foreign(command: str, folder: Path, out: Path, device: str, dry_run: bool) -> None:
+def _check_foreign(command: str, folder: Path, out: Path, device: str) -> None:
     """Check what a run on a model of transformers needs before anything is loaded."""
     from vot_kernels.pipelines.sampling import check_device
 
-    if dry_run:
-        raise ValueError("--dry-run measures models of our own alone.")
     _check_alone(f"{command} on a model that is not our own")
     check_device(device)
     _check_run(out, folder)

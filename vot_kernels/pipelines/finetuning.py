@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vot_kernels.data.questions.file import QuestionFile, split_questions
 from vot_kernels.data.video import VideoClip
@@ -14,7 +14,9 @@ from vot_kernels.extras import imports_for
 from vot_kernels.reasoning.llm import render_chat
 from vot_kernels.train.checkpoint import fingerprint, publish_folder
 from vot_kernels.train.config import identity
+from vot_kernels.train.estimate import Work, estimate
 from vot_kernels.train.loop import Measure, Report, no_report
+from vot_kernels.train.optimization import in_precision
 from vot_kernels.train.report import (
     check_eval_clips,
     command_line,
@@ -24,7 +26,7 @@ from vot_kernels.train.report import (
     reporting,
     write_record,
 )
-from vot_kernels.train.rl.grpo import Guest, grpo_metrics, own_questions, train_grpo
+from vot_kernels.train.rl.grpo import Guest, grpo_metrics, grpo_work, own_questions, train_grpo
 from vot_kernels.train.rl.own_questions import split_for_replies
 from vot_kernels.train.rl.preferences import load_preference_reward
 from vot_kernels.train.rl.settings import GrpoTraining
@@ -183,6 +185,21 @@ def finetune(
     return train(trainer, run, each)
 
 
+def sft_work(model: Any, processor: Any, settings: Finetuning, questions: QuestionFile) -> Work:
+    """Return what a step of `finetune` computes."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    rows = Rows(questions, settings.part_size, settings.seed).dataset()
+    collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    batch = collate([rows[index] for index in range(settings.part_size)]).to(model.device)
+
+    def loss() -> Tensor:
+        with in_precision(model, settings.precision):
+            return model(**batch, use_cache=False).loss
+
+    return Work(loss, settings.accumulation)
+
+
 @torch.no_grad()
 def held_out_metrics(model: Any, processor: Any, questions: QuestionFile, clips: int) -> dict[str, float]:
     """Return the nats per token of true replies, and how good greedy ones are, as `question_metrics` does."""
@@ -209,14 +226,25 @@ def held_out_metrics(model: Any, processor: Any, questions: QuestionFile, clips:
 
 
 def _greedy(model: Any, processor: Any, row: dict[str, Any], tokens: int | None = None) -> str:
-    name = model.config.name_or_path
-    text = render_chat(processor, row["prompt"], name, add_generation_prompt=True)
-    images = {"images": [row["images"]]} if row["images"] else {}
-    inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **images).to(
-        model.device, model.dtype
-    )
+    inputs = _read(model, processor, [row["prompt"]], [row["images"]])
     new = model.generate(**inputs, max_new_tokens=tokens or MAX_NEW_TOKENS, do_sample=False)
     return processor.tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _read(model: Any, processor: Any, prompts: Sequence[Any], images: Sequence[Sequence[Any]]) -> Any:
+    """Return the inputs of prompts, padded on the left, on the device of the model."""
+    name = model.config.name_or_path
+    texts = [render_chat(processor, prompt, name, add_generation_prompt=True) for prompt in prompts]
+    options: dict[str, Any] = {"images": [list(some) for some in images]} if any(images) else {}
+    if len(texts) > 1:
+        options |= {"padding": True, "padding_side": "left"}
+    inputs = processor(text=texts, return_tensors="pt", add_special_tokens=False, **options)
+    return inputs.to(model.device, model.dtype)
+
+
+def _inputs_of(model: Any, processor: Any, prompts: Sequence[Any]) -> Any:
+    """Return the inputs of prompts whose images are in the message."""
+    return _read(model, processor, prompts, [images_in(prompt) for prompt in prompts])
 
 
 @torch.no_grad()
@@ -241,6 +269,7 @@ def run_finetuning(
     held_out: float = 0.1,
     eval_clips: int = 56,
     device: str = "cpu",
+    dry_run: bool = False,
 ) -> str:
     """Train adapters of the model in `folder`, or resume, and write `out/model`; return held-out metrics as a table.
 
@@ -251,6 +280,7 @@ def run_finetuning(
         held_out: share of the videos to measure with, where the file has no splits.
         eval_clips: held-out questions in the metrics.
         device: where the model is trained.
+        dry_run: write nothing, and return what a run would take.
 
     Raises:
         ValueError: the model takes no images, the data cannot be used, or a checkpoint in `out` is of another run.
@@ -265,11 +295,12 @@ def run_finetuning(
                 out, adapted, processor, settings, train_on, known=known, **options
             ),
             lambda model, clips: held_out_metrics(model, processor, measure_on, clips),
+            lambda adapted: sft_work(adapted, processor, settings, train_on),
         )
 
     words = (str(folder), "--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips))
     command = command_line("vot train sft", settings, *words)
-    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device)
+    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device, dry_run)
     return f"{len(train_on):,} questions to train on, {len(measure_on):,} held out.\n{table}"
 
 
@@ -283,6 +314,7 @@ def run_reinforcement(
     eval_clips: int = 56,
     device: str = "cpu",
     reward_model: Path | None = None,
+    dry_run: bool = False,
 ) -> str:
     """Train adapters of the model in `folder` by a stage of GRPO; see `run_finetuning`.
 
@@ -309,19 +341,24 @@ def run_reinforcement(
         return _Steps(
             lambda adapted, **options: train_grpo(out, adapted, processor, settings, **same, **options),
             lambda model, clips: grpo_metrics(model, processor, clips, settings=settings, **same),
+            lambda adapted: grpo_work(adapted, processor, settings, data=asked, inputs_of=_inputs_of),
         )
 
     words += ["--data", str(data), "--held-out", str(held_out), "--eval-clips", str(eval_clips)]
     command = command_line(f"vot train {name}", settings, *words)
-    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device)
+    table = _run_adapters(out, folder, settings, known, command, prepare, eval_clips, device, dry_run)
     return f"{len(train_on):,} questions to train on, {len(measure_on):,} held out.\n{table}"
 
 
 class _Steps(NamedTuple):
-    """How a run trains the model with adapters, and how it measures one; see `finetune` and `held_out_metrics`."""
+    """How a run trains the model with adapters, how it measures one, and what a step computes.
+
+    See `finetune`, `held_out_metrics` and `sft_work`.
+    """
 
     train: Callable[..., Any]
     measure: Callable[[Any, int], dict[str, float]]
+    work: Callable[[Any], Work]
 
 
 def _run_adapters(
@@ -333,8 +370,12 @@ def _run_adapters(
     prepare: Callable[[Any, Any], _Steps],
     eval_clips: int,
     device: str,
+    dry_run: bool,
 ) -> str:
-    """Train, or resume, write `out/model` with the adapters merged, and return held-out metrics as a table."""
+    """Train, or resume, write `out/model` with the adapters merged, and return held-out metrics as a table.
+
+    With dry_run write nothing, and return what a run would take.
+    """
     check_eval_clips(eval_clips)
     with imports_for("Training a model of transformers", "rl"):
         import peft  # noqa: F401
@@ -345,9 +386,13 @@ def _run_adapters(
         raise ValueError(f"The frames are shown as images, but the processor of '{folder}' takes none.")
     same = {"settings": identity(settings), **known, "checkpoint_fingerprint": fingerprint(model)}
     same["eval_clips"] = eval_clips
+    steps = prepare(model, processor)
+    if dry_run:
+        adapted = add_adapters(model, settings.seed)
+        learnt = [p for p in adapted.parameters() if p.requires_grad]
+        return estimate(adapted, learnt, "lora", settings.steps, steps.work(adapted))
     if record := finished(out / "model", same):
         return format_metrics(record["metrics"], "weights")
-    steps = prepare(model, processor)
     metrics = {"before": steps.measure(model, eval_clips)}
     adapted = add_adapters(model, settings.seed)
     with reporting(out, settings.steps) as report:

@@ -27,6 +27,7 @@ from vot_kernels.train.vlm.answers import prompt_inputs
 
 Reward = Callable[..., list[float | None]]
 _BATCH = 8
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # 0 of text
 
 
 @dataclass(frozen=True)
@@ -219,21 +220,34 @@ def grpo_metrics(
 
 
 def grpo_work(
-    model: Any, processor: VotProcessor, settings: GrpoTraining, *, data: Data | None = None
+    model: Any,
+    processor: Any,
+    settings: GrpoTraining,
+    *,
+    data: Data | None = None,
+    inputs_of: Callable[[Any, Any, Sequence[Any]], Mapping[str, Tensor]] | None = None,
 ) -> Work:
-    """Return what a step computes: replies to draw, and a pass over them of the greatest length."""
+    """Return what a step computes: replies to draw, and a pass over them of the greatest length.
+
+    `inputs_of(model, processor, prompts)` returns the inputs of a model of transformers.
+    """
+    read = inputs_of or (lambda _, processor, prompts: prompt_inputs(processor, prompts))
     data = data or digitworld(settings, processor)
     rows = data.rows("train", settings.batch_size, settings.seed)
     asked = [row["prompt"] for row in rows.rows(0, len(rows)) for _ in range(settings.generations)]
-    part = prompt_inputs(processor, asked[: len(asked) // settings.accumulation])
+    part = read(model, processor, asked[: len(asked) // settings.accumulation])
     ids = part["input_ids"]
-    reply = ids.new_full((len(ids), settings.max_reply_tokens), processor.tokenizer.eos_token_id)
-    inputs: dict[str, Tensor] = {
-        **part,
-        "input_ids": torch.cat([ids, reply], 1),
-        "attention_mask": torch.cat([part["attention_mask"], torch.ones_like(reply)], 1),
+    replies = {
+        "input_ids": processor.tokenizer.eos_token_id,
+        "attention_mask": 1,
+        **dict.fromkeys(_TOKEN_TYPES, 0),
     }
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs: dict[str, Tensor] = {}
+    for name, value in part.items():
+        if name in replies:
+            reply = value.new_full((len(ids), settings.max_reply_tokens), replies[name])
+            value = torch.cat([value, reply], 1)
+        inputs[name] = value.to(model.device)
 
     def loss() -> Tensor:
         """How likely the replies are, which a step then weighs."""
@@ -243,7 +257,7 @@ def grpo_work(
         drawn = inputs["input_ids"][:, -tokens:]
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), drawn.flatten())
 
-    return Work(loss, settings.accumulation, prompt_inputs(processor, asked), settings.max_reply_tokens)
+    return Work(loss, settings.accumulation, read(model, processor, asked), settings.max_reply_tokens)
 
 
 def _placeholders(processor: VotProcessor) -> list[int]:
