@@ -343,6 +343,7 @@ def stage_times_table() -> str:
     """Return how long runs of the stages took on CPUs, from their records; what a run was resumed from is left out."""
     grpo = _read(RESULTS / "digitworld-reader-grpo.json")["runs"][-1]
     records = [
+        ("encoder", _read(RESULTS / "encoder-nano.json")),
         ("perception", _read(BUNDLED_CHECKPOINT / "training.json")),
         ("linearize", _read(RESULTS / "linearize.json")),
         ("projector, nano", _read(RESULTS / "digitworld-reader-projector.json")),
@@ -363,6 +364,32 @@ def stage_times_table() -> str:
     columns = ["stage", "steps", "clips or questions a step", "CPU threads", "minutes"]
     note = "From the records of runs, most of which made what ships with the package; of resumed ones the last part."
     return table(columns, rows) + f"\n{note}\n"
+
+
+def encoder_table() -> str:
+    """Return what the encoder of `vot train encoder` has learnt, on held-out clips."""
+    record = _read(RESULTS / "encoder-nano.json")
+    columns = {
+        "distil_tokens": ("distance from the teacher, tokens", ".2f"),
+        "distil_pooled": ("pooled", ".2f"),
+        "video_to_caption_r1": ("caption of a clip found first", ".0%"),
+        "caption_to_video_r1": ("clip of a caption", ".0%"),
+        "probe_count": ("probe: count", ".1%"),
+        "probe_colour": ("probe: colours", ".1%"),
+    }
+    rows = [
+        [name, *(format(metrics[key], spec) for key, (_, spec) in columns.items())]
+        for name, metrics in record["metrics"].items()
+    ]
+    guess = record["metrics"]["trained"]
+    note = (
+        f"{record['parameters']['encoder'] / 1e6:.2f} M parameters, {record['training_seconds'] / 60:.0f} minutes on "
+        f"{record['threads']} CPU thread, {record['eval_clips']} held-out clips; the teacher is the "
+        f"{record['teacher']}. A guess finds {guess['r1_chance']:.0%}; the most frequent count is that of "
+        f"{guess['probe_count_majority']:.0%} of the clips, and colours are guessed so at "
+        f"{guess['probe_colour_majority']:.1%}. `{record['command']}`"
+    )
+    return table(["encoder", *(title for title, _ in columns.values())], rows) + f"\n{note}\n"
 
 
 def temporal_context_table() -> str:
@@ -487,6 +514,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "perception": perception_table,
     "questions": question_table,
     "splits": splits_table,
+    "encoder": encoder_table,
     "stage-times": stage_times_table,
     "vlm": vlm_table,
     "reader": reader_table,
