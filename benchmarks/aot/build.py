@@ -31,7 +31,7 @@ class Row:
         op: the op of the cases.
         kernel: name of the function.
         key: distinguishes this variant of the kernel from the others.
-        config: blocks, warps and stages.
+        config: blocks, warps, stages, and the bound of registers if it has one.
         limits: the limits of the config.
         cases: names of the cases that launch it.
         moved: bytes of the kernel's tensors in the first of these cases.
@@ -162,13 +162,15 @@ def _new_row(case: Case, arch: str, launch: Launch, what: "Specialization") -> R
     from benchmarks.aot.compiler import traffic
 
     name, config = launch.kernel.__name__, launch.config
-    blocks = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in config.blocks.items())
+    words = [f"{key.removeprefix('BLOCK_')}={value}" for key, value in config.blocks.items()]
+    words += [f"warps={config.num_warps}", f"stages={config.num_stages}"]
+    words += [] if config.max_registers is None else [f"maxnreg={config.max_registers}"]
     return Row(
         arch=arch,
         op=case.op,
         kernel=name,
         key=what.key(),
-        config=f"{blocks} warps={config.num_warps} stages={config.num_stages}",
+        config=" ".join(words),
         limits=dict(config.limits),
         cases=[],
         moved=traffic(launch.arguments),

@@ -4,6 +4,7 @@ The launchers decide what a call compiles; see `vot_kernels.ops.launch.record_la
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -145,6 +146,8 @@ def _packed_attention() -> Iterator[Case]:
         yield _attention(
             packed_attention, f"bf16 d{head_dim} gluon", BFLOAT16, problem, quick=quick, _variant="gluon"
         )
+    yield _inside(_deterministic, _attention(packed_attention, "bf16 d64 deterministic", BFLOAT16, base))
+    yield _eight_warps(packed_attention, base)
 
 
 def _hybrid_attention() -> Iterator[Case]:
@@ -166,6 +169,30 @@ def _hybrid_attention() -> Iterator[Case]:
         for variant in ("plain", "tma"):
             name = f"bf16 d{head_dim} {variant}"
             yield _attention(hybrid_attention, name, BFLOAT16, problem, _variant=variant)
+    yield _eight_warps(hybrid_attention, base)
+
+
+def _eight_warps(op: Callable[..., Any], problem: Attention) -> Case:
+    case = _attention(op, "bf16 d64 eight warps", BFLOAT16, problem, _variant="plain")
+    return _inside(lambda: tuning.preferring("eight_warps"), case)
+
+
+def _inside(context: Callable[[], AbstractContextManager[None]], case: Case) -> Case:
+    def run() -> None:
+        with context():
+            case.run()
+
+    return replace(case, run=run)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _aoe() -> Iterator[Case]:

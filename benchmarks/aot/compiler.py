@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,17 @@ def specialize(launch: Launch, arch: str) -> Specialization:
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise TypeError(f"{kernel.__name__} is interpreted and cannot be compiled; unset TRITON_INTERPRET.")
+    return specialize_call(kernel, arch, (), launch.arguments | launch.config.compiler_options())
+
+
+def specialize_call(
+    kernel: JITFunction, arch: str, positional: Sequence[Any], named: Mapping[str, Any]
+) -> Specialization:
+    """Do what `specialize` does, for the arguments of a call of any kernel and the options of the compiler."""
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, kinds, options = bind(**launch.arguments, **launch.config.compiler_options())
+    bound, kinds, options = bind(*positional, **named)
     parsed, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, kinds, None)
     known = {index: value for index, value in attributes.items() if value}
     return Specialization(kernel, target, signature, constexprs, known, dict(parsed.__dict__))
@@ -133,6 +140,12 @@ def compile_kernel(what: Specialization) -> Resources:
         loop=loop,
         local_in_loops=local,
     )
+
+
+def machine_code(what: Specialization) -> bytes:
+    """Compile, or read from Triton's cache, and return the machine code."""
+    source = _source_type(what.kernel)(what.kernel, what.signature, what.constexprs, what.attributes)
+    return triton.compile(source, target=what.target, options=what.options).asm["cubin"]
 
 
 def _source_type(kernel: JITFunction) -> type[ASTSource]:

@@ -129,7 +129,7 @@ def main_loop(cubin: bytes, ttgir: str) -> tuple[MainLoop | None, int]:
 def local_in_loops(cubin: bytes) -> int:
     """Return how many loads and stores of local memory there are in innermost loops that compute with floats."""
     instructions, labels = parse(disassemble(cubin))
-    loops = _loops(instructions, labels)
+    loops = loops_of(instructions, labels)
     computing = [loop for loop in loops if any(_FLOATS.match(instructions[i].stem) for i in loop)]
     return _local(_bodies(instructions, _innermost(computing)))
 
@@ -175,7 +175,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 def _product_loops(program: tuple[list[Instruction], dict[str, int]]) -> list[list[Instruction]]:
     """Return the bodies of the loops with products in them, but in no loop inside."""
     instructions, _ = program
-    loops = _loops(*program)
+    loops = loops_of(*program)
     with_products = [loop for loop in loops if any(instructions[i].multiplies for i in loop)]
     return _bodies(instructions, _innermost(with_products))
 
@@ -189,7 +189,7 @@ def _bodies(instructions: Sequence[Instruction], loops: Iterable[frozenset[int]]
     return [[instructions[i] for i in sorted(loop)] for loop in loops]
 
 
-def _loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[frozenset[int]]:
+def loops_of(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[frozenset[int]]:
     """Return the natural loops of the program, each as the indices of its instructions; one for each first block."""
     starts = sorted({0, *labels.values(), *(i + 1 for i, one in enumerate(instructions) if _jumps(one))})
     starts = [start for start in starts if start < len(instructions)]

@@ -68,7 +68,7 @@ module attributes {{"ttg.num-ctas" = 1 : i32, "ttg.num-warps" = 4 : i32}} {{
 def test_loops_have_all_blocks_from_which_they_repeat():
     instructions, labels = sass.parse(PROGRAM)
     assert len(instructions) == 19 and labels[".L_x_2"] == 4 and labels[".L_x_7"] == 15
-    loops = sorted(sass._loops(instructions, labels), key=min)
+    loops = sorted(sass.loops_of(instructions, labels), key=min)
     assert [min(loop) for loop in loops] == [2, 11, 15]  # what nothing reaches is no loop
     assert loops[0] == {*range(2, 11), 15, 16, 17} and len(loops[0]) == IN_LOOP
     assert loops[1] == {11, 12, 13} and loops[2] == {15, 16}

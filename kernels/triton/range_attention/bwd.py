@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ..common.ranges import masked_block, tile_ranges
-from ..common.rows import head_rows, load_rows, store_rows
+from ..common.rows import head_rows, load_rows, load_source, row_source, store_rows
 from ..common.softmax import LOG2_E
 from ..common.tiles import locate_tile
 from .far import add_far, far_gradient, tile_groups
@@ -35,8 +35,8 @@ def _add_keys(
     d_out,
     lse,
     minus_delta,
-    k_ptr,
-    v_ptr,
+    keys,
+    values,
     k_stride,
     v_stride,
     first_key,
@@ -49,10 +49,14 @@ def _add_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
-    """Return dq / scale after BLOCK_K more keys; lse is in powers of two, and +inf for rows without keys."""
-    key = load_rows(k_ptr, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
-    value = load_rows(v_ptr, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED)
+    """Return dq / scale after BLOCK_K more keys; lse is in powers of two, and +inf for rows without keys.
+
+    keys and values are each a `row_source`.
+    """
+    key = load_source(keys, first_key, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
+    value = load_source(values, first_key, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, MASKED, USE_TMA)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     # Both products are under way before the exponentials, which then overlap with the second one.
     d_weights = tl.dot(d_out, tl.trans(value), input_precision="ieee")
@@ -114,6 +118,7 @@ def _range_attention_dq_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_F: tl.constexpr,
     SKIP_NEAR: tl.constexpr = False,
+    USE_TMA: tl.constexpr = False,
 ):
     """Write dq of one tile of rows and one head, and what the other kernel reads of these rows.
 
@@ -123,6 +128,7 @@ def _range_attention_dq_kernel(
     float32 `[heads, rows]`, and dphi(q) to d_features `[rows, heads, WIDTH]`, or through phi to dq if that is None.
 
     SKIP_NEAR: dq is the far part only, or 0. ranges, k and v are not read, and BLOCK_K is not used.
+    USE_TMA: load keys and values through descriptors, as the forward does.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     segment, first_row = locate_tile(cu_rows_ptr, segments, tile, BLOCK_Q)
@@ -153,19 +159,21 @@ def _range_attention_dq_kernel(
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if not SKIP_NEAR:
+        keys = row_source(k_ptr, end, k_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
+        values = row_source(v_ptr, end, v_stride, HEAD_DIM, BLOCK_D, BLOCK_K, USE_TMA)
         query = load_rows(q_ptr, first_row, end_row, q_stride, HEAD_DIM, BLOCK_D, BLOCK_Q, True)
         factor = scale * LOG2_E
         for block in range(count - (end_full - first_full)):
             first_key = begin + masked_block(block, first_full, end_full) * BLOCK_K
             dq = _add_keys(
-                query, d_out, lse, minus_delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high,
-                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, True,
+                query, d_out, lse, minus_delta, keys, values, k_stride, v_stride, first_key, end, low, high,
+                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, True, USE_TMA,
             )  # fmt: skip
         for block in range(first_full, end_full):
             first_key = begin + block * BLOCK_K
             dq = _add_keys(
-                query, d_out, lse, minus_delta, k_ptr, v_ptr, k_stride, v_stride, first_key, end, low, high,
-                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, False,
+                query, d_out, lse, minus_delta, keys, values, k_stride, v_stride, first_key, end, low, high,
+                factor, dq, HEAD_DIM, BLOCK_D, BLOCK_K, False, USE_TMA,
             )  # fmt: skip
         dq *= scale
 

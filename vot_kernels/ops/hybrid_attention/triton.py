@@ -49,7 +49,9 @@ def backward(saved: Saved, grads: Grads, geometry: Geometry, options: Options) -
     states = _far_states(geometry, Rows(keys, v), k.shape[1], name)
     far = FarPart(*states, queries, name, beta)
     fused = fuses_backward(q, options.variant, options.deterministic, far=True)
-    rows = range_attention_rows_backward(d_out, grads.d_lse, out, lse, *near_part, far, fused=fused)
+    rows = range_attention_rows_backward(
+        d_out, grads.d_lse, out, lse, *near_part, far, fused=fused, variant=options.variant
+    )
     gradients = Rows(queries, d_out, rows.far_weight, rows.minus_delta, by_heads=True)
     states = _far_states(geometry, gradients, k.shape[1], name, mirrored=True)
     far, dq = FarPart(*states, keys, name), rows.dq if fused else None

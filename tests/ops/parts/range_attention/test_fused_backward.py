@@ -377,7 +377,7 @@ def test_every_gpu_has_it_for_every_dtype_and_size(arch, op):
             assert bool(dkdv.arguments.get("USE_TMA", 0)) == descriptors
             assert dkdv.config.limits.get("tma", False) == descriptors
             assert dq.config.limits["spill_bytes"] == 0
-            few = dkdv.config.limits["spill_bytes"] <= 96 and "local_in_loops" not in dkdv.config.limits
+            few = dkdv.config.limits["spill_bytes"] <= 120 and "local_in_loops" not in dkdv.config.limits
             assert few, "what spills must be little and lie outside the loops"
 
 

@@ -12,7 +12,7 @@ from vot_kernels.ops import launch as launching
 from vot_kernels.ops.hybrid_attention import triton as hybrid_triton
 from vot_kernels.ops.hybrid_attention.geometry import Geometry, Inputs
 from vot_kernels.ops.launch import record_launches
-from vot_kernels.ops.parts.attention import Options
+from vot_kernels.ops.parts.attention import Grads, Options
 from vot_kernels.ops.parts.range_attention.triton import (
     KeyRanges,
     _loads_by_descriptors,
@@ -139,6 +139,61 @@ def test_neither_a_neighbour_nor_slack_is_read(variant):
         assert y[18:25].isnan().all() and (y[45:] == nothing).all()
 
 
+DQ = "_range_attention_dq_kernel"
+
+
+def dq_of(layout, q, k, v, *, variant, window=None, causal=None):
+    """The gradient of q with the pair of kernels, and the block sizes of the one that computes it."""
+    far = window is not None
+    geometry = Geometry.of(layout, window, causal)
+    options = Options(scale=q.shape[-1] ** -0.5, deterministic=True, variant=variant)
+    inputs, blocks, inner = Inputs(q, k, v, None), [], launching.launch
+
+    def launch(kernel, grid, config, arguments):
+        if kernel.__name__ == DQ:
+            blocks.append(config.blocks)
+        inner(kernel, grid, config, arguments)
+
+    out, lse = hybrid_triton.forward(inputs, geometry, options)
+    d_out = make_tensor(*out.shape, dtype=q.dtype, seed=7)
+    with pytest.MonkeyPatch.context() as patch, uninitialized_is_nan():
+        patch.setattr(launching, "launch", launch)
+        found = hybrid_triton.backward((inputs, out, lse), Grads(d_out, None), geometry, options)
+    assert len(blocks) == 1 and ("BLOCK_F" in blocks[0]) == far
+    return found.q, blocks[0]
+
+
+@interpreted
+@pytest.mark.parametrize("window, causal", [(None, None), (None, "token"), ((0, 1), None), (0, "token")])
+def test_dq_is_the_same_through_descriptors(window, causal):
+    layout = PackedLayout.from_lengths((3, 0, 30), group_size=5)
+    inputs = make_qkv(33, 2, 16, kv_heads=1)
+    plain, without = dq_of(layout, *inputs, variant="plain", window=window, causal=causal)
+    found, blocks = dq_of(layout, *inputs, variant="tma", window=window, causal=causal)
+    assert torch.equal(found, plain) and found.isfinite().all() and found.any()
+    assert blocks == without | {"USE_TMA": 1}
+
+
+@interpreted
+def test_dq_reads_no_neighbour_through_descriptors():
+    layout = PackedLayout.from_lengths((18, 7, 20), group_size=6)
+    inputs = make_qkv(45, 1, 16)
+    poisoned = [poison_segment(x, layout, 1) for x in inputs]
+    clean, dirty = (dq_of(layout, *x, variant="tma")[0] for x in (inputs, poisoned))
+    assert torch.equal(clean[:18], dirty[:18]) and torch.equal(clean[25:], dirty[25:])
+
+
+@interpreted
+@pytest.mark.parametrize("unfit", range(1, 3))
+def test_dq_of_keys_that_fit_no_descriptor_takes_pointers(unfit):
+    layout = PackedLayout.from_lengths((17, 2), group_size=7)
+    inputs = list(make_qkv(19, 1, 16))
+    inputs[unfit] = unaligned(19, 16)[unfit]
+    assert "USE_TMA" not in dq_of(layout, *inputs, variant="tma")[1]
+    inputs = [unaligned(19, 16)[0], *make_qkv(19, 1, 16)[1:]]
+    assert "USE_TMA" in dq_of(layout, *inputs, variant="tma")[1], "queries are not loaded so"
+
+
 @interpreted
 @pytest.mark.parametrize("lengths", [([3, 9], [5, 30]), ([20, 4, 0], [7, 0, 3]), ([5], [0])])
 def test_rows_and_keys_of_different_lengths(uses, lengths):
@@ -238,7 +293,7 @@ def chosen(arch, variant=None, head_dim=64, dtype=torch.bfloat16, offset=0):
 def test_shipped_entries_use_descriptors_where_asked_for_and_possible(arch, head_dim):
     pytest.importorskip("triton")
     plain, ordinary = chosen(arch, "plain", head_dim), chosen(arch, None, head_dim)
-    assert way(plain) is None and way(ordinary) == ("tma" if (arch, head_dim) == ("sm_90", 128) else None)
+    assert way(plain) is None and way(ordinary) == ("tma" if arch == "sm_90" else None)
     for variant in VARIANTS:
         found = chosen(arch, variant, head_dim)
         assert way(found) == variant and found.limits["tma"]
@@ -297,7 +352,9 @@ def test_older_gpus_never_use_descriptors():
     assert all(chosen("sm_80", variant) == ordinary for variant in VARIANTS)
     for arch in (arch for arch in tuning.known_archs("range_attention") if int(arch[3:]) < 90):
         assert not any(
-            entry["blocks"].get("USE_TMA", 0) for entry in tuning.tables(arch)["range_attention"]["fwd"]
+            entry["blocks"].get("USE_TMA", 0)
+            for kernel in ("fwd", "bwd_dq")
+            for entry in tuning.tables(arch)["range_attention"][kernel]
         )
 
 

@@ -4,9 +4,10 @@ All of these differ for the kernels only in the range of keys that each row sees
 a small kernel computes them per call, so that nothing waits for the device, and every packing, window and causal
 mode runs the same compiled kernel. A window that covers a segment gives the same bits as exact attention.
 
-Four variants are named in `tuning/configs/<arch>/range_attention.json`, which also says which one is the default:
+Five variants are named in `tuning/configs/<arch>/range_attention.json`, which also says which one is the default:
 
-* "tma": the forward loads keys and values through tensor descriptors, on sm_90 and newer, with bitwise equal results.
+* "tma": the forward and the kernel of dq load keys and values through tensor descriptors, on sm_90 and newer, with
+  bitwise equal results for equal blocks.
 * "warp_specialized": as "tma", but separate warps do the loading. If the table has no such entry, as for a far part,
   a launch that asks for it gets "tma".
 * "gluon": another forward for sm_90 and head_dim 64 or 128 in 16 bits without a far part, written in Gluon. It computes
@@ -14,6 +15,8 @@ Four variants are named in `tuning/configs/<arch>/range_attention.json`, which a
   serve a launch that asks for it, the default forward does.
 * "fused": the backward computes 5 matrix products per block instead of 7, see `kernels/triton/range_attention/bwd.py`.
   It sums dq in no fixed order, and so is never the default under `torch.use_deterministic_algorithms(True)`.
+* "eight_warps": the forms of heads of 64 on sm_90 that were the default before those with 4 warps: 8 warps, and no
+  descriptors. No launch takes them by this name; `vot tune` and the sweep of `benchmarks.first_light` try them.
 
 A launch uses the default unless its `variant` names another one; "plain" names the kernels without a variant, whose
 backward sums dq in one order. If a variant cannot serve the inputs or the GPU, the
@@ -49,7 +52,7 @@ _PREFERENCES: dict[str | None, dict[str, tuple[str, ...]]] = {
     "gluon": {},
     "fused": {},
 }
-"""What a variant asks of the forward's table; see `vot_kernels.tuning.lookup`."""
+"""What a variant asks of the tables of the forward and of dq; see `vot_kernels.tuning.lookup`."""
 _UNLIMITED = 2**31 - 1
 _DESCRIPTOR_BYTES = 16  # bases and strides in a tensor descriptor must be multiples of this
 
@@ -283,9 +286,10 @@ def range_attention_backward(
         variant, deterministic: see `fuses_backward`.
     """
     fused = fuses_backward(q, variant, deterministic)
-    rows = range_attention_rows_backward(d_out, d_lse, out, lse, q, k, v, ranges, scale, fused=fused)
+    near = q, k, v, ranges, scale
+    rows = range_attention_rows_backward(d_out, d_lse, out, lse, *near, fused=fused, variant=variant)
     dq = rows.dq if fused else None
-    dk, dv, _ = range_attention_keys_backward(d_out, rows, q, k, v, ranges, scale, dq=dq)
+    dk, dv, _ = range_attention_keys_backward(d_out, rows, *near, dq=dq)
     return rows.dq.to(q.dtype), dk, dv
 
 
@@ -357,8 +361,15 @@ def range_attention_rows_backward(
     far: FarPart | None = None,
     *,
     fused: bool = False,
+    variant: str | None = None,
 ) -> RowGradients:
-    """Run the first half of the backward; `far` is that of the forward, `fused` the result of `fuses_backward`."""
+    """Run the first half of the backward.
+
+    Args:
+        far: that of the forward.
+        fused: the result of `fuses_backward`.
+        variant: as in the forward; the fused form has one form alone.
+    """
     d_out, out, q, k, v = (rows_contiguous(x) for x in (d_out, out, q, k, v))
     rows, heads, head_dim = q.shape
     features = q if far is None else far.features
@@ -378,11 +389,16 @@ def range_attention_rows_backward(
             if x is not None:
                 x.zero_()
         return found
-    kernel = _START if fused else _DQ
-    skipped: dict[str, Any] = {"SKIP_NEAR": True, "BLOCK_K": 0} if fused else {}
+    if fused:
+        kernel, config = _START, _START.config(q.device, _key(q, far is not None))
+        skipped: dict[str, Any] = {"SKIP_NEAR": True, "BLOCK_K": 0}
+    else:
+        descriptors = _loads_by_descriptors(target_arch(q.device), k, v)
+        key = _key(q, far is not None, descriptors=descriptors)
+        kernel, config, skipped = _DQ, _DQ.config(q.device, key, **_PREFERENCES[variant]), {}
     kernel.launch(
         lambda blocks: (rows // blocks["BLOCK_Q"] + segments, heads),
-        key=_key(q, far is not None),
+        config=config,
         d_out_ptr=d_out,
         d_lse_ptr=contiguous(d_lse, torch.float32),
         out_ptr=out,
