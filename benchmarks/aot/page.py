@@ -1,7 +1,8 @@
 """`python -m benchmarks.aot.page [--arch sm_90,...]`: docs/gpu-static.md, what the compiler makes of the main kernels.
 
 It compiles the first launch of every kernel in the calls of `CALLS`, and writes benchmarks/results/static.json,
-then the page from this file alone. The file keeps the first figures that a kernel ever had beside those of now.
+then the page from this file and those of `benchmarks.aot.peers` and `benchmarks.aot.counts`. The first keeps the first
+figures that a kernel ever had beside those of now.
 `--page` only writes the page.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.aot import beside
 from benchmarks.aot.__main__ import _compile, _pick
 from benchmarks.aot.build import Job, Row, make_plan
 from benchmarks.aot.cases import cases
@@ -21,6 +23,7 @@ from vot_kernels.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "static.json"
+COUNTS = RESULTS.with_name("static-counts.json")
 PAGE = ROOT / "docs" / "gpu-static.md"
 CALLS = {
     **{
@@ -140,7 +143,18 @@ def write(document: Record, results: Path = RESULTS) -> None:
 
 def page(document: Record) -> str:
     """Return the page."""
-    return "\n".join([INTRODUCTION, *_tables(document)]) + "\n"
+    return "\n".join([introduction(), *_tables(document), *_beside(document)]) + "\n"
+
+
+def introduction() -> str:
+    """Return what is above the tables."""
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))["now"]
+    return INTRODUCTION.format(short=100 * counts["short product"])
+
+
+def _beside(document: Record) -> list[str]:
+    """Return the section about peers, which are compiled for sm_90."""
+    return list(beside.section(document)) if any(one["arch"] == "sm_90" for one in document["now"]) else []
 
 
 def _tables(document: Record) -> Iterator[str]:
@@ -227,8 +241,20 @@ of hybrid attention, 1 to 3 times. 21 more are above their limits outside of loo
 (`benchmarks/results/gate-sm_90-triton-3.9.json`). The limits are what 3.6 and 3.7 need: the same sources take more
 registers with 3.9, and the bound of 255 is reached more often.
 
-What has no figure here yet: products of experts with a loop over tiles, which would hide the first and the last steps
-of short products, and any GPU's time.
+Choices that no GPU has decided:
+
+- Four warps: heads of 64 on sm_90 run with 4 warps and two blocks per SM, and loads through descriptors. dk and dv with
+  a far part keep 8 warps, because with 4 Triton 3.6 spills in the loop. The former forms are the variant `eight_warps`.
+- The fused backward is the default on sm_90 alone, for heads of 64 in 16 bits without a far part, where bits need not
+  repeat. There its 5 products need 6.6 instructions if each has 1,024 multiply-adds, and the 7 of the pair of kernels
+  8.6. For heads of 128 the pair needs fewer, 5.3 in place of 6.0. With a far part and heads of 64 the fused form needs
+  fewer, too, 6.7 in place of 8.5, but waits for a measurement, as on all other GPUs.
+- Products of experts have no loop over tiles. In one with a depth of 768, {short:.0f} per cent of a warp's instructions
+  are before and after the loop (`benchmarks/results/static-counts.json`), which a loop over tiles could hide. The depth
+  is no key of the configs either: a table by depth needs times of a GPU.
+- Heads of 72 are computed as 128, like those of 80: 1.78 times the work.
+- Gluon: the loop of hybrid attention over near keys is that of packed attention, so it fits the Gluon form. But this
+  form takes 127 of 128 registers for heads of 64 and 254 of 255 for heads of 128, and has no far part.
 
 A dash: in warp-specialised kernels of sm_100 one warp asks for the products of all, and the exponentials are in loops
 of other warps.
