@@ -148,8 +148,14 @@ def page(document: Record) -> str:
 
 def introduction() -> str:
     """Return what is above the tables."""
-    counts = json.loads(COUNTS.read_text(encoding="utf-8"))["now"]
-    return INTRODUCTION.format(short=100 * counts["short product"])
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    rows = [
+        [title, f"{counts['before'][name]:{form}}", f"{counts['now'][name]:{form}}"]
+        for name, title, form in _COUNTED
+    ]
+    cells = [["counted", "before", "now"], ["---"] * 3, *rows]
+    counted = "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    return INTRODUCTION.format(short=100 * counts["now"]["short product"], counted=counted)
 
 
 def _beside(document: Record) -> list[str]:
@@ -199,6 +205,15 @@ def _figures(record: Record) -> list[str]:
     ]
 
 
+_COUNTED = [
+    ("states d64", "GB that the kernels of states move in a forward of 65,536 tokens, 16 heads of 64", ".2f"),
+    ("states d128", "the same, heads of 128", ".2f"),
+    (
+        "far d128",
+        "instructions of a warp for a chunk of features in the far part of the forward, heads of 128",
+        ".0f",
+    ),
+]
 INTRODUCTION = """\
 # What the compiler makes of the GPU kernels
 
@@ -257,6 +272,11 @@ Choices that no GPU has decided:
 - Heads of 72 are computed as 128, like those of 80: 1.78 times the work.
 - Gluon: the loop of hybrid attention over near keys is that of packed attention, so it fits the Gluon form. But this
   form takes 127 of 128 registers for heads of 64 and 254 of 255 for heads of 128, and has no far part.
+
+Outside of main loops, for hybrid attention on sm_90, groups of 256 (`python -m benchmarks.aot.counts`; a tensor counts
+once for each kernel that reads or writes it):
+
+{counted}
 
 A dash: in warp-specialised kernels of sm_100 one warp asks for the products of all, and the exponentials are in loops
 of other warps.
