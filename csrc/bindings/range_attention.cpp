@@ -71,7 +71,7 @@ void range_attention_keys_backward(const Tensor& d_out, const Tensor& lse, const
                                    const MaybeTensor& slots, const MaybeTensor& features, int64_t feature_map, const MaybeTensor& reach,
                                    const MaybeTensor& row_features, const MaybeTensor& far_weight, const Tensor& dq,
                                    const Tensor& dk, const Tensor& dv, const MaybeTensor& d_features,
-                                   const MaybeTensor& d_beta, const MaybeTensor& dq_features) {
+                                   const MaybeTensor& d_beta, const MaybeTensor& d_q_features) {
   RangeKeysBackward problem = {};
   problem.d_out = head_rows(d_out);
   problem.q = head_rows(q);
@@ -97,7 +97,7 @@ void range_attention_keys_backward(const Tensor& d_out, const Tensor& lse, const
   problem.pairs = far_pairs(reach, row_features);
   problem.far_weight = in<float>(far_weight);
   problem.d_beta = out<float>(d_beta);
-  problem.dq_features = out<float>(dq_features);
+  problem.d_q_features = out<float>(d_q_features);
   kernels().range_attention_keys_backward(problem, torch_threads());
 }
 
@@ -130,7 +130,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vot_kernels_cpp, library) {
       "range_attention_keys_backward(Tensor d_out, Tensor lse, Tensor delta, Tensor q, Tensor k, Tensor v, "
       "Tensor ranges, Tensor tasks, float scale, Tensor? begun, Tensor? states, Tensor? slots, Tensor? features, "
       "int feature_map, Tensor? reach, Tensor? row_features, Tensor? far_weight, Tensor(a!) dq, Tensor(b!) dk, "
-      "Tensor(c!) dv, Tensor(d!)? d_features, Tensor(e!)? d_beta, Tensor(f!)? dq_features) -> ()");
+      "Tensor(c!) dv, Tensor(d!)? d_features, Tensor(e!)? d_beta, Tensor(f!)? d_q_features) -> ()");
   library.def(
       "range_attention_sum_parts(Tensor? begun, Tensor parts, Tensor tasks, Tensor(a!) dq) -> ()");
 }

@@ -34,11 +34,11 @@ void rope_qk_norm_forward(const Tensor& q, const Tensor& k, const std::optional<
 void rope_qk_norm_backward(const Tensor& d_q_out, const Tensor& d_k_out, const Tensor& q, const Tensor& k,
                            const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight,
                            const Tensor& positions, const Tensor& frequencies, const Tensor& axes, double eps,
-                           const Tensor& d_q, const Tensor& d_k, const Tensor& d_q_weight, const Tensor& d_k_weight) {
+                           const Tensor& dq, const Tensor& dk, const Tensor& d_q_weight, const Tensor& d_k_weight) {
   auto problem = problem_of<RopeQkNormBackward>(q, positions, frequencies, axes, eps);
-  problem.sides[0] = {heads(d_q_out), heads(q), q.size(1), optional_weight(q_weight), out(d_q),
+  problem.sides[0] = {heads(d_q_out), heads(q), q.size(1), optional_weight(q_weight), out(dq),
                       out<float>(d_q_weight)};
-  problem.sides[1] = {heads(d_k_out), heads(k), k.size(1), optional_weight(k_weight), out(d_k),
+  problem.sides[1] = {heads(d_k_out), heads(k), k.size(1), optional_weight(k_weight), out(dk),
                       out<float>(d_k_weight)};
   kernels().rope_qk_norm_backward(problem, torch_threads());
 }
@@ -52,8 +52,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vot_kernels_cpp, library) {
       "Tensor frequencies, Tensor axes, float eps, Tensor(a!) q_out, Tensor(b!) k_out) -> ()");
   library.def(
       "rope_qk_norm_backward(Tensor d_q_out, Tensor d_k_out, Tensor q, Tensor k, Tensor? q_weight, "
-      "Tensor? k_weight, Tensor positions, Tensor frequencies, Tensor axes, float eps, Tensor(a!) d_q, "
-      "Tensor(b!) d_k, Tensor(c!) d_q_weight, Tensor(d!) d_k_weight) -> ()");
+      "Tensor? k_weight, Tensor positions, Tensor frequencies, Tensor axes, float eps, Tensor(a!) dq, "
+      "Tensor(b!) dk, Tensor(c!) d_q_weight, Tensor(d!) d_k_weight) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(vot_kernels_cpp, CPU, library) {
   library.impl("rope_qk_norm_forward", TORCH_BOX(&vot::rope_qk_norm_forward));

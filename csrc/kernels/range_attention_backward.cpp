@@ -318,7 +318,7 @@ class KeysBackward {
     float *features = row_features_ + i * stride_, *gradient = dq_features_ + i * stride_;
     if (p_.d_beta) add_d_beta(p_.d_beta + place(i), features, gradient);
     if (p_.far.map == FeatureMap::GIVEN) {
-      float* sums = p_.dq_features + place(i) * width;
+      float* sums = p_.d_q_features + place(i) * width;
       if (reached_before(i)) {
         take_row(sums, width, 1.f, features);
         add_row(features, gradient, width);

@@ -119,7 +119,7 @@ struct Problem {
   }
   // What the first step of the backward has written of a row's states; `delta` is d_out.out - d_lse.
   void check_far_row(int64_t row, int head, double total, double delta, const std::vector<float>& far_weight,
-                     const std::vector<T>& dq_features, const std::vector<float>& d_beta) const {
+                     const std::vector<T>& d_q_features, const std::vector<float>& d_beta) const {
     const double weight = std::exp(double(beta[size_t(head)])) / total;
     const size_t at_head = size_t(row * heads + head);
     expect_close("far_weight", far_weight[at_head], weight, 1e-5 * (1 + weight));
@@ -129,7 +129,7 @@ struct Problem {
       for (int c = 0; c < head_dim; c++)
         sum.add(weight * at(d_out, heads, head_dim, row, head, c) * state(states, row, head, f, c));
       sum.add(-weight * delta * state(states, row, head, f, head_dim));
-      expect_sum<T>("dq_features", at(dq_features, heads, width, row, head, f), sum);
+      expect_sum<T>("d_q_features", at(d_q_features, heads, width, row, head, f), sum);
       const double feature = at(q_features, heads, width, row, head, f);
       beta_sum.value += feature * sum.value, beta_sum.size += feature * sum.size;
     }
@@ -142,8 +142,8 @@ void check(Random& random, const Parallel& parallel) {
   const Problem<T> p(random);
   const int64_t rows = p.tokens(), pairs = rows * p.heads;
   const int d = p.head_dim;
-  std::vector<T> out(size_t(pairs * d)), dq(out), dk(p.k), dv(p.v), dq_features(p.q_features),
-      dk_features(p.k_features);
+  std::vector<T> out(size_t(pairs * d)), dq(out), dk(p.k), dv(p.v), d_q_features(p.q_features),
+      d_k_features(p.k_features);
   std::vector<float> lse(size_t(pairs), NAN), delta(lse), far_weight(lse), d_beta(lse);
   std::vector<float> sums(size_t(pairs * d), NAN), feature_sums(size_t(pairs * p.width), 0);
   std::vector<float> pair_d_beta(size_t(pairs), 0);
@@ -158,12 +158,12 @@ void check(Random& random, const Parallel& parallel) {
       parallel);
   kernels.range_attention_rows_backward(
       {d_out, p.rows(out, p.heads, d), lse.data(), p.d_lse.data(), delta.data(), p.heads, p.kv_heads, d, p.row_tasks.data(),
-       row_tasks, far, p.beta.data(), far_weight.data(), d_beta.data(), p.rows(dq_features, p.heads, p.width)},
+       row_tasks, far, p.beta.data(), far_weight.data(), d_beta.data(), p.rows(d_q_features, p.heads, p.width)},
       parallel);
   kernels.range_attention_keys_backward(
       {d_out, q, k, v, p.rows(dk, p.kv_heads, d), p.rows(dv, p.kv_heads, d), lse.data(), delta.data(), nullptr,
        sums.data(), rows, p.heads, p.kv_heads, d, p.scale, p.low.data(), p.high.data(), p.key_tasks.data(), key_tasks,
-       p.far_rows(p.mirrored, p.k_features, p.kv_heads), p.rows(dk_features, p.kv_heads, p.width),
+       p.far_rows(p.mirrored, p.k_features, p.kv_heads), p.rows(d_k_features, p.kv_heads, p.width),
        p.pairs(p.q_features, p.heads), far_weight.data(), pair_d_beta.data(), feature_sums.data()},
       parallel);
   kernels.range_attention_sum_parts({nullptr, sums.data(), p.rows(dq, p.heads, d), rows, p.heads, d,
@@ -175,11 +175,11 @@ void check(Random& random, const Parallel& parallel) {
   for (int64_t j = 0; j < rows; j++)
     for (int h = 0; h < p.kv_heads; h++)
       for (int f = 0; f < p.width; f++) {
-        double& dk_feature = expected_d_features[size_t((j * p.kv_heads + h) * p.width + f)];
-        dk_feature = p.state_of_key(p.mirrored, j, h, f, d);
+        double& d_k_feature = expected_d_features[size_t((j * p.kv_heads + h) * p.width + f)];
+        d_k_feature = p.state_of_key(p.mirrored, j, h, f, d);
         for (int c = 0; c < d; c++) {
           const double state = p.state_of_key(p.mirrored, j, h, f, c);
-          dk_feature += p.at(p.v, p.kv_heads, d, j, h, c) * state;
+          d_k_feature += p.at(p.v, p.kv_heads, d, j, h, c) * state;
           expected_dv[size_t((j * p.kv_heads + h) * d + c)] += p.at(p.k_features, p.kv_heads, p.width, j, h, f) * state;
         }
       }
@@ -200,7 +200,7 @@ void check(Random& random, const Parallel& parallel) {
       product -= p.d_lse[size_t(i * p.heads + h)];
       expect_close("lse", lse[i * p.heads + h], std::log(total), 1e-4);
       expect_close("delta", delta[i * p.heads + h], product, 1e-4 * d);
-      if (p.has_far) p.check_far_row(i, h, total, product, far_weight, dq_features, d_beta);
+      if (p.has_far) p.check_far_row(i, h, total, product, far_weight, d_q_features, d_beta);
       std::vector<double> d_features(size_t(p.width), 0);
       double d_pair_beta = 0;
       for (int64_t j = p.reach_low[i]; j < p.reach_high[i]; j++) {
@@ -228,7 +228,7 @@ void check(Random& random, const Parallel& parallel) {
       }
       expect_close("d_beta of pairs", pair_d_beta[size_t(i * p.heads + h)], d_pair_beta, tolerance<T>(20.0 * d));
       for (int f = 0; f < p.width; f++)
-        expect_close("dq_features of pairs", feature_sums[size_t((i * p.heads + h) * p.width + f)], d_features[f],
+        expect_close("d_q_features of pairs", feature_sums[size_t((i * p.heads + h) * p.width + f)], d_features[f],
                      tolerance<T>(20.0 * d));
       for (int c = 0; c < d; c++)
         expect_close("dq", to_float(dq[(i * p.heads + h) * d + c]), gradient[c], tolerance<T>(20.0 * d));
@@ -237,7 +237,7 @@ void check(Random& random, const Parallel& parallel) {
     expect_close("dv", to_float(dv[i]), expected_dv[i], tolerance<T>(20.0 * d));
   for (size_t i = 0; i < expected_dk.size(); i++) expect_sum<T>("dk", to_float(dk[i]), expected_dk[i]);
   for (size_t i = 0; p.has_far && i < expected_d_features.size(); i++)
-    expect_close("dk_features", to_float(dk_features[i]), expected_d_features[i], tolerance<T>(20.0 * d));
+    expect_close("d_k_features", to_float(d_k_features[i]), expected_d_features[i], tolerance<T>(20.0 * d));
 }
 
 Registered registered("range_attention", [](Random& random, const Parallel& parallel) {

@@ -247,8 +247,8 @@ def _rope_qk_norm_bwd_kernel(
     frequencies_ptr,
     q_weight_ptr,
     k_weight_ptr,
-    d_q_ptr,
-    d_k_ptr,
+    dq_ptr,
+    dk_ptr,
     q_partials_ptr,
     k_partials_ptr,
     tokens,
@@ -272,7 +272,7 @@ def _rope_qk_norm_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Write d_q and d_k, and every program's share of the weights' gradients, float32 `[programs, 2 * PAIRS]` or None.
+    """Write dq and dk, and every program's share of the weights' gradients, float32 `[programs, 2 * PAIRS]` or None.
 
     q and k are None where there is no weight, as the gradient does not depend on them then. The rest is as in the
     forward. Grid: cdiv(tokens, TILE).
@@ -280,12 +280,12 @@ def _rope_qk_norm_bwd_kernel(
     BLOCK_P: tl.constexpr = triton.next_power_of_2(PAIRS)
     first = tl.program_id(0).to(tl.int64) * TILE
     _turn_heads_back(
-        d_q_out_ptr, q_ptr, q_weight_ptr, d_q_ptr, q_partials_ptr, positions_ptr, frequencies_ptr, first, tokens,
+        d_q_out_ptr, q_ptr, q_weight_ptr, dq_ptr, q_partials_ptr, positions_ptr, frequencies_ptr, first, tokens,
         packed, eps, d_q_out_stride * STRIDE_UNIT, d_q_out_head_stride * STRIDE_UNIT, q_stride * STRIDE_UNIT,
         q_head_stride * STRIDE_UNIT, Q_HEADS, PAIRS, T_PAIRS, Y_PAIRS, TILE, BLOCK_T, BLOCK_H, BLOCK_P,
     )  # fmt: skip
     _turn_heads_back(
-        d_k_out_ptr, k_ptr, k_weight_ptr, d_k_ptr, k_partials_ptr, positions_ptr, frequencies_ptr, first, tokens,
+        d_k_out_ptr, k_ptr, k_weight_ptr, dk_ptr, k_partials_ptr, positions_ptr, frequencies_ptr, first, tokens,
         packed, eps, d_k_out_stride * STRIDE_UNIT, d_k_out_head_stride * STRIDE_UNIT, k_stride * STRIDE_UNIT,
         k_head_stride * STRIDE_UNIT, K_HEADS, PAIRS, T_PAIRS, Y_PAIRS, TILE, BLOCK_T, BLOCK_H, BLOCK_P,
     )  # fmt: skip

@@ -38,19 +38,19 @@ def backward(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_q, d_k, d_q_weight and d_k_weight; the last two are empty where there is no weight."""
-    d_q, d_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    """dq, dk, d_q_weight and d_k_weight; the last two are empty where there is no weight."""
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     d_weights = [
         x.new_empty(0 if weight is None else x.shape[-1], dtype=torch.float32)
         for x, weight in ((q, q_weight), (k, k_weight))
     ]
     inputs = (*map(_heads, (d_q_out, d_k_out, q, k)), _weight(q_weight), _weight(k_weight))
-    kernels().rope_qk_norm_backward(*inputs, *_turns(positions, theta, sections), eps, d_q, d_k, *d_weights)
+    kernels().rope_qk_norm_backward(*inputs, *_turns(positions, theta, sections), eps, dq, dk, *d_weights)
     d_q_weight, d_k_weight = (
         d_weight.to(x.dtype if weight is None else weight.dtype)
         for d_weight, x, weight in zip(d_weights, (q, k), (q_weight, k_weight), strict=True)
     )
-    return d_q, d_k, d_q_weight, d_k_weight
+    return dq, dk, d_q_weight, d_k_weight
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def _rope_qk_norm_bwd(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return d_q, d_k, d_q_weight and d_k_weight; the last two are empty without a weight."""
+    """Return dq, dk, d_q_weight and d_k_weight; the last two are empty without a weight."""
     arguments = (d_q_out, d_k_out, q, k, positions, q_weight, k_weight, theta, sections, eps)
     return load("rope_qk_norm", backend).backward(*arguments)
 
@@ -155,12 +155,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_q_out: Tensor, d_k_out: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: with checkpointing, each access computes the forward again
     _, _, _, q_weight, k_weight = saved
-    d_q, d_k, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *saved, *ctx.options)
+    dq, dk, d_q_weight, d_k_weight = _rope_qk_norm_bwd(d_q_out, d_k_out, *saved, *ctx.options)
     d_weights = (
         None if q_weight is None else d_q_weight,
         None if k_weight is None else d_k_weight,
     )
-    return d_q, d_k, None, *d_weights, *(None for _ in ctx.options)
+    return dq, dk, None, *d_weights, *(None for _ in ctx.options)
 
 
 _rope_qk_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

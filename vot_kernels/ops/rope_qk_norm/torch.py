@@ -36,11 +36,11 @@ def backward(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return d_q, d_k, d_q_weight and d_k_weight; the last two are empty without a weight."""
+    """Return dq, dk, d_q_weight and d_k_weight; the last two are empty without a weight."""
     cos, sin = _angles(positions, theta, sections, accumulator(q.dtype))
-    d_q, d_q_weight = _backward_one(d_q_out, q, q_weight, cos, sin, eps)
-    d_k, d_k_weight = _backward_one(d_k_out, k, k_weight, cos, sin, eps)
-    return d_q, d_k, d_q_weight, d_k_weight
+    dq, d_q_weight = _backward_one(d_q_out, q, q_weight, cos, sin, eps)
+    dk, d_k_weight = _backward_one(d_k_out, k, k_weight, cos, sin, eps)
+    return dq, dk, d_q_weight, d_k_weight
 
 
 def _angles(

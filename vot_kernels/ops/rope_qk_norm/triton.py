@@ -56,12 +56,12 @@ def backward(
     sections: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return d_q, d_k, d_q_weight and d_k_weight; the last two are empty without a weight.
+    """Return dq, dk, d_q_weight and d_k_weight; the last two are empty without a weight.
 
     The gradients of the weights are sums in two stages without atomics.
     """
     d_q_out, d_k_out, q, k = (rows_contiguous(x) for x in (d_q_out, d_k_out, q, k))
-    d_q, d_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     config = _BWD.config(q.device, _key(q))
     programs = ceil_div(q.shape[0], config.blocks["TILE"])
     q_partials, k_partials = (
@@ -76,8 +76,8 @@ def backward(
         d_k_out_ptr=d_k_out,
         q_ptr=normed_q,
         k_ptr=normed_k,
-        d_q_ptr=d_q,
-        d_k_ptr=d_k,
+        dq_ptr=dq,
+        dk_ptr=dk,
         q_partials_ptr=q_partials,
         k_partials_ptr=k_partials,
         **_common(q, k, positions, q_weight, k_weight, theta, sections, eps),
@@ -87,7 +87,7 @@ def backward(
         q.new_empty(0) if weight is None or partials is None else partials.sum(0).to(weight.dtype)
         for weight, partials in ((q_weight, q_partials), (k_weight, k_partials))
     )
-    return d_q, d_k, d_q_weight, d_k_weight
+    return dq, dk, d_q_weight, d_k_weight
 
 
 def _common(
