@@ -73,13 +73,16 @@ def test_the_whole_command(vot, folder_of, family, tmp_path, monkeypatch):
 def test_our_own_model_is_one_of_them(vot, clip, tmp_path):
     tiny_model().save_pretrained(tmp_path / "ours")
     tiny_processor().save_pretrained(tmp_path / "ours")
-    code, out, err = vot(
-        *("ask", clip, QUESTION, "--candidates", "bicycles|a train", "--num-frames", 2),
-        *("--vlm", tmp_path / "ours", "--json"),
-    )
+    words = ["ask", clip, QUESTION, "--candidates", "bicycles|a train", "--num-frames", 2]
+    words += ["--vlm", tmp_path / "ours", "--json"]
+    code, out, err = vot(*words)
+    assert code == 0, err
+    assert json.loads(out)["verification"] == "abstained"  # two frames a second apart are none of DigitWorld
+    code, out, err = vot(*words, "--anyway")
     assert code == 0, err
     answer = json.loads(out)
     assert answer["model"] == "ours" and [step["ran"] for step in answer["trace"]] == [True] * 5
+    assert answer["eyes"]["name"] == f"the perception checkpoint {BUNDLED_CHECKPOINT.name}"
     assert len(answer["stsg"]["frame_times_s"]) == 2
 
 
