@@ -180,7 +180,7 @@ def test_an_input_is_not_overwritten(vot, words, tmp_path, monkeypatch):
         ),
         (
             ["eval", "digitworld", "--videos", "2", "--out", "list.json"],
-            "list.rows.jsonl belongs to a run with other settings",
+            "list.rows.jsonl is no file of rows: its first line has no settings",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from vot_kernels.data.digitworld.sidecar import load_sidecar
 from vot_kernels.data.digitworld.traces import read_reply
 from vot_kernels.data.sample_clips import digitworld_clip, natural_clip
 from vot_kernels.data.video import load_video, save_mp4
-from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, BUNDLED_READER, is_own_vlm
+from vot_kernels.models.checkpoint import BUNDLED_CHECKPOINT, BUNDLED_READER, is_own_model
 from vot_kernels.models.encoder import VotEncoder, VotEncoderConfig, VotImageProcessor
 from vot_kernels.models.perception.configuration import VotPerceptionConfig
 from vot_kernels.pipelines import asking, evaluation, localisation
@@ -291,8 +291,18 @@ def test_evaluation_counts_and_resumes(tmp_path, monkeypatch):
     again = evaluation.evaluate_digitworld(out, videos=14)
     assert again["accuracy"] == result["accuracy"]
     assert len(rows.read_text().splitlines()) == 15
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="other settings: videos was 14, now 7; move it away"):
         evaluation.evaluate_digitworld(out, videos=7)
+    whole = rows.read_text()
+    for bad, message in (
+        (lines[:2] + ['{"a": 1}\n'], "line 3, is not the row of"),
+        (lines + lines[-1:], "line 16, is not the row of a question"),
+        (["[]\n"], "its first line has no settings"),
+    ):
+        rows.write_text("".join(bad))
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate_digitworld(out, videos=14)
+    rows.write_text(whole)
 
 
 def test_questions_of_when_have_a_table_of_their_own(tmp_path, monkeypatch):
@@ -408,7 +418,8 @@ def test_the_reader_of_the_package_answers_with_the_thought_that_it_was_trained_
     assert call.prompt.endswith(f"Question: {question}\nAnswers: {' | '.join(candidates)}")
     thought, answer = read_reply(call.output)
     assert "o1 hits o3" in thought and answer == "the white digit"
-    assert is_own_vlm("digitworld-reader") and is_own_vlm("digitworld-smollm2") and not is_own_vlm(tmp_path)
+    names = ("digitworld-reader", "digitworld-smollm2", "digitworld-nano")
+    assert all(map(is_own_model, names)) and not is_own_model(tmp_path)
     assert wanted_fps(vlm="digitworld-reader") == checkpoint_fps() == 8
     (tmp_path / "config.json").write_text("{}")
     assert wanted_fps(vlm=tmp_path) == VIDEO_LANGUAGE_FPS

@@ -128,6 +128,11 @@ def test_what_is_refused(folder_of, file, tmp_path, monkeypatch, capsys):
     assert "adapters alone are trained: pass --text lora." in run()
     assert "such as --learning-rate 2e-4." in run("--text", "lora")
     assert "--learning-rate 2e-4." in run("--text", "lora", "--dry-run")
+    command = ["vot", "train", "sft", str(folder_of("qwen2_5_vl")), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "pass --data questions.jsonl." in capsys.readouterr().err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
 
 

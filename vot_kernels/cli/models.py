@@ -45,7 +45,7 @@ class Models:
 
     def check(self) -> None:
         """Find whatever can be wrong with the options before a model is imported."""
-        from vot_kernels.models.checkpoint import VLM, checkpoint_kind, is_own_vlm
+        from vot_kernels.models.checkpoint import VLM, checkpoint_kind, is_own_model
         from vot_kernels.pipelines.sampling import check_device, check_window, checkpoint_folder
         from vot_kernels.reasoning.llm import check_model_folder
         from vot_kernels.watching.loading import (
@@ -72,7 +72,7 @@ class Models:
         check_window(self.window)
         check_device(self.device)
         check_dtype(self.dtype)
-        own = self.vlm is not None and is_own_vlm(self.vlm)
+        own = self.vlm is not None and is_own_model(self.vlm)
         if self.detector is None and (self.vlm is None or own or self.checkpoint is not None):
             checkpoint_folder(self.checkpoint)
         if self.llm is not None:

@@ -425,10 +425,14 @@ def _check_foreign(command: str, folder: Path, out: Path, device: str) -> None:
 
 def _check(checkpoint: Path, out: Path, device: str) -> None:
     """Check what a run needs before anything is loaded."""
-    from vot_kernels.models.checkpoint import VLM, checkpoint_kind
+    from vot_kernels.models.checkpoint import VLM, checkpoint_kind, read_config
     from vot_kernels.pipelines.sampling import check_device
 
     check_device(device)
+    if _is_foreign(checkpoint) and "vision_config" in read_config(checkpoint):
+        raise ValueError(
+            "Of a model of transformers, adapters are trained on your own questions: pass --data questions.jsonl."
+        )
     checkpoint_kind(checkpoint, VLM)
     _check_run(out, checkpoint)
 

@@ -56,10 +56,10 @@ def checkpoint_kind(folder: str | os.PathLike[str], *allowed: str) -> str:
     return str(kind)
 
 
-def is_own_vlm(path: str | os.PathLike[str]) -> bool:
-    """Whether the config.json in a folder, or in that of such a name in the package, is of this package's own model."""
+def is_own_model(path: str | os.PathLike[str]) -> bool:
+    """Whether the config.json in a folder, or in that of such a name in the package, is of a model of this package."""
     try:
-        return bool(read_config(find_checkpoint(path)).get("model_type") == VLM)
+        return str(read_config(find_checkpoint(path)).get("model_type")) in _NAMES
     except (OSError, ValueError, AttributeError):  # what is wrong with it is found when it is loaded
         return False
 

@@ -36,10 +36,10 @@ def answer_rows(
     Each row is at once appended to `rows_file`, after a row with the settings.
 
     Raises:
-        ValueError: `rows_file` belongs to a run with other settings.
+        ValueError: `rows_file` belongs to a run with other settings, or has other rows than those of the questions.
     """
     file = Path(rows_file)
-    rows = _read_rows(file, settings)
+    rows = _read_rows(file, settings, asked)
     with append_json_lines(file) as append:
         if not file.stat().st_size:
             append({"settings": settings})
@@ -88,10 +88,23 @@ def _span(values: Iterable[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
 
 
-def _read_rows(path: Path, settings: Row) -> list[Row]:
-    """Return the rows of an earlier, interrupted run."""
+def _read_rows(path: Path, settings: Row, asked: Sequence[AskedEpisode]) -> list[Row]:
+    """Return the rows of an earlier, interrupted run on the same questions."""
     lines = read_json_lines(path)
-    found = lines[0].get("settings") if lines and isinstance(lines[0], dict) else None
-    if lines and found != settings:
-        raise ValueError(f"{path} belongs to a run with other settings ({found}); move it away.")
-    return lines[1:]
+    if not lines:
+        return []
+    found = lines[0].get("settings") if isinstance(lines[0], dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no file of rows: its first line has no settings; move it away.")
+    if found != settings:
+        names = [name for name in (settings | found) if found.get(name) != settings.get(name)]
+        changes = ", ".join(f"{name} was {found.get(name)}, now {settings.get(name)}" for name in names)
+        raise ValueError(f"{path} belongs to a run with other settings: {changes}; move it away.")
+    rows = lines[1:]
+    for number, row in enumerate(rows, 2):
+        name = asked[number - 2].episode.name if number - 2 < len(asked) else None
+        if not isinstance(row, dict) or row.get("episode") != name or "answers" not in row:
+            raise ValueError(
+                f"{path}, line {number}, is not the row of {name or 'a question'}; move the file away."
+            )
+    return rows

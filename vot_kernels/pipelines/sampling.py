@@ -11,7 +11,7 @@ from vot_kernels.models.checkpoint import (
     BUNDLED_CHECKPOINT,
     PERCEPTION,
     checkpoint_kind,
-    is_own_vlm,
+    is_own_model,
     read_config,
 )
 from vot_kernels.scene_graph.interval import Interval
@@ -174,7 +174,7 @@ def wanted_fps(
     """Return the frames per second that the eyes want which `load_video_qa` makes of these folders."""
     if detector is not None:
         return DETECTOR_FPS
-    sees_itself = vlm is not None and checkpoint is None and not is_own_vlm(vlm)
+    sees_itself = vlm is not None and checkpoint is None and not is_own_model(vlm)
     return VIDEO_LANGUAGE_FPS if sees_itself else checkpoint_fps(checkpoint)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vot_kernels.data.video import FrameStream, VideoClip
-from vot_kernels.models.checkpoint import find_checkpoint, is_own_vlm, load_checkpoint, on_device
+from vot_kernels.models.checkpoint import find_checkpoint, is_own_model, load_checkpoint, on_device
 from vot_kernels.models.encoder.processing import VotImageProcessor
 from vot_kernels.models.perception.modeling import VotPerceptionModel
 from vot_kernels.pipelines.long_video.looking import PER_MOMENT, look_at
@@ -312,7 +312,7 @@ def load_video_qa(
         raise ValueError("Give one pair of eyes: a checkpoint or a detector.")
     check_window(window)
     reader: Reader = DeferredModel(lambda: load_language_model(llm, device))
-    if vlm is not None and is_own_vlm(vlm):
+    if vlm is not None and is_own_model(vlm):
         from vot_kernels.pipelines.trained_reader import load_trained_reader
 
         reader = load_trained_reader(find_checkpoint(vlm), device, window or WINDOW)

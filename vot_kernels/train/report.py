@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,8 +118,14 @@ def machine() -> dict[str, Any]:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write training.json, which says how the checkpoint in `folder` was made."""
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    """Write training.json, which says how the checkpoint in `folder` was made; what was not measured is null."""
+    (folder / "training.json").write_text(json.dumps(_without_nan(record), indent=1, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def check_eval_clips(count: int) -> None:
@@ -138,12 +145,16 @@ def finished(folder: Path, same: Mapping[str, Any]) -> dict[str, Any] | None:
     return record if record and all(record.get(name) == value for name, value in same.items()) else None
 
 
-def format_metrics(metrics: Mapping[str, Mapping[str, float]], first: str = "split") -> str:
-    """Format a plain table with one row per entry and one column per metric."""
+def format_metrics(metrics: Mapping[str, Mapping[str, float | None]], first: str = "split") -> str:
+    """Format a plain table with one row per entry and one column per metric; a dash is what was not measured."""
     names = list(next(iter(metrics.values())))
     rows = [
         [first, *names],
-        *([title, *(f"{values[n]:.3f}" for n in names)] for title, values in metrics.items()),
+        *([title, *(_three_digits(values[n]) for n in names)] for title, values in metrics.items()),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
+def _three_digits(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -758,6 +758,25 @@ def test_streaming_state_keeps_its_size():
     assert len(set(sizes[3:])) == 1 and state.far.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=cpp), "torch"])
+def test_a_state_without_groups_belongs_to_its_stream(backend):
+    """With a window of 0 there is only the sum over the groups."""
+    options = {"window": 0, "backend": backend}
+    _, state = hybrid_attention_step(*make_qkv(5, 4, 16), **options)
+    for other in (make_qkv(5, 4, 32), make_qkv(5, 4, 16, kv_heads=2)):
+        with pytest.raises(ValueError, match="earlier groups: their state has the shape"):
+            hybrid_attention_step(*other, state, **options)
+    q, k, v = make_qkv(5, 4, 16)
+    features = {"q_features": q[..., :3].abs(), "k_features": k[..., :3].abs()}
+    with pytest.raises(ValueError, match="these make one of"):
+        hybrid_attention_step(q, k, v, state, **features, **options)
+    with pytest.raises(TypeError, match="float32, and k in torch.float64"):
+        hybrid_attention_step(q.double(), k.double(), v.double(), state, window=0, backend="torch")
+    with pytest.raises(ValueError, match="on the device"):
+        hybrid_attention_step(*(x.to("meta") for x in (q, k, v)), state, window=0, backend="torch")
+    hybrid_attention_step(q, k, v, state, **options)
+
+
 def test_streaming_errors():
     group = make_qkv(5)
     _, state = hybrid_attention_step(*group)

@@ -22,7 +22,7 @@ from vot_kernels.data.digitworld.question_sets import generate_questions
 from vot_kernels.data.video import save_mp4
 from vot_kernels.models.checkpoint import check_reward_model
 from vot_kernels.models.vot import VotForConditionalGeneration, VotProcessor
-from vot_kernels.train.report import Log
+from vot_kernels.train.report import Log, format_metrics, write_record
 from vot_kernels.train.rewards import accuracy, form, grounding, temporal
 from vot_kernels.train.rewards.reading import text_of
 from vot_kernels.train.rl.graphs import GraphMemory
@@ -37,7 +37,7 @@ for package in ("trl", "datasets", "peft"):
 
 from vot_kernels.train.rl import grpo, preferences  # noqa: E402
 from vot_kernels.train.rl.run import run_grpo, run_preference  # noqa: E402
-from vot_kernels.train.rl.trainer import Run  # noqa: E402
+from vot_kernels.train.rl.trainer import Run, mean_rewards  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 SHORT = {"batch_size": 1, "generations": 2, "max_reply_tokens": 4, "frames": 2, "warmup": 1}
@@ -337,6 +337,16 @@ def test_metrics_are_the_mean_rewards_of_held_out_replies(folder, monkeypatch):
     found = grpo.grpo_metrics(model, processor, 9, settings=GrpoReasoning(**SHORT))
     assert found["accuracy"] == found["grounding"] == pytest.approx(8 / 9)
     assert list(found) == ["reward", "accuracy", "grounding", "temporal"]
+
+
+def test_what_was_not_measured_is_no_zero(tmp_path):
+    found = mean_rewards({"accuracy": [1.0, None, 0.0], "temporal": [None, None]})
+    assert found["accuracy"] == 0.5 and math.isnan(found["temporal"])
+    assert format_metrics({"before": found}, "weights").splitlines()[1].split() == ["before", "0.500", "–"]
+    write_record(tmp_path, {"metrics": {"before": found}, "list": [1]})
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record == {"metrics": {"before": {"accuracy": 0.5, "temporal": None}}, "list": [1]}
+    assert format_metrics(record["metrics"], "weights").endswith("–")
 
 
 def test_weights_of_rewards():

@@ -128,3 +128,24 @@ def _check_state(k: Tensor, k_features: Tensor | None, state: object) -> None:
             raise ValueError(
                 f"k_features must have the width of the stream's earlier groups, {earlier}, got {width}."
             )
+    if state.far is not None:
+        _check_far(k, k_features, state.far)
+
+
+def _check_far(k: Tensor, k_features: Tensor | None, far: Tensor) -> None:
+    """With a window of 0 the state has no group to compare with, but the sum over all of them."""
+    width = (k if k_features is None else k_features).shape[2]
+    expected = [k.shape[1], width, k.shape[2] + 1]
+    if list(far.shape) != expected:
+        raise ValueError(
+            f"k and k_features must have the heads and widths of the stream's earlier groups: their state has the "
+            f"shape {list(far.shape)}, and these make one of {expected}."
+        )
+    if far.device != k.device:
+        raise ValueError(
+            f"k must be on the device of the stream's earlier groups, {far.device}, got {k.device}."
+        )
+    if (far.dtype == torch.float64) != (k.dtype == torch.float64):
+        raise TypeError(
+            f"k must have the dtype of the stream's earlier groups: their state is in {far.dtype}, and k in {k.dtype}."
+        )

@@ -200,6 +200,6 @@ def _as_json(state: Any) -> str:
 
 
 def mean_rewards(rewards: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
-    """Return the mean of each reward over the replies that have one; 0 if none has."""
+    """Return the mean of each reward over the replies that have one; NaN if none has."""
     known = {name: [v for v in values if v is not None] for name, values in rewards.items()}
-    return {name: float(np.mean(values)) if values else 0.0 for name, values in known.items()}
+    return {name: float(np.mean(values)) if values else math.nan for name, values in known.items()}
