@@ -104,7 +104,7 @@ struct RangeKeysBackward {
   FarPairs pairs;           // with the features of the rows
   const float* far_weight;  // [rows, heads]
   float* d_beta;            // [parts, rows, heads], the shares of pairs are added to it; null if nobody asks
-  float* d_q_features;       // [parts, rows, heads, width], as dq: the shares of pairs in those of given features
+  float* d_q_features;      // [parts, rows, heads, width], as dq: the shares of pairs in those of given features
 };
 
 // Rows whose dq is the sum of some parts.

@@ -75,7 +75,8 @@ def hybrid_attention_step(
 
     Raises:
         TypeError: an argument that must be a tensor is not one, q is not floating point, dtypes differ from each other
-            or from the earlier groups of the stream, or `state` is not a HybridAttentionState.
+            or from the earlier groups of the stream (with a window of 0, of which only a sum is kept, float64 alone is
+            told from the others), or `state` is not a HybridAttentionState.
         ValueError: shapes or devices do not fit together or do not fit the earlier groups, `feature_map` or `window`
             is not allowed, or no such backend can serve the inputs.
         RuntimeError: gradients are required.
